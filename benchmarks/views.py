@@ -1,0 +1,251 @@
+"""Cost of turning JPEG files into multi-crop views on one core, side by side with the reference's own pipeline.
+
+    python benchmarks/views.py --images FOLDER [--reference CHECKOUT]
+
+Both decode the same bytes (in memory) and draw views of the same distribution: 2 global ones of 224 and 8 local ones of 96
+pixels. The peer is the reference's chain of Pillow and torchvision transforms; with `--reference` its class
+DataAugmentationDINO is taken from a checkout of facebookresearch/dino. Methods take turns every few images, in one
+process and thread, so that a busy machine slows all of them. Ratios compare CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from dino.config import ViewOptions
+from dino.data.decode import decode
+from dino.data.render import CpuRenderer, normalise
+from dino.data.views import draw_views
+
+OPTIONS = ViewOptions()
+SIZES = (224,) * 2 + (96,) * OPTIONS.num_local
+CHUNK = 8  # images between turns
+Clock = dict[str, list[float]]  # stage: CPU and wall seconds
+
+# ------------------------------------------------------------------------------------------------------ the peer
+
+
+class Blur:
+    def __init__(self, prob: float):
+        self.prob = prob
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if random.random() > self.prob:
+            return image
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(*OPTIONS.blur_sigma)))
+
+
+class Solarise:
+    def __init__(self, prob: float):
+        self.prob = prob
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return ImageOps.solarize(image) if random.random() < self.prob else image
+
+
+def plain_peer() -> Callable[[Image.Image], list[torch.Tensor]]:
+    """The reference's augmentation, written out in torchvision's transforms."""
+    jitter = transforms.ColorJitter(OPTIONS.brightness, OPTIONS.contrast, OPTIONS.saturation, OPTIONS.hue)
+
+    def chain(size: int, kind: int) -> transforms.Compose:
+        scale = OPTIONS.local_scale if kind == 2 else OPTIONS.global_scale
+        return transforms.Compose(
+            [
+                transforms.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
+                transforms.RandomHorizontalFlip(OPTIONS.flip_prob),
+                transforms.RandomApply([jitter], p=OPTIONS.jitter_prob),
+                transforms.RandomGrayscale(OPTIONS.grey_prob),
+                Blur(OPTIONS.blur_prob[kind]),
+                Solarise(OPTIONS.solarise_prob[kind]),
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+
+    chains = [chain(size, min(view, 2)) for view, size in enumerate(SIZES)]
+    return lambda image: [chain(image) for chain in chains]
+
+
+def reference_peer(checkout: Path) -> Callable[[Image.Image], list[torch.Tensor]]:
+    if not (checkout / "main_dino.py").is_file():
+        raise ValueError(f"{checkout} holds no main_dino.py; --reference takes a checkout of facebookresearch/dino.")
+    sys.path.insert(0, str(checkout))
+    kind = import_module("main_dino").DataAugmentationDINO
+    return kind(OPTIONS.global_scale, OPTIONS.local_scale, OPTIONS.num_local)
+
+
+# -------------------------------------------------------------------------------------------------- the methods
+
+
+def lap(clock: Clock, stage: str, since: tuple[float, float]) -> tuple[float, float]:
+    now = time.process_time(), time.perf_counter()
+    total = clock.setdefault(stage, [0.0, 0.0])
+    total[0] += now[0] - since[0]
+    total[1] += now[1] - since[1]
+    return time.process_time(), time.perf_counter()
+
+
+def run_peer(clock: Clock, files: list[bytes], peer: Callable) -> None:
+    start = time.process_time(), time.perf_counter()
+    views = [peer(Image.open(BytesIO(file)).convert("RGB")) for file in files]
+    lap(clock, "peer", start)
+    del views
+
+
+def run_ours(clock: Clock, files: list[bytes], epoch: int, as_float: bool) -> None:
+    start = time.process_time(), time.perf_counter()
+    images = [decode(file) for file in files]
+    shapes = np.array([image.shape[:2] for image in images])
+    views = draw_views(OPTIONS, SIZES, 0, epoch, range(len(files)), shapes)
+    groups = CpuRenderer()(images, views)
+    if as_float:
+        groups = [normalise(group) for group in groups]
+    lap(clock, "ours, float32 normalised" if as_float else "ours, uint8", start)
+    del groups
+
+
+def run_stages(clock: Clock, files: list[bytes], epoch: int) -> None:
+    renderer = CpuRenderer()
+    now = time.process_time(), time.perf_counter()
+    images = [decode(file) for file in files]
+    now = lap(clock, "decode", now)
+    shapes = np.array([image.shape[:2] for image in images])
+    views = draw_views(OPTIONS, SIZES, 0, epoch, range(len(files)), shapes)
+    now = lap(clock, "draw", now)
+    groups = renderer.crop(images, views)
+    now = lap(clock, "crop, resize, flip", now)
+    groups = renderer.colour(groups, views)
+    now = lap(clock, "colour", now)
+    groups = [normalise(group) for group in groups]
+    lap(clock, "normalise", now)
+
+
+def measure(files: list[bytes], num_pairs: int, peer: Callable) -> list[Clock]:
+    """Milliseconds an image of every method and stage, [CPU, wall], one dictionary a pair."""
+    chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
+    clocks: list[Clock] = []
+    for pair in range(-1, num_pairs):
+        clock: Clock = {}
+        for k, chunk in enumerate(chunks[:1] if pair < 0 else chunks):  # the first is a warm-up
+            epoch = (pair + 1) * len(chunks) + k
+            turns: list[Callable[[], None]] = [
+                lambda chunk=chunk, clock=clock: run_peer(clock, chunk, peer),
+                lambda chunk=chunk, clock=clock, epoch=epoch: run_ours(clock, chunk, epoch, as_float=False),
+                lambda chunk=chunk, clock=clock, epoch=epoch: run_ours(clock, chunk, epoch, as_float=True),
+                lambda chunk=chunk, clock=clock, epoch=epoch: run_stages(clock, chunk, epoch),
+            ]
+            for turn in turns if (pair + k) % 2 else reversed(turns):
+                turn()
+        if pair >= 0:
+            clocks.append({name: [1e3 * t / len(files) for t in times] for name, times in clock.items()})
+    return clocks
+
+
+# --------------------------------------------------------------------------------------------------- the report
+
+
+def summarise(clocks: list[Clock]) -> dict:
+    methods = {
+        name: {
+            "cpu_ms": statistics.median(clock[name][0] for clock in clocks),
+            "wall_ms": statistics.median(clock[name][1] for clock in clocks),
+        }
+        for name in sorted(clocks[0])
+    }
+    ratios = {}
+    for name in ("ours, uint8", "ours, float32 normalised"):
+        pairs = [clock["peer"][0] / clock[name][0] for clock in clocks]
+        ratios[name] = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)}
+    return {"ratios": ratios, "methods": methods}
+
+
+def show(summary: dict) -> None:
+    print(f"{'':28}{'peer / ours':>14}{'min .. max':>16}{'CPU ms':>10}{'wall ms':>10}   an image")
+    for name, ratio in summary["ratios"].items():
+        times = summary["methods"][name]
+        spread = f"{ratio['min']:.2f} .. {ratio['max']:.2f}"
+        print(f"{name:28}{ratio['median']:>14.2f}{spread:>16}{times['cpu_ms']:>10.2f}{times['wall_ms']:>10.2f}")
+    rest = ("peer", "decode", "draw", "crop, resize, flip", "colour", "normalise")
+    for name in rest:
+        times = summary["methods"][name]
+        print(f"{name if name == 'peer' else '  ' + name:58}{times['cpu_ms']:>10.2f}{times['wall_ms']:>10.2f}")
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def jpegs(folder: Path, num: int) -> list[bytes]:
+    """`num` files spread evenly over the folder's sorted JPEGs."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    if not paths:
+        raise ValueError(f"{folder} holds no .jpg or .jpeg file at any depth; give --images a folder of photographs.")
+    num = min(num, len(paths))
+    return [paths[i * len(paths) // num].read_bytes() for i in range(num)]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="folder of JPEGs, searched at any depth")
+    parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/dino to compare with")
+    parser.add_argument("--num", type=int, default=64, help="images")
+    parser.add_argument("--pairs", type=int, default=8, help="times that all images are gone through")
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "views-cpu.json")
+    args = parser.parse_args()
+    if args.num < 1 or args.pairs < 1:
+        raise ValueError(f"--num is {args.num} and --pairs {args.pairs}; both must be at least 1.")
+    return args
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    args = arguments()
+    files = jpegs(args.images, args.num)
+    peer = reference_peer(args.reference) if args.reference else plain_peer()
+    clocks = measure(files, args.pairs, peer)
+    summary = summarise(clocks)
+    show(summary)
+    packages = ("torch", "torchvision", "pillow", "opencv-python-headless", "numpy")
+    result = {
+        "what": "JPEG bytes in memory to 2 x 224 + 8 x 96 views, one process and thread; ratios of CPU time",
+        "peer": "DataAugmentationDINO of a reference checkout"
+        if args.reference
+        else "torchvision transforms on Pillow",
+        "device": {"cpu": processor(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "images": {"num": len(files), "mean_kilobytes": sum(map(len, files)) / len(files) / 1e3, "pairs": args.pairs},
+        **summary,
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,21 @@
+"""DINO: self-supervised pre-training of vision models. Names are resolved when first used; importing loads nothing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dino.api import train
+    from dino.models import create
+    from dino.models.weights import load
+
+__all__ = ["create", "load", "train"]
+
+_HOME = {"train": "dino.api", "load": "dino.models.weights", "create": "dino.models"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dino' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME[name]), name)

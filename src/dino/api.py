@@ -1,0 +1,323 @@
+"""What the commands do, from Python: `dino.train`, `dino.load` and the functions behind the command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+import torch
+
+from dino import distributed, recipes
+from dino.config import TrainOptions, flatten, known, replace, to_dict
+from dino.data.loader import ViewBatches, spare_cores
+from dino.data.render import CpuRenderer, DeviceRenderer, crop
+from dino.data.scenes import Scenes
+from dino.data.sources import Source, open_source, split
+from dino.engine import log
+from dino.engine.checkpoint import read
+from dino.engine.train import Trainer
+from dino.eval import knn
+from dino.eval.online import OnlineEvaluation, probe
+from dino.inference.features import extract
+from dino.models import weights
+
+if TYPE_CHECKING:
+    from dino.cli import AttentionOptions, KnnOptions, ReportOptions
+
+MOST_HELD_OUT, HELD_OUT_SCENES = 1000, 500
+
+
+def train(
+    recipe: str | TrainOptions | None = None, data: str | None = None, out: str | None = None, **changes: Any
+) -> Path:
+    """Train, and return the run directory.
+
+    Args:
+        recipe: a recipe's name or complete options; None: the demo without `data`, else options chosen for the data.
+        data: a folder, list file, or 'scenes'.
+        out: run directory to write.
+        changes: any option by its dotted name, e.g. ``epochs=30`` or ``**{"optim.lr": 1e-3}``.
+
+    Raises:
+        ValueError: an option or the data is unusable; nothing has been written then.
+    """
+    if isinstance(recipe, TrainOptions):
+        options = recipe
+    else:
+        options = recipes.get(recipe or "demo").options if recipe or data is None else TrainOptions()
+    if unknown := sorted(changes.keys() - flatten(options).keys()):
+        raise ValueError(f"unknown options {unknown}; `dino train --help` lists them.")
+    return run(replace(options, changes | {k: v for k, v in (("data.path", data), ("out", out)) if v is not None}))
+
+
+def run(options: TrainOptions) -> Path:
+    """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
+    device = distributed.start(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    terminal = log.Terminal(distributed.is_main())
+    try:
+        return _run(options, device, terminal)
+    finally:
+        distributed.stop()
+
+
+def _run(options: TrainOptions, device: torch.device, terminal: log.Terminal) -> Path:
+    folder = run_folder(options)
+    fresh = not folder.exists()
+    try:
+        trainer, held_out = set_up(options, folder, device, terminal)
+    except ValueError:
+        if fresh and distributed.is_main():  # leave nothing behind (the file list may lie there already)
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    complete = trainer.fit()
+    if distributed.is_main():
+        finish(trainer, folder, terminal, complete, held_out, device)
+    return folder
+
+
+def set_up(
+    options: TrainOptions, folder: Path, device: torch.device, terminal: log.Terminal
+) -> tuple[Trainer, Source | None]:
+    """Open the data, choose what was left open, check it all, make or resume the run."""
+    source, held_out = _in_turn(lambda: open_pair(options, folder))
+    terminal.say(describe(source, options.data.path))
+    edge = probe(source)
+    workers = 0 if device.type == "cpu" and spare_cores() < 2 else spare_cores(distributed.world_size())
+    resolved = recipes.resolve(options, len(source), edge, device.type == "cuda", workers)
+    check(resolved, source)
+    chosen = {n: v for n, v in flatten(resolved).items() if flatten(options)[n] is None and v is not None}
+    if chosen and options.resume is None:
+        terminal.say(f"Chosen for {len(source)} images: " + ", ".join(f"{n} {v}" for n, v in chosen.items()))
+    callback = OnlineEvaluation(source, held_out, known(resolved.views.global_size), device)
+    batches = view_batches(resolved, source, device)
+    colour = DeviceRenderer(device).colour if device.type == "cuda" else None
+    trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, colour)
+    _in_turn(lambda: prepare(resolved, folder))
+    if options.resume is not None:
+        _resume(trainer, terminal)
+    terminal.say(
+        f"Training on {len(source)} images ({len(held_out) if held_out else 0} held out), "
+        f"{trainer.plan.total} steps of {resolved.batch_size}, on {describe_device(device)}; run directory {folder}"
+    )
+    return trainer, held_out
+
+
+def _in_turn(work: Any) -> Any:
+    """The main rank first, so that the others find its file list and folder."""
+    if distributed.is_main():
+        result = work()
+        distributed.barrier()
+        return result
+    distributed.barrier()
+    return work()
+
+
+def _resume(trainer: Trainer, terminal: log.Terminal) -> None:
+    latest = trainer.checkpoints.latest()
+    if latest is not None and (known := read(latest)["data"]) != trainer.source.fingerprint:
+        raise ValueError(
+            f"--resume {trainer.run}: the images are not the ones this run was started with (fingerprint "
+            f"{trainer.source.fingerprint[:12]}, was {known[:12]}); restore them or start a new run."
+        )
+    if trainer.resume():
+        terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
+
+
+def run_folder(options: TrainOptions) -> Path:
+    """Where the run writes; refuses a folder that holds something else unless told otherwise."""
+    if options.resume is not None:
+        return Path(options.resume)
+    name = options.data.path.partition(":")[0].rstrip("/") or "run"
+    folder = Path(options.out) if options.out is not None else Path("runs") / Path(name).stem
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file; give a folder to write the run to.")
+    if folder.is_dir() and any(folder.iterdir()) and not options.overwrite:
+        if (folder / "config.toml").exists():
+            raise ValueError(
+                f"{folder} already holds a run; continue it with --resume {folder}, replace it with --overwrite, "
+                "or choose another --out."
+            )
+        raise ValueError(f"{folder} is not empty and holds no run; choose another --out.")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"--out {folder} cannot be written: no permission in {parent}; choose another --out.")
+    return folder
+
+
+def prepare(options: TrainOptions, folder: Path) -> None:
+    """Make the run directory with its resolved options; called once nothing can go wrong any more."""
+    if options.resume is not None:
+        return
+    if options.overwrite and folder.exists() and distributed.is_main():
+        kept = folder / "files.jsonl"  # just scanned
+        for child in folder.iterdir():
+            if child != kept:
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = options.data.path
+    absolute = path if path.startswith("scenes") else os.path.abspath(path)
+    recorded = replace(options, {"data.path": absolute, "out": None, "overwrite": False})
+    (folder / "config.toml").write_text(tomli_w.dumps(to_dict(recorded)))
+
+
+def open_pair(options: TrainOptions, folder: Path | None) -> tuple[Source, Source | None]:
+    """Training and held-out images, with the file list cached in the run directory `folder`."""
+    spec = options.data.path
+    if spec == "scenes" or spec.startswith("scenes:"):
+        count = spec.partition(":")[2] or "3000"
+        if not count.isdigit() or int(count) < 1:
+            raise ValueError(f"--data {spec}: write scenes:NUMBER with the number of images to draw, e.g. scenes:3000.")
+        return Scenes(int(count)), Scenes(HELD_OUT_SCENES, first=int(count))
+    cache = None if folder is None else folder / "files.jsonl"
+    source = open_source(spec, options.data.labels, cache, trust_cache=options.resume is not None)
+    if options.data.val is not None:
+        return source, open_source(options.data.val, options.data.labels)
+    return split(source, options.data.val_fraction, MOST_HELD_OUT, options.seed)
+
+
+def view_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:
+    renderer = crop if device.type == "cuda" else CpuRenderer()
+    ranks = (distributed.rank(), distributed.world_size())
+    return ViewBatches(source, options.views, renderer, known(options.batch_size), options.seed, *ranks)
+
+
+def check(options: TrainOptions, source: Source) -> None:
+    """Contradictions that only show once data and options are both known."""
+    batch, ranks, o = known(options.batch_size), distributed.world_size(), options
+    patch = known(o.model.patch_size)
+    if batch > len(source):
+        raise ValueError(
+            f"batch_size is {batch} but there are only {len(source)} images to train on; "
+            f"use --batch-size {len(source)} or less."
+        )
+    if batch % ranks:
+        raise ValueError(f"batch_size {batch} cannot be shared by {ranks} processes; use a multiple of {ranks}.")
+    for name, size in (("global_size", known(o.views.global_size)), ("local_size", known(o.views.local_size))):
+        if name == "local_size" and o.views.num_local == 0:
+            continue
+        if size < patch:
+            raise ValueError(f"views.{name} is {size}, smaller than one patch of {patch} pixels; enlarge it.")
+        if size % patch:
+            near = max(1, round(size / patch)) * patch
+            raise ValueError(f"views.{name} is {size}, not a multiple of the patch size {patch}; use {near}.")
+
+
+def describe(source: Source, spec: str) -> str:
+    labels = f", {len(source.classes)} classes for the k-NN monitor" if source.classes else ", no labels (none needed)"
+    return f"{spec}: {len(source)} images{labels}."
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{distributed.world_size()} x {torch.cuda.get_device_name(device)}"
+    return f"{distributed.world_size()} CPU process(es) of {torch.get_num_threads()} threads"
+
+
+def finish(
+    trainer: Trainer,
+    folder: Path,
+    terminal: log.Terminal,
+    complete: bool,
+    held_out: Source | None,
+    device: torch.device,
+) -> None:
+    """Say what was reached and how to go on; write the report."""
+    lines = log.read_metrics(folder / "metrics.jsonl")
+    measured = [line for line in lines if "effective_rank" in line]
+    if not complete:
+        terminal.say(f"Stopped and saved after step {trainer.step}. Continue with: dino train --resume {folder}")
+    for key, what in (
+        ("knn20_top1", "k-NN accuracy (k = 20) on held-out images"),
+        ("jaccard_best_head", "Jaccard overlap of attention masks with the objects"),
+    ):
+        if measured and key in measured[-1]:
+            pixels = measured[0].get(f"pixels_{key}")
+            floor = f"; on raw pixels {pixels:.1f} %" if pixels is not None else ""
+            terminal.say(f"{what}: {measured[0][key]:.1f} % untrained -> {measured[-1][key]:.1f} % trained{floor}")
+    if trainer.options.report:
+        terminal.say(f"Report: {report(folder, trainer.source, held_out, device)}")
+
+
+def report(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:
+    from dino.report.page import write
+
+    return write(folder, source, held_out, device)
+
+
+# --- commands ------------------------------------------------------------------------------------------------------
+
+
+def train_command(options: TrainOptions) -> None:
+    run(options)
+
+
+def knn_command(options: KnnOptions) -> None:
+    """Print top-1 and top-5 for every k."""
+    device = distributed.start(options.device)
+    model = weights.load(options.model).to(device)
+    train_source, test = labelled_pair(options.data, options.val)
+    size = options.size or model.image_size
+    bank = extract(model, train_source, size, device, progress="bank")
+    queries = extract(model, test, size, device, progress="queries")
+    for part, name in ((bank, "training"), (queries, "test")):
+        if part.bad:
+            print(f"{len(part.bad)} {name} images could not be read and were left out, first: {part.bad[0]}")
+    bank_labels = torch.from_numpy(known(train_source.labels)[bank.indices])
+    labels = torch.from_numpy(known(test.labels)[queries.indices])
+    result = knn.classify(bank.values, bank_labels, queries.values, labels, options.k, options.temp)
+    print(f"{options.model}: {len(bank.values)} images in the bank, {len(queries.values)} classified")
+    print("    k   top-1   top-5")
+    for k in options.k:
+        if f"knn{k}_top1" in result:
+            top5 = result.get(f"knn{k}_top5")
+            print(f"{k:5d}  {result[f'knn{k}_top1']:6.2f}  " + (f"{top5:6.2f}" if top5 is not None else "     -"))
+
+
+def labelled_pair(data: str, val: str | None) -> tuple[Source, Source]:
+    """Labelled training and test images that agree on their classes."""
+    root = Path(data)
+    if data.partition(":")[0] == "scenes":
+        pair = open_pair(replace(TrainOptions(), {"data.path": data}), None)
+    elif val is not None:
+        pair = open_source(data, "folders"), open_source(val, "folders")
+    elif (root / "train").is_dir() and (root / "val").is_dir():
+        pair = open_source(str(root / "train"), "folders"), open_source(str(root / "val"), "folders")
+    else:
+        pair = split(open_source(data, "folders"), 0.1, MOST_HELD_OUT, 0)
+    bank, test = pair
+    if test is None:
+        raise ValueError(f"--data {data} holds too few images to set some aside; give test images with --val.")
+    if bank.classes != test.classes:
+        only = sorted(set(bank.classes) ^ set(test.classes))
+        raise ValueError(f"training and test images differ in their classes, for example '{only[0]}'; make them agree.")
+    return bank, test
+
+
+def attention_command(options: AttentionOptions) -> None:
+    from dino.report.pictures import write_attention
+
+    device = distributed.start(options.device)
+    model = weights.load(options.model).to(device)
+    size = options.size or 2 * model.image_size
+    if size % model.patch_size:
+        raise ValueError(f"--size is {size}, not a multiple of the patch size {model.patch_size}.")
+    for path in write_attention(model, options.images, Path(options.out), size, options.mass, device):
+        print(path)
+
+
+def report_command(options: ReportOptions) -> None:
+    """Write a run's report again from what is in its directory."""
+    from dino.cli import _recorded
+
+    recorded = replace(_recorded(options.run), {"resume": options.run})
+    device = distributed.start("auto")
+    source, held_out = open_pair(recorded, Path(options.run))
+    print(report(Path(options.run), source, held_out, device))
+
+
+__all__ = ["train"]

@@ -1,0 +1,206 @@
+"""The command line: one table from a command to its options and the function that does it.
+
+Parsing comes first and importing after, so `dino --help` neither loads PyTorch nor takes half a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+from tyro.conf import Positional
+
+from dino import config, recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnOptions:
+    model: Positional[str]
+    """A run directory."""
+    data: str
+    """Labelled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the test set)."""
+    val: str | None = None
+    """Labelled test images, when they lie elsewhere."""
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """Numbers of neighbours."""
+    temp: float = 0.07
+    """Temperature of the votes exp(cosine / temp)."""
+    size: int | None = None
+    """Edge of the evaluation view, pixels. None: what the model was trained at."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    model: Positional[str]
+    """A run directory."""
+    images: Positional[tuple[str, ...]]
+    """Image files or folders."""
+    out: str = "attention"
+    """Folder to write the pictures to."""
+    size: int | None = None
+    """Edge the image's shorter side is resized to, pixels. None: twice what the model was trained at."""
+    mass: float = 0.6
+    """Share of the attention that the mask keeps."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    run: Positional[str]
+    """A run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipesOptions:
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
+    """Show one recipe as a TOML file to start from."""
+
+
+class Command(NamedTuple):
+    summary: str
+    options: type
+    function: str  # "module:function", called with the options' fields
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("learn from images without labels", config.TrainOptions, "dino.api:train_command"),
+    "eval knn": Command("k-NN accuracy of a run's features", KnnOptions, "dino.api:knn_command"),
+    "attention": Command("pictures of where the model looks", AttentionOptions, "dino.api:attention_command"),
+    "report": Command("write a run's report.html again", ReportOptions, "dino.api:report_command"),
+    "recipes": Command("list the named configurations", RecipesOptions, "dino.cli:show_recipes"),
+}
+
+HELP = """\
+usage: dino COMMAND [OPTIONS]
+
+Self-supervised pre-training of vision models with DINO (Caron et al. 2021).
+
+{commands}
+
+first steps:
+  dino train                                     train on built-in drawn scenes: minutes on a laptop
+  dino train --data photos/ --out runs/a         train on your own images, any folder, no labels needed
+  dino train vit_small_100ep --data train/       a named recipe (see: dino recipes), any option can follow
+  dino train mine.toml --epochs 30               a file is flags written down; flags win
+  dino train --resume runs/a                     continue an interrupted run, to the bit
+  dino attention runs/a img.jpg                  see where it looks
+
+dino COMMAND --help explains every option. --debug after any command shows the full traceback of an error.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 when the work failed, 2 for misuse, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        return _complain("interrupted.", 130)
+    except Exception as error:
+        if debug:
+            raise
+        name = type(error).__name__
+        if isinstance(error, ValueError):
+            return _complain(str(error), 2)
+        if name in ("TrainingError", "CheckpointError"):
+            return _complain(str(error), 1)
+        return _complain(f"{name}: {error} (add --debug to see where)", 1)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(HELP.format(commands="\n".join(f"  {n:<{width}}  {c.summary}" for n, c in COMMANDS.items())), end="")
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"dino {version('dino')}")
+        return 0
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
+    if name not in COMMANDS:
+        known = sorted(n for n in COMMANDS if n.startswith(f"{name} ")) or list(COMMANDS)
+        near = difflib.get_close_matches(" ".join(arguments[:2]), known, n=1) or difflib.get_close_matches(
+            name, known, n=1
+        )
+        hint = f" Did you mean 'dino {near[0]}'?" if near else ""
+        raise ValueError(f"unknown command '{name}'; known are: {', '.join(known)}.{hint}")
+    command = COMMANDS[name]
+    options = _parse_train(rest) if name == "train" else tyro.cli(command.options, args=rest, prog=f"dino {name}")
+    module, _, function = command.function.partition(":")
+    return getattr(importlib.import_module(module), function)(options) or 0
+
+
+def _parse_train(arguments: list[str]) -> config.TrainOptions:
+    """`dino train [RECIPE | FILE.toml] [FLAGS]`: flags win over the file or recipe they follow."""
+    default, flags = config.TrainOptions(), []
+    if arguments and not arguments[0].startswith("-"):
+        first, arguments = arguments[0], arguments[1:]
+        if first.endswith(".toml"):
+            if not Path(first).is_file():
+                raise ValueError(f"there is no options file '{first}'.")
+            flags = config.toml_flags(Path(first))
+        elif first not in recipes.RECIPES and Path(first).exists():
+            raise ValueError(f"'{first}' is not a recipe; to train on it write: dino train --data {first}")
+        else:
+            default = recipes.get(first).options
+    elif not any(a.split("=")[0] in ("--data", "--data.path", "--resume", "-h", "--help") for a in arguments):
+        default = recipes.get("demo").options
+    resume = _value_of("--resume", arguments)
+    if resume is not None:
+        default, flags = _recorded(resume), []
+    options = tyro.cli(
+        config.TrainOptions, args=flags + arguments, default=default, prog="dino train [RECIPE | FILE.toml]"
+    )
+    if resume is not None:
+        recipes.check_resumable(default, options)
+    return options
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _recorded(run: str) -> config.TrainOptions:
+    """The options that a run was started with."""
+    path = Path(run) / "config.toml"
+    if not path.is_file():
+        raise ValueError(f"--resume {run}: there is no run there (no config.toml); give the --out folder of a run.")
+    import tomllib
+
+    return config.from_dict(config.TrainOptions, tomllib.loads(path.read_text()), str(path))
+
+
+def show_recipes(options: RecipesOptions) -> None:
+    if options.name:
+        import tomli_w
+
+        print(tomli_w.dumps(config.to_dict(recipes.get(options.name).options)), end="")
+        return
+    for name, recipe in recipes.RECIPES.items():
+        print(f"{name}\n    {recipe.about}\n    {recipe.command}\n    expected: {recipe.expected}")
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"dino: {text}", file=sys.stderr)
+    return code
+
+
+def run() -> Any:
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Image files as arrays: [height, width, 3] uint8 RGB, upright, or one short reason why not.
+
+Whatever a file holds, `decode` returns an array or raises `BadImage`: one broken file among millions must not end a
+run. Only six kinds of image are tried, so a file cannot pick an exotic parser (PostScript, fonts) for itself.
+Transparency is composited on white, because cut-outs and logos are drawn to be seen on a page; the colours stored
+under transparent pixels are arbitrary and would otherwise be learnt from.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+MAX_PIXELS = 178_956_970  # where Pillow, too, refuses: 512 MB as 8-bit RGB
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
+_READ_WHOLE = 2**26  # bytes; one read is quicker than Pillow's many, but of a huge file it may need only a part
+_ORIENTATION = 0x0112  # EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(Exception):
+    """An image that cannot be used; `reason` is one short clause such as "empty file" or "truncated"."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)  # the only argument, so that the exception survives the trip from a worker process
+        self.reason = reason
+
+
+def decode(file: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The image in a file (a path) or in memory (bytes), first frame, turned upright by its EXIF orientation.
+
+    8-bit colours are kept as stored (no colour management). 16-bit grey keeps its full range, 0..65535 to 0..255;
+    32-bit integer and float grey have no agreed range and are stretched from their smallest to their largest value.
+
+    Returns a writable, contiguous [h, w, 3] uint8 array.
+    Raises BadImage, and nothing else, when there is no usable image. An image of more than `max_pixels` is refused
+    before its pixels are decoded (Pillow's own limit, twice `PIL.Image.MAX_IMAGE_PIXELS`, holds as well).
+    """
+    try:
+        # Not simplefilter("ignore"): should two threads leave in the wrong order, only Pillow's warnings stay off.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            with io.BytesIO(file) if isinstance(file, bytes) else _open(file) as stream:
+                return _pixels(stream, max_pixels)
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds, and a new one must not end a run
+        raise BadImage(_reason(error)) from error
+
+
+def _open(path: str | Path) -> BinaryIO:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
+        raise BadImage("not a regular file")
+    if status.st_size > _READ_WHOLE:
+        return open(path, "rb")
+    with open(path, "rb", buffering=0) as file:
+        return io.BytesIO(file.read())
+
+
+def _pixels(stream: BinaryIO, max_pixels: int) -> np.ndarray:
+    try:
+        image = Image.open(stream, formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        stream.seek(0)
+        head = stream.read(8)
+        kind = "damaged header" if head.startswith(_MAGIC) else "not an image (JPEG, PNG, WebP, BMP, TIFF or GIF)"
+        raise BadImage(kind if head else "empty file") from error
+    with image:
+        if image.width * image.height > max_pixels:
+            raise BadImage(f"too many pixels ({image.width} x {image.height}, limit {max_pixels})")
+        image.load()
+        return np.array(_rgb(_upright(image)))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    info = image.info  # Pillow turns TIFF itself; reading the EXIF of an image that has none costs time
+    if not ("exif" in info or "xmp" in info or "XML:com.adobe.xmp" in info or "Raw profile type exif" in info):
+        return image
+    try:
+        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF: the pixels are good, and upright for all we know
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        return _grey16(image)
+    if image.mode in ("I", "F"):
+        return _stretched(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    page = Image.new("RGB", image.size, "white")
+    page.paste(image, mask=image.getchannel("A"))
+    return page
+
+
+def _grey16(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.uint32)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    clear = image.info.get("transparency")  # one grey value that stands for "transparent"
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _stretched(image: Image.Image) -> Image.Image:
+    with np.errstate(all="ignore"):  # a signalling NaN makes even the cast complain
+        values = np.asarray(image).astype(np.float64)
+        finite = np.isfinite(values)
+        if not finite.any():
+            raise BadImage("no finite pixel")
+        low, high = values[finite].min(), values[finite].max()
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+        grey = np.rint((values - low) * (255 / ((high - low) or 1.0)))
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:  # from the file system, not from Pillow
+        return error.strerror.lower()
+    known = (
+        (Image.DecompressionBombError, "too many pixels (over Pillow's limit)"),
+        (MemoryError, "too large for memory"),
+        (EOFError, "truncated"),
+    )
+    for kind, reason in known:
+        if isinstance(error, kind):
+            return reason
+    text = " ".join(str(error).split())
+    if "truncated" in text.lower() or "end of file" in text.lower():
+        return "truncated"
+    return f"damaged ({type(error).__name__}: {text[:80]})"

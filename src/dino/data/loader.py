@@ -1,0 +1,115 @@
+"""Batches of views by step number: item `s` is what step `s` of the run sees, whoever asks and whenever.
+
+The order is a permutation keyed by (seed, epoch) and every view is keyed by (seed, epoch, sample), so the number of
+workers and ranks changes nothing, and a resume is a matter of starting at another step.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dino.config import ViewOptions
+from dino.data.decode import BadImage
+from dino.data.render import Renderer
+from dino.data.sources import Source
+from dino.data.views import Stream, Views, draw_views, generator
+
+FARTHEST_STAND_IN = 1000  # unreadable images in a row after which a batch is given up
+
+
+class Batch(NamedTuple):
+    groups: list[Tensor]  # per resolution: uint8 [v, n, s, s, 3]; empty when no stand-in could be read either
+    views: Views | None  # the parameters, for what is still to be rendered on the device
+    bad: list[tuple[str, str]]  # images that could not be read: name, reason
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """The order in which epoch `epoch` visits the images: a permutation of 0..num_images-1."""
+    return generator(Stream.ORDER, seed, epoch, 0).permutation(num_images)
+
+
+class ViewBatches(Dataset[Batch]):
+    """Rank `rank` of `world_size` gets its contiguous share of every global batch."""
+
+    def __init__(
+        self,
+        source: Source,
+        options: ViewOptions,
+        renderer: Renderer,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.source, self.options, self.renderer, self.seed = source, options, renderer, seed
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.steps_per_epoch = len(source) // batch_size
+        assert options.global_size is not None
+        assert options.local_size is not None
+        self.sizes = (options.global_size,) * 2 + (options.local_size,) * options.num_local
+
+    def indices(self, step: int) -> np.ndarray:
+        """Positions in the source of this rank's samples at `step`."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.seed, epoch, len(self.source))
+        share = self.batch_size // self.world_size
+        start = batch * self.batch_size + self.rank * share
+        return order[start : start + share]
+
+    def __getitem__(self, step: int) -> Batch:
+        bad: list[tuple[str, str]] = []
+        indices = self.indices(step)
+        images = [image for index in indices if (image := self._read(int(index), bad)) is not None]
+        if len(images) < len(indices):
+            return Batch([], None, bad)
+        shapes = np.array([image.shape[:2] for image in images])
+        epoch = step // self.steps_per_epoch
+        views = draw_views(self.options, self.sizes, self.seed, epoch, indices.tolist(), shapes)
+        return Batch(self.renderer(images, views), views, bad)
+
+    def _read(self, index: int, bad: list[tuple[str, str]]) -> np.ndarray | None:
+        """The image at `index`, or the next readable one after it: the same stand-in for any worker or rank."""
+        for offset in range(min(len(self.source), FARTHEST_STAND_IN)):
+            position = (index + offset) % len(self.source)
+            try:
+                return self.source.read(position)
+            except BadImage as error:
+                bad.append((self.source.name(position), error.reason))
+        return None
+
+
+def start_worker(_: int) -> None:
+    """Workers leave signals to the training process and run one thread each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cv2.setNumThreads(0)
+
+
+def iterate(batches: ViewBatches, start: int, stop: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    """Batches of steps `start` to `stop` - 1, prepared ahead by `num_workers` processes."""
+    return iter(
+        DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=num_workers,
+            worker_init_fn=start_worker if num_workers else None,
+            pin_memory=pin_memory,
+            prefetch_factor=2 if num_workers else None,
+        )
+    )
+
+
+def spare_cores(share: int = 1) -> int:
+    """Worker processes for one of `share` ranks on this machine: the cores left beside each rank's own."""
+    return max(1, len(os.sched_getaffinity(0)) // share - 1)

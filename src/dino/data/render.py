@@ -1,0 +1,303 @@
+"""Views of images, as pixels: the parameters drawn by `dino.data.views` applied to decoded images.
+
+A renderer has two halves. `crop` cuts, resizes and flips on the CPU, where the images are. `colour` does the rest and
+has a backend per device: OpenCV, view by view and in place, or PyTorch, a whole group of views at a time. The first
+suits a worker process (`CpuRenderer` does both halves in one go), the second a GPU (`DeviceRenderer`: let the workers
+call `crop` and the training process `colour`). Both are held to Pillow and torchvision, and to each other, in tests.
+
+Axes: n images, v views, s pixels; m = v * n, view by view. Colour is RGB, 0 to 255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino.data.views import CONTRAST, HUE, SATURATION, Views
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, white = 1
+STD = (0.229, 0.224, 0.225)
+
+_LUMA = (0.299, 0.587, 0.114)
+# Pillow cuts the fraction off after each change of brightness, contrast or saturation, and OpenCV rounds: half a level
+# less makes them equal. A little less than half, so that whole numbers stay what they are.
+_CUT = -0.499
+_HUE_STEPS = 255  # of Pillow's circle of hues, as torchvision counts them
+
+
+class Renderer(Protocol):
+    def __call__(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
+        """Views of `images` ([h, w, 3] uint8 each) by group of equal size: uint8 [v, n, s, s, 3]."""
+        ...
+
+
+def crop(images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
+    """Boxes of the images, resized (bicubic, antialiased, as Pillow) and flipped; a `Renderer` without colour."""
+    groups = _empty(views)
+    for i, image in enumerate(images):
+        for view, out in _views_of(groups, views, i):
+            _crop(image, views.box[i, view], bool(views.flip[i, view]), out)
+    return groups
+
+
+class CpuRenderer:
+    """Everything with OpenCV and PyTorch's resize, one view after the other on one thread."""
+
+    crop = staticmethod(crop)
+
+    def __call__(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
+        groups = _empty(views)
+        kernels = blur_kernels(views.sigma)
+        for i, image in enumerate(images):
+            for view, out in _views_of(groups, views, i):
+                _crop(image, views.box[i, view], bool(views.flip[i, view]), out)
+                _colour(out, views, i, view, kernels[i, view])
+        return groups
+
+    def colour(self, crops: list[Tensor], views: Views) -> list[Tensor]:
+        """Changes what `crop` returned, in place."""
+        kernels = blur_kernels(views.sigma)
+        for i in range(len(views.box)):
+            for view, out in _views_of(crops, views, i):
+                _colour(out, views, i, view, kernels[i, view])
+        return crops
+
+
+class DeviceRenderer:
+    """Cuts on the CPU and colours on `device`, without waiting for it."""
+
+    crop = staticmethod(crop)
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+
+    def __call__(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
+        return self.colour(crop(images, views), views)
+
+    def colour(self, crops: list[Tensor], views: Views) -> list[Tensor]:
+        """What `crop` returned, moved to the device and coloured there."""
+        kernels = blur_kernels(views.sigma)
+        groups = []
+        for x, group in zip(crops, views.groups, strict=True):
+            parameters = _Parameters(views, kernels, group, self.device)
+            x = x.to(self.device, non_blocking=True)
+            planes = x.flatten(0, 1).permute(0, 3, 1, 2).float()
+            coloured = _colour_batch(planes, parameters).permute(0, 2, 3, 1).to(torch.uint8)
+            groups.append(coloured.contiguous().view(x.shape))
+        return groups
+
+
+def normalise(views: Tensor) -> Tensor:
+    """uint8 [v, n, s, s, 3] as the backbone takes it: float32 [m, 3, s, s] (channels last in memory), view by view."""
+    num_views, num_images, size = views.shape[:3]
+    # Rows of s * 3 numbers are worth more to the processor than pixels of 3.
+    scale = torch.tensor([1 / (255 * s) for s in STD]).repeat(size).to(views.device, non_blocking=True)
+    shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)]).repeat(size)
+    rows = views.reshape(-1, size * 3).float().mul_(scale).add_(shift.to(views.device, non_blocking=True))
+    return rows.view(num_views * num_images, size, size, 3).permute(0, 3, 1, 2)
+
+
+def blur_kernels(sigma: np.ndarray) -> np.ndarray:
+    """The row (and column) of Pillow's Gaussian blur for each standard deviation: float32 [..., taps], sum 1.
+
+    Three box filters of the same fractional length, as one filter (Gwosdek et al., "Theoretical foundations of Gaussian
+    convolution by extended box filtering", 2011). Where sigma is 0 the kernel is one 1 in the middle.
+    """
+    variance = np.asarray(sigma, np.float64)[..., None] ** 2 / 3
+    whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
+    rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    reach = int(whole.max(initial=0)) + 1
+    offsets = np.abs(np.arange(-reach, reach + 1))
+    box = np.clip(whole + rest + 1 - offsets, 0, 1) / (2 * (whole + rest) + 1)
+    kernel = _convolve(_convolve(box, box), box)
+    return ((kernel + kernel[..., ::-1]) / 2).astype(np.float32)  # symmetric to the last bit: OpenCV is faster then
+
+
+def _convolve(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Along the last axis, full."""
+    out = np.zeros((*a.shape[:-1], a.shape[-1] + b.shape[-1] - 1))
+    for k in range(b.shape[-1]):
+        out[..., k : k + a.shape[-1]] += a * b[..., k, None]
+    return out
+
+
+def _empty(views: Views) -> list[Tensor]:
+    n = len(views.box)
+    sizes = [(views.sizes[group.start], group.stop - group.start) for group in views.groups]
+    return [torch.empty((v, n, size, size, 3), dtype=torch.uint8) for size, v in sizes]
+
+
+def _views_of(groups: list[Tensor], views: Views, image: int):
+    """(view, its pixels [s, s, 3]) for each view of one image."""
+    for group, tensor in zip(views.groups, groups, strict=True):
+        pixels = tensor.numpy()
+        for view in range(group.start, group.stop):
+            yield view, pixels[view - group.start, image]
+
+
+# ------------------------------------------------------------------------------------------- OpenCV, one view
+
+
+def _crop(image: np.ndarray, box: np.ndarray, flip: bool, out: np.ndarray) -> None:
+    top, left, height, width = box.tolist()
+    # A copy, and the batch dimension before the permutation: PyTorch is twice as fast on what it sees as channels last.
+    part = torch.from_numpy(image[top : top + height, left : left + width].copy())
+    planes = part.unsqueeze(0).permute(0, 3, 1, 2)
+    resized = F.interpolate(planes, size=out.shape[:2], mode="bicubic", antialias=True)
+    pixels = resized[0].permute(1, 2, 0).numpy()
+    if flip:
+        cv2.flip(pixels, 1, dst=out)
+    else:
+        np.copyto(out, pixels)
+
+
+def _colour(x: np.ndarray, views: Views, i: int, view: int, kernel: np.ndarray) -> None:
+    """Colours x [s, s, 3] in place."""
+    if views.jitter[i, view]:
+        _jitter(x, views.order[i, view].tolist(), views.factors[i, view].tolist())
+    blur = views.sigma[i, view] > 0
+    if views.grey[i, view]:
+        grey = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)
+        if blur:
+            _blur(grey, kernel)
+        cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB, dst=x)
+    elif blur:
+        _blur(x, kernel)
+    if views.solarise[i, view]:
+        cv2.min(x, cv2.bitwise_not(x), dst=x)  # 255 - x where that is less, which is from 128 on
+
+
+def _jitter(x: np.ndarray, order: list[int], factors: list[float]) -> None:
+    """Brightness, contrast, saturation and hue in place, in this order.
+
+    All but hue make y = a * x + b * luma(x) + c of x. A factor up to 1 leaves nothing to clip, so such a step waits and
+    becomes one with the next: a, b and c are what has still to be done to x.
+    """
+    a, b, c = 1.0, 0.0, 0.0
+    for step in order:
+        factor = factors[step]
+        if step == HUE:
+            _affine(x, a, b, c)
+            a, b, c = 1.0, 0.0, 0.0
+            _shift_hue(x, int(factor * _HUE_STEPS))
+            continue
+        rest = 1 - factor
+        if step == CONTRAST:
+            mean = (a + b) * sum(w * m for w, m in zip(_LUMA, cv2.mean(x), strict=False)) + c
+            a, b, c = factor * a, factor * b, factor * c + rest * int(mean + 0.5) + _CUT
+        elif step == SATURATION:
+            a, b, c = factor * a, factor * b + rest * (a + b), c + _CUT
+        else:
+            a, b, c = factor * a, factor * b, factor * c + _CUT
+        if factor > 1:
+            _affine(x, a, b, c)
+            a, b, c = 1.0, 0.0, 0.0
+    _affine(x, a, b, c)
+
+
+def _affine(x: np.ndarray, a: float, b: float, c: float) -> None:
+    """a * x + b * luma(x) + c in place."""
+    if a == 1 and b == 0:  # a whole c is never left over alone
+        return
+    red, green, blue = (b * w for w in _LUMA)
+    matrix = np.array([[a + red, green, blue, c], [red, a + green, blue, c], [red, green, a + blue, c]])
+    cv2.transform(x, matrix, dst=x)
+
+
+def _shift_hue(x: np.ndarray, steps: int) -> None:
+    if steps == 0:
+        return
+    hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV_FULL)
+    rows = hsv.reshape(len(hsv), -1)
+    rows += np.tile(np.array([steps % 256, 0, 0], np.uint8), x.shape[1])  # bytes go round the circle by themselves
+    cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=x)
+
+
+def _blur(x: np.ndarray, kernel: np.ndarray) -> None:
+    """In place. Outer taps that together could not move a pixel by an eighth of a level are left out."""
+    half = len(kernel) // 2
+    reach = half - int(np.searchsorted(np.cumsum(kernel[:half]), 2**-12))
+    kernel = kernel[half - reach : half + reach + 1] / kernel[half - reach : half + reach + 1].sum()
+    cv2.sepFilter2D(x, -1, kernel, kernel, dst=x, borderType=cv2.BORDER_REPLICATE)
+
+
+# -------------------------------------------------------------------------------------- PyTorch, many views
+
+
+class _Parameters:
+    """Colour parameters of the views of one group, as tensors on the device; m in front."""
+
+    def __init__(self, views: Views, kernels: np.ndarray, group: slice, device: torch.device):
+        def rows(values: np.ndarray) -> np.ndarray:
+            return values[:, group].swapaxes(0, 1).reshape(-1, *values.shape[2:])
+
+        def send(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+
+        jitter, order, factors = rows(views.jitter), rows(views.order), rows(views.factors)
+        steps = (factors[:, HUE] * _HUE_STEPS).astype(np.int64)
+        taken = np.take_along_axis(factors, order.astype(np.int64), 1)
+        taken[~jitter] = 1
+        taken[order == HUE] = 1
+        self.factors = send(taken.T[..., None, None, None])  # [4, m, 1, 1, 1], by position in the order
+        self.contrast = send((order == CONTRAST).astype(np.float32).T[..., None, None, None])
+        self.saturation = send((order == SATURATION).astype(np.float32).T[..., None, None, None])
+        # Which views each position changes is known here, so the device is never asked how many there are.
+        shifted = [np.flatnonzero(jitter & (order[:, k] == HUE) & (steps != 0)) for k in range(4)]
+        self.shifted = [send(which) for which in shifted]
+        self.steps = [send(steps[which].astype(np.float32)[:, None, None, None]) for which in shifted]
+        self.grey = send(rows(views.grey)[:, None, None, None])
+        blurred = np.flatnonzero(rows(views.sigma) > 0)
+        self.blurred = send(blurred)
+        self.kernels = send(rows(kernels)[blurred])
+        self.solarise = send(rows(views.solarise)[:, None, None, None])
+
+
+def _colour_batch(x: Tensor, p: _Parameters) -> Tensor:
+    """Colours x, float [m, 3, s, s] of whole numbers; may change it."""
+    weights = x.new_tensor(_LUMA).view(3, 1, 1)
+    for k in range(4):
+        luma = _round((x * weights).sum(1, keepdim=True))
+        anchor = p.contrast[k] * _round(luma.mean((2, 3), keepdim=True)) + p.saturation[k] * luma
+        # Whole numbers in, so a factor of 1 changes nothing at all.
+        x = ((x - anchor) * p.factors[k] + anchor).clamp_(0, 255).floor_()
+        if len(p.shifted[k]):
+            x[p.shifted[k]] = _shift_hue_batch(x[p.shifted[k]], p.steps[k])
+    x = torch.where(p.grey, _round((x * weights).sum(1, keepdim=True)), x)
+    if len(p.blurred):
+        x[p.blurred] = _round(_blur_batch(x[p.blurred], p.kernels))
+    return torch.where(p.solarise & (x >= 128), 255 - x, x)
+
+
+def _round(x: Tensor) -> Tensor:
+    return (x + 0.5).floor_()
+
+
+def _shift_hue_batch(x: Tensor, steps: Tensor) -> Tensor:
+    """By way of 8-bit hue, saturation and value, as Pillow."""
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = high - low
+    red, green, blue = ((high - x) / chroma.clamp(min=1)).split(1, 1)
+    hue = torch.where(x[:, :1] == high, blue - green, torch.where(x[:, 1:2] == high, 2 + red - blue, 4 + green - red))
+    hue = ((hue / 6 + 1) % 1 * 255).floor_()
+    saturation = (chroma / high.clamp(min=1) * 255).floor_()
+    sextant = (hue + steps) % 256 * (6 / 255)
+    k = (sextant + x.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6
+    return _round(high * (1 - saturation / 255 * torch.minimum(k, 4 - k).clamp_(0, 1)))
+
+
+def _blur_batch(x: Tensor, kernels: Tensor) -> Tensor:
+    """Each of the m images with its own kernel [m, taps], rows first."""
+    m, channels, height, width = x.shape
+    half = kernels.shape[1] // 2
+    kernels = kernels.repeat_interleave(channels, 0)[:, None]
+    x = x.reshape(1, m * channels, height, width)
+    x = F.conv2d(F.pad(x, (half, half, 0, 0), mode="replicate"), kernels[:, :, None, :], groups=m * channels)
+    x = F.conv2d(F.pad(x, (0, 0, half, half), mode="replicate"), kernels[..., None], groups=m * channels)
+    return x.view(m, channels, height, width)

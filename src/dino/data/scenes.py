@@ -1,0 +1,275 @@
+"""The embedded data set: drawn scenes of one object each, with labels and masks.
+
+Image `i` of seed `s` is a function of (s, i) alone, drawn when it is read: nothing is stored or fetched. An object is one of
+ten shapes; its position, size, rotation, colours and texture are independent of the shape, and the background is a
+soft field of colours. So pixels say little about the class, and a model has to see shape to tell classes apart.
+
+Lengths are shares of the image edge, y points down. A shape is a signed distance function of coordinates [h, w]
+in which its area is about that of a unit disc: negative inside, zero on the outline, exact only near it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import cv2
+import numpy as np
+
+Array = np.ndarray
+
+SIZE_RANGE = (0.15, 0.21)  # radius of the disc that has the object's area
+MAX_TURN = 0.5  # rotation is drawn from +- this, in turns
+BACKGROUND_CELLS = 4  # cells per edge of the grid of colours behind the object
+GRAIN_CELLS = 48  # a fixed grid, so that the grain is the same scene at any size
+GRAIN = 0.015  # standard deviation, white = 1
+_LABEL_STREAM = 1 << 63  # keeps the keys of labels apart from those of images
+
+
+# ---------------------------------------------------------------------------------------------------- shapes
+
+
+def _fold(x: Array, y: Array, sectors: int) -> tuple[Array, Array]:
+    """Coordinates mirrored into the first half sector of an n-fold symmetric shape with a corner at the top."""
+    angle = np.abs((np.arctan2(x, -y) * (sectors / (2 * np.pi)) + 0.5) % 1 - 0.5) * (2 * np.pi / sectors)
+    radius = np.hypot(x, y)
+    return radius * np.cos(angle), radius * np.sin(angle)
+
+
+def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
+    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
+
+
+def _disc(x: Array, y: Array) -> Array:
+    return np.hypot(x, y) - 1
+
+
+def _ring(x: Array, y: Array) -> Array:
+    return np.abs(np.hypot(x, y) - 0.95) - 0.34
+
+
+def _square(x: Array, y: Array) -> Array:
+    return _box(x, y, 0.886, 0.886)
+
+
+def _triangle(x: Array, y: Array) -> Array:
+    along, across = _fold(x, y, 3)
+    return 0.5 * along + 0.866 * across - 0.778
+
+
+def _star(x: Array, y: Array) -> Array:
+    along, across = _fold(x, y, 5)
+    # The edge from the outer corner (1.6, 0) to the inner one at radius 0.72 and half a sector.
+    inner = 0.72 * np.cos(np.pi / 5), 0.72 * np.sin(np.pi / 5)
+    length = np.hypot(1.6 - inner[0], inner[1])
+    return ((along - 1.6) * inner[1] + across * (1.6 - inner[0])) / length
+
+
+def _cross(x: Array, y: Array) -> Array:
+    return np.minimum(_box(x, y, 1.2, 0.38), _box(x, y, 0.38, 1.2))
+
+
+def _crescent(x: Array, y: Array) -> Array:
+    return np.maximum(np.hypot(x, y) - 1.3, 0.98 - np.hypot(x - 0.62, y))
+
+
+def _heart(x: Array, y: Array) -> Array:
+    x, y = np.abs(x) / 1.95, 0.53 - y / 1.95  # the unit heart stands on its tip at (0, 0)
+    lobe = np.hypot(x - 0.25, y - 0.75) - np.sqrt(2) / 4
+    foot = np.maximum(x + y, 0) / 2
+    edge = np.minimum(np.hypot(x, y - 1), np.hypot(x - foot, y - foot)) * np.sign(x - y)
+    return 1.95 * np.where(x + y > 1, lobe, edge)
+
+
+def _arrow(x: Array, y: Array) -> Array:
+    y = np.abs(y)
+    head = np.maximum(0.05 - x, (x - 1.5) * 0.634 + y * 0.773)
+    return np.minimum(head, _box(x + 0.65, y, 0.75, 0.37))
+
+
+def _capsule(x: Array, y: Array) -> Array:
+    return np.hypot(np.maximum(np.abs(x) - 1.05, 0), y) - 0.54
+
+
+SHAPES: dict[str, Callable[[Array, Array], Array]] = {
+    "disc": _disc,
+    "ring": _ring,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "crescent": _crescent,
+    "heart": _heart,
+    "arrow": _arrow,
+    "capsule": _capsule,
+}
+REACH = 1.65  # no shape reaches further from its centre than this
+
+
+# -------------------------------------------------------------------------------------------------- textures
+
+
+def _wave(x: Array) -> Array:
+    """A square wave with soft edges, period 1, values 0 to 1."""
+    return np.clip(0.5 + 1.5 * np.sin(2 * np.pi * x), 0, 1)
+
+
+# Each is the share [h, w] of the second colour.
+TEXTURES: tuple[Callable[[Array, Array], Array], ...] = (
+    lambda x, y: np.zeros_like(x),  # plain
+    lambda x, y: np.clip(0.5 + 0.45 * x, 0, 1),  # gradient
+    lambda x, y: _wave(1.1 * x),  # stripes
+    lambda x, y: _wave(0.85 * x) * _wave(0.85 * y),  # dots
+    lambda x, y: np.abs(_wave(0.75 * x) - _wave(0.75 * y)),  # checks
+)
+
+
+# ---------------------------------------------------------------------------------------------------- scenes
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What is drawn, free of any resolution."""
+
+    shape: Callable[[Array, Array], Array]
+    texture: Callable[[Array, Array], Array]
+    centre: tuple[float, float]  # x, y
+    radius: float
+    turn: float
+    colours: Array  # float32 [2, 3], first and second colour of the object
+    background: Array  # float32 [cells, cells, 3]
+    grain: Array  # float32 [cells, cells]
+
+
+def _colour(luma: Array, hue: Array, chroma: Array) -> Array:
+    """RGB [..., 3] of mean `luma`; hue in turns."""
+    thirds = np.array([0, 1 / 3, 2 / 3])
+    return np.asarray(luma)[..., None] + np.asarray(chroma)[..., None] * np.cos(2 * np.pi * (hue[..., None] - thirds))
+
+
+def _scene(seed: int, index: int, label: int) -> _Scene:
+    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+    radius = rng.uniform(*SIZE_RANGE)
+    room = REACH * radius
+    centre = rng.uniform(room, 1 - room, 2)
+    turn = rng.uniform(-MAX_TURN, MAX_TURN)
+    texture = TEXTURES[rng.integers(len(TEXTURES))]
+
+    cells = (BACKGROUND_CELLS, BACKGROUND_CELLS)
+    luma = rng.uniform(0.3, 0.7)
+    background = _colour(
+        luma + rng.uniform(-0.13, 0.13, cells),
+        rng.uniform() + rng.uniform(-0.2, 0.2, cells),
+        rng.uniform(0.05, 0.25) * rng.uniform(0.5, 1.2, cells),
+    )
+    # The object is lighter than a dark background and darker than a light one; at middle grey it may be either.
+    lighter = rng.uniform() < (0.75 - luma) / 0.5
+    first = luma + (1 if lighter else -1) * rng.uniform(0.22, 0.4)
+    second = first + rng.uniform(0.1, 0.2) * (1 if first < 0.5 else -1)
+    hue = rng.uniform() + np.array([0.0, rng.uniform(-0.12, 0.12)])
+    colours = _colour(np.array([first, second]), hue, np.full(2, rng.uniform(0.15, 0.35)))
+    return _Scene(
+        shape=list(SHAPES.values())[label],
+        texture=texture,
+        centre=(float(centre[0]), float(centre[1])),
+        radius=radius,
+        turn=turn,
+        colours=np.clip(colours, 0.02, 0.98).astype(np.float32),
+        background=np.clip(background, 0.02, 0.98).astype(np.float32),
+        grain=rng.standard_normal((GRAIN_CELLS, GRAIN_CELLS), dtype=np.float32) * np.float32(GRAIN),
+    )
+
+
+@cache
+def _grid(size: int) -> Array:
+    """Pixel centres along one edge, float32 [size]."""
+    return ((np.arange(size) + 0.5) / size).astype(np.float32)
+
+
+def _object_coordinates(scene: _Scene, size: int) -> tuple[Array, Array]:
+    """x, y float32 [size, size] in the object's own frame, in units of its radius."""
+    cos, sin = (np.float32(f(2 * np.pi * scene.turn) / scene.radius) for f in (np.cos, np.sin))
+    x = _grid(size)[None, :] - np.float32(scene.centre[0])
+    y = _grid(size)[:, None] - np.float32(scene.centre[1])
+    return cos * x + sin * y, cos * y - sin * x
+
+
+def _resize(cells: Array, size: int, interpolation: int) -> Array:
+    return cv2.resize(cells, (size, size), interpolation=interpolation)
+
+
+def _draw(scene: _Scene, size: int) -> Array:
+    """The scene as uint8 [size, size, 3]."""
+    x, y = _object_coordinates(scene, size)
+    distance = scene.shape(x, y)
+    image = _resize(scene.background, size, cv2.INTER_CUBIC)
+    # A soft shadow all round and a darker rim give the object some body.
+    image *= (1 - 0.3 * np.clip(1 - distance / 0.5, 0, 1) ** 2)[..., None]
+    first, second = scene.colours
+    paint = first + scene.texture(x, y)[..., None] * (second - first)
+    paint *= (0.88 + 0.12 * np.clip(-distance / 0.25, 0, 1))[..., None]
+    cover = np.clip(0.5 - distance * np.float32(scene.radius * size), 0, 1)[..., None]
+    image += cover * (paint - image)
+    down = size < GRAIN_CELLS
+    image += _resize(scene.grain, size, cv2.INTER_AREA if down else cv2.INTER_LINEAR)[..., None]
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+class Scenes:
+    """Drawn scenes `first` to `first + num_images - 1` of a seed, as a source of labelled images.
+
+    Scenes of one seed at other positions are held-out images of the same kind; another `size` (edge, pixels) is
+    the same scenes at another resolution. Labels are balanced: every run of ten scenes from a multiple of ten on
+    holds each class once, in an order of its own. Raises `ValueError` for a size or count that cannot be drawn.
+    """
+
+    classes: tuple[str, ...] = tuple(SHAPES)
+
+    def __init__(self, num_images: int, seed: int = 0, size: int = 48, first: int = 0) -> None:
+        if num_images < 1:
+            raise ValueError(f"num_images is {num_images}; ask for at least 1 scene.")
+        if size < 8:
+            raise ValueError(f"size is {size}; a scene needs at least 8 pixels to show its object.")
+        for name, value in (("seed", seed), ("first", first)):
+            if not 0 <= value < _LABEL_STREAM:
+                raise ValueError(f"{name} is {value}; it must be in [0, 2**63).")
+        self.num_images, self.seed, self.size, self.first = num_images, seed, size, first
+        self.labels = _labels(num_images, seed, first)
+        digest = hashlib.sha256(f"scenes 1 {seed} {size} {first}".encode())
+        digest.update(self.labels.astype("<i8").tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def name(self, index: int) -> str:
+        """'scene-00042': the scene's position in the endless row of its seed."""
+        return f"scene-{self.first + self._checked(index):05d}"
+
+    def read(self, index: int) -> Array:
+        """The scene as uint8 [size, size, 3]."""
+        return _draw(self._scene(index), self.size)
+
+    def mask(self, index: int) -> Array:
+        """Where the object is, bool [size, size]."""
+        scene = self._scene(index)
+        return scene.shape(*_object_coordinates(scene, self.size)) < 0
+
+    def _scene(self, index: int) -> _Scene:
+        return _scene(self.seed, self.first + self._checked(index), int(self.labels[index]))
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < self.num_images:
+            raise IndexError(f"scene {index} is out of range; there are {self.num_images}, counted from 0.")
+        return index
+
+
+def _labels(num_images: int, seed: int, first: int) -> Array:
+    """int64 [num_images]; each block of ten positions is a permutation drawn from (seed, block)."""
+    num = len(SHAPES)
+    blocks = range(first // num, (first + num_images - 1) // num + 1)
+    orders = [np.random.Generator(np.random.Philox(key=[seed, _LABEL_STREAM + b])).permutation(num) for b in blocks]
+    start = first % num
+    return np.concatenate(orders)[start : start + num_images].astype(np.int64)

@@ -1,0 +1,152 @@
+"""What the views of an image are: boxes, flips, colour changes; drawn as numbers, rendered by `dino.data.render`.
+
+Every number is a function of (seed, epoch, sample index) alone, so a run is the same for any number of workers and
+ranks and a resume is exact. Each sample has a counter-based generator of its own and each view a row of `_SLOTS`
+uniform numbers in it with a fixed meaning: changing one option, or the number of local views, leaves the draws
+of everything else as they were. The distributions are those of the paper's multi-crop and colour augmentations
+(sections 3.1 and 3.2, after SwAV and BYOL) as torchvision's transforms define them.
+
+Axes: n images, v views of each, globals first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from dino.config import ViewOptions
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+_ATTEMPTS = 10  # boxes tried before the central one is taken
+_RATIO = (3 / 4, 4 / 3)  # width / height of a box, log-uniform
+_ORDERS = np.array(list(itertools.permutations(range(4))), np.int8)
+
+# Places of a view's uniform numbers in its row; the numbers of one meaning never move.
+_AREA, _LOG_RATIO = slice(0, 10), slice(10, 20)
+_TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(20, 25)
+_FACTORS = slice(25, 29)
+_GREY, _BLUR, _SIGMA, _SOLARISE = range(29, 33)
+_SLOTS = 40
+
+
+class Stream(IntEnum):
+    """What random numbers are for; streams of one (seed, epoch) never overlap."""
+
+    ORDER = 1
+    VIEWS = 2
+
+
+def generator(stream: Stream, seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of one thing: 2**128 Philox blocks that no other (stream, seed, epoch, index) shares."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; a seed lies in [0, 2**64).")
+    key = np.array([seed, epoch], np.uint64)
+    counter = np.array([0, 0, index, stream], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+@dataclass(frozen=True)
+class Views:
+    """Parameters of v views of n images."""
+
+    sizes: tuple[int, ...]
+    """[v] output edge of each view, pixels; globals first."""
+    box: np.ndarray
+    """int32 [n, v, 4] top, left, height, width in pixels of the source."""
+    flip: np.ndarray
+    """bool [n, v]"""
+    jitter: np.ndarray
+    """bool [n, v]; without it `order` and `factors` mean nothing."""
+    order: np.ndarray
+    """int8 [n, v, 4] order in which 0 brightness, 1 contrast, 2 saturation, 3 hue are applied."""
+    factors: np.ndarray
+    """float32 [n, v, 4] factors of brightness, contrast and saturation; hue shift in turns."""
+    grey: np.ndarray
+    """bool [n, v]"""
+    sigma: np.ndarray
+    """float32 [n, v] blur standard deviation in pixels of the view; 0 is none."""
+    solarise: np.ndarray
+    """bool [n, v]"""
+
+    @property
+    def groups(self) -> list[slice]:
+        """Runs of consecutive views of equal size: one tensor, and one pass of the backbone, each."""
+        ends = [i for i in range(1, len(self.sizes)) if self.sizes[i] != self.sizes[i - 1]]
+        return [slice(a, b) for a, b in itertools.pairwise([0, *ends, len(self.sizes)])]
+
+
+def draw_views(
+    options: ViewOptions,
+    sizes: tuple[int, ...],
+    seed: int,
+    epoch: int,
+    indices: Sequence[int],
+    shapes: np.ndarray,
+) -> Views:
+    """Views of the samples `indices` at `epoch`, for images of `shapes` [n, 2] (height, width)."""
+    assert len(sizes) == 2 + options.num_local, f"{len(sizes)} sizes for 2 + {options.num_local} views"
+    assert shapes.shape == (len(indices), 2)
+    num_views = len(sizes)
+    # One call per sample, a row per view: a view's numbers depend neither on the batch nor on how many views follow.
+    draws = [generator(Stream.VIEWS, seed, epoch, i).random((num_views, _SLOTS)) for i in indices]
+    u = np.stack(draws) if draws else np.empty((0, num_views, _SLOTS))
+
+    kinds = np.minimum(np.arange(num_views), 2)  # first global, second global, local
+    scales = np.array([options.global_scale, options.global_scale, options.local_scale])[kinds]
+    jitter = u[..., _JITTER] < options.jitter_prob
+    blur = u[..., _BLUR] < np.array(options.blur_prob)[kinds]
+    low, high = options.blur_sigma
+    return Views(
+        sizes=tuple(sizes),
+        box=_boxes(u, scales, shapes),
+        flip=u[..., _FLIP] < options.flip_prob,
+        jitter=jitter,
+        order=_ORDERS[(u[..., _ORDER] * len(_ORDERS)).astype(np.intp)],
+        factors=_factors(u[..., _FACTORS], options),
+        grey=u[..., _GREY] < options.grey_prob,
+        sigma=np.where(blur, low + (high - low) * u[..., _SIGMA], 0).astype(np.float32),
+        solarise=u[..., _SOLARISE] < np.array(options.solarise_prob)[kinds],
+    )
+
+
+def _factors(u: np.ndarray, options: ViewOptions) -> np.ndarray:
+    """float32 [n, v, 4] of uniform numbers of that shape."""
+    reach = np.array([options.brightness, options.contrast, options.saturation, options.hue])
+    middle = np.array([1, 1, 1, 0])
+    return (middle + reach * (2 * u - 1)).astype(np.float32)
+
+
+def _boxes(u: np.ndarray, scales: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    """int32 [n, v, 4]: the first of ten boxes of random area and ratio that fits, else a central one.
+
+    `scales` [v, 2] are the bounds of the share of the area. As torchvision's RandomResizedCrop, rounding included.
+    """
+    height, width = (shapes[:, i, None, None].astype(np.float64) for i in (0, 1))
+    low, high = scales[:, 0, None], scales[:, 1, None]
+    area = height * width * (low + (high - low) * u[..., _AREA])
+    log_low, log_high = np.log(_RATIO)
+    ratio = np.exp(log_low + (log_high - log_low) * u[..., _LOG_RATIO])
+    h, w = np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))  # [n, v, attempts]
+    fits = (h > 0) & (w > 0) & (h <= height) & (w <= width)
+
+    first = fits.argmax(-1)[..., None]  # 0 where none fits; replaced below
+    h, w = (np.take_along_axis(edge, first, -1)[..., 0] for edge in (h, w))
+    height, width = height[..., 0], width[..., 0]
+    top = np.floor(u[..., _TOP] * (height - h + 1))
+    left = np.floor(u[..., _LEFT] * (width - w + 1))
+    boxes = np.where(fits.any(-1)[..., None], np.stack([top, left, h, w], -1), _central(shapes)[:, None])
+    return boxes.astype(np.int32)
+
+
+def _central(shapes: np.ndarray) -> np.ndarray:
+    """[n, 4]: the largest central box whose ratio is allowed."""
+    height, width = shapes[:, 0].astype(np.float64), shapes[:, 1].astype(np.float64)
+    narrow, wide = _RATIO
+    h = np.where(width / height < narrow, np.rint(width / narrow), height)
+    w = np.where(width / height > wide, np.rint(height * wide), width)
+    return np.stack([(height - h) // 2, (width - w) // 2, h, w], -1)

@@ -1,0 +1,72 @@
+"""Ranks: who am I, and sums over all of us. With one process all of this is the identity and no group exists."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def start(device: str) -> torch.device:
+    """Join the process group that `torchrun` describes, if there is one, and return this rank's device.
+
+    Raises:
+        ValueError: `device` is 'cuda' and there is no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ValueError("device is cuda but PyTorch sees no NVIDIA GPU; use --device cpu or --device auto.")
+    use_gpu = has_gpu and device != "cpu"
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ and not dist.is_initialized():
+        if use_gpu and local >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started local rank {local} but this machine has {torch.cuda.device_count()} GPUs; "
+                "lower --nproc-per-node, or use --device cpu."
+            )
+        dist.init_process_group("nccl" if use_gpu else "gloo")
+    if not use_gpu:
+        return torch.device("cpu")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value` of every rank, in rank order, on every rank. Any picklable object."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,103 @@
+"""What a run says: `metrics.jsonl`, TensorBoard events, the quarantine list, and a progress line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Metrics:
+    """One JSON object a line in `metrics.jsonl`, and the same numbers as TensorBoard events.
+
+    Lines after `first_step` that an interrupted run wrote are dropped, so that a resumed run leaves the same file.
+    """
+
+    def __init__(self, folder: Path, first_step: int, tensorboard: bool):
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+        # Events of steps beyond the checkpoint are marked as superseded.
+        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1) if tensorboard else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step} | values) + "\n")
+        if self.events is not None:
+            for name, value in values.items():
+                self.events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.events is not None:
+            self.events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut off by a kill is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Quarantine:
+    """Images that could not be read, each named once with its reason in `quarantine.jsonl`."""
+
+    def __init__(self, path: Path, total: int, max_fraction: float):
+        self.path, self.total, self.max_fraction = path, total, max_fraction
+        self.names = {line["image"] for line in read_metrics(path)} if path.exists() else set[str]()
+
+    def add(self, bad: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Write down those not yet known and return them."""
+        fresh = [(name, reason) for name, reason in dict(bad).items() if name not in self.names]
+        if fresh:
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps({"image": name, "reason": reason}) + "\n" for name, reason in fresh)
+            self.names.update(name for name, _ in fresh)
+        return fresh
+
+    def too_many(self) -> bool:
+        return len(self.names) > self.max_fraction * self.total
+
+
+class Terminal:
+    """A live progress line where there is a terminal, plain lines where there is none; silent on other ranks."""
+
+    def __init__(self, enabled: bool):
+        self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True)
+        self.live = enabled and sys.stderr.isatty()
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("train", total=None, epoch="", status="")
+
+    def start(self, step: int, total: int) -> None:
+        self.progress.update(self.task, completed=step, total=total)
+        self.progress.start()
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, markup=False, highlight=False)
+
+    def update(self, step: int, epoch: str, status: str) -> None:
+        self.progress.update(self.task, completed=step, epoch=epoch, status=status)
+
+    def stop(self) -> None:
+        self.progress.stop()

@@ -1,0 +1,78 @@
+"""Is it learning? The paper's two collapses (section 5.3) told apart, and the health of features without labels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Collapse = Literal["uniform", "dominated"]
+
+ADVICE: dict[Collapse, str] = {
+    "uniform": (
+        "uniform collapse: the teacher's targets spread evenly over all prototypes (entropy {entropy:.2f} of at most "
+        "{limit:.2f}) and the student copies that (KL {kl:.4f}). There is too little sharpening: lower "
+        "--method.teacher-temp (now {temp:g}), or use fewer prototypes (--head.out-dim)."
+    ),
+    "dominated": (
+        "collapse to one prototype: the targets of all images are the same (entropy {entropy:.4f}, usage "
+        "{usage:.4f}, KL {kl:.4f}). Centring is too weak: use --method.targets centring with a "
+        "--method.centre-momentum of 0.9, or raise --method.teacher-temp (now {temp:g})."
+    ),
+}
+
+
+@dataclass
+class CollapseMonitor:
+    """Looks at averages over a log interval and speaks when one collapse has lasted for `patience` images-steps.
+
+    A loss that rises early, and an entropy near ln K in the first steps (an untrained network's targets are nearly
+    uniform once centred), are normal: a uniform collapse is only called once the student has had time to leave it.
+    """
+
+    out_dim: int
+    patience: int = 100
+    since: dict[str, int] = field(default_factory=dict)
+    reported: str = ""
+
+    def look(self, step: int, entropy: float, kl: float, usage: float, temp: float) -> str | None:
+        """A warning the first time a collapse is certain, else None. In nats; `usage`: entropy of the mean target."""
+        limit = math.log(self.out_dim)
+        now: Collapse | None = None
+        if entropy > 0.99 * limit and kl < 0.01 * limit:
+            now = "uniform"
+        elif usage < 0.05 * limit and kl < 0.05 * limit:
+            now = "dominated"
+        if now is None:
+            self.since.clear()
+            self.reported = ""
+            return None
+        self.since = {now: self.since.get(now, step)}
+        if step - self.since[now] < self.patience or self.reported == now:
+            return None
+        self.reported = now
+        return ADVICE[now].format(entropy=entropy, kl=kl, usage=usage, limit=limit, temp=temp)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"since": dict(self.since), "reported": self.reported}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        self.since, self.reported = dict(state["since"]), str(state["reported"])  # pyright: ignore
+
+
+@torch.no_grad()
+def feature_health(features: Tensor) -> dict[str, float]:
+    """Label-free signs of life of features [m, d].
+
+    `feature_std`: mean standard deviation per dimension of L2-normalised features times sqrt(d); 1 when directions are
+    spread evenly, 0 when all features are the same. `effective_rank`: exp of the entropy of the normalised singular
+    values (Roy & Vetterli 2007), between 1 and d.
+    """
+    z = torch.nn.functional.normalize(features.float(), dim=1)
+    std = z.std(dim=0).mean().item() * math.sqrt(z.shape[1])
+    values = torch.linalg.svdvals(z - z.mean(dim=0))
+    share = values / values.sum().clamp(min=1e-12)
+    return {"feature_std": std, "effective_rank": torch.special.entr(share).sum().exp().item()}

@@ -1,0 +1,44 @@
+"""One process or many, full or half precision: what wraps the method so that the loop need not know."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dino import distributed
+from dino.method import DINO, Step
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """'auto' as what this device does best; an impossible wish is refused."""
+    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    if precision == "auto":
+        return ("bf16" if bf16 else "fp16") if device.type == "cuda" else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision is fp16 but the device is the CPU; use --precision fp32 or bf16.")
+    if precision == "bf16" and not bf16:
+        raise ValueError("precision is bf16 but this GPU has no bfloat16; use --precision fp16.")
+    return precision
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def distribute(method: DINO, device: torch.device) -> Callable[[list[Tensor], float], Step]:
+    """The method's forward pass, with gradients averaged over ranks when there are several.
+
+    Ranks hold equal shares of the global batch, so the mean of their gradients is the gradient of the global mean.
+    """
+    if distributed.world_size() == 1:
+        return method
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -1,0 +1,334 @@
+"""The training loop: steps in the reference's order, metrics without syncs, exact resume, orderly endings.
+
+Everything random is a function of (seed, step, sample), so a checkpoint holds the step and tensors, no generator
+state, and continuing from it is bit for bit the run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino import distributed, schedules
+from dino.config import TrainOptions, known, to_dict
+from dino.data.loader import Batch, ViewBatches, iterate
+from dino.data.render import normalise
+from dino.data.sources import Source
+from dino.data.views import Views
+from dino.engine import optim, parallel
+from dino.engine.checkpoint import CheckpointError, Checkpoints
+from dino.engine.log import Metrics, Quarantine, Terminal
+from dino.engine.monitor import CollapseMonitor
+from dino.method import DINO, Network, Step
+from dino.models import Head, create, weights
+
+Callback = Callable[[DINO], dict[str, float]]  # measures the method between steps; runs on the main rank
+
+
+class TrainingError(Exception):
+    """The run had to end early; the message says why and how to go on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options in epochs, turned into steps once."""
+
+    options: TrainOptions
+    steps_per_epoch: int
+
+    @property
+    def total(self) -> int:
+        return known(self.options.epochs) * self.steps_per_epoch
+
+    def steps(self, epochs: float | None) -> int:
+        return round(known(epochs) * self.steps_per_epoch)
+
+    def lr(self, step: int) -> float:
+        o = self.options.optim
+        peak = o.lr * known(self.options.batch_size) / 256
+        return schedules.warmup_cosine(step, self.total, peak, o.min_lr, self.steps(o.warmup_epochs))
+
+    def weight_decay(self, step: int) -> float:
+        return schedules.cosine(step, self.total, self.options.optim.weight_decay, self.options.optim.weight_decay_end)
+
+    def momentum(self, step: int) -> float:
+        return schedules.cosine(step, self.total, known(self.options.method.momentum), 1.0)
+
+    def teacher_temp(self, step: int) -> float:
+        m = self.options.method
+        epochs, end = math.ceil(known(m.teacher_temp_epochs)), known(m.teacher_temp)
+        return schedules.linear_then_constant(step // self.steps_per_epoch, m.teacher_temp_start, end, epochs)
+
+
+def model_arguments(options: TrainOptions) -> dict[str, Any]:
+    """The arguments of `dino.models.create` that rebuild this run's backbone."""
+    m = options.model
+    return {
+        "arch": m.arch,
+        "patch_size": m.patch_size,
+        "image_size": options.views.global_size,
+        "width": m.width,
+        "depth": m.depth,
+        "num_heads": m.num_heads,
+        "pos_interp": m.pos_interp,
+    }
+
+
+def build_method(options: TrainOptions) -> DINO:
+    """Student and teacher with fresh weights drawn from the seed."""
+    h, m = options.head, options.method
+    torch.manual_seed(options.seed)
+
+    def network(drop_path: float, norm_last_layer: bool) -> Network:
+        backbone = create(**model_arguments(options), drop_path=drop_path)
+        sizes = (known(h.out_dim), known(h.hidden_dim), known(h.bottleneck_dim), h.num_layers)
+        return Network(backbone, Head(backbone.embed_dim, *sizes, norm_last_layer, h.batch_norm))
+
+    student, teacher = network(options.model.drop_path, h.norm_last_layer), network(0.0, True)
+    return DINO(student, teacher, known(h.out_dim), m.student_temp, m.centre_momentum, m.targets)
+
+
+class Trainer:
+    """One run: state, the loop, and what it leaves in the run directory."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        run: Path,
+        source: Source,
+        batches: ViewBatches,
+        device: torch.device,
+        terminal: Terminal,
+        callback: Callback | None = None,
+        colour: Callable[[list[Tensor], Views], list[Tensor]] | None = None,
+    ):
+        self.options, self.run, self.source, self.batches = options, run, source, batches
+        self.device, self.terminal, self.callback, self.colour = device, terminal, callback, colour
+        self.plan = Plan(options, batches.steps_per_epoch)
+        self.precision = parallel.choose_precision(options.precision, device)
+        self.method = build_method(options).to(device)
+        self.optimizer = optim.create(options.optim, self.method.student)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.monitor = CollapseMonitor(known(options.head.out_dim))
+        self.checkpoints = Checkpoints(run / "checkpoints", options.log.keep)
+        self.quarantine = Quarantine(run / "quarantine.jsonl", len(source), options.data.max_bad_fraction)
+        self.step = 0  # steps done
+        self.signal: int | None = None
+        self.knn: dict[str, float] = {}
+        self._pending: list[Tensor] = []
+        self._bad: list[tuple[str, str]] = []
+
+    # --- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "options": to_dict(self.options),
+            "data": self.source.fingerprint,
+        }
+
+    def resume(self) -> bool:
+        """Load the newest checkpoint of the run directory, if there is one."""
+        state = self.checkpoints.load()
+        if state is None:
+            return False
+        weights.load_strictly(self.method, state["method"], str(self.checkpoints.latest()))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.monitor.load_state_dict(state["monitor"])
+        self.step = state["step"]
+        return True
+
+    def save(self) -> None:
+        """Checkpoint, and the teacher's backbone as a file of its own."""
+        if distributed.is_main():
+            self.checkpoints.save(self.step, self.state_dict())
+            weights.save(self.run, self.method.teacher.backbone, model_arguments(self.options))
+
+    # --- the loop ----------------------------------------------------------------------------------------------
+
+    def fit(self) -> bool:
+        """Train to the end, `stop_after`, or a signal; True when the run is complete."""
+        total = self.plan.total
+        stop = min(total, self.options.stop_after or total)
+        self.forward = parallel.distribute(self.method, self.device)
+        self.metrics = Metrics(self.run, self.step, self.options.log.tensorboard) if distributed.is_main() else None
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.terminal.start(self.step, total)
+        try:
+            if self.step == 0:
+                self._measure()
+            self._run(stop)
+        except OSError as error:
+            raise CheckpointError(
+                f"writing to {self.run} failed ({error}); the last good checkpoint is {self.checkpoints.latest()}. "
+                f"Free some space, then continue with: dino train --resume {self.run}"
+            ) from error
+        finally:
+            self.terminal.stop()
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+            if self.metrics is not None:
+                self.metrics.close()
+        return self.step >= total
+
+    def _run(self, stop: int) -> None:
+        workers = known(self.options.data.num_workers)
+        batches = iterate(self.batches, self.step, stop, workers, pin_memory=self.device.type == "cuda")
+        log, per_epoch = self.options.log, self.plan.steps_per_epoch
+        saved = started = time.monotonic()
+        waited = 0.0
+        first = self.step
+        while self.step < stop:
+            before = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - before
+            self._pending.append(self._train_step(batch))
+            self.step += 1
+            epoch_ends = self.step % per_epoch == 0
+            alone = distributed.world_size() == 1
+            if self.step % log.every and not epoch_ends and self.step < stop and not (alone and self.signal):
+                continue
+            now = time.monotonic()
+            ending = self._log(self.step - first, now - started, waited)
+            first, started, waited = self.step, now, 0.0
+            measure_every = max(1, self.plan.steps(log.knn_every)) if log.knn_every else self.plan.total
+            if self.step % measure_every == 0 or self.step == self.plan.total:
+                self._measure()
+                started = time.monotonic()
+            if epoch_ends or ending or self.step == stop or now - saved > 60 * log.checkpoint_minutes:
+                self.save()
+                saved = started = time.monotonic()
+            if ending:
+                return
+
+    def _train_step(self, batch: Batch) -> Tensor:
+        """One step in the reference's order (main_dino.py, train_one_epoch); what to log, on the device."""
+        self._bad += batch.bad
+        if not batch.groups:
+            self._check_quarantine(force=True)
+        step, method = self.step, self.method
+        # Stochastic depth is the only other randomness; keyed by step and rank it needs no state in checkpoints.
+        torch.manual_seed((self.options.seed * 2**20 + distributed.rank()) * 2**32 + step)
+        optim.set_rates(self.optimizer, self.plan.lr(step), self.plan.weight_decay(step))
+        groups = [normalise(g) for g in self._to_device(batch)]
+        with parallel.autocast(self.device, self.precision):
+            result: Step = self.forward(groups, self.plan.teacher_temp(step))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(result.loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = optim.clip_per_parameter_(method.student.parameters(), self.options.optim.clip_grad)
+        if step < self.plan.steps(self.options.optim.freeze_last_layer):
+            method.cancel_last_layer_gradients()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        method.update_teacher(self.plan.momentum(step))
+        return torch.stack([result.loss.detach(), result.entropy, result.usage, result.centre_norm, grad_norm])
+
+    def _to_device(self, batch: Batch) -> list[Tensor]:
+        groups = [g.to(self.device, non_blocking=True) for g in batch.groups]
+        return groups if self.colour is None or batch.views is None else self.colour(groups, batch.views)
+
+    # --- between steps -----------------------------------------------------------------------------------------
+
+    def _log(self, steps: int, seconds: float, waited: float) -> bool:
+        """Average, write and show the metrics since the last time; True when a signal asks all ranks to end."""
+        summed = distributed.sum_(torch.stack(self._pending).mean(dim=0))
+        self._pending.clear()
+        signalled = distributed.sum_(torch.tensor(float(self.signal or 0), device=self.device))
+        loss, entropy, usage, centre_norm, grad_norm = (summed / distributed.world_size()).tolist()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {loss} between steps {self.step - steps} and {self.step}; "
+                f"the last good checkpoint is {self.checkpoints.latest()}. Lower --optim.lr, or use --precision bf16 "
+                "or fp32 if it was fp16, and start again from there in a new run."
+            )
+        self._check_quarantine()
+        last, temp, kl = self.step - 1, self.plan.teacher_temp(self.step - 1), loss - entropy
+        rate = steps * known(self.options.batch_size) / seconds
+        values = {
+            "epoch": self.step / self.plan.steps_per_epoch,
+            "loss": loss,
+            "teacher_entropy": entropy,
+            "kl": kl,
+            "prototype_usage": usage,
+            "centre_norm": centre_norm,
+            "grad_norm": grad_norm,
+            "lr": self.plan.lr(last),
+            "weight_decay": self.plan.weight_decay(last),
+            "momentum": self.plan.momentum(last),
+            "teacher_temp": temp,
+            "images_per_second": rate,
+            "data_wait_share": waited / seconds,
+            "peak_memory_gb": self._peak_memory(),
+        }
+        if self.metrics is not None:
+            self.metrics.write(self.step, values)
+        if warning := self.monitor.look(self.step, entropy, kl, usage, temp):
+            self.terminal.say(f"Warning: {warning}", style="bold yellow")
+            if self.metrics is not None:
+                self.metrics.write(self.step, {"collapse": 1.0})
+        status = f"loss {loss:.3f}  {rate:,.0f} images/s" + "".join(f"  {k} {v:.1f}" for k, v in self.knn.items())
+        self._show(status)
+        return bool(signalled)
+
+    def _show(self, status: str) -> None:
+        epoch = min(self.options.epochs or 0, 1 + (self.step - 1) // self.plan.steps_per_epoch)
+        self.terminal.update(self.step, f"{epoch}/{self.options.epochs}", status)
+        if not self.terminal.live and self.step % self.plan.steps_per_epoch == 0:
+            self.terminal.say(f"epoch {epoch}/{self.options.epochs}  step {self.step}  {status}")
+
+    def _measure(self) -> None:
+        """Let the callback look at the method; the other ranks wait."""
+        if self.callback is not None and distributed.is_main():
+            self.method.eval()
+            values = self.callback(self.method)
+            self.method.train()
+            if values and self.metrics is not None:
+                self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)
+            self.knn = {"k-NN": values["knn20_top1"]} if "knn20_top1" in values else {}
+        distributed.barrier()
+
+    def _check_quarantine(self, force: bool = False) -> None:
+        """Share, write down and count unreadable images; too many end the run."""
+        gathered = [self._bad] if force else distributed.gather(self._bad)
+        self._bad = []
+        bad = [entry for part in gathered for entry in part]
+        if distributed.is_main():
+            for name, reason in self.quarantine.add(bad):
+                self.terminal.say(f"Skipped {name}: {reason}.", style="yellow")
+        else:
+            self.quarantine.names.update(name for name, _ in bad)
+        if force or self.quarantine.too_many():
+            count, total = len(self.quarantine.names), len(self.source)
+            raise TrainingError(
+                f"{count} of {total} images could not be read ({100 * count / total:.1f} %), more than "
+                f"--data.max-bad-fraction {self.options.data.max_bad_fraction:g} allows; they are listed with reasons "
+                f"in {self.quarantine.path}. Repair or remove them, or raise that limit."
+            )
+
+    def _peak_memory(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        """First signal: end after this step. Second: at once."""
+        self.signal = number
+        self.terminal.say("Finishing this step and saving; once more to stop at once.", style="yellow")
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)

@@ -1,0 +1,1 @@
+"""Evaluations: `evaluate(model, options) -> dict[str, float]`."""

@@ -1,0 +1,54 @@
+"""Weighted k-nearest-neighbour classification on frozen features (paper section 4.1 and appendix F.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KS = (10, 20, 100, 200)
+SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32
+
+
+@torch.no_grad()
+def classify(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, ks: Sequence[int] = KS, temp: float = 0.07
+) -> dict[str, float]:
+    """Accuracy of votes weighted by exp(cosine / temp) among the k nearest of the bank, in percent.
+
+    Args:
+        bank: features with known labels [m, d]; queries: features to classify [n, d]; both are normalised here.
+        ks: numbers of neighbours; those above m are left out.
+
+    Returns:
+        {"knn10_top1": ..., "knn10_top5": ..., ...}; top-5 only with five classes or more.
+
+    Raises:
+        ValueError: fewer bank images than the smallest k.
+    """
+    ks = [k for k in ks if k <= len(bank)] if min(ks) <= len(bank) else []
+    if not ks:
+        raise ValueError(f"k-NN needs more labelled images than neighbours, but there are only {len(bank)}.")
+    num_classes = int(max(bank_labels.max(), labels.max())) + 1
+    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
+    top = min(5, num_classes)
+    hits = torch.zeros(len(ks), 2)
+    chunk = max(1, SIMILARITIES_AT_ONCE // len(bank))
+    for start in range(0, len(queries), chunk):
+        stop = start + chunk
+        similarity, nearest = (queries[start:stop] @ bank.T).topk(max(ks), dim=1)
+        weights, votes_for = (similarity / temp).exp(), bank_labels[nearest]
+        for row, k in enumerate(ks):
+            votes = weights.new_zeros(len(weights), num_classes)
+            votes.scatter_add_(1, votes_for[:, :k], weights[:, :k])
+            right = votes.topk(top, dim=1).indices == labels[start:stop, None]
+            hits[row] += torch.stack([right[:, 0].sum(), right.sum()]).cpu()
+    share = (100 * hits / len(queries)).tolist()
+    result = {}
+    for k, (top1, top5) in zip(ks, share, strict=True):
+        result[f"knn{k}_top1"] = top1
+        if top == 5:
+            result[f"knn{k}_top5"] = top5
+    return result

@@ -1,0 +1,112 @@
+"""What is measured while a run goes on: k-NN where there are labels, label-free health always, masks where drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino.config import known
+from dino.data.decode import BadImage
+from dino.data.render import normalise
+from dino.data.scenes import Scenes
+from dino.data.sources import Source
+from dino.engine.monitor import feature_health
+from dino.eval import knn
+from dino.inference.attention import cls_attention, enlarge, jaccard, mass_mask
+from dino.inference.features import extract, preprocess
+from dino.method import DINO
+from dino.models import Backbone
+
+BANK, QUERIES, MASKS = 5000, 1000, 200  # at most so many images, so that a check stays short beside an epoch
+
+
+class OnlineEvaluation:
+    """The training callback: measures the teacher's backbone on held-out images.
+
+    Args:
+        train: the k-NN's labelled bank comes from here (evenly spaced, at most 5000 images).
+        held_out: what is classified; None measures label-free health on training images.
+        size: edge of the evaluation view, pixels.
+    """
+
+    def __init__(self, train: Source, held_out: Source | None, size: int, device: torch.device):
+        self.train, self.held_out, self.size, self.device = train, held_out, size, device
+        self.labelled = held_out is not None and train.labels is not None and held_out.labels is not None
+        self.pixels_done = False
+
+    def __call__(self, method: DINO) -> dict[str, float]:
+        backbone: Backbone = method.teacher.backbone  # pyright: ignore[reportAssignmentType]
+        shown = self.held_out if self.held_out is not None else self.train
+        queries = extract(backbone, shown, self.size, self.device, spread(len(shown), QUERIES))
+        result = feature_health(queries.values) if len(queries.values) > 1 else {}
+        if self.labelled and self.held_out is not None:
+            bank = extract(backbone, self.train, self.size, self.device, spread(len(self.train), BANK))
+            result |= self._knn(bank.values, bank.indices, queries.values, queries.indices)
+            if not self.pixels_done:
+                result |= self._pixel_knn(bank.indices, queries.indices)
+                self.pixels_done = True
+        if isinstance(shown, Scenes):
+            result |= scene_masks(backbone, shown, self.size, self.device)
+        return result
+
+    def _knn(self, bank: Tensor, b: np.ndarray, queries: Tensor, q: np.ndarray) -> dict[str, float]:
+        bank_labels = torch.from_numpy(known(self.train.labels)[b])
+        labels = torch.from_numpy(known(known(self.held_out).labels)[q])
+        has_label, asked = bank_labels >= 0, labels >= 0
+        if has_label.sum() < min(knn.KS) or not asked.any():
+            return {}
+        return knn.classify(bank[has_label], bank_labels[has_label], queries[asked], labels[asked])
+
+    def _pixel_knn(self, b: np.ndarray, q: np.ndarray) -> dict[str, float]:
+        """The floor to beat: the same vote on the pixels themselves, at most 32 x 32."""
+        edge = min(self.size, 32)
+        bank, queries = pixels(self.train, b, edge), pixels(known(self.held_out), q, edge)
+        return {f"pixels_{name}": value for name, value in self._knn(bank, b, queries, q).items()}
+
+
+def spread(total: int, most: int) -> Sequence[int]:
+    """At most `most` evenly spaced positions of `total`."""
+    return range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
+
+
+def pixels(source: Source, indices: np.ndarray, edge: int) -> Tensor:
+    """Normalised pixels of evaluation views as features [m, 3 * edge * edge]."""
+    images = np.stack([preprocess(source.read(int(i)), edge) for i in indices])
+    return normalise(torch.from_numpy(images)[None]).flatten(1)
+
+
+@torch.no_grad()
+def scene_masks(model: Backbone, scenes: Scenes, size: int, device: torch.device) -> dict[str, float]:
+    """Jaccard overlap, in percent, of 60 %-mass attention masks with the drawn objects (paper Fig. 4).
+
+    `best head` picks for each image the head that overlaps most, as the paper does; `mean head` averages over heads.
+    """
+    chosen = spread(len(scenes), MASKS)
+    images = torch.from_numpy(np.stack([preprocess(scenes.read(i), size) for i in chosen]))[None]
+    truth = torch.from_numpy(np.stack([scenes.mask(i) for i in chosen]))
+    masks = mass_mask(cls_attention(model, normalise(images.to(device))).float().cpu())
+    overlap = jaccard(enlarge(masks, (truth.shape[-2], truth.shape[-1])) > 0, truth[:, None])
+    best, mean = overlap.max(dim=1).values.mean(), overlap.mean()
+    return {"jaccard_best_head": 100 * best.item(), "jaccard_mean_head": 100 * mean.item()}
+
+
+def probe(source: Source, most: int = 16) -> int:
+    """Read a few images before any work is spent; the median of their shorter sides, pixels.
+
+    Raises:
+        ValueError: none of them can be read.
+    """
+    edges, reasons = [], []
+    for i in spread(len(source), most):
+        try:
+            edges.append(min(source.read(i).shape[:2]))
+        except BadImage as error:
+            reasons.append(f"{source.name(i)}: {error.reason}")
+    if not edges:
+        raise ValueError(
+            f"none of the {len(reasons)} images tried can be read (for example {reasons[0]}); check the data folder."
+        )
+    return int(np.median(edges))

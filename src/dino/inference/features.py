@@ -1,0 +1,104 @@
+"""The one feature loop: everything that needs features of many images comes here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dino.data.decode import BadImage
+from dino.data.loader import spare_cores, start_worker
+from dino.data.render import normalise
+from dino.data.sources import Source
+from dino.models import Backbone
+
+
+def preprocess(image: np.ndarray, size: int) -> np.ndarray:
+    """The reference's evaluation view: shorter side to size * 256 / 224 by bicubic, then the central square.
+
+    Small models keep the border: below 128 pixels the shorter side becomes `size` itself.
+
+    Args:
+        image: [h, w, 3] uint8.
+
+    Returns:
+        [size, size, 3] uint8.
+    """
+    height, width = image.shape[:2]
+    edge = size * 256 // 224 if size >= 128 else size
+    scale = edge / min(height, width)
+    # Like torchvision's Resize: the longer side is truncated, not rounded.
+    new_width, new_height = (edge, int(height * scale)) if width <= height else (int(width * scale), edge)
+    resized = Image.fromarray(image).resize((max(new_width, edge), max(new_height, edge)), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+class EvaluationViews(Dataset[tuple[Tensor, list[int], list[tuple[str, str]]]]):
+    """Batches of evaluation views with the positions they come from; unreadable images are left out and named."""
+
+    def __init__(self, source: Source, indices: Sequence[int], size: int, batch_size: int):
+        self.source, self.indices, self.size, self.batch_size = source, indices, size, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, list[int], list[tuple[str, str]]]:
+        chosen = self.indices[item * self.batch_size : (item + 1) * self.batch_size]
+        images, kept, bad = [], [], []
+        for index in map(int, chosen):
+            try:
+                images.append(preprocess(self.source.read(index), self.size))
+                kept.append(index)
+            except BadImage as error:
+                bad.append((self.source.name(index), error.reason))
+        stacked = np.stack(images) if images else np.zeros((0, self.size, self.size, 3), np.uint8)
+        return torch.from_numpy(stacked)[None], kept, bad
+
+
+class Features(NamedTuple):
+    values: Tensor  # [m, d] float32, on the CPU
+    indices: np.ndarray  # [m] positions in the source; fewer than asked for when images were unreadable
+    bad: list[tuple[str, str]]
+
+
+@torch.no_grad()
+def extract(
+    model: Backbone,
+    source: Source,
+    size: int,
+    device: torch.device | str = "cpu",
+    indices: Sequence[int] | None = None,
+    batch_size: int = 128,
+    num_workers: int | None = None,
+    progress: str | None = None,
+) -> Features:
+    """[CLS] features of the images of `source` (those at `indices`), in order, in float32 as the reference does.
+
+    Args:
+        size: edge of the evaluation view, pixels.
+        progress: a label shows a progress bar on the terminal.
+    """
+    indices = range(len(source)) if indices is None else indices
+    if num_workers is None:  # starting processes costs more than a few hundred small images
+        num_workers = spare_cores() if len(indices) * size**2 > 2e7 and torch.device(device).type == "cuda" else 0
+    views = EvaluationViews(source, indices, size, batch_size)
+    loader = DataLoader(
+        views, batch_size=None, num_workers=num_workers, worker_init_fn=start_worker if num_workers else None
+    )
+    values, kept, bad = [torch.zeros(0, model.embed_dim)], [], []
+    show = progress is not None and sys.stderr.isatty()
+    batches = track(loader, description=progress, total=len(views), transient=True) if show and progress else loader
+    for images, positions, failed in batches:
+        if positions:
+            values.append(model(normalise(images.to(device))).float().cpu())
+        kept += positions
+        bad += failed
+    return Features(torch.cat(values), np.array(kept, dtype=np.int64), bad)

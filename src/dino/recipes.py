@@ -1,0 +1,147 @@
+"""Named complete configurations, and the choices made for whoever names none.
+
+Every recipe says its command, hardware, time and expected figure; a test builds all of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any, NamedTuple
+
+from dino.config import TrainOptions, flatten, replace
+
+# Options that change neither the mathematics nor the data, so that a resumed run may have others.
+FREE_ON_RESUME = {"resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"}
+
+
+class Recipe(NamedTuple):
+    about: str
+    command: str
+    hardware: str
+    expected: str
+    options: TrainOptions
+
+
+def _options(**changes: Any) -> TrainOptions:
+    return replace(TrainOptions(), {name.replace("__", "."): value for name, value in changes.items()})
+
+
+_PAPER = {
+    "batch_size": 512,
+    "model__arch": "vit_small",
+    "model__patch_size": 16,
+    "head__out_dim": 65536,
+    "head__hidden_dim": 2048,
+    "head__bottleneck_dim": 256,
+    "method__momentum": 0.996,
+    "method__teacher_temp": 0.04,
+    "method__teacher_temp_epochs": 0,
+    "views__global_size": 224,
+    "views__local_size": 96,
+    "optim__warmup_epochs": 10,
+}
+
+RECIPES: dict[str, Recipe] = {
+    "demo": Recipe(
+        about="Built-in drawn scenes: learns shapes from nothing in minutes.",
+        command="dino train",
+        hardware="4 CPU cores, 5 minutes",
+        expected="see README",
+        options=_options(),
+    ),
+    "cifar10": Recipe(
+        about="32-pixel images (CIFAR-10): patch 4, views of 32 and 16 pixels.",
+        command="dino train cifar10 --data cifar10/train",
+        hardware="1 GPU",
+        expected="see docs/results.md",
+        options=_options(),
+    ),
+    "vit_small_100ep": Recipe(
+        about="The reference's vanilla recipe: ViT-S/16, 100 epochs of ImageNet, 8 local views.",
+        command="torchrun --nproc-per-node 8 -m dino train vit_small_100ep --data imagenet/train",
+        hardware="8 V100 GPUs, 1.75 days (reference)",
+        expected="ImageNet k-NN 69.3 %, linear 74.0 % (reference)",
+        options=_options(epochs=100, **_PAPER),
+    ),
+    "vit_small_300ep": Recipe(
+        about="The reference's boosted recipe: ViT-S/16, 300 epochs, warmer teacher, trained prototype gains.",
+        command="torchrun --nproc-per-node 8 -m dino train vit_small_300ep --data imagenet/train",
+        hardware="16 V100 GPUs, 2.6 days (reference)",
+        expected="ImageNet k-NN 73.3 %, linear 76.0 % (reference)",
+        options=_options(
+            **_PAPER
+            | {
+                "epochs": 300,
+                "batch_size": 1024,
+                "head__norm_last_layer": False,
+                "method__teacher_temp": 0.07,
+                "method__teacher_temp_epochs": 30,
+            }
+        ),
+    ),
+}
+
+
+def get(name: str) -> Recipe:
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"unknown recipe '{name}'; known are {', '.join(RECIPES)}.{hint}")
+    return RECIPES[name]
+
+
+def check_resumable(recorded: TrainOptions, wanted: TrainOptions) -> None:
+    """Refuse to continue a run with other mathematics or data than it was started with."""
+    before, after = flatten(recorded), flatten(wanted)
+    changed = [n for n in after if after[n] != before[n] and n not in FREE_ON_RESUME and not n.startswith("log.")]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"--resume continues a run with the options it was started with, but {name} is {after[name]} where it was "
+            f"{before[name]}; leave it out, or start a new run with another --out."
+        )
+
+
+def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: bool, cores: int) -> TrainOptions:
+    """Fill in every option that is None from the data and the machine.
+
+    Args:
+        num_images: images to train on.
+        image_edge: typical shorter side of the images, pixels.
+        on_gpu: whether training runs on a GPU.
+        cores: processor cores for data workers of one rank.
+    """
+    chosen: dict[str, Any] = {}
+
+    def choose(name: str, value: Any) -> Any:
+        section, _, leaf = name.rpartition(".")
+        given = getattr(getattr(options, section) if section else options, leaf)
+        if given is None:
+            chosen[name] = value
+        return value if given is None else given
+
+    size = choose("views.global_size", 32 if image_edge < 48 else (224 if on_gpu else 96))
+    patch = choose("model.patch_size", 16 if size >= 128 else 8 if size >= 48 else 4)
+    local = 96 if size == 224 else size // 2
+    choose("views.local_size", max(patch, local // patch * patch))
+    arch = choose("model.arch", "vit_small" if on_gpu else "vit_nano")
+    choose("head.hidden_dim", 512 if arch == "vit_nano" else 2048)
+    choose("head.bottleneck_dim", 128 if arch == "vit_nano" else 256)
+    choose("head.out_dim", prototypes_for(num_images))
+    batch = choose("batch_size", max(1, min(256 if on_gpu else 64, num_images // 4)))
+    # Short runs on little data still need a few thousand steps; a million images need no more than 100 epochs.
+    steps = max(1, num_images // batch)
+    epochs = choose("epochs", min(400, max(20 if on_gpu else 10, round((40_000 if on_gpu else 4_000) / steps))))
+    choose("optim.warmup_epochs", min(10, epochs / 10))
+    choose("method.teacher_temp", 0.07 if epochs >= 100 and on_gpu else 0.04)
+    choose("method.teacher_temp_epochs", min(30, 0.3 * epochs))
+    # The teacher should average over a fair share of the run, whatever its length.
+    choose("method.momentum", round(min(0.996, max(0.9, 1 - 40 / (epochs * steps))), 4))
+    choose("data.num_workers", cores)
+    return replace(options, chosen)
+
+
+def prototypes_for(num_images: int) -> int:
+    """About one prototype per three images, a power of two between 256 and the paper's 65536."""
+    return 2 ** min(16, max(8, math.ceil(math.log2(max(num_images, 1) / 3))))

@@ -1,0 +1,128 @@
+"""What several tests share: golden weights and inputs rebuilt from NumPy, small image folders, and tiny real runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    z = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(int(np.prod(shape)))
+    z = z.astype(np.float32).reshape(shape)
+    if name.endswith("weight_g"):
+        return np.ones(shape, np.float32)
+    if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
+        return 1 + 0.1 * z
+    return 0.06 * z if name.endswith("qkv.weight") else 0.02 * z
+
+
+def golden_images(seed: int, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def load_golden_weights(module: torch.nn.Module, prefix: str = "") -> None:
+    state = {k: torch.from_numpy(golden_weight(prefix + k, tuple(v.shape))) for k, v in module.state_dict().items()}
+    module.load_state_dict(state)
+
+
+@pytest.fixture
+def golden():
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            return dict(file)
+
+    return load
+
+
+def draw_images(folder: Path, count: int = 24, classes: int = 3, seed: int = 0) -> Path:
+    """A small labelled folder of JPEGs: coloured shapes on noise, a class to a colour."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        height, width = (int(x) for x in rng.integers(40, 70, 2))
+        pixels = rng.integers(0, 80, (height, width, 3))
+        top, left = (int(x) for x in rng.integers(0, 20, 2))
+        pixels[top : top + 20, left : left + 20, i % classes] += 150
+        path = folder / f"class{i % classes}" / f"{i:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    return draw_images(tmp_path / "photos")
+
+
+TINY = {
+    "epochs": 3,
+    "batch_size": 4,
+    "device": "cpu",
+    "threads": 1,
+    "report": False,
+    "data.num_workers": 0,
+    "model.arch": "vit_nano",
+    "model.width": 32,
+    "model.depth": 2,
+    "model.num_heads": 2,
+    "model.patch_size": 8,
+    "head.out_dim": 64,
+    "head.hidden_dim": 32,
+    "head.bottleneck_dim": 16,
+    "views.global_size": 32,
+    "views.local_size": 16,
+    "views.num_local": 2,
+    "log.every": 2,
+    "log.tensorboard": False,
+}
+
+
+def tiny_flags(**changes: object) -> list[str]:
+    """A run of seconds as command-line flags; `a__b` stands for the dotted name a.b."""
+    flags = []
+    for name, value in (TINY | {k.replace("__", "."): v for k, v in changes.items()}).items():
+        section, _, leaf = name.replace("_", "-").rpartition(".")
+        prefix = f"--{section}." if section else "--"
+        if isinstance(value, bool):
+            flags.append(f"{prefix}{'' if value else 'no-'}{leaf}")
+        else:
+            flags += [f"{prefix}{leaf}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return flags
+
+
+def dino_command(*arguments: object, ranks: int = 1) -> list[str]:
+    """The real command line, in a process of its own."""
+    launch = [sys.executable, "-m"]
+    if ranks > 1:
+        launch += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
+    return [*launch, "dino", *map(str, arguments)]
+
+
+def run_dino(*arguments: object, ranks: int = 1, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(dino_command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=300, **options)
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    """All weights, the centre and the optimiser of a run's last checkpoint, by name."""
+    from dino.engine.checkpoint import Checkpoints
+
+    state = Checkpoints(run / "checkpoints").load()
+    assert state is not None
+    flat = dict(state["method"])
+    for index, values in state["optimizer"]["state"].items():
+        flat |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
+    return flat | {"step": torch.tensor(state["step"])}
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name

@@ -1,0 +1,55 @@
+"""k-NN voting against the reference's figures and a plain count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dino.eval import knn
+
+
+def test_matches_reference(golden):
+    g = golden("knn")
+    t = {k: torch.from_numpy(v) for k, v in g.items()}
+    ks = [int(k) for k in g["k"]]
+    found = knn.classify(t["train_x"], t["train_y"].long(), t["test_x"], t["test_y"].long(), ks)
+    for k, (top1, top5) in zip(ks, g["top1_top5"], strict=True):
+        assert found[f"knn{k}_top1"] == pytest.approx(float(top1), abs=1e-5)
+        assert found[f"knn{k}_top5"] == pytest.approx(float(top5), abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(3, 60), st.integers(1, 20), st.integers(1, 8), st.integers(0, 1000))
+def test_votes_against_a_plain_count(m, n, classes, seed):
+    rng = np.random.default_rng(seed)
+    bank, queries = rng.standard_normal((m, 4)), rng.standard_normal((n, 4))
+    bank_labels, labels = rng.integers(0, classes, m), rng.integers(0, classes, n)
+    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
+    similarity = unit(queries) @ unit(bank).T
+    hits = 0
+    for i in range(n):
+        nearest = np.argsort(-similarity[i])[:3]
+        votes = np.zeros(classes)
+        for j in nearest:
+            votes[bank_labels[j]] += np.exp(similarity[i, j] / 0.07)
+        hits += int(votes.argmax() == labels[i])
+    found = knn.classify(*(torch.from_numpy(x) for x in (bank, bank_labels, queries, labels)), ks=(3,))
+    assert found["knn3_top1"] == pytest.approx(100 * hits / n, abs=1e-4)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    torch.manual_seed(0)
+    args = (torch.randn(500, 8), torch.randint(0, 6, (500,)), torch.randn(101, 8), torch.randint(0, 6, (101,)))
+    whole = knn.classify(*args)
+    monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", 500 * 7)
+    assert knn.classify(*args) == whole
+
+
+def test_k_above_the_bank_is_left_out_and_too_small_a_bank_refused():
+    x, y = torch.randn(15, 4), torch.arange(15) % 3
+    assert set(knn.classify(x, y, x, y)) == {"knn10_top1"}
+    with pytest.raises(ValueError, match="more labelled images"):
+        knn.classify(x[:5], y[:5], x, y)

@@ -1,0 +1,185 @@
+"""The method against the reference: its loss, its centre, and two whole training runs of 30 steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import golden_images, load_golden_weights
+from dino.config import OptimOptions
+from dino.engine import optim
+from dino.method import DINO, Centre, Network, cross_entropy, sharpen
+from dino.models import Head, VisionTransformer
+from dino.schedules import cosine, linear_then_constant, warmup_cosine
+
+
+def plain_loss(student, targets, temp):
+    """Equation 3 as written: every pair of different views, one log-softmax each."""
+    terms = [
+        -(targets[q] * (student[v] / temp).log_softmax(-1)).sum(-1).mean()
+        for q in range(len(targets))
+        for v in range(len(student))
+        if v != q
+    ]
+    return sum(terms) / len(terms)
+
+
+def test_loss_centre_and_gradient_match_reference(golden):
+    expected, centre = golden("loss"), Centre(256, momentum=0.9)
+    for i in range(6):
+        temp = linear_then_constant(min(i, 4), 0.04, 0.07, 2)
+        assert temp == pytest.approx(float(expected["teacher_temp"][i]) if expected["teacher_temp"].size > 5 else temp)
+        student = (3 * golden_images(100 + i, 24, 256)).requires_grad_()
+        teacher = 3 * golden_images(200 + i, 8, 256)
+        probs, _ = sharpen(teacher, centre.value, temp)
+        loss = cross_entropy(student.unflatten(0, (6, 4)), probs.unflatten(0, (2, 4)), 0.1)
+        centre.update(teacher)
+        loss.backward()
+        assert loss.item() == pytest.approx(float(expected["loss"][i]), rel=1e-6)
+        assert centre.value.norm().item() == pytest.approx(float(expected["center_norm"][i]), rel=1e-6)
+        assert student.grad.norm().item() == pytest.approx(float(expected["student_grad_norm"][i]), rel=1e-6)
+    np.testing.assert_allclose(centre.value.numpy(), expected["center_last"].ravel(), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 7), st.integers(1, 4), st.integers(2, 40), st.floats(0.05, 1), st.integers(0, 10_000))
+def test_one_log_sum_exp_per_view_is_the_sum_over_pairs(views, images, k, temp, seed):
+    generator = torch.Generator().manual_seed(seed)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    student, targets = make(views, images, k).requires_grad_(), (3 * make(2, images, k)).softmax(-1)
+    ours, plain = cross_entropy(student, targets, temp), plain_loss(student, targets, temp)
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-11)
+    ours_grad, plain_grad = (torch.autograd.grad(x, student)[0] for x in (ours, plain))
+    torch.testing.assert_close(ours_grad, plain_grad, rtol=1e-10, atol=1e-13)
+
+
+def test_entropy_and_kl_add_up_to_the_loss():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 3, 20), torch.randn(6, 20)
+    probs, entropy = sharpen(teacher, torch.zeros(20), 0.5)
+    targets = probs.unflatten(0, (2, 3))
+    kl = [
+        (targets[q] * (targets[q].log() - (student[v] / 0.1).log_softmax(-1))).sum(-1).mean()
+        for q in range(2)
+        for v in range(5)
+        if v != q
+    ]
+    expected = entropy.mean() + sum(kl) / len(kl)
+    torch.testing.assert_close(cross_entropy(student, targets, 0.1), expected)
+
+
+def make_trace_model(prototypes: int = 512) -> DINO:
+    def network() -> Network:
+        backbone = VisionTransformer(image_size=64, patch_size=8, dim=96, depth=3, num_heads=3)
+        return Network(backbone, Head(96, prototypes, hidden_dim=128, bottleneck_dim=64))
+
+    student = network()
+    load_golden_weights(student)
+    return DINO(student, network(), prototypes)
+
+
+@pytest.mark.parametrize(("name", "lr"), [("adamw", 2e-3), ("sgd", 0.1)])
+def test_thirty_steps_match_reference(golden, name, lr):
+    """Loss, gradient norm and centre of every step, and all parameters at the end, within 1e-4."""
+    expected, total, per_epoch = golden(f"trace_{name}_norm1"), 30, 10
+    method = make_trace_model()
+    optimizer = optim.create(OptimOptions(name=name), method.student)
+    found: dict[str, list[float]] = {"loss": [], "grad_norm": [], "center_norm": []}
+    for step in range(total):
+        optim.set_rates(optimizer, warmup_cosine(step, total, lr, 1e-6, per_epoch), cosine(step, total, 0.04, 0.4))
+        groups = [
+            torch.cat([golden_images(1000 * step + c, 8, 3, 64, 64) for c in range(2)]),
+            torch.cat([golden_images(1000 * step + 10 + c, 8, 3, 32, 32) for c in range(4)]),
+        ]
+        result = method(groups, linear_then_constant(step // per_epoch, 0.04, 0.07, 2))
+        optimizer.zero_grad()
+        result.loss.backward()
+        found["loss"].append(result.loss.item())
+        found["grad_norm"].append(optim.clip_per_parameter_(method.student.parameters(), 3.0).item())
+        if step < per_epoch:
+            method.cancel_last_layer_gradients()
+        optimizer.step()
+        method.update_teacher(cosine(step, total, 0.99, 1.0))
+        found["center_norm"].append(result.centre_norm.item())
+    for key, values in found.items():
+        np.testing.assert_allclose(values, expected[key], rtol=1e-4, err_msg=key)
+    for key, network in (("student", method.student), ("teacher", method.teacher)):
+        norms = [value.norm().item() for value in network.state_dict().values()]
+        np.testing.assert_allclose(norms, expected[f"{key}_param_norms"], rtol=1e-4, atol=1e-6, err_msg=key)
+    with torch.no_grad():
+        cls = method.teacher.backbone(golden_images(77, 4, 3, 64, 64))
+    np.testing.assert_allclose(cls.numpy(), expected["teacher_cls"], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_against_float64():
+    """The float32 gradient of every parameter agrees with the float64 one."""
+    method = make_trace_model(64)
+    groups = [torch.randn(6, 3, 64, 64), torch.randn(9, 3, 32, 32)]
+    grads = {}
+    for dtype in (torch.float64, torch.float32):
+        method.to(dtype).zero_grad()
+        method.centre.value.zero_()  # the forward pass of the other precision moved it
+        method([g.to(dtype) for g in groups], 0.04).loss.backward()
+        grads[dtype] = {n: p.grad.double() for n, p in method.student.named_parameters() if p.grad is not None}
+    assert len(grads[torch.float32]) == sum(p.requires_grad for p in method.student.parameters())
+    for name, exact in grads[torch.float64].items():
+        error = (grads[torch.float32][name] - exact).norm() / exact.norm().clamp(min=1e-9)
+        assert error < 1e-4, (name, error)
+
+
+def test_teacher_gets_no_gradient_and_starts_as_the_student():
+    method = make_trace_model(64)
+    method([torch.randn(4, 3, 64, 64)], 0.04).loss.backward()
+    assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
+    shared = {p.data_ptr() for p in method.student.parameters()} & {p.data_ptr() for p in method.teacher.parameters()}
+    assert not shared
+    for a, b in zip(method.student.parameters(), method.teacher.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_update_teacher_is_the_moving_average():
+    method = make_trace_model(64)
+    before = [p.clone() for p in method.teacher.parameters()]
+    with torch.no_grad():
+        for p in method.student.parameters():
+            p.add_(1.0)
+    method.update_teacher(0.75)
+    for old, new, student in zip(before, method.teacher.parameters(), method.student.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * student)
+
+
+def test_weight_decay_reaches_matrices_only():
+    method = make_trace_model(64)
+    decayed, plain = (group["params"] for group in optim.parameter_groups(method.student))
+    names = {id(p): n for n, p in method.student.named_parameters()}
+    assert {names[id(p)] for p in decayed} >= {"backbone.cls_token", "backbone.pos_embed", "head.last_layer.weight_v"}
+    assert all(p.ndim > 1 for p in decayed)
+    assert all(p.ndim == 1 for p in plain)
+
+
+def test_clipping_is_per_parameter():
+    a, b = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4))
+    a.grad, b.grad = torch.full((3,), 10.0), torch.full((4,), 0.1)
+    total = optim.clip_per_parameter_([a, b], 3.0)
+    assert a.grad.norm().item() == pytest.approx(3.0, rel=1e-5)
+    assert torch.equal(b.grad, torch.full((4,), 0.1))
+    assert total.item() == pytest.approx((300 + 0.04) ** 0.5, rel=1e-6)
+
+
+def test_lars_against_its_formula():
+    torch.manual_seed(0)
+    w, bias = torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4))
+    optimizer = optim.LARS([{"params": [w, bias]}], lr=0.5, weight_decay=0.1)
+    w64, b64, mw, mb = w.detach().double(), bias.detach().double(), torch.zeros(4, 3).double(), torch.zeros(4).double()
+    for _ in range(3):
+        w.grad, bias.grad = torch.randn(4, 3), torch.randn(4)
+        g = w.grad.double() + 0.1 * w64
+        mw = 0.9 * mw + g * 0.001 * w64.norm() / g.norm()
+        mb = 0.9 * mb + bias.grad.double()
+        w64, b64 = w64 - 0.5 * mw, b64 - 0.5 * mb
+        optimizer.step()
+    torch.testing.assert_close(w.detach().double(), w64, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(bias.detach().double(), b64, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,138 @@
+"""Backbone and head against the reference's outputs on weights anyone can rebuild."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import GOLDEN, golden_images, load_golden_weights
+from dino.models import Head, VisionTransformer, create
+from dino.models.vit import DropPath
+
+SIZES = [(224, 224), (96, 96), (160, 256)]
+
+
+@pytest.fixture(scope="module")
+def vit_tiny() -> VisionTransformer:
+    model = create("vit_tiny", patch_size=16).eval()
+    load_golden_weights(model)
+    return model
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@torch.no_grad()
+def test_vit_matches_reference(golden, vit_tiny, height, width):
+    expected, size = golden("vit_tiny16"), f"{height}x{width}"
+    x = golden_images(height + width, 2, 3, height, width)
+    layers = vit_tiny.tokens(x, layers=4)
+    found = {
+        "cls": vit_tiny(x),
+        "cls_attention": vit_tiny.attention(x)[:, :, 0],
+        "last4_cls": torch.stack([t[:, 0] for t in layers]),
+        "last_patch_mean": layers[-1][:, 1:].mean(dim=1),
+    }
+    for name, value in found.items():
+        np.testing.assert_allclose(value.numpy(), expected[f"{name}_{size}"], atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+def test_state_dict_is_the_references(vit_tiny):
+    shapes = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
+    assert {k: list(v.shape) for k, v in vit_tiny.state_dict().items()} == shapes["vit_tiny16"]
+    head = Head(64, 512, hidden_dim=128, bottleneck_dim=32)
+    assert {k: list(v.shape) for k, v in head.state_dict().items()} == shapes["head"]
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_head_matches_reference(golden, norm):
+    expected = golden(f"head_norm{int(norm)}")
+    head = Head(64, 512, hidden_dim=128, bottleneck_dim=32, norm_last_layer=norm)
+    load_golden_weights(head)
+    y = head(torch.from_numpy(expected["x"]))
+    np.testing.assert_allclose(y.detach().numpy(), expected["y"], atol=1e-5, rtol=1e-5)
+    trainable = [name for name, p in head.named_parameters() if p.requires_grad]
+    assert sorted(trainable) == sorted(expected["trainable"].tolist())
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "millions"),
+    [
+        ("vit_tiny", 16, 5.524416),
+        ("vit_small", 16, 21.665664),
+        ("vit_small", 8, 21.670272),
+        ("vit_base", 16, 85.798656),
+    ],
+)
+def test_parameter_counts_are_the_papers(name, patch, millions):
+    with torch.device("meta"):
+        model = create(name, patch_size=patch)
+    assert sum(p.numel() for p in model.parameters()) == round(millions * 1e6)
+
+
+def test_cls_only_last_block_is_the_full_block():
+    torch.manual_seed(0)
+    model = create("vit_nano", patch_size=8, image_size=32, drop_path=0.0).double()
+    x = torch.randn(3, 3, 32, 48, dtype=torch.float64)
+    torch.testing.assert_close(model(x), model.tokens(x)[-1][:, 0], rtol=1e-12, atol=1e-12)
+    outputs = (model(x), model.tokens(x)[-1][:, 0])
+    grads = [torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in outputs]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_attention_rows_sum_to_one_and_reproduce_the_output(vit_tiny):
+    x = golden_images(5, 1, 3, 64, 96)
+    attention = vit_tiny.attention(x)
+    assert attention.shape == (1, 3, 25, 25)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(1, 3, 25))
+
+
+@pytest.mark.parametrize("interp", ["offset", "size", "antialias"])
+def test_positions_change_only_at_other_sizes(interp):
+    model = create("vit_nano", patch_size=8, image_size=64, pos_interp=interp)
+    assert model._positions(64, 64) is model.pos_embed
+    assert model._positions(32, 80).shape == (1, 1 + 4 * 10, 128)
+
+
+def test_drop_path_keeps_the_mean_and_drops_whole_samples():
+    torch.manual_seed(0)
+    drop = DropPath(0.25)
+    y = drop(torch.ones(20000, 2, 3))
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert torch.equal(y.amax(dim=(1, 2)), y.amin(dim=(1, 2)))
+    assert abs(y.mean().item() - 1) < 0.02
+    assert torch.equal(drop.eval()(y), y)
+
+
+def test_init_statistics():
+    torch.manual_seed(0)
+    model, head = create("vit_tiny"), Head(192, 4096)
+    assert abs(model.blocks[0].mlp.fc1.weight.std().item() - 0.02) < 1e-3
+    assert model.blocks[0].attn.qkv.bias.abs().max() == 0
+    assert abs(model.patch_embed.proj.weight.std().item() - (1 / 768) ** 0.5 / 3**0.5) < 2e-3
+    assert abs(head.last_layer.weight_v.std().item() - (1 / 256) ** 0.5 / 3**0.5) < 1e-3
+    assert torch.equal(head.last_layer.weight_g, torch.ones(4096, 1))
+
+
+def test_scores_are_cosines():
+    head = Head(16, 50)
+    assert head(torch.randn(7, 16)).abs().max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: create("vit_smal"), "Did you mean vit_small"),
+        (lambda: create("vit_tiny", patch_size=16, image_size=100), "not a multiple"),
+        (lambda: create("vit_tiny")(torch.zeros(1, 3, 8, 8)), "smaller than one 16-pixel patch"),
+        (lambda: create("vit_tiny")(torch.zeros(1, 3, 32, 40)), "use 32x32"),
+        (lambda: create("vit_tiny", num_heads=5), "not a multiple of num_heads"),
+        (lambda: create("vit_tiny").tokens(torch.zeros(1, 3, 32, 32), layers=13), "1 to 12"),
+        (lambda: Head(4, 8, num_layers=0), "at least one layer"),
+    ],
+)
+def test_errors_say_value_rule_and_fix(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -1,0 +1,69 @@
+"""Collapse detection on numbers, and feature health on shapes with known answers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dino.engine.monitor import CollapseMonitor, feature_health
+
+LIMIT = math.log(1024)
+
+
+def drive(monitor: CollapseMonitor, steps, entropy, kl, usage):
+    said = [monitor.look(step, entropy, kl, usage, temp=0.04) for step in steps]
+    return [text for text in said if text]
+
+
+def test_names_the_uniform_collapse_once_and_what_to_change():
+    said = drive(CollapseMonitor(1024), range(10, 400, 10), LIMIT - 1e-4, 1e-4, LIMIT)
+    assert len(said) == 1
+    assert "uniform" in said[0]
+    assert "--method.teacher-temp" in said[0]
+
+
+def test_names_the_dominated_collapse():
+    said = drive(CollapseMonitor(1024), range(10, 400, 10), 1e-4, 1e-4, 1e-3)
+    assert len(said) == 1
+    assert "one prototype" in said[0]
+    assert "centring" in said[0]
+
+
+def test_speaks_within_200_steps():
+    monitor = CollapseMonitor(1024)
+    steps = [s for s in range(10, 400, 10) if monitor.look(s, 1e-4, 1e-4, 1e-3, 0.04)]
+    assert steps
+    assert steps[0] <= 200
+
+
+def test_healthy_signs_are_silent():
+    for entropy, kl, usage in (
+        (2.0, 3.0, 6.5),  # a usual run
+        (0.02, 4.0, 6.0),  # very sharp targets, still different from image to image
+        (LIMIT - 0.05, 0.6, LIMIT),  # the first steps: near uniform, but the student does not follow yet
+        (6.0, 0.01, LIMIT),  # the student follows closely, the targets are not uniform
+    ):
+        assert drive(CollapseMonitor(1024), range(10, 1000, 10), entropy, kl, usage) == []
+
+
+def test_a_passing_dip_is_silent_and_state_survives_a_resume():
+    monitor = CollapseMonitor(1024)
+    assert drive(monitor, range(10, 90, 10), 1e-4, 1e-4, 1e-3) == []
+    again = CollapseMonitor(1024)
+    again.load_state_dict(monitor.state_dict())
+    assert again.look(110, 1e-4, 1e-4, 1e-3, 0.04)
+    assert again.look(120, 3.0, 1.0, 5.0, 0.04) is None
+    assert again.look(130, 1e-4, 1e-4, 1e-3, 0.04) is None
+
+
+def test_feature_health_of_known_shapes():
+    torch.manual_seed(0)
+    spread = feature_health(torch.randn(4000, 32))
+    assert spread["feature_std"] == pytest.approx(1, abs=0.02)
+    assert spread["effective_rank"] == pytest.approx(32, rel=0.02)
+    line = feature_health(torch.randn(500, 1) @ torch.randn(1, 32) + 5)
+    assert line["effective_rank"] < 3
+    same = feature_health(torch.ones(100, 32) + 1e-6 * torch.randn(100, 32))
+    assert same["feature_std"] < 1e-3

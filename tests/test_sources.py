@@ -1,0 +1,456 @@
+"""Sources: which files are images, in which order, with which labels; the recorded listing; splitting."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dino.data.decode import BadImage
+from dino.data.sources import Files, Source, open_source, split, subset
+
+
+def make(root: Path, *names: str) -> Path:
+    """Small images at root / name, grey value = their position."""
+    for position, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 3), (position, position, position)).save(path, "PNG")
+    return root
+
+
+def age(root: Path, seconds: int = 100) -> None:
+    """Let every folder under `root` look as if it had last changed `seconds` ago."""
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        then = os.stat(folder).st_mtime_ns - seconds * 10**9
+        os.utime(folder, ns=(then, then))
+
+
+def names(source: Source) -> list[str]:
+    return [source.name(index) for index in range(len(source))]
+
+
+def message(spec: str | Path, labels: str = "auto") -> str:
+    """The error for a bad spec or labels: one sentence."""
+    with pytest.raises(ValueError, match=r"\A[^\n]+\.\Z") as caught:
+        open_source(str(spec), labels)
+    return str(caught.value)
+
+
+# ---- folders
+
+
+def test_folder_is_searched_at_any_depth_and_sorted(tmp_path: Path) -> None:
+    make(tmp_path, "b.PNG", "a b/ü 1.Jpg", "a/z.tiff", "a/deep/er/x.webp", "Z.jpeg", "a.gif", "c.bmp")
+    make(tmp_path, ".hidden.png", "._b.png", ".git/x.png", "a/.cache/x.png", "a/._z.tiff")
+    (tmp_path / "Thumbs.db").touch()
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    os.symlink("gone.png", tmp_path / "broken.png")
+    os.symlink("self.png", tmp_path / "self.png")
+    os.symlink("b.PNG", tmp_path / "link.png")
+    source = open_source(str(tmp_path))
+    expected = ["Z.jpeg", "a b/ü 1.Jpg", "a.gif", "a/deep/er/x.webp", "a/z.tiff", "b.PNG", "c.bmp", "link.png"]
+    assert names(source) == expected
+    assert len(source) == 8
+    assert source.listing == "scanned"
+    assert source.read(5).tolist() == np.zeros((3, 4, 3)).tolist()
+    assert source.read(0)[0, 0, 0] == 4
+    assert source.name(-1) == "link.png"
+    with pytest.raises(IndexError):
+        source.name(8)
+
+
+def test_undecodable_names(tmp_path: Path) -> None:
+    raw = os.fsencode(tmp_path / "folder") + b"\xff\xfe/caf\xe9 \xf0.png"
+    os.mkdir(os.path.dirname(raw))
+    make(tmp_path, "plain.png", 'quote"\\ \n.png')
+    os.rename(os.fsencode(tmp_path / "plain.png"), raw)
+    age(tmp_path)
+    cache = tmp_path.parent / "undecodable.jsonl"
+    first, again = (open_source(str(tmp_path), cache=cache) for _ in range(2))
+    assert again.listing == "cached"
+    assert names(first) == names(again) == [os.fsdecode(b"folder\xff\xfe/caf\xe9 \xf0.png"), 'quote"\\ \n.png']
+    assert again.read(0).shape == again.read(1).shape == (3, 4, 3)
+    assert open_source(str(tmp_path), "folders").classes == (os.fsdecode(b"folder\xff\xfe"),)
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    root = make(tmp_path / "root", "real/x.png", "b/y.png")
+    make(tmp_path / "elsewhere", "deep/z.png")
+    os.symlink(root, root / "real/up")  # circles
+    os.symlink("..", root / "b/circle")
+    os.symlink(root / "real", root / "a")  # a second way to a folder, earlier in the alphabet
+    os.symlink(tmp_path / "elsewhere", root / "outside")
+    os.symlink(tmp_path / "elsewhere/deep", root / "z")
+    os.symlink("loop", root / "loop")
+    assert names(open_source(str(root))) == ["b/y.png", "outside/deep/z.png", "real/x.png"]
+
+
+def test_the_run_folder_is_not_data(tmp_path: Path) -> None:
+    make(tmp_path, "x.png", "runs/a/attention.png", "runs/b/y.png")
+    assert names(open_source(str(tmp_path), cache=tmp_path / "runs/a/files.jsonl")) == ["runs/b/y.png", "x.png"]
+    assert len(open_source(str(tmp_path), cache=tmp_path / "files.jsonl")) == 3
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_closed_folders_are_mentioned(tmp_path: Path) -> None:
+    make(tmp_path, "x.png", "closed/y.png")
+    cache = tmp_path.parent / "closed.jsonl"
+    (tmp_path / "closed").chmod(0)
+    try:
+        source = open_source(str(tmp_path), cache=cache)
+        assert (names(source), source.listing) == (["x.png"], "scanned, 1 folders could not be read")
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+    assert open_source(str(tmp_path), cache=cache).listing == "changed (+1 -0)"
+
+
+# ---- labels
+
+
+def test_labels_of_folders(tmp_path: Path) -> None:
+    classes = make(tmp_path / "classes", "dog/1.png", "cat/1.png", "cat/sub/2.png", "dog/2.png")
+    source = open_source(str(classes))
+    assert source.classes == ("cat", "dog")
+    assert source.labels is not None
+    assert source.labels.dtype == np.int64
+    assert source.labels.tolist() == [0, 0, 1, 1]
+    unlabelled = open_source(str(classes), "none")
+    assert (unlabelled.classes, unlabelled.labels) == ((), None)
+    assert unlabelled.fingerprint != source.fingerprint == open_source(str(classes), "folders").fingerprint
+
+    make(tmp_path / "mixed", "cat/1.png", "cat/2.png", "cat/4.png", "dog/1.png", "loose.png")
+    assert open_source(str(tmp_path / "mixed")).labels is None
+    forced = open_source(str(tmp_path / "mixed"), "folders")
+    assert forced.labels is not None
+    assert forced.labels.tolist() == [0, 0, 0, 1, -1]
+    make(tmp_path / "albums", *(f"day {day}/x.png" for day in range(5)))  # one image each: no classes
+    assert open_source(str(tmp_path / "albums")).labels is None
+    assert open_source(str(make(tmp_path / "one", "cat/1.png", "cat/2.png"))).labels is None
+    make(tmp_path / "flat", "1.png")
+    assert "lies in a sub-folder; use 'auto' or 'none'" in message(tmp_path / "flat", "folders")
+
+
+CSV_ROWS = "a/x.png,10\ndata/c.png,9\ngone.png,9\n"  # relative to the images' folder, to the CSV, missing
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CSV_ROWS,
+        "path,label\r\n\r\n" + CSV_ROWS,
+        "\ufeffid,Label,Path\n1,10,a/x.png\n2,9,data/c.png\n3,9,gone.png",
+        "FILENAME , class\n" + CSV_ROWS,
+    ],
+)
+def test_labels_from_a_csv(tmp_path: Path, text: str) -> None:
+    root = make(tmp_path / "data", "b.png", "a/x.png", "c.png")
+    table = tmp_path / "labels.csv"
+    table.write_text(text, encoding="utf-8")
+    source = open_source(str(root), str(table))
+    assert source.classes == ("9", "10")  # numbers in numerical order
+    assert source.labels is not None
+    assert source.labels.tolist() == [1, -1, 0]
+    table.write_text(f"{root}/b.png,'a',ignored\n./a/../c.png, b \n{root}/a/x.png,-1\n")
+    source = open_source(str(root), str(table))
+    assert source.labels is not None
+    assert (source.classes, source.labels.tolist()) == (("'a'", "b"), [-1, 0, 1])
+
+
+def test_bad_labels(tmp_path: Path) -> None:
+    root = make(tmp_path / "data", "b.png")
+    table = tmp_path / "labels.csv"
+    assert "did you mean 'folders'" in message(root, "folder")
+    assert f"did you mean '{root}'" in message(root, str(tmp_path / "dota"))
+    assert "this is a folder" in message(root, str(root))
+    table.write_text("path,label\nelse/where.png,3\n")
+    assert "'else/where.png', the images are e.g. 'b.png'" in message(root, str(table))
+    table.write_text("b.png\n")
+    assert "no column of labels" in message(root, str(table))
+    table.write_text("path,colour\nb.png,red\n")
+    assert "no column of labels" in message(root, str(table))
+    table.write_text("name;label\nb.png;1\n")
+    assert "'name;label'" in message(root, str(table))
+    table.write_text("path,label\nb.png,1\n", encoding="utf-16")
+    assert "UTF-8" in message(root, str(table))
+    table.write_text('"' + "x" * 200_000 + '"\n')
+    assert "not a valid CSV" in message(root, str(table))
+    table.write_text("")
+    assert "no column of labels" in message(root, str(table))
+
+
+# ---- lists
+
+
+def test_text_list(tmp_path: Path) -> None:
+    make(tmp_path / "data", "b.png", "a 1.png", "#c.png")
+    table = tmp_path / "data" / "list.TXT"
+    away = make(tmp_path / "away", "x.png") / "x.png"
+    table.write_text(f"# mine\n\nb.png\r\n  a 1.png  \ngone.png\n{away}\n./#c.png\n../away/x.png")
+    source = open_source(str(table))
+    assert names(source) == ["b.png", "a 1.png", "gone.png", str(away), "#c.png", "../away/x.png"]  # the list's order
+    assert [int(source.read(index).max()) for index in (0, 1, 3, 4, 5)] == [0, 1, 0, 2, 0]
+    with pytest.raises(BadImage, match="no such file"):
+        source.read(2)
+    assert source.labels is None
+
+
+def test_csv_list(tmp_path: Path) -> None:
+    make(tmp_path, "cat/1.png", "dog/2.png", "cat/3.png", "dog/4.png")
+    (tmp_path / "all.csv").write_text("path,label\ndog/2.png,zebra\ncat/1.png,\ncat/3.png,ape\n")
+    source = open_source(str(tmp_path / "all.csv"))
+    assert names(source) == ["dog/2.png", "cat/1.png", "cat/3.png"]
+    assert source.labels is not None
+    assert (source.classes, source.labels.tolist()) == (("ape", "zebra"), [1, -1, 0])
+    assert open_source(str(tmp_path / "all.csv"), "folders").classes == ("cat", "dog")
+    (tmp_path / "bare.csv").write_text("dog/2.png\ncat/1.png\ncat/3.png\ndog/4.png\n")
+    assert open_source(str(tmp_path / "bare.csv")).classes == ("cat", "dog")
+    assert open_source(str(tmp_path / "bare.csv"), str(tmp_path / "all.csv")).classes == ("ape", "zebra")
+
+
+def test_bad_lists(tmp_path: Path) -> None:
+    table = tmp_path / "list.txt"
+    table.write_text("# nothing\n")
+    assert "names no image" in message(table)
+    table.write_text("gone.png\n" * 200)
+    assert "None of the first 100 images" in message(table)
+    table.write_text("gone.png\n", encoding="utf-16")
+    assert "UTF-8" in message(table)
+
+
+# ---- bad specs
+
+
+def test_bad_specs(tmp_path: Path) -> None:
+    root = make(tmp_path, "imagenet/train/x.png")
+    assert f"did you mean '{tmp_path}/imagenet'" in message(tmp_path / "imagnet" / "train")
+    assert f"what follows '{tmp_path}/imagenet'" in message(tmp_path / "imagenet" / "zzz")
+    assert "give the folder that holds it" in message(root / "imagenet/train/x.png")
+    for name in ("data.zip", "data.tar", "DATA.TAR.GZ"):
+        (tmp_path / name).touch()
+        assert "is an archive; unpack it" in message(tmp_path / name)
+    (tmp_path / "x.parquet").touch()
+    os.mkfifo(tmp_path / "list.txt")
+    assert "neither a folder nor a list" in message(tmp_path / "x.parquet")
+    assert "neither a folder nor a list" in message(tmp_path / "list.txt")
+    for spec in ("", "a\0b"):
+        assert "is no path" in message(spec)
+    for spec in ("scenes", "no-such-folder"):
+        assert "does not exist" in message(spec)
+    (tmp_path / "empty/er").mkdir(parents=True)
+    assert "holds no files" in message(tmp_path / "empty")
+    for index in range(3):
+        (tmp_path / "empty/er" / f"{index}.NPY").touch()
+    (tmp_path / "empty" / "README").touch()
+    os.symlink("gone.jpg", tmp_path / "empty/x.jpg")
+    text = message(tmp_path / "empty")
+    assert "only 3 .npy, 1 " in text
+    assert "1 without a suffix" in text
+    assert "1 broken links or special files" in text
+
+
+# ---- the recorded listing
+
+
+def test_cache(tmp_path: Path) -> None:
+    root = make(tmp_path / "data", "a/1.png", "a/2.png", "b/3.png", "b/4.png")
+    cache = tmp_path / "run" / "files.jsonl"
+    assert open_source(str(root), cache=cache).listing == "scanned"
+    assert open_source(str(root), cache=cache).listing == "scanned"  # changed a moment ago: may change unnoticed
+    age(root)
+    first = open_source(str(root), cache=cache)
+    again = open_source(str(root), cache=cache)
+    assert (first.listing, again.listing) == ("scanned", "cached")
+    assert names(first) == names(again)
+    assert first.fingerprint == again.fingerprint
+    assert [path.name for path in cache.parent.iterdir()] == ["files.jsonl"]  # no temporary file stays
+    header = json.loads(cache.read_text().split("\n")[0])
+    assert (header["root"], header["number"], sorted(header["stamps"])) == (str(root), 4, ["", "a", "b"])
+
+    make(root, "a/5.png", "c/d/6.png")
+    (root / "b/3.png").rename(root / "b/7.png")
+    kept = open_source(str(root), cache=cache, trust_cache=True)
+    assert (names(kept), kept.listing, kept.fingerprint) == (names(first), "cached (changed since)", first.fingerprint)
+    with pytest.raises(BadImage):
+        kept.read(2)
+    changed = open_source(str(root), cache=cache)
+    assert changed.listing == "changed (+3 -1)"
+    assert names(changed) == ["a/1.png", "a/2.png", "a/5.png", "b/4.png", "b/7.png", "c/d/6.png"]
+    assert changed.fingerprint != first.fingerprint
+    age(root)
+    (root / "notes.txt").touch()
+    assert open_source(str(root), cache=cache).listing == "scanned"  # the images are the same
+    age(root)
+    open_source(str(root), cache=cache)
+    assert open_source(str(root), cache=cache, trust_cache=True).listing == "cached"
+    (root / "c/d/6.png").unlink()
+    (root / "c/d").rmdir()
+    assert open_source(str(root), cache=cache).listing == "changed (+0 -1)"
+
+
+def test_cache_of_a_list(tmp_path: Path) -> None:
+    make(tmp_path, "1.png", "2.png")
+    table, cache = tmp_path / "list.csv", tmp_path / "run/files.jsonl"
+    table.write_text("1.png,x\n2.png,y\n")
+    os.utime(table, (1, 1))
+    assert [open_source(str(table), cache=cache).listing for _ in range(2)] == ["scanned", "cached"]
+    table.write_text("2.png,y\n")
+    kept = open_source(str(table), cache=cache, trust_cache=True)
+    assert kept.labels is not None
+    assert (names(kept), kept.labels.tolist(), kept.listing) == (["1.png", "2.png"], [-1, 0], "cached (changed since)")
+    assert open_source(str(table), cache=cache).listing == "changed (+0 -1)"
+
+
+def test_a_cache_of_other_data_or_a_damaged_one_is_not_used(tmp_path: Path) -> None:
+    root, other = make(tmp_path / "data", "1.png", "2.png"), make(tmp_path / "other", "3.png")
+    age(tmp_path)
+    cache = tmp_path / "files.jsonl"
+    open_source(str(root), cache=cache)
+    assert names(open_source(str(other), cache=cache, trust_cache=True)) == ["3.png"]
+    open_source(str(root), cache=cache)
+    good = cache.read_bytes()
+    first, second, _ = good.split(b"\n")
+    header = json.loads(first)
+    bad = [b"", b"\n", b"{}\n[]", b"[]\n[]", good[:-9], good[:20], good.replace(b"2.png", b"5.png"), b"\xff" * 50]
+    bad += [
+        b"[" * 99999 + b"\n",
+        first + b"\n[1, 2]\n",
+        first + b'\n"ab"\n',
+        first + b'\n{"1.png": 0, "2.png": 0, "3": 1}',
+    ]
+    for change in ({"stamps": []}, {"stamps": {}}, {"stamps": {"": "x"}}, {"version": 0}, {"scanned_ns": None}):
+        bad.append(json.dumps(header | change).encode() + b"\n" + second + b"\n")
+    for content in bad:
+        cache.write_bytes(content)
+        source = open_source(str(root), cache=cache)
+        assert (names(source), source.listing) == (["1.png", "2.png"], "scanned"), content[:60]
+        assert cache.read_bytes().split(b"\n")[1] == second
+
+
+LEAVES = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=6
+)
+TREES = st.sets(
+    st.tuples(st.sampled_from(["", "a/", "a/b/", "c c/", ".h/"]), LEAVES, st.sampled_from([".png", ".JPG", ".x"]))
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TREES, TREES, st.booleans())
+def test_cached_listing_equals_fresh_listing(tmp_path_factory, before, after, trust: bool) -> None:
+    root = tmp_path_factory.mktemp("tree")
+    cache = root.parent / f"{root.name}.jsonl"
+
+    def lay(tree) -> list[str]:
+        for path in sorted(root.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        for folder, leaf, suffix in tree:
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            (root / folder / (leaf + suffix)).touch()
+        (root / "always.png").touch()
+        age(root)
+        found = {folder + leaf + suffix for folder, leaf, suffix in tree if suffix != ".x" and leaf[0] != "."}
+        return sorted({name for name in found if not name.startswith(".")} | {"always.png"}, key=os.fsencode)
+
+    for tree in (before, after):
+        expected = lay(tree)
+        fresh = open_source(str(root))
+        assert names(fresh) == expected
+        recorded = open_source(str(root), cache=cache)
+        again = open_source(str(root), cache=cache, trust_cache=trust)
+        assert again.listing == "cached"
+        assert names(recorded) == names(again) == expected
+        assert fresh.fingerprint == recorded.fingerprint == again.fingerprint
+
+
+# ---- subsets and splits
+
+
+def test_subset_and_pickling(tmp_path: Path) -> None:
+    root = make(tmp_path, "a/1.png", "a/2.png", "b/3.png", "b/4.png")
+    source = open_source(str(root))
+    part = subset(source, [3, 0])
+    assert part.labels is not None
+    assert (names(part), part.labels.tolist(), part.classes) == (["b/4.png", "a/1.png"], [1, 0], ("a", "b"))
+    assert part.read(0)[0, 0].tolist() == [3, 3, 3]
+    assert part.fingerprint != subset(source, [0, 3]).fingerprint != source.fingerprint
+    nested = subset(part, [1])
+    assert names(nested) == ["a/1.png"]
+    again = pickle.loads(pickle.dumps(nested))
+    assert (names(again), again.fingerprint) == (["a/1.png"], nested.fingerprint)
+    assert again.read(0).shape == (3, 4, 3)
+    assert subset(open_source(str(root), "none"), [1]).labels is None
+    with pytest.raises(AssertionError):
+        subset(source, [4])
+
+
+class Numbers:
+    """A source of n numbers, as small as a source can be."""
+
+    classes = ()
+    fingerprint = "numbers"
+
+    def __init__(self, num: int):
+        self.num, self.labels = num, np.arange(num)
+
+    def __len__(self) -> int:
+        return self.num
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def read(self, index: int) -> np.ndarray:
+        return np.full((1, 1, 3), index, np.uint8)
+
+
+@given(st.integers(1, 300), st.floats(0, 1, exclude_max=True), st.integers(0, 400), st.integers(-(2**70), 2**70))
+def test_a_split_is_a_partition(num: int, fraction: float, maximum: int, seed: int) -> None:
+    train, held_out = split(Numbers(num), fraction, maximum, seed)
+    wanted = min(maximum, round(fraction * num), num - 1)
+    assert (0 if held_out is None else len(held_out)) == wanted
+    both = [*names(train), *(names(held_out) if held_out else [])]
+    assert sorted(both, key=int) == [str(index) for index in range(num)]
+    for part in (train, held_out):
+        if part is not None:
+            assert part.labels is not None
+            assert [str(label) for label in part.labels] == names(part) == sorted(names(part), key=int)
+    again = split(Numbers(num), fraction, maximum, seed)
+    assert again[0].fingerprint == train.fingerprint
+
+
+def test_a_split_stays_the_same_and_depends_on_the_seed() -> None:
+    _, held_out = split(Numbers(100), 0.1, 1000, seed=0)
+    assert held_out is not None
+    assert names(held_out) == ["9", "12", "13", "18", "20", "36", "39", "67", "74", "82"]
+    assert all(
+        names(held_out) != names(other)
+        for seed in (1, 2, 2**64 - 1)
+        if (other := split(Numbers(100), 0.1, 99, seed)[1])
+    )
+    counts = np.zeros(20)
+    for seed in range(2000):  # every image is held out equally often
+        other = split(Numbers(20), 0.25, 99, seed)[1]
+        assert other is not None
+        assert other.labels is not None
+        counts[other.labels] += 1
+    assert np.abs(counts - 500).max() < 5 * np.sqrt(2000 * 0.25 * 0.75)
+
+
+def test_a_million_names_take_two_arrays(tmp_path: Path) -> None:
+    lines = [f"n{index // 1300:08d}/image_{index:08d}.jpg" for index in range(100_000)]
+    make(tmp_path, lines[0])
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    source = open_source(str(tmp_path / "list.txt"), "none")
+    assert isinstance(source, Files)
+    assert source.name(99_999) == lines[-1]
+    assert len(pickle.dumps(source)) < 100_000 * (len(lines[0]) + 1 + 8) + 2000

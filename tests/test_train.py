@@ -1,0 +1,262 @@
+"""The engine end to end: real runs through the real command line, interrupted, resumed, spread over ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dino
+from conftest import TINY, assert_same_bits, dino_command, draw_images, final_state, run_dino, tiny_flags
+from dino.engine.log import read_metrics
+
+
+def test_a_bare_folder_becomes_a_model_and_metrics(photos, tmp_path):
+    done = run_dino("train", "--data", photos, "--out", tmp_path / "run", *tiny_flags())
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} >= {"config.toml", "metrics.jsonl", "checkpoints", "teacher.safetensors"}
+    lines = read_metrics(run / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert steps[-1]["step"] == 3 * (22 // 4)
+    for line in steps:
+        assert line["kl"] == pytest.approx(line["loss"] - line["teacher_entropy"])
+        assert 0 <= line["data_wait_share"] <= 1
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    measured = [line for line in lines if "effective_rank" in line]
+    assert measured[0]["step"] == 0
+    assert measured[-1]["step"] == steps[-1]["step"]
+    assert "knn10_top1" in measured[-1]
+    model = dino.load(run)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
+
+
+def test_flat_unlabelled_folder(tmp_path):
+    draw_images(tmp_path / "nested", classes=1)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (tmp_path / "nested").rglob("*.jpg"):
+        path.rename(flat / path.name)
+    run = dino.train(TRAIN, data=str(flat), out=str(tmp_path / "run"), epochs=1)
+    measured = [line for line in read_metrics(run / "metrics.jsonl") if "effective_rank" in line]
+    assert measured
+    assert not any(key.startswith("knn") for key in measured[-1])
+
+
+def options(**changes):
+    from dino.config import TrainOptions, replace
+
+    return replace(TrainOptions(), TINY | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+TRAIN = options()
+
+
+def test_config_toml_repeats_the_run(photos, tmp_path):
+    dino.train(TRAIN, data=str(photos), out=str(tmp_path / "a"))
+    done = run_dino("train", tmp_path / "a" / "config.toml", "--out", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
+
+
+def test_workers_change_nothing(photos, tmp_path):
+    for workers in (0, 2):
+        changes = {"data.num_workers": workers}
+        dino.train(TRAIN, data=str(photos), out=str(tmp_path / f"w{workers}"), epochs=1, **changes)
+    assert_same_bits(final_state(tmp_path / "w0"), final_state(tmp_path / "w2"))
+
+
+@pytest.mark.parametrize("at", [2, 5, 7])
+def test_resume_is_exact_also_within_an_epoch(photos, tmp_path, at):
+    chosen = options(model__drop_path=0.2)  # its randomness must resume too
+    whole = dino.train(chosen, data=str(photos), out=str(tmp_path / "whole"))
+    part = dino.train(chosen, data=str(photos), out=str(tmp_path / "part"), stop_after=at)
+    from dino.cli import _parse_train
+
+    resumed = _parse_train(["--resume", str(part), "--stop-after", "1000"])
+    dino.train(resumed)
+    assert_same_bits(final_state(whole), final_state(part))
+    drop_time = lambda line: {  # noqa: E731
+        k: v for k, v in line.items() if k not in ("images_per_second", "data_wait_share", "peak_memory_gb")
+    }
+    a, b = ([drop_time(x) for x in read_metrics(run / "metrics.jsonl")] for run in (whole, part))
+    assert a[-1] == b[-1]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_ends_with_the_same_bits(photos, tmp_path):
+    """SIGKILL at 10 random moments of the real command; the weights equal the uninterrupted run's bit for bit."""
+    flags = tiny_flags(epochs=40, log__every=1, log__checkpoint_minutes=1e-4, model__drop_path=0.1)
+    whole = run_dino("train", "--data", photos, "--out", tmp_path / "whole", *flags)
+    assert whole.returncode == 0, whole.stderr
+    rng, killed, run = random.Random(0), 0, tmp_path / "killed"
+    command = dino_command("train", "--data", photos, "--out", run, *flags)
+    for _ in range(60):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        before = latest_step(run)
+        if killed < 10:
+            # Wait until it makes headway (one step at least), then a random while longer.
+            deadline = time.monotonic() + 60
+            while latest_step(run) == before and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.15))
+            process.send_signal(signal.SIGKILL)
+        _, stderr = process.communicate(timeout=300)
+        command = dino_command("train", "--resume", run)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, stderr
+        killed += 1
+    assert killed == 10
+    assert_same_bits(final_state(tmp_path / "whole"), final_state(run))
+
+
+def latest_step(run: Path) -> str:
+    pointer = run / "checkpoints" / "latest"
+    return pointer.read_text() if pointer.exists() else ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_says_how_to_resume_and_exits_0(photos, tmp_path, number):
+    run = tmp_path / "run"
+    flags = tiny_flags(epochs=2000, log__every=1000)
+    process = subprocess.Popen(
+        dino_command("train", "--data", photos, "--out", run, *flags), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not latest_step(run) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert f"Continue with: dino train --resume {run}" in stderr
+    step = int(latest_step(run).removeprefix("step-").removesuffix(".pt"))
+    done = run_dino("train", "--resume", run, "--stop-after", step + 3)
+    assert done.returncode == 0, done.stderr
+    assert f"Resuming after step {step}" in done.stderr
+    assert latest_step(run) == f"step-{step + 3:08d}.pt"
+
+
+def test_two_ranks_equal_one_rank(photos, tmp_path):
+    """The same global batch on one and on two processes: within 1e-5 after 10 steps and more."""
+    flags = tiny_flags(epochs=3, model__drop_path=0.0)
+    for ranks in (1, 2):
+        done = run_dino("train", "--data", photos, "--out", tmp_path / f"r{ranks}", *flags, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = final_state(tmp_path / "r1"), final_state(tmp_path / "r2")
+    assert one["step"] == two["step"] >= 10
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-5, msg=name)
+    losses = [[x["loss"] for x in read_metrics(tmp_path / f"r{r}" / "metrics.jsonl") if "loss" in x] for r in (1, 2)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_bad_images_are_skipped_counted_and_named(photos, tmp_path):
+    (photos / "class0" / "000.jpg").write_bytes(b"")
+    (photos / "class1" / "001.jpg").write_text("not an image")
+    run = dino.train(TRAIN, data=str(photos), out=str(tmp_path / "run"), **{"data.max_bad_fraction": 0.2})
+    listed = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["image"] for line in listed} <= {"class0/000.jpg", "class1/001.jpg"}
+    assert listed
+    assert all(line["reason"] for line in listed)
+
+
+def test_too_many_bad_images_end_the_run(photos, tmp_path):
+    for path in sorted(photos.rglob("*.jpg"))[:6]:
+        path.write_bytes(path.read_bytes()[:200])
+    done = run_dino("train", "--data", photos, "--out", tmp_path / "run", *tiny_flags())
+    assert done.returncode == 1
+    assert "could not be read" in done.stderr
+    assert "--data.max-bad-fraction" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_non_finite_loss_names_the_last_good_checkpoint(photos, tmp_path):
+    run = tmp_path / "run"
+    explode = {"optim__clip_grad": 0.0, "optim__name": "sgd", "optim__lr": 1e30, "optim__warmup_epochs": 2}
+    flags = tiny_flags(epochs=20, log__every=1, log__checkpoint_minutes=1e-6, **explode)
+    done = run_dino("train", "--data", photos, "--out", run, *flags)
+    assert done.returncode == 1, done.stderr
+    assert "the last good checkpoint is" in done.stderr
+    assert str(run / "checkpoints") in done.stderr
+    assert all(torch.isfinite(v).all() for v in final_state(run).values())
+
+
+def test_full_disk_during_a_run(photos, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        done = run_dino("train", "--data", photos, "--out", disk / "run", *tiny_flags(log__keep=5))
+        assert done.returncode == 1, done.stderr
+        assert "is still good" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert final_state(disk / "run")["step"] > 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_tensorboard_events_hold_the_metrics(photos, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = dino.train(TRAIN, data=str(photos), out=str(tmp_path / "run"), epochs=1, **{"log.tensorboard": True})
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss", "lr", "weight_decay", "momentum", "teacher_temp", "teacher_entropy", "kl"} <= tags
+    assert {"centre_norm", "feature_std", "effective_rank", "grad_norm", "images_per_second"} <= tags
+    assert {"data_wait_share", "peak_memory_gb"} <= tags
+
+
+def collapse_run(tmp_path, name, **changes):
+    chosen = {"epochs": 60, "head.out_dim": 256, "optim.lr": 5e-3, "optim.freeze_last_layer": 0, "method.momentum": 0.9}
+    chosen |= {k.replace("__", "."): v for k, v in changes.items()}
+    images = draw_images(tmp_path / "images", 64, seed=1)
+    flags = tiny_flags(**{k.replace(".", "__"): v for k, v in ({"batch_size": 16, "log__every": 10} | chosen).items()})
+    done = run_dino("train", "--data", images, "--out", tmp_path / name, *flags, env=os.environ | {"COLUMNS": "400"})
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / name / "metrics.jsonl")
+    first = next((line["step"] for line in lines if "collapse" in line), None)
+    return first, done.stderr
+
+
+def test_without_centring_one_prototype_dominates_and_is_named(tmp_path):
+    first, said = collapse_run(tmp_path, "a", method__targets="none")
+    assert first is not None
+    assert first <= 200
+    assert "collapse to one prototype" in said
+
+
+def test_without_sharpening_it_is_uniform_and_named(tmp_path):
+    first, said = collapse_run(tmp_path, "a", method__teacher_temp=1.0, method__teacher_temp_start=1.0)
+    assert first is not None
+    assert first <= 200
+    assert "uniform collapse" in said
+
+
+def test_a_healthy_run_raises_no_alarm(tmp_path):
+    first, said = collapse_run(tmp_path, "a")
+    assert first is None
+    assert "collapse" not in said
+
+
+def test_sixteen_bit_and_palette_and_grey_train_too(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for i in range(12):
+        grey = Image.fromarray(rng.integers(0, 255, (50, 40)).astype(np.uint8))
+        form = [grey, grey.convert("P"), grey.convert("LA"), grey.convert("CMYK")][i % 4]
+        form.save(folder / f"{i}.{['png', 'png', 'png', 'tiff'][i % 4]}")
+    run = dino.train(TRAIN, data=str(folder), out=str(tmp_path / "run"), epochs=1)
+    assert not (run / "quarantine.jsonl").exists()
