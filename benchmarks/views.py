@@ -2,8 +2,8 @@
 
     python benchmarks/views.py --images FOLDER [--reference CHECKOUT]
 
-Both decode the same bytes (in memory) and draw views of the same distribution: 2 global ones of 224 and 8 local ones of 96
-pixels. The peer is the reference's chain of Pillow and torchvision transforms; with `--reference` its class
+Both decode the same bytes (in memory) and draw views of the same distribution: 2 global ones of 224 pixels and 8 local
+ones of 96. The peer is the reference's chain of Pillow and torchvision transforms; with `--reference` its class
 DataAugmentationDINO is taken from a checkout of facebookresearch/dino. Methods take turns every few images, in one
 process and thread, so that a busy machine slows all of them. Ratios compare CPU time.
 """
@@ -39,6 +39,7 @@ from dino.data.views import draw_views
 OPTIONS = ViewOptions()
 SIZES = (224,) * 2 + (96,) * OPTIONS.num_local
 CHUNK = 8  # images between turns
+Peer = Callable[[Image.Image], list]  # an image's views, float32 [3, s, s]
 Clock = dict[str, list[float]]  # stage: CPU and wall seconds
 
 # ------------------------------------------------------------------------------------------------------ the peer
@@ -62,7 +63,7 @@ class Solarise:
         return ImageOps.solarize(image) if random.random() < self.prob else image
 
 
-def plain_peer() -> Callable[[Image.Image], list[torch.Tensor]]:
+def plain_peer() -> Peer:
     """The reference's augmentation, written out in torchvision's transforms."""
     jitter = transforms.ColorJitter(OPTIONS.brightness, OPTIONS.contrast, OPTIONS.saturation, OPTIONS.hue)
 
@@ -85,7 +86,7 @@ def plain_peer() -> Callable[[Image.Image], list[torch.Tensor]]:
     return lambda image: [chain(image) for chain in chains]
 
 
-def reference_peer(checkout: Path) -> Callable[[Image.Image], list[torch.Tensor]]:
+def reference_peer(checkout: Path) -> Peer:
     if not (checkout / "main_dino.py").is_file():
         raise ValueError(f"{checkout} holds no main_dino.py; --reference takes a checkout of facebookresearch/dino.")
     sys.path.insert(0, str(checkout))
@@ -104,7 +105,7 @@ def lap(clock: Clock, stage: str, since: tuple[float, float]) -> tuple[float, fl
     return time.process_time(), time.perf_counter()
 
 
-def run_peer(clock: Clock, files: list[bytes], peer: Callable) -> None:
+def run_peer(clock: Clock, files: list[bytes], peer: Peer) -> None:
     start = time.process_time(), time.perf_counter()
     views = [peer(Image.open(BytesIO(file)).convert("RGB")) for file in files]
     lap(clock, "peer", start)
@@ -139,7 +140,7 @@ def run_stages(clock: Clock, files: list[bytes], epoch: int) -> None:
     lap(clock, "normalise", now)
 
 
-def measure(files: list[bytes], num_pairs: int, peer: Callable) -> list[Clock]:
+def measure(files: list[bytes], num_pairs: int, peer: Peer) -> list[Clock]:
     """Milliseconds an image of every method and stage, [CPU, wall], one dictionary a pair."""
     chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
     clocks: list[Clock] = []

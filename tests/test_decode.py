@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from dino.data.decode import IMAGE_SUFFIXES, BadImage, decode
 
@@ -100,8 +100,12 @@ def test_damaged_exif_is_no_damaged_image() -> None:
         b"Exif\0\0II*\0\xff\xff\xff\xff",
         b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x07\0\0\0\x05ab",
         b"Exif\0\0",
+        b"Exif\0\0no TIFF at all",
     ):
         assert decode(encode(Image.fromarray(picture()), "JPEG", exif=block)).shape == (40, 60, 3)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n4\nnot hexadecimal")
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(picture()), "PNG", pnginfo=text)), picture())
 
 
 def test_grey_and_one_bit() -> None:

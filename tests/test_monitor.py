@@ -42,7 +42,7 @@ def test_healthy_signs_are_silent():
     for entropy, kl, usage in (
         (2.0, 3.0, 6.5),  # a usual run
         (0.02, 4.0, 6.0),  # very sharp targets, still different from image to image
-        (LIMIT - 0.05, 0.6, LIMIT),  # the first steps: near uniform, but the student does not follow yet
+        (LIMIT - 0.005, 0.6, LIMIT),  # the first steps: near uniform, because little tells the images apart yet
         (6.0, 0.01, LIMIT),  # the student follows closely, the targets are not uniform
     ):
         assert drive(CollapseMonitor(1024), range(10, 1000, 10), entropy, kl, usage) == []

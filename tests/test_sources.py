@@ -93,7 +93,10 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     os.symlink(tmp_path / "elsewhere", root / "outside")
     os.symlink(tmp_path / "elsewhere/deep", root / "z")
     os.symlink("loop", root / "loop")
-    assert names(open_source(str(root))) == ["b/y.png", "outside/deep/z.png", "real/x.png"]
+    for index in range(20):  # of many names of one folder, the first counts, whatever order the disk gives them in
+        os.symlink(tmp_path / "elsewhere/deep", root / f"s{index:02d}")
+        os.symlink(tmp_path / "elsewhere", root / f"o{19 - index:02d}")
+    assert names(open_source(str(root))) == ["b/y.png", "o00/deep/z.png", "real/x.png"]
 
 
 def test_the_run_folder_is_not_data(tmp_path: Path) -> None:
@@ -106,10 +109,12 @@ def test_the_run_folder_is_not_data(tmp_path: Path) -> None:
 def test_closed_folders_are_mentioned(tmp_path: Path) -> None:
     make(tmp_path, "x.png", "closed/y.png")
     cache = tmp_path.parent / "closed.jsonl"
+    age(tmp_path)
     (tmp_path / "closed").chmod(0)
     try:
         source = open_source(str(tmp_path), cache=cache)
         assert (names(source), source.listing) == (["x.png"], "scanned, 1 folders could not be read")
+        assert open_source(str(tmp_path), cache=cache).listing == "cached"
     finally:
         (tmp_path / "closed").chmod(0o700)
     assert open_source(str(tmp_path), cache=cache).listing == "changed (+1 -0)"
@@ -165,6 +170,12 @@ def test_labels_from_a_csv(tmp_path: Path, text: str) -> None:
     source = open_source(str(root), str(table))
     assert source.labels is not None
     assert (source.classes, source.labels.tolist()) == (("'a'", "b"), [-1, 0, 1])
+    table.write_text("b.png,u\ndata/b.png,v\nc.png,v\n")  # relative to the images' folder comes first
+    source = open_source(str(root), str(table))
+    assert source.labels is not None
+    assert (source.classes, source.labels.tolist()) == (("u", "v"), [-1, 0, 1])
+    table.write_text("b.png,v\nc.png,u\n")
+    assert open_source(str(root), str(table)).fingerprint != source.fingerprint
 
 
 def test_bad_labels(tmp_path: Path) -> None:

@@ -261,6 +261,7 @@ class TrainOptions:
     log: LogOptions = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; a seed lies in [0, 2**32).")
         _require(self.epochs is None or self.epochs >= 1, f"epochs is {self.epochs}; train at least 1 epoch.")
         _require(self.batch_size is None or self.batch_size >= 1, f"batch_size is {self.batch_size}; use 1 or more.")
         _require(self.stop_after is None or self.stop_after >= 1, f"stop_after is {self.stop_after}; use 1 or more.")

@@ -10,6 +10,7 @@ Axes: n images, v views, s pixels; m = v * n, view by view. Colour is RGB, 0 to 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -39,10 +40,11 @@ class Renderer(Protocol):
 
 def crop(images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
     """Boxes of the images, resized (bicubic, antialiased, as Pillow) and flipped; a `Renderer` without colour."""
-    groups = _empty(views)
-    for i, image in enumerate(images):
-        for view, out in _views_of(groups, views, i):
-            _crop(image, views.box[i, view], bool(views.flip[i, view]), out)
+    groups = [_empty(len(images), views.sizes[group]) for group in views.groups]
+    # Image by image, because its views share what the cache holds of it.
+    for i, (image, boxes, flips) in enumerate(zip(images, views.box.tolist(), views.flip.tolist(), strict=True)):
+        for out, box, flip in zip(_per_view(groups), boxes, flips, strict=True):
+            _crop(image, box, flip, out[i])
     return groups
 
 
@@ -52,20 +54,16 @@ class CpuRenderer:
     crop = staticmethod(crop)
 
     def __call__(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
-        groups = _empty(views)
-        kernels = blur_kernels(views.sigma)
-        for i, image in enumerate(images):
-            for view, out in _views_of(groups, views, i):
-                _crop(image, views.box[i, view], bool(views.flip[i, view]), out)
-                _colour(out, views, i, view, kernels[i, view])
-        return groups
+        # All crops first: to take turns between PyTorch's code and OpenCV's for each view is a sixth slower.
+        return self.colour(crop(images, views), views)
 
     def colour(self, crops: list[Tensor], views: Views) -> list[Tensor]:
         """Changes what `crop` returned, in place."""
-        kernels = blur_kernels(views.sigma)
-        for i in range(len(views.box)):
-            for view, out in _views_of(crops, views, i):
-                _colour(out, views, i, view, kernels[i, view])
+        drawn = (views.jitter, views.order, views.factors, views.grey, views.solarise)
+        samples = zip(*(values.tolist() for values in drawn), _short(blur_kernels(views.sigma)), strict=True)
+        for i, sample in enumerate(samples):
+            for out, *parameters in zip(_per_view(crops), *sample, strict=True):
+                _colour(out[i], *parameters)
         return crops
 
 
@@ -127,25 +125,20 @@ def _convolve(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return out
 
 
-def _empty(views: Views) -> list[Tensor]:
-    n = len(views.box)
-    sizes = [(views.sizes[group.start], group.stop - group.start) for group in views.groups]
-    return [torch.empty((v, n, size, size, 3), dtype=torch.uint8) for size, v in sizes]
+def _empty(num_images: int, sizes: tuple[int, ...]) -> Tensor:
+    return torch.empty((len(sizes), num_images, sizes[0], sizes[0], 3), dtype=torch.uint8)
 
 
-def _views_of(groups: list[Tensor], views: Views, image: int):
-    """(view, its pixels [s, s, 3]) for each view of one image."""
-    for group, tensor in zip(views.groups, groups, strict=True):
-        pixels = tensor.numpy()
-        for view in range(group.start, group.stop):
-            yield view, pixels[view - group.start, image]
+def _per_view(groups: list[Tensor]) -> list[np.ndarray]:
+    """The pixels [n, s, s, 3] of each of the v views."""
+    return [view for group in groups for view in group.numpy()]
 
 
 # ------------------------------------------------------------------------------------------- OpenCV, one view
 
 
-def _crop(image: np.ndarray, box: np.ndarray, flip: bool, out: np.ndarray) -> None:
-    top, left, height, width = box.tolist()
+def _crop(image: np.ndarray, box: list[int], flip: bool, out: np.ndarray) -> None:
+    top, left, height, width = box
     # A copy, and the batch dimension before the permutation: PyTorch is twice as fast on what it sees as channels last.
     part = torch.from_numpy(image[top : top + height, left : left + width].copy())
     planes = part.unsqueeze(0).permute(0, 3, 1, 2)
@@ -157,19 +150,19 @@ def _crop(image: np.ndarray, box: np.ndarray, flip: bool, out: np.ndarray) -> No
         np.copyto(out, pixels)
 
 
-def _colour(x: np.ndarray, views: Views, i: int, view: int, kernel: np.ndarray) -> None:
+def _colour(
+    x: np.ndarray, jitter: bool, order: list[int], factors: list[float], grey: bool, solarise: bool, kernel: np.ndarray
+) -> None:
     """Colours x [s, s, 3] in place."""
-    if views.jitter[i, view]:
-        _jitter(x, views.order[i, view].tolist(), views.factors[i, view].tolist())
-    blur = views.sigma[i, view] > 0
-    if views.grey[i, view]:
-        grey = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)
-        if blur:
-            _blur(grey, kernel)
-        cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB, dst=x)
-    elif blur:
+    if jitter:
+        _jitter(x, order, factors)
+    if grey:
+        luma = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)
+        _blur(luma, kernel)
+        cv2.cvtColor(luma, cv2.COLOR_GRAY2RGB, dst=x)
+    else:
         _blur(x, kernel)
-    if views.solarise[i, view]:
+    if solarise:
         cv2.min(x, cv2.bitwise_not(x), dst=x)  # 255 - x where that is less, which is from 128 on
 
 
@@ -186,6 +179,8 @@ def _jitter(x: np.ndarray, order: list[int], factors: list[float]) -> None:
             _affine(x, a, b, c)
             a, b, c = 1.0, 0.0, 0.0
             _shift_hue(x, int(factor * _HUE_STEPS))
+            continue
+        if factor == 1:
             continue
         rest = 1 - factor
         if step == CONTRAST:
@@ -215,16 +210,33 @@ def _shift_hue(x: np.ndarray, steps: int) -> None:
         return
     hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV_FULL)
     rows = hsv.reshape(len(hsv), -1)
-    rows += np.tile(np.array([steps % 256, 0, 0], np.uint8), x.shape[1])  # bytes go round the circle by themselves
+    rows += _hue_of_row(x.shape[1]) * np.uint8(steps % 256)  # bytes go round the circle by themselves
     cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=x)
 
 
+@functools.cache
+def _hue_of_row(width: int) -> np.ndarray:
+    """1 where a row of HSV pixels holds the hue, else 0."""
+    return np.tile(np.array([1, 0, 0], np.uint8), width)
+
+
+def _short(kernels: np.ndarray) -> list[list[np.ndarray]]:
+    """The kernels [n, v, taps] without the outer taps that together could not move a pixel by an eighth of a level."""
+    half = kernels.shape[-1] // 2
+    negligible = kernels[..., :half].cumsum(-1) < 2**-12
+    inner = ~np.concatenate([negligible, np.zeros_like(kernels[..., :1], bool), negligible[..., ::-1]], -1)
+    kernels = kernels * inner
+    kernels /= kernels.sum(-1, keepdims=True)
+    cuts = negligible.sum(-1).tolist()
+    return [
+        [kernel[cut : len(kernel) - cut] for kernel, cut in zip(*sample, strict=True)]
+        for sample in zip(kernels, cuts, strict=True)
+    ]
+
+
 def _blur(x: np.ndarray, kernel: np.ndarray) -> None:
-    """In place. Outer taps that together could not move a pixel by an eighth of a level are left out."""
-    half = len(kernel) // 2
-    reach = half - int(np.searchsorted(np.cumsum(kernel[:half]), 2**-12))
-    kernel = kernel[half - reach : half + reach + 1] / kernel[half - reach : half + reach + 1].sum()
-    cv2.sepFilter2D(x, -1, kernel, kernel, dst=x, borderType=cv2.BORDER_REPLICATE)
+    if len(kernel) > 1:
+        cv2.sepFilter2D(x, -1, kernel, kernel, dst=x, borderType=cv2.BORDER_REPLICATE)
 
 
 # -------------------------------------------------------------------------------------- PyTorch, many views
@@ -257,19 +269,19 @@ class _Parameters:
         self.blurred = send(blurred)
         self.kernels = send(rows(kernels)[blurred])
         self.solarise = send(rows(views.solarise)[:, None, None, None])
+        self.luma = send(np.array(_LUMA, np.float32)[:, None, None])
 
 
 def _colour_batch(x: Tensor, p: _Parameters) -> Tensor:
     """Colours x, float [m, 3, s, s] of whole numbers; may change it."""
-    weights = x.new_tensor(_LUMA).view(3, 1, 1)
     for k in range(4):
-        luma = _round((x * weights).sum(1, keepdim=True))
+        luma = _round((x * p.luma).sum(1, keepdim=True))
         anchor = p.contrast[k] * _round(luma.mean((2, 3), keepdim=True)) + p.saturation[k] * luma
         # Whole numbers in, so a factor of 1 changes nothing at all.
         x = ((x - anchor) * p.factors[k] + anchor).clamp_(0, 255).floor_()
         if len(p.shifted[k]):
             x[p.shifted[k]] = _shift_hue_batch(x[p.shifted[k]], p.steps[k])
-    x = torch.where(p.grey, _round((x * weights).sum(1, keepdim=True)), x)
+    x = torch.where(p.grey, _round((x * p.luma).sum(1, keepdim=True)), x)
     if len(p.blurred):
         x[p.blurred] = _round(_blur_batch(x[p.blurred], p.kernels))
     return torch.where(p.solarise & (x >= 128), 255 - x, x)
@@ -288,7 +300,7 @@ def _shift_hue_batch(x: Tensor, steps: Tensor) -> Tensor:
     hue = ((hue / 6 + 1) % 1 * 255).floor_()
     saturation = (chroma / high.clamp(min=1) * 255).floor_()
     sextant = (hue + steps) % 256 * (6 / 255)
-    k = (sextant + x.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6
+    k = (sextant + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
     return _round(high * (1 - saturation / 255 * torch.minimum(k, 4 - k).clamp_(0, 1)))
 
 

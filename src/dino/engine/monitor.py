@@ -11,10 +11,12 @@ from torch import Tensor
 
 Collapse = Literal["uniform", "dominated"]
 
+UNIFORM_WITHIN = 1e-3  # nats below ln K; logits that vary by sigma cost sigma^2 / 2, so this is a sigma of 0.045
+
 ADVICE: dict[Collapse, str] = {
     "uniform": (
-        "uniform collapse: the teacher's targets spread evenly over all prototypes (entropy {entropy:.2f} of at most "
-        "{limit:.2f}) and the student copies that (KL {kl:.4f}). There is too little sharpening: lower "
+        "uniform collapse: the teacher's targets spread evenly over all prototypes (entropy {entropy:.3f} of at most "
+        "{limit:.3f}) and the student copies that (KL {kl:.4f}). There is too little sharpening: lower "
         "--method.teacher-temp (now {temp:g}), or use fewer prototypes (--head.out-dim)."
     ),
     "dominated": (
@@ -27,14 +29,15 @@ ADVICE: dict[Collapse, str] = {
 
 @dataclass
 class CollapseMonitor:
-    """Looks at averages over a log interval and speaks when one collapse has lasted for `patience` images-steps.
+    """Looks at averages over a log interval and speaks when one collapse has lasted for `patience` steps.
 
-    A loss that rises early, and an entropy near ln K in the first steps (an untrained network's targets are nearly
-    uniform once centred), are normal: a uniform collapse is only called once the student has had time to leave it.
+    A loss that rises early is normal, and so is an entropy close to ln K in the first steps: centring takes away what
+    all images share, and an untrained network tells them little apart. Only targets that are uniform to the third
+    decimal, which no teacher at a sharpening temperature gives, count.
     """
 
     out_dim: int
-    patience: int = 100
+    patience: int = 50
     since: dict[str, int] = field(default_factory=dict)
     reported: str = ""
 
@@ -42,7 +45,7 @@ class CollapseMonitor:
         """A warning the first time a collapse is certain, else None. In nats; `usage`: entropy of the mean target."""
         limit = math.log(self.out_dim)
         now: Collapse | None = None
-        if entropy > 0.99 * limit and kl < 0.01 * limit:
+        if limit - entropy < UNIFORM_WITHIN:
             now = "uniform"
         elif usage < 0.05 * limit and kl < 0.05 * limit:
             now = "dominated"

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -223,7 +224,8 @@ class Trainer:
             self._check_quarantine(force=True)
         step, method = self.step, self.method
         # Stochastic depth is the only other randomness; keyed by step and rank it needs no state in checkpoints.
-        torch.manual_seed((self.options.seed * 2**20 + distributed.rank()) * 2**32 + step)
+        key = np.random.SeedSequence([self.options.seed, distributed.rank(), step])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
         optim.set_rates(self.optimizer, self.plan.lr(step), self.plan.weight_decay(step))
         groups = [normalise(g) for g in self._to_device(batch)]
         with parallel.autocast(self.device, self.precision):

@@ -42,15 +42,19 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def pca_colours(model: Backbone, images: Tensor) -> Tensor:
-    """Patch features of the batch on their three main axes, as colours in [0, 1] [n, rows, columns, 3]."""
+    """Patch features of the batch on their three main axes, as colours in [0, 1] [n, rows, columns, 3].
+
+    One basis for the batch: like features have like colours across its images.
+    """
     height, width = images.shape[-2:]
     patches = model.tokens(images)[-1][:, 1:].float()
     flat = patches.flatten(0, 1)
     flat = flat - flat.mean(dim=0)
     _, _, axes = torch.linalg.svd(flat, full_matrices=False)
     colours = flat @ axes[:3].T
+    colours = F.pad(colours, (0, 3 - colours.shape[1]))  # one or two patches have fewer axes
     # An axis has no sign of its own; the same data should give the same colours.
-    colours = colours * colours.pow(3).sum(dim=0).sign()
+    colours = torch.where(colours.pow(3).sum(dim=0) < 0, -colours, colours)
     low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
     colours = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     return colours.view(len(images), height // model.patch_size, width // model.patch_size, 3)

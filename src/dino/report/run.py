@@ -1,0 +1,90 @@
+"""What a run directory says about its run: options, metrics, unreadable images, and figures derived from them."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dino.config import TrainOptions, from_dict, known
+from dino.engine.log import read_metrics
+from dino.engine.monitor import CollapseMonitor
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    options: TrainOptions
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    quarantine: list[dict[str, Any]]
+    num_images: int
+
+    @classmethod
+    def read(cls, folder: Path, num_images: int) -> Run:
+        """The run in `folder`, which trains on `num_images` images."""
+        path = folder / "config.toml"
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no run (no config.toml); give the --out folder of a training run.")
+        options = from_dict(TrainOptions, tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+        metrics, bad = folder / "metrics.jsonl", folder / "quarantine.jsonl"
+        lines = [line for line in read_metrics(metrics) if "step" in line] if metrics.exists() else []
+        return cls(folder, options, lines, read_metrics(bad) if bad.exists() else [], num_images)
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return max((line["step"] for line in self.lines), default=0)
+
+    @property
+    def total(self) -> int:
+        """Steps planned."""
+        return known(self.options.epochs) * max(1, self.num_images // known(self.options.batch_size))
+
+    @property
+    def complete(self) -> bool:
+        return self.steps >= self.total
+
+    @property
+    def limit(self) -> float:
+        """ln K, the largest entropy of targets over K prototypes, nats."""
+        return math.log(known(self.options.head.out_dim))
+
+    def points(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps at which the metric `name` was written, and its values."""
+        chosen = [line for line in self.lines if isinstance(line.get(name), int | float)]
+        return [line["step"] for line in chosen], [line[name] for line in chosen]
+
+    def before_after(self, name: str) -> tuple[float | None, float | None]:
+        """A metric before the first step and as last measured."""
+        steps, values = self.points(name)
+        before = values[0] if steps and steps[0] == 0 else None
+        after = values[-1] if steps and steps[-1] > 0 else None
+        return before, after
+
+    @cached_property
+    def seconds(self) -> float:
+        """Spent in training steps; measuring and saving are not counted."""
+        steps, rates = self.points("images_per_second")
+        batch, before, total = known(self.options.batch_size), 0.0, 0.0
+        for step, rate in zip(steps, rates, strict=True):
+            total += (step - before) * batch / rate if rate > 0 else 0
+            before = step
+        return total
+
+    @property
+    def rate(self) -> float | None:
+        """Images per second of training, on average."""
+        return self.steps * known(self.options.batch_size) / self.seconds if self.seconds > 0 else None
+
+    def warnings(self) -> list[tuple[int, str]]:
+        """(step, text) of the collapse warnings: the same monitor, looking at the same numbers again."""
+        monitor = CollapseMonitor(known(self.options.head.out_dim))
+        names = ("step", "teacher_entropy", "kl", "prototype_usage", "teacher_temp")
+        rows = [[line[name] for name in names] for line in self.lines if all(name in line for name in names)]
+        found = [(row[0], text) for row in rows if (text := monitor.look(*row))]
+        told = {step for step, _ in found}
+        unexplained = [line["step"] for line in self.lines if line.get("collapse") and line["step"] not in told]
+        return sorted(found + [(step, "the run reported a collapse here.") for step in unexplained])

@@ -1,0 +1,215 @@
+"""The command line as people use and misuse it: one clear sentence, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
+from PIL import Image
+
+import dino
+from dino import cli, config, recipes
+
+
+def test_help_is_quick_and_loads_no_torch():
+    started = time.monotonic()
+    done = run_dino("--help")
+    seconds = time.monotonic() - started
+    assert done.returncode == 0
+    assert "dino train --data photos/" in done.stdout
+    assert seconds < 2  # half a second on an idle machine; see benchmarks
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, dino.cli; dino.cli.main(['--help']); print('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+    )
+    assert loaded.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command.split(), "--help"])
+    assert stop.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
+def broken_folder(path: Path) -> Path:
+    path.mkdir()
+    for i in range(20):
+        (path / f"{i}.jpg").write_text("no image")
+    return path
+
+
+def small_images(path: Path) -> Path:
+    path.mkdir()
+    for i in range(40):
+        Image.fromarray(np.full((5, 5, 3), i, np.uint8)).save(path / f"{i}.png")
+    return path
+
+
+BAD = {
+    "missing folder": (["--data", "{tmp}/nowhere"], "nowhere"),
+    "empty folder": (["--data", "{empty}"], "empty"),
+    "file for a folder": (["--data", "{photos}/class0/000.jpg"], "000.jpg"),
+    "no decodable image": (["--data", "{broken}"], "none of the 16 images tried can be read"),
+    "batch larger than the data": (["--data", "{photos}", "--batch-size", "400"], "batch_size is 400"),
+    "image smaller than a patch": (["--data", "{photos}", "--views.local-size", "4"], "smaller than one patch"),
+    "size no multiple of the patch": (["--data", "{photos}", "--views.global-size", "36"], "use 32"),
+    "unknown option": (["--data", "{photos}", "--optim.lrr", "1"], "--optim.lr"),
+    "unknown recipe": (["cifar", "--data", "{photos}"], "Did you mean 'cifar10'?"),
+    "folder as recipe": (["{photos}"], "dino train --data"),
+    "wrong type": (["--data", "{photos}", "--epochs", "many"], "--epochs"),
+    "negative": (["--data", "{photos}", "--optim.lr", "-1"], "cannot be negative"),
+    "contradiction": (["--data", "{photos}", "--device", "cpu", "--precision", "fp16"], "needs a GPU"),
+    "warm-up beyond the run": (["--data", "{photos}", "--optim.warmup-epochs", "9"], "only 3 epochs"),
+    "heads do not divide": (["--data", "{photos}", "--model.num-heads", "5"], "not a multiple of num_heads"),
+    "unknown architecture": (["--data", "{photos}", "--model.arch", "vit_smal"], "Did you mean vit_small?"),
+    "out is a file": (["--data", "{photos}", "--out", "{photos}/class0/000.jpg"], "is a file"),
+    "out holds something else": (["--data", "{photos}", "--out", "{photos}"], "holds no run"),
+    "resume of nothing": (["--resume", "{tmp}/nowhere"], "there is no run"),
+    "missing options file": (["{tmp}/mine.toml"], "no options file"),
+    "scenes of no number": (["--data", "scenes:many"], "scenes:NUMBER"),
+    "seed out of range": (["--data", "{photos}", "--seed", "-1"], "seed"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_bad_input_is_one_sentence_and_leaves_nothing(case, tmp_path, capsys, monkeypatch):
+    flags, words = BAD[case]
+    (tmp_path / "empty").mkdir()
+    places = {
+        "tmp": tmp_path,
+        "photos": draw_images(tmp_path / "photos"),
+        "empty": tmp_path / "empty",
+        "broken": broken_folder(tmp_path / "broken"),
+    }
+    monkeypatch.chdir(tmp_path)
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    flags = [f.format(**places) for f in flags]
+    given = {f for f in flags if f.startswith("--")}
+    tiny = tiny_flags()
+    rest = [t for i, t in enumerate(tiny) if t not in given and (i == 0 or tiny[i - 1] not in given)]
+    out = [] if "--out" in given or "--resume" in given else ["--out", "run"]
+    first = flags if not flags[0].startswith("--") else []
+    options = [] if "--resume" in given else rest
+    try:
+        code = cli.main(["train", *first, *out, *options, *([] if first else flags)])
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert words in " ".join(said.replace("│", " ").split())
+    assert "Traceback" not in said
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+def test_an_existing_run_is_refused_unless_overwritten_or_resumed(photos, tmp_path):
+    flags = ["--data", photos, "--out", tmp_path / "run", *tiny_flags(epochs=1)]
+    assert run_dino("train", *flags).returncode == 0
+    again = run_dino("train", *flags)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    assert "--overwrite" in again.stderr
+    assert run_dino("train", *flags, "--overwrite").returncode == 0
+
+
+def test_resume_with_other_mathematics_or_images_is_refused(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.main(["train", "--data", str(photos), "--out", str(run), *tiny_flags(stop_after=3)]) == 0
+    assert cli.main(["train", "--resume", str(run), "--optim.lr", "1"]) == 2
+    assert "optim.lr is 1.0 where it was 0.0005" in capsys.readouterr().err
+    (run / "files.jsonl").unlink()
+    next(photos.rglob("*.jpg")).unlink()
+    assert cli.main(["train", "--resume", str(run)]) == 2
+    assert "not the ones this run was started with" in capsys.readouterr().err
+
+
+def test_resume_of_a_checkpoint_of_another_shape_is_refused(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.main(["train", "--data", str(photos), "--out", str(run), *tiny_flags(stop_after=3)]) == 0
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("width = 32", "width = 64"))
+    assert cli.main(["train", "--resume", str(run)]) == 2
+    assert "of another shape" in capsys.readouterr().err
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "Did you mean 'dino train'?" in capsys.readouterr().err
+    assert cli.main(["eval", "kn"]) == 2
+    assert "Did you mean 'dino eval knn'?" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback():
+    done = run_dino("train", "--data", "/nowhere/at/all", "--debug")
+    assert "Traceback" in done.stderr
+
+
+def test_toml_file_and_flags(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('epochs = 7\n[views]\nglobal_scale = [0.3, 1.0]\n[log]\ntensorboard = false\n[data]\npath = "x"\n')
+    options = cli._parse_train([str(file), "--epochs", "9"])
+    assert (options.epochs, options.views.global_scale, options.log.tensorboard) == (9, (0.3, 1.0), False)
+    file.write_text("epochz = 7\n")
+    with pytest.raises(SystemExit):
+        cli._parse_train([str(file)])
+    file.write_text("epochs = = 7\n")
+    with pytest.raises(ValueError, match="not a valid TOML file"):
+        cli._parse_train([str(file)])
+
+
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+def test_recipes_resolve_and_survive_a_round_trip(name):
+    recipe = recipes.get(name)
+    assert recipe.about
+    assert recipe.command.startswith(("dino train", "torchrun"))
+    assert recipe.expected
+    for gpu in (False, True):
+        options = recipes.resolve(recipe.options, 50_000, 32 if name == "cifar10" else 400, gpu, 2)
+        assert all(v is not None for n, v in config.flatten(options).items() if n in RESOLVED)
+        again = config.from_dict(config.TrainOptions, tomllib.loads(toml(options)), "test")
+        assert again == options
+
+
+RESOLVED = {"epochs", "batch_size", "head.out_dim", "method.momentum", "method.teacher_temp", "model.arch"}
+RESOLVED |= {"model.patch_size", "views.global_size", "views.local_size", "optim.warmup_epochs", "data.num_workers"}
+
+
+def toml(options: config.TrainOptions) -> str:
+    import tomli_w
+
+    return tomli_w.dumps(config.to_dict(options))
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 100, 5_000, 1_300_000])
+@pytest.mark.parametrize("edge", [8, 32, 64, 500])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_automatic_choices_are_consistent_for_any_data(count, edge, gpu):
+    options = recipes.resolve(config.TrainOptions(), count, edge, gpu, 1)
+    assert 1 <= options.batch_size <= count
+    assert options.views.global_size % options.model.patch_size == 0
+    assert options.views.local_size % options.model.patch_size == 0
+    assert options.views.local_size < options.views.global_size
+    assert 0.9 <= options.method.momentum < 1
+
+
+def test_eval_knn_prints_a_table(photos, tmp_path):
+    dino.train(data=str(photos), out=str(tmp_path / "run"), recipe=config.replace(config.TrainOptions(), TINY))
+    done = run_dino("eval", "knn", tmp_path / "run", "--data", photos, "--k", "10", "20", "100")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["10", "20"]
+    assert 0 <= float(rows[0][1]) <= 100
+
+
+def test_no_command_shows_help():
+    done = subprocess.run(dino_command(), capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "usage: dino COMMAND" in done.stdout

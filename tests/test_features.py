@@ -1,0 +1,107 @@
+"""The feature loop: the reference's evaluation view to the pixel, order kept, unreadable images left out and named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import transforms
+
+import dino
+from dino.data.render import normalise
+from dino.data.scenes import Scenes
+from dino.data.sources import open_source
+from dino.eval.online import OnlineEvaluation, probe, scene_masks, spread
+from dino.inference.features import extract, preprocess
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 400), st.integers(2, 400))
+def test_preprocess_is_the_references_resize_and_crop(height, width):
+    image = noise(height, width)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    expected = transforms.Compose([transforms.Resize(256, bicubic), transforms.CenterCrop(224)])(Image.fromarray(image))
+    assert np.array_equal(preprocess(image, 224), np.asarray(expected))
+
+
+def test_small_models_keep_the_border():
+    image = noise(32, 32)
+    assert np.array_equal(preprocess(image, 32), image)
+    assert preprocess(noise(50, 90), 48).shape == (48, 48, 3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return dino.create("vit_nano", patch_size=8, image_size=32).eval()
+
+
+def test_extract_keeps_order_whatever_the_batch_size_and_workers(model, tmp_path):
+    source = open_source(str(draw_images(tmp_path / "images", 11)))
+    expected = [model(normalise(torch.tensor(preprocess(source.read(i), 32))[None, None])) for i in range(11)]
+    for batch_size, workers in ((3, 0), (100, 0), (4, 2)):
+        found = extract(model, source, 32, batch_size=batch_size, num_workers=workers)
+        torch.testing.assert_close(found.values, torch.cat(expected).detach(), rtol=1e-4, atol=1e-5)
+        assert list(found.indices) == list(range(11))
+
+
+def test_unreadable_images_are_left_out_and_named(model, tmp_path):
+    folder = draw_images(tmp_path / "images", 9)
+    (folder / "class1" / "001.jpg").write_bytes(b"")
+    found = extract(model, open_source(str(folder)), 32, batch_size=4)
+    assert len(found.values) == len(found.indices) == 8
+    assert [name for name, _ in found.bad] == ["class1/001.jpg"]
+
+
+def test_probe_wants_one_readable_image(tmp_path):
+    folder = draw_images(tmp_path / "images", 6)
+    assert 40 <= probe(open_source(str(folder))) < 70
+    for path in folder.rglob("*.jpg"):
+        path.write_bytes(b"x")
+    with pytest.raises(ValueError, match="none of the 6 images"):
+        probe(open_source(str(folder)))
+
+
+def test_spread_covers_evenly():
+    assert list(spread(5, 10)) == [0, 1, 2, 3, 4]
+    chosen = list(spread(1000, 10))
+    assert (chosen[0], chosen[-1], len(chosen)) == (0, 999, 10)
+    assert max(np.diff(chosen)) - min(np.diff(chosen)) <= 1
+
+
+def test_online_evaluation_of_scenes_measures_everything_and_pixels_once(model):
+    from dino.method import DINO, Network
+    from dino.models import Head
+
+    networks = [Network(dino.create("vit_nano", patch_size=8, image_size=32), Head(128, 16, 16, 16)) for _ in range(2)]
+    measure = OnlineEvaluation(Scenes(60), Scenes(30, first=60), 32, torch.device("cpu"))
+    first, second = measure(DINO(*networks, 16)), measure(DINO(*networks, 16))
+    assert {"knn10_top1", "knn20_top5", "pixels_knn20_top1", "effective_rank", "jaccard_best_head"} <= first.keys()
+    assert "pixels_knn20_top1" not in second
+    assert first["jaccard_best_head"] >= first["jaccard_mean_head"]
+
+
+def test_scene_masks_of_a_perfect_model_is_one_hundred():
+    """A model whose heads look exactly at the object: its Jaccard is limited only by the patch grid."""
+    scenes = Scenes(5)
+
+    class Oracle:
+        patch_size, embed_dim = 1, 1
+
+        def attention(self, images):
+            masks = torch.from_numpy(np.stack([scenes.mask(i) for i in range(5)])).flatten(1).float()
+            cls = torch.nn.functional.pad(masks, (1, 0))[:, None, None]
+            return cls.expand(-1, 2, -1, -1)
+
+    result = scene_masks(Oracle(), scenes, 48, torch.device("cpu"))
+    # Keeping 60 % of an even mass keeps 60 % of the object.
+    assert result["jaccard_best_head"] == pytest.approx(60, abs=1)
+    assert result["jaccard_mean_head"] == pytest.approx(60, abs=1)

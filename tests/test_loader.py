@@ -1,0 +1,81 @@
+"""Batches are a function of the step: the same for any number of workers and ranks, each epoch a permutation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_images
+
+from dino.config import ViewOptions
+from dino.data.loader import ViewBatches, epoch_order, iterate
+from dino.data.render import CpuRenderer
+from dino.data.sources import open_source
+
+OPTIONS = ViewOptions(global_size=32, local_size=16, num_local=3)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return open_source(str(draw_images(tmp_path_factory.mktemp("images"), 20)))
+
+
+def batches(source, rank: int = 0, ranks: int = 1, batch_size: int = 6) -> ViewBatches:
+    return ViewBatches(source, OPTIONS, CpuRenderer(), batch_size, 5, rank, ranks)
+
+
+def test_identical_for_0_1_and_4_workers(source):
+    expected = list(iterate(batches(source), 0, 7, 0, False))
+    assert [tuple(g.shape) for g in expected[0].groups] == [(2, 6, 32, 32, 3), (3, 6, 16, 16, 3)]
+    for workers in (1, 4):
+        found = list(iterate(batches(source), 0, 7, workers, False))
+        assert len(found) == 7
+        for a, b in zip(expected, found, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a.groups, b.groups, strict=True))
+
+
+def test_two_ranks_share_the_batch_of_one(source):
+    for step in range(7):
+        whole = batches(source)[step].groups
+        parts = [batches(source, rank, 2)[step].groups for rank in (0, 1)]
+        for x, a, b in zip(whole, *parts, strict=True):
+            assert torch.equal(x, torch.cat([a, b], dim=1))
+
+
+def test_starting_later_is_the_same_run(source):
+    late, early = list(iterate(batches(source), 4, 6, 0, False)), list(iterate(batches(source), 0, 6, 0, False))[4:]
+    assert all(torch.equal(x, y) for a, b in zip(late, early, strict=True) for x, y in zip(a.groups, b.groups, strict=True))
+
+
+def test_an_epoch_visits_every_image_at_most_once_in_its_own_order(source):
+    data = batches(source)
+    assert data.steps_per_epoch == 3
+    seen = np.concatenate([data.indices(step) for step in range(3)])
+    assert len(set(seen)) == 18
+    assert sorted(epoch_order(5, 0, 20)) == list(range(20))
+    assert list(epoch_order(5, 0, 20)) != list(epoch_order(5, 1, 20))
+    assert list(epoch_order(5, 0, 20)) != list(epoch_order(6, 0, 20))
+
+
+def test_an_unreadable_image_gets_the_same_stand_in_everywhere(tmp_path):
+    folder = draw_images(tmp_path / "images", 20)
+    for name in ("class0/000.jpg", "class0/003.jpg"):
+        (folder / name).write_bytes(b"broken")
+    data = open_source(str(folder))
+    whole = list(iterate(batches(data), 0, 3, 0, False))
+    bad = {name for batch in whole for name, _ in batch.bad}
+    assert bad <= {"class0/000.jpg", "class0/003.jpg"}
+    assert bad
+    for step, batch in enumerate(whole):
+        parts = [batches(data, rank, 2)[step].groups for rank in (0, 1)]
+        for x, a, b in zip(batch.groups, *parts, strict=True):
+            assert torch.equal(x, torch.cat([a, b], dim=1))
+
+
+def test_nothing_readable_is_an_empty_batch_that_names_them(tmp_path):
+    folder = draw_images(tmp_path / "images", 8, classes=1)
+    for path in folder.rglob("*.jpg"):
+        path.write_bytes(b"")
+    batch = batches(open_source(str(folder)), batch_size=4)[0]
+    assert batch.groups == []
+    assert len({name for name, _ in batch.bad}) == 8
