@@ -15,6 +15,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,10 +27,11 @@ from dino.config import OptimOptions
 from dino.engine import optim
 from dino.method import DINO, Network
 from dino.models import Head, create
+from dino.models.vit import Attention, Block, VisionTransformer
 
 
 class PlainAttention(nn.Module):
-    def __init__(self, ours: nn.Module):
+    def __init__(self, ours: Attention):
         super().__init__()
         self.qkv, self.proj, self.num_heads = ours.qkv, ours.proj, ours.num_heads
 
@@ -43,7 +45,7 @@ class PlainAttention(nn.Module):
 class PlainBlock(nn.Module):
     """The whole last block, whether or not only [CLS] is read."""
 
-    def __init__(self, ours: nn.Module):
+    def __init__(self, ours: Block):
         super().__init__()
         self.norm1, self.norm2, self.mlp, self.drop_path = ours.norm1, ours.norm2, ours.mlp, ours.drop_path
         self.attn = PlainAttention(ours.attn)
@@ -56,7 +58,9 @@ class PlainBlock(nn.Module):
 def plain_copy(method: DINO) -> DINO:
     plain = copy.deepcopy(method)
     for network in (plain.student, plain.teacher):
-        network.backbone.blocks = nn.ModuleList(PlainBlock(block) for block in network.backbone.blocks)
+        assert isinstance(network.backbone, VisionTransformer)
+        plain_blocks = [PlainBlock(block) for block in network.backbone.blocks if isinstance(block, Block)]
+        network.backbone.blocks = nn.ModuleList(plain_blocks)
     return plain
 
 
@@ -99,11 +103,11 @@ def plain_step(method: DINO, optimizer: torch.optim.Optimizer, groups: list[Tens
 
 def build(arch: str, prototypes: int) -> DINO:
     torch.manual_seed(0)
-    networks = [Network(b, Head(b.embed_dim, prototypes)) for b in (create(arch), create(arch))]
-    return DINO(*networks, prototypes)
+    student, teacher = (Network(b, Head(b.embed_dim, prototypes)) for b in (create(arch), create(arch)))
+    return DINO(student, teacher, prototypes)
 
 
-def timed(step, *arguments) -> float:
+def timed(step: Callable[..., float], *arguments: object) -> float:
     started = time.perf_counter()
     step(*arguments)
     return time.perf_counter() - started

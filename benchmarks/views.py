@@ -36,7 +36,7 @@ from dino.data.decode import decode
 from dino.data.render import CpuRenderer, normalise
 from dino.data.views import draw_views
 
-OPTIONS = ViewOptions()
+OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 SIZES = (224,) * 2 + (96,) * OPTIONS.num_local
 CHUNK = 8  # images between turns
 Peer = Callable[[Image.Image], list]  # an image's views, float32 [3, s, s]

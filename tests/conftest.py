@@ -80,6 +80,12 @@ TINY = {
     "views.global_size": 32,
     "views.local_size": 16,
     "views.num_local": 2,
+    "views.global_scale": (0.4, 1.0),
+    "views.local_scale": (0.05, 0.4),
+    "method.momentum": 0.99,
+    "method.teacher_temp_start": 0.04,
+    "method.teacher_temp": 0.04,
+    "optim.lr": 5e-4,
     "log.every": 2,
     "log.tensorboard": False,
 }

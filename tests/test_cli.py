@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
 from PIL import Image
 
 import dino
+from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
 from dino import cli, config, recipes
 
 
@@ -73,7 +73,7 @@ BAD = {
     "unknown architecture": (["--data", "{photos}", "--model.arch", "vit_smal"], "Did you mean vit_small?"),
     "out is a file": (["--data", "{photos}", "--out", "{photos}/class0/000.jpg"], "is a file"),
     "out holds something else": (["--data", "{photos}", "--out", "{photos}"], "holds no run"),
-    "resume of nothing": (["--resume", "{tmp}/nowhere"], "there is no run"),
+    "resume of nothing": (["--resume", "{tmp}/nowhere"], "holds no run"),
     "missing options file": (["{tmp}/mine.toml"], "no options file"),
     "scenes of no number": (["--data", "scenes:many"], "scenes:NUMBER"),
     "seed out of range": (["--data", "{photos}", "--seed", "-1"], "seed"),

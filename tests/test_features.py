@@ -5,18 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import draw_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
 import dino
+from conftest import draw_images
 from dino.data.render import normalise
 from dino.data.scenes import Scenes
 from dino.data.sources import open_source
 from dino.eval.online import OnlineEvaluation, probe, scene_masks, spread
 from dino.inference.features import extract, preprocess
+from dino.method import DINO, Network
+from dino.models import Head
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -77,11 +79,8 @@ def test_spread_covers_evenly():
     assert max(np.diff(chosen)) - min(np.diff(chosen)) <= 1
 
 
-def test_online_evaluation_of_scenes_measures_everything_and_pixels_once(model):
-    from dino.method import DINO, Network
-    from dino.models import Head
-
-    networks = [Network(dino.create("vit_nano", patch_size=8, image_size=32), Head(128, 16, 16, 16)) for _ in range(2)]
+def test_online_evaluation_of_scenes_measures_everything_and_pixels_once():
+    networks = [Network(dino.create("vit_nano", patch_size=8, image_size=32), Head(96, 16, 16, 16)) for _ in range(2)]
     measure = OnlineEvaluation(Scenes(60), Scenes(30, first=60), 32, torch.device("cpu"))
     first, second = measure(DINO(*networks, 16)), measure(DINO(*networks, 16))
     assert {"knn10_top1", "knn20_top5", "pixels_knn20_top1", "effective_rank", "jaccard_best_head"} <= first.keys()

@@ -93,7 +93,7 @@ def test_attention_rows_sum_to_one_and_reproduce_the_output(vit_tiny):
 def test_positions_change_only_at_other_sizes(interp):
     model = create("vit_nano", patch_size=8, image_size=64, pos_interp=interp)
     assert model._positions(64, 64) is model.pos_embed
-    assert model._positions(32, 80).shape == (1, 1 + 4 * 10, 128)
+    assert model._positions(32, 80).shape == (1, 1 + 4 * 10, 96)
 
 
 def test_drop_path_keeps_the_mean_and_drops_whole_samples():

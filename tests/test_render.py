@@ -27,7 +27,7 @@ from dino.data.render import MEAN, STD, CpuRenderer, DeviceRenderer, blur_kernel
 from dino.data.views import HUE, Views, draw_views
 
 SIZE = 160
-OPTIONS = ViewOptions()
+OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 SIZES = (224,) * 2 + (96,) * OPTIONS.num_local
 PILLOW = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 import torch
 
-from dino import distributed, recipes
+from dino import config, distributed, recipes
 from dino.config import TrainOptions, flatten, known, replace, to_dict
 from dino.data.loader import ViewBatches, spare_cores
 from dino.data.render import CpuRenderer, DeviceRenderer, crop
@@ -312,9 +312,7 @@ def attention_command(options: AttentionOptions) -> None:
 
 def report_command(options: ReportOptions) -> None:
     """Write a run's report again from what is in its directory."""
-    from dino.cli import _recorded
-
-    recorded = replace(_recorded(options.run), {"resume": options.run})
+    recorded = replace(config.recorded(options.run), {"resume": options.run})
     device = distributed.start("auto")
     source, held_out = open_pair(recorded, Path(options.run))
     print(report(Path(options.run), source, held_out, device))

@@ -159,7 +159,7 @@ def _parse_train(arguments: list[str]) -> config.TrainOptions:
         default = recipes.get("demo").options
     resume = _value_of("--resume", arguments)
     if resume is not None:
-        default, flags = _recorded(resume), []
+        default, flags = config.recorded(resume), []
     options = tyro.cli(
         config.TrainOptions, args=flags + arguments, default=default, prog="dino train [RECIPE | FILE.toml]"
     )
@@ -175,16 +175,6 @@ def _value_of(flag: str, arguments: list[str]) -> str | None:
         if argument.startswith(flag + "="):
             return argument.partition("=")[2]
     return None
-
-
-def _recorded(run: str) -> config.TrainOptions:
-    """The options that a run was started with."""
-    path = Path(run) / "config.toml"
-    if not path.is_file():
-        raise ValueError(f"--resume {run}: there is no run there (no config.toml); give the --out folder of a run.")
-    import tomllib
-
-    return config.from_dict(config.TrainOptions, tomllib.loads(path.read_text()), str(path))
 
 
 def show_recipes(options: RecipesOptions) -> None:

@@ -65,7 +65,7 @@ class DataOptions:
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     arch: str | None = None
-    """Backbone: vit_nano, vit_tiny, vit_small, vit_base, vit_large. None: vit_small on a GPU, vit_nano on a CPU."""
+    """Backbone: vit_nano, vit_tiny, vit_small, vit_base, vit_large. None: vit_nano on a CPU or for little data."""
     patch_size: int | None = None
     """Edge of a patch, pixels. None: 16, or 8 for views under 128 pixels, or 4 under 48."""
     width: int | None = None
@@ -109,9 +109,9 @@ class MethodOptions:
     student_temp: float = 0.1
     """Temperature of the student's softmax."""
     teacher_temp: float | None = None
-    """Temperature of the teacher's softmax after warm-up; lower is sharper. None: 0.07 for long runs, else 0.04."""
-    teacher_temp_start: float = 0.04
-    """Temperature of the teacher's softmax at the first epoch."""
+    """Temperature of the teacher's softmax after warm-up; lower is sharper. None: 0.07, 0.04 or 0.03 by run and model."""
+    teacher_temp_start: float | None = None
+    """Temperature of the teacher's softmax at the first epoch. None: 0.04, or 0.03 for vit_nano."""
     teacher_temp_epochs: float | None = None
     """Epochs over which the temperature rises from start to end. None: 30, or three tenths of a shorter run."""
     targets: Literal["centring", "none"] = "centring"
@@ -139,10 +139,10 @@ class ViewOptions:
     """Edge of the local views, pixels. None: 96 for 224-pixel globals, else about half of the global size."""
     num_local: int = 8
     """Local views per image; 0 switches multi-crop off."""
-    global_scale: Scale = (0.4, 1.0)
-    """Share of the image area a global crop may cover."""
-    local_scale: Scale = (0.05, 0.4)
-    """Share of the image area a local crop may cover."""
+    global_scale: Scale | None = None
+    """Share of the image area a global crop may cover. None: 0.4 to 1, or 0.5 to 1 for views under 96 pixels."""
+    local_scale: Scale | None = None
+    """Share of the image area a local crop may cover. None: 0.05 to 0.4, or 0.3 to 0.9 for views under 96 pixels."""
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
     jitter_prob: float = 0.8
@@ -170,10 +170,13 @@ class ViewOptions:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"views.{name} is {value}; a view has at least 1 pixel.")
         for name in ("global_scale", "local_scale", "blur_sigma"):
-            low, high = getattr(self, name)
+            low, high = getattr(self, name) or (1, 1)
             _require(0 < low <= high, f"views.{name} is {low} {high}; give a lower and an upper bound above 0.")
         for name in ("global_scale", "local_scale"):
-            _require(getattr(self, name)[1] <= 1, f"views.{name} is a share of the image area; it cannot exceed 1.")
+            _require(
+                (getattr(self, name) or (1, 1))[1] <= 1,
+                f"views.{name} is a share of the image area; it cannot exceed 1.",
+            )
         for name in ("flip_prob", "jitter_prob", "grey_prob"):
             _fraction(f"views.{name}", getattr(self, name))
         for name in ("blur_prob", "solarise_prob"):
@@ -188,8 +191,8 @@ class ViewOptions:
 class OptimOptions:
     name: Literal["adamw", "sgd", "lars"] = "adamw"
     """Optimiser of the student."""
-    lr: float = 5e-4
-    """Peak learning rate for a batch of 256; scaled by batch_size / 256."""
+    lr: float | None = None
+    """Peak learning rate for a batch of 256; scaled by batch_size / 256. None: 5e-4, or 8e-3 for vit_nano."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine (not scaled)."""
     warmup_epochs: float | None = None
@@ -206,7 +209,7 @@ class OptimOptions:
     def __post_init__(self) -> None:
         for name in ("lr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad", "freeze_last_layer"):
             value = getattr(self, name)
-            _require(value >= 0, f"optim.{name} is {value}; it cannot be negative.")
+            _require(value is None or value >= 0, f"optim.{name} is {value}; it cannot be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,3 +356,11 @@ def toml_flags(path: Path) -> list[str]:
 
     walk(table, "")
     return flags
+
+
+def recorded(run: str) -> TrainOptions:
+    """The options that the run in directory `run` was started with."""
+    path = Path(run) / "config.toml"
+    if not path.is_file():
+        raise ValueError(f"{run} holds no run (no config.toml); give the --out folder of a run.")
+    return from_dict(TrainOptions, tomllib.loads(path.read_text()), str(path))

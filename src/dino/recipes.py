@@ -15,6 +15,9 @@ from dino.config import TrainOptions, flatten, replace
 FREE_ON_RESUME = {"resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"}
 
 
+LITTLE_DATA = 50_000  # images below which a run is short of steps rather than of epochs
+
+
 class Recipe(NamedTuple):
     about: str
     command: str
@@ -35,11 +38,31 @@ _PAPER = {
     "head__hidden_dim": 2048,
     "head__bottleneck_dim": 256,
     "method__momentum": 0.996,
+    "method__teacher_temp_start": 0.04,
     "method__teacher_temp": 0.04,
     "method__teacher_temp_epochs": 0,
     "views__global_size": 224,
     "views__local_size": 96,
+    "views__global_scale": (0.4, 1.0),
+    "views__local_scale": (0.05, 0.4),
+    "optim__lr": 5e-4,
     "optim__warmup_epochs": 10,
+}
+
+# What little data needs (docs/experiments.md): crops that agree, a sharp teacher that moves, small batches, many steps.
+_SMALL = {
+    "batch_size": 32,
+    "model__arch": "vit_nano",
+    "model__drop_path": 0.0,
+    "head__hidden_dim": 512,
+    "head__bottleneck_dim": 128,
+    "method__momentum": 0.99,
+    "method__teacher_temp_start": 0.03,
+    "method__teacher_temp": 0.03,
+    "method__teacher_temp_epochs": 0,
+    "views__num_local": 2,
+    "views__blur_prob": (0.0, 0.0, 0.0),
+    "optim__lr": 8e-3,
 }
 
 RECIPES: dict[str, Recipe] = {
@@ -48,14 +71,43 @@ RECIPES: dict[str, Recipe] = {
         command="dino train",
         hardware="4 CPU cores, 5 minutes",
         expected="see README",
-        options=_options(),
+        options=_options(
+            data__path="scenes:4000",
+            epochs=24,
+            **_SMALL
+            | {
+                "model__patch_size": 8,
+                "head__out_dim": 512,
+                "views__global_size": 48,
+                "views__local_size": 24,
+                "views__global_scale": (0.7, 1.0),
+                "views__local_scale": (0.4, 1.0),
+                "views__brightness": 0.2,
+                "views__contrast": 0.2,
+                "views__hue": 0.5,
+                "views__grey_prob": 0.5,
+                "views__solarise_prob": (0.0, 0.0, 0.0),
+            },
+        ),
     ),
     "cifar10": Recipe(
         about="32-pixel images (CIFAR-10): patch 4, views of 32 and 16 pixels.",
         command="dino train cifar10 --data cifar10/train",
         hardware="1 GPU",
         expected="see docs/results.md",
-        options=_options(),
+        options=_options(
+            epochs=100,
+            **_SMALL
+            | {
+                "model__patch_size": 4,
+                "head__out_dim": 1024,
+                "views__global_size": 32,
+                "views__local_size": 16,
+                "views__global_scale": (0.5, 1.0),
+                "views__local_scale": (0.3, 0.9),
+                "views__solarise_prob": (0.0, 0.0, 0.0),
+            },
+        ),
     ),
     "vit_small_100ep": Recipe(
         about="The reference's vanilla recipe: ViT-S/16, 100 epochs of ImageNet, 8 local views.",
@@ -121,27 +173,33 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
             chosen[name] = value
         return value if given is None else given
 
-    size = choose("views.global_size", 32 if image_edge < 48 else (224 if on_gpu else 96))
+    little = num_images < LITTLE_DATA
+    size = choose("views.global_size", 32 if image_edge < 48 else 96 if not on_gpu else 224)
     patch = choose("model.patch_size", 16 if size >= 128 else 8 if size >= 48 else 4)
     local = 96 if size == 224 else size // 2
     choose("views.local_size", max(patch, local // patch * patch))
-    arch = choose("model.arch", "vit_small" if on_gpu else "vit_nano")
-    choose("head.hidden_dim", 512 if arch == "vit_nano" else 2048)
-    choose("head.bottleneck_dim", 128 if arch == "vit_nano" else 256)
+    # Crops of few patches must share enough for their targets to agree (docs/experiments.md).
+    choose("views.global_scale", (0.4, 1.0) if size >= 96 else (0.5, 1.0))
+    choose("views.local_scale", (0.05, 0.4) if size >= 96 else (0.3, 0.9))
+    nano = choose("model.arch", "vit_small" if on_gpu and not (little and size < 96) else "vit_nano") == "vit_nano"
+    choose("head.hidden_dim", 512 if nano else 2048)
+    choose("head.bottleneck_dim", 128 if nano else 256)
     choose("head.out_dim", prototypes_for(num_images))
-    batch = choose("batch_size", max(1, min(256 if on_gpu else 64, num_images // 4)))
-    # Short runs on little data still need a few thousand steps; a million images need no more than 100 epochs.
+    batch = choose("batch_size", max(1, min((32 if nano else 64) if little else 256, num_images // 4)))
+    # Little data needs thousands of steps all the same; a million images need no more than 100 epochs.
     steps = max(1, num_images // batch)
-    epochs = choose("epochs", min(400, max(20 if on_gpu else 10, round((40_000 if on_gpu else 4_000) / steps))))
+    epochs = choose("epochs", min(800, max(100 if on_gpu else 10, round((20_000 if on_gpu else 4_000) / steps))))
     choose("optim.warmup_epochs", min(10, epochs / 10))
-    choose("method.teacher_temp", 0.07 if epochs >= 100 and on_gpu else 0.04)
+    choose("optim.lr", 8e-3 if nano else 5e-4)
+    start = choose("method.teacher_temp_start", 0.03 if nano else 0.04)
+    choose("method.teacher_temp", 0.07 if epochs >= 300 and not nano else start)
     choose("method.teacher_temp_epochs", min(30, 0.3 * epochs))
-    # The teacher should average over a fair share of the run, whatever its length.
-    choose("method.momentum", round(min(0.996, max(0.9, 1 - 40 / (epochs * steps))), 4))
+    # A teacher that moves too slowly for a short run stays an untrained one.
+    choose("method.momentum", 0.99 if little else 0.996)
     choose("data.num_workers", cores)
     return replace(options, chosen)
 
 
 def prototypes_for(num_images: int) -> int:
-    """About one prototype per three images, a power of two between 256 and the paper's 65536."""
-    return 2 ** min(16, max(8, math.ceil(math.log2(max(num_images, 1) / 3))))
+    """About one prototype per eight images, a power of two between 256 and the paper's 65536."""
+    return 2 ** min(16, max(8, math.ceil(math.log2(max(num_images, 1) / 8))))

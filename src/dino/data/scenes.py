@@ -1,8 +1,9 @@
-"""The embedded data set: drawn scenes of one object each, with labels and masks.
+"""The embedded data set: drawn scenes of two to four things of one kind, with labels and masks.
 
-Image `i` of seed `s` is a function of (s, i) alone, drawn when it is read: nothing is stored or fetched. An object is one of
-ten shapes; its position, size, rotation, colours and texture are independent of the shape, and the background is a
-soft field of colours. So pixels say little about the class, and a model has to see shape to tell classes apart.
+Image `i` of seed `s` is a function of (s, i) alone, drawn when it is read: nothing is stored. A kind is one of ten
+shapes with its pattern (two kinds share each pattern). Where its things lie, their sizes, rotations and colours, and
+whether they are lighter or darker than the soft field of colours behind them are all drawn independently of the kind.
+So single pixels say little about the class, and a crop of the scene still shows what it is of.
 
 Lengths are shares of the image edge, y points down. A shape is a signed distance function of coordinates [h, w]
 in which its area is about that of a unit disc: negative inside, zero on the outline, exact only near it.
@@ -20,11 +21,18 @@ import numpy as np
 
 Array = np.ndarray
 
-SIZE_RANGE = (0.15, 0.21)  # radius of the disc that has the object's area
-MAX_TURN = 0.5  # rotation is drawn from +- this, in turns
-BACKGROUND_CELLS = 4  # cells per edge of the grid of colours behind the object
+NUM_OBJECTS = (2, 4)
+SIZE_RANGE = (0.11, 0.14)  # radius of the disc that has the object's area
+MAX_TURN = 0.12  # rotation is drawn from +- this, in turns
+CONTRAST = (0.22, 0.4)  # difference in luma between objects and background
+TEXTURE_CONTRAST = (0.3, 0.4)  # and between the objects' two colours
+BACKGROUND_MEAN = (0.4, 0.46)  # luma, white = 1
+BACKGROUND_CELLS = 4  # cells per edge of the grid of colours behind the objects
+BACKGROUND_LUMA = 0.03  # the cells' luma differs from their mean by up to this
+BACKGROUND_HUE = 0.2  # and their hue by up to this, in turns
+BACKGROUND_CHROMA = (0.05, 0.2)
 GRAIN_CELLS = 48  # a fixed grid, so that the grain is the same scene at any size
-GRAIN = 0.015  # standard deviation, white = 1
+GRAIN = 0.005  # standard deviation, white = 1
 _LABEL_STREAM = 1 << 63  # keeps the keys of labels apart from those of images
 
 
@@ -105,7 +113,7 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "arrow": _arrow,
     "capsule": _capsule,
 }
-REACH = 1.65  # no shape reaches further from its centre than this
+REACH = 1.65  # no shape reaches further from its centre than this, in units of the disc's radius
 
 
 # -------------------------------------------------------------------------------------------------- textures
@@ -116,13 +124,13 @@ def _wave(x: Array) -> Array:
     return np.clip(0.5 + 1.5 * np.sin(2 * np.pi * x), 0, 1)
 
 
-# Each is the share [h, w] of the second colour.
+# Each is the share [h, w] of the second colour; kind k has texture k modulo their number.
 TEXTURES: tuple[Callable[[Array, Array], Array], ...] = (
-    lambda x, y: np.zeros_like(x),  # plain
-    lambda x, y: np.clip(0.5 + 0.45 * x, 0, 1),  # gradient
-    lambda x, y: _wave(1.1 * x),  # stripes
-    lambda x, y: _wave(0.85 * x) * _wave(0.85 * y),  # dots
-    lambda x, y: np.abs(_wave(0.75 * x) - _wave(0.75 * y)),  # checks
+    lambda x, y: np.zeros_like(x + y),  # plain
+    lambda x, y: _wave(1.6 * x + 0 * y),  # upright stripes
+    lambda x, y: _wave(1.6 * y + 0 * x),  # level stripes
+    lambda x, y: np.abs(_wave(1.1 * x) - _wave(1.1 * y)),  # checks
+    lambda x, y: _wave(1.2 * (x + y)),  # slanted stripes
 )
 
 
@@ -135,9 +143,7 @@ class _Scene:
 
     shape: Callable[[Array, Array], Array]
     texture: Callable[[Array, Array], Array]
-    centre: tuple[float, float]  # x, y
-    radius: float
-    turn: float
+    poses: Array  # float32 [objects, 4]: x and y of the centre, radius, rotation in turns
     colours: Array  # float32 [2, 3], first and second colour of the object
     background: Array  # float32 [cells, cells, 3]
     grain: Array  # float32 [cells, cells]
@@ -149,33 +155,43 @@ def _colour(luma: Array, hue: Array, chroma: Array) -> Array:
     return np.asarray(luma)[..., None] + np.asarray(chroma)[..., None] * np.cos(2 * np.pi * (hue[..., None] - thirds))
 
 
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
+
+
+def _poses(rng: np.random.Generator) -> Array:
+    """Things in the scene, each anywhere it fits within a quarter of its own: float32 [objects, 4]."""
+    count = int(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1))
+    quarters = rng.permutation(4)[:count]
+    radius = rng.uniform(*SIZE_RANGE, count)
+    room = REACH * radius[:, None]
+    corner = 0.5 * np.stack([quarters % 2, quarters // 2], axis=1)
+    centre = corner + room + rng.uniform(0, 1, (count, 2)) * (0.5 - 2 * room)
+    turn = rng.uniform(-MAX_TURN, MAX_TURN, count)
+    return np.column_stack([centre, radius, turn]).astype(np.float32)
+
+
 def _scene(seed: int, index: int, label: int) -> _Scene:
-    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
-    radius = rng.uniform(*SIZE_RANGE)
-    room = REACH * radius
-    centre = rng.uniform(room, 1 - room, 2)
-    turn = rng.uniform(-MAX_TURN, MAX_TURN)
-    texture = TEXTURES[rng.integers(len(TEXTURES))]
+    rng = _generator(seed, index)
+    poses = _poses(rng)
+    texture = TEXTURES[label % len(TEXTURES)]
 
     cells = (BACKGROUND_CELLS, BACKGROUND_CELLS)
-    luma = rng.uniform(0.3, 0.7)
+    luma = rng.uniform(*BACKGROUND_MEAN)
     background = _colour(
-        luma + rng.uniform(-0.13, 0.13, cells),
-        rng.uniform() + rng.uniform(-0.2, 0.2, cells),
-        rng.uniform(0.05, 0.25) * rng.uniform(0.5, 1.2, cells),
+        luma + rng.uniform(-1, 1, cells) * BACKGROUND_LUMA,
+        rng.uniform() + rng.uniform(-1, 1, cells) * BACKGROUND_HUE,
+        rng.uniform(*BACKGROUND_CHROMA) * rng.uniform(0.5, 1.2, cells),
     )
-    # The object is lighter than a dark background and darker than a light one; at middle grey it may be either.
-    lighter = rng.uniform() < (0.75 - luma) / 0.5
-    first = luma + (1 if lighter else -1) * rng.uniform(0.22, 0.4)
-    second = first + rng.uniform(0.1, 0.2) * (1 if first < 0.5 else -1)
+    side = 1 if rng.uniform() < 0.5 else -1
+    first = luma + side * rng.uniform(*CONTRAST)
+    second = first + rng.uniform(*TEXTURE_CONTRAST) * (1 if first < 0.5 else -1)
     hue = rng.uniform() + np.array([0.0, rng.uniform(-0.12, 0.12)])
     colours = _colour(np.array([first, second]), hue, np.full(2, rng.uniform(0.15, 0.35)))
     return _Scene(
         shape=list(SHAPES.values())[label],
         texture=texture,
-        centre=(float(centre[0]), float(centre[1])),
-        radius=radius,
-        turn=turn,
+        poses=poses,
         colours=np.clip(colours, 0.02, 0.98).astype(np.float32),
         background=np.clip(background, 0.02, 0.98).astype(np.float32),
         grain=rng.standard_normal((GRAIN_CELLS, GRAIN_CELLS), dtype=np.float32) * np.float32(GRAIN),
@@ -188,12 +204,18 @@ def _grid(size: int) -> Array:
     return ((np.arange(size) + 0.5) / size).astype(np.float32)
 
 
-def _object_coordinates(scene: _Scene, size: int) -> tuple[Array, Array]:
-    """x, y float32 [size, size] in the object's own frame, in units of its radius."""
-    cos, sin = (np.float32(f(2 * np.pi * scene.turn) / scene.radius) for f in (np.cos, np.sin))
-    x = _grid(size)[None, :] - np.float32(scene.centre[0])
-    y = _grid(size)[:, None] - np.float32(scene.centre[1])
-    return cos * x + sin * y, cos * y - sin * x
+def _object_coordinates(scene: _Scene, size: int) -> tuple[Array, Array, Array]:
+    """x, y float32 [size, size] in the frame of the nearest object, in units of its radius, and that radius."""
+    found = []
+    for cx, cy, radius, turn in scene.poses:
+        cos, sin = (np.float32(f(2 * np.pi * turn) / radius) for f in (np.cos, np.sin))
+        x = _grid(size)[None, :] - cx
+        y = _grid(size)[:, None] - cy
+        found.append((cos * x + sin * y, cos * y - sin * x))
+    xs, ys = (np.stack(part) for part in zip(*found, strict=True))
+    nearest = np.argmin(xs**2 + ys**2, axis=0)[None]
+    x, y = np.take_along_axis(xs, nearest, 0)[0], np.take_along_axis(ys, nearest, 0)[0]
+    return x, y, scene.poses[nearest[0], 2]
 
 
 def _resize(cells: Array, size: int, interpolation: int) -> Array:
@@ -202,15 +224,15 @@ def _resize(cells: Array, size: int, interpolation: int) -> Array:
 
 def _draw(scene: _Scene, size: int) -> Array:
     """The scene as uint8 [size, size, 3]."""
-    x, y = _object_coordinates(scene, size)
+    x, y, radius = _object_coordinates(scene, size)
     distance = scene.shape(x, y)
     image = _resize(scene.background, size, cv2.INTER_CUBIC)
-    # A soft shadow all round and a darker rim give the object some body.
-    image *= (1 - 0.3 * np.clip(1 - distance / 0.5, 0, 1) ** 2)[..., None]
+    # A soft shadow all round and a darker rim give the objects some body.
+    image *= (1 - 0.3 * np.clip(1 - distance / 0.35, 0, 1) ** 2)[..., None]
     first, second = scene.colours
     paint = first + scene.texture(x, y)[..., None] * (second - first)
     paint *= (0.88 + 0.12 * np.clip(-distance / 0.25, 0, 1))[..., None]
-    cover = np.clip(0.5 - distance * np.float32(scene.radius * size), 0, 1)[..., None]
+    cover = np.clip(0.5 - distance * radius * size, 0, 1)[..., None]
     image += cover * (paint - image)
     down = size < GRAIN_CELLS
     image += _resize(scene.grain, size, cv2.INTER_AREA if down else cv2.INTER_LINEAR)[..., None]
@@ -253,9 +275,9 @@ class Scenes:
         return _draw(self._scene(index), self.size)
 
     def mask(self, index: int) -> Array:
-        """Where the object is, bool [size, size]."""
+        """Where the objects are, bool [size, size]."""
         scene = self._scene(index)
-        return scene.shape(*_object_coordinates(scene, self.size)) < 0
+        return scene.shape(*_object_coordinates(scene, self.size)[:2]) < 0
 
     def _scene(self, index: int) -> _Scene:
         return _scene(self.seed, self.first + self._checked(index), int(self.labels[index]))
@@ -270,6 +292,6 @@ def _labels(num_images: int, seed: int, first: int) -> Array:
     """int64 [num_images]; each block of ten positions is a permutation drawn from (seed, block)."""
     num = len(SHAPES)
     blocks = range(first // num, (first + num_images - 1) // num + 1)
-    orders = [np.random.Generator(np.random.Philox(key=[seed, _LABEL_STREAM + b])).permutation(num) for b in blocks]
+    orders = [_generator(seed, _LABEL_STREAM + block).permutation(num) for block in blocks]
     start = first % num
     return np.concatenate(orders)[start : start + num_images].astype(np.int64)

@@ -18,7 +18,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from dino.config import ViewOptions
+from dino.config import ViewOptions, known
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -97,7 +97,8 @@ def draw_views(
     u = np.stack(draws) if draws else np.empty((0, num_views, _SLOTS))
 
     kinds = np.minimum(np.arange(num_views), 2)  # first global, second global, local
-    scales = np.array([options.global_scale, options.global_scale, options.local_scale])[kinds]
+    large, small = known(options.global_scale), known(options.local_scale)
+    scales = np.array([large, large, small])[kinds]
     jitter = u[..., _JITTER] < options.jitter_prob
     blur = u[..., _BLUR] < np.array(options.blur_prob)[kinds]
     low, high = options.blur_sigma

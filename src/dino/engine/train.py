@@ -56,7 +56,7 @@ class Plan:
 
     def lr(self, step: int) -> float:
         o = self.options.optim
-        peak = o.lr * known(self.options.batch_size) / 256
+        peak = known(o.lr) * known(self.options.batch_size) / 256
         return schedules.warmup_cosine(step, self.total, peak, o.min_lr, self.steps(o.warmup_epochs))
 
     def weight_decay(self, step: int) -> float:
@@ -68,7 +68,7 @@ class Plan:
     def teacher_temp(self, step: int) -> float:
         m = self.options.method
         epochs, end = math.ceil(known(m.teacher_temp_epochs)), known(m.teacher_temp)
-        return schedules.linear_then_constant(step // self.steps_per_epoch, m.teacher_temp_start, end, epochs)
+        return schedules.linear_then_constant(step // self.steps_per_epoch, known(m.teacher_temp_start), end, epochs)
 
 
 def model_arguments(options: TrainOptions) -> dict[str, Any]:

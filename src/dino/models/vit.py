@@ -19,7 +19,7 @@ PositionInterpolation = Literal["offset", "size", "antialias"]
 
 # name: width, depth, heads. `vit_nano` is ours, for CPUs and small images.
 SIZES: dict[str, tuple[int, int, int]] = {
-    "vit_nano": (128, 6, 4),
+    "vit_nano": (96, 4, 3),
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),
     "vit_base": (768, 12, 12),

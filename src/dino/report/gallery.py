@@ -1,0 +1,277 @@
+"""The report's sections of pictures: attention, patch-feature colours, nearest neighbours, training views.
+
+Which images are shown is a function of the data alone: evenly spaced ones, of different classes where classes are known.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from dino.config import known
+from dino.data.decode import BadImage
+from dino.data.render import CpuRenderer, normalise
+from dino.data.scenes import Scenes
+from dino.data.sources import Source
+from dino.data.views import Views, draw_views
+from dino.inference.attention import jaccard, pca_colours
+from dino.inference.features import extract, preprocess
+from dino.models.vit import VisionTransformer
+from dino.report.pictures import Look, heat, look
+from dino.report.run import Run
+
+SHOWN, VIEWED, NEIGHBOURS = 6, 4, 6
+CANDIDATES = 48  # positions looked at for SHOWN images of different classes that can be read
+BANK = 2000  # most training images among which neighbours are looked for
+CPU_WORK = 1e12  # multiplications that a CPU may spend on them, a few seconds' worth
+MASS = 0.6
+EDGE = 224  # longest side of an embedded picture, pixels
+
+
+class Picture(NamedTuple):
+    index: int  # position in its source
+    pixels: np.ndarray  # [h, w, 3] uint8, as stored
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What the sections share; each image in it was read once."""
+
+    run: Run
+    model: VisionTransformer  # on `device`
+    device: torch.device
+    source: Source
+    shown: Source  # held-out images, or the training images where none are held out
+    pictures: list[Picture]  # of `shown`
+
+    @classmethod
+    def open(
+        cls, run: Run, model: VisionTransformer, source: Source, held_out: Source | None, device: torch.device
+    ) -> Gallery:
+        shown = source if held_out is None else held_out
+        return cls(run, model, device, source, shown, choose(shown, SHOWN))
+
+    @property
+    def held_out(self) -> bool:
+        return self.shown is not self.source
+
+    def sections(self) -> dict[str, str]:
+        """Title to HTML."""
+        if not self.pictures:
+            return {"Pictures": "<p>None of the images tried could be read.</p>"}
+        return {
+            "Where it looks": self.attention(),
+            "What it takes for alike": self.colours(),
+            "Nearest neighbours": self.neighbours(),
+            "What it trained on": self.views(),
+        }
+
+    # --- sections ----------------------------------------------------------------------------------------------
+
+    def attention(self) -> str:
+        """Maps and masks of each head."""
+        size = self._close_size()
+        scenes = self._scenes(size)
+        rows = []
+        for picture in self.pictures:
+            pixels = preprocess(picture.pixels if scenes is None else scenes.read(picture.index), size)
+            truth = None if scenes is None else torch.from_numpy(scenes.mask(picture.index))
+            rows.append(self._looks(picture, look(self.model, pixels, MASS, self.device), truth))
+        side = size // self.model.patch_size
+        intro = (
+            f"Self-attention of the [CLS] token over {side} x {side} patches in the last block, head by head: bright is "
+            f"where a head looks, and beneath it the patches that hold {100 * MASS:.0f} % of its attention. Nobody told "
+            "the model what an object is; that masks settle on objects, and heads on different parts, is what the paper "
+            "found. Diffuse or identical maps are a sign of too little training."
+        )
+        if scenes is not None:
+            intro += " The figure under a mask is its overlap (Jaccard) with the drawn object; the best head is marked."
+        return f"<p>{intro}</p>" + "".join(rows)
+
+    def _looks(self, picture: Picture, shown: Look, truth: Tensor | None) -> str:
+        overlap = None if truth is None else 100 * jaccard(shown.masks, truth[None])
+        best = -1 if overlap is None else int(overlap[:-1].argmax())
+        names = [*(f"head {j}" for j in range(len(shown.maps) - 1)), "mean"]
+        tiles = [tile(shown.image, self._caption(picture), "whole")]
+        for j, name in enumerate(names):
+            text = escape(name) if overlap is None else f"{escape(name)} <b>{overlap[j]:.0f} %</b>"
+            pair = image(shown.maps[j], f"attention, {name}") + image(shown.overlays[j], f"mask, {name}")
+            tiles.append(f'<figure class="pair{" best" if j == best else ""}">{pair}<figcaption>{text}</figcaption></figure>')
+        return f'<div class="looks">{"".join(tiles)}</div>'
+
+    def colours(self) -> str:
+        """Principal components of patch features, one basis for all images."""
+        size = self._close_size()
+        scenes = self._scenes(size)
+        squares = [preprocess(p.pixels if scenes is None else scenes.read(p.index), size) for p in self.pictures]
+        colours = pca_colours(self.model, normalise(torch.from_numpy(np.stack(squares))[None].to(self.device)))
+        pairs = ""
+        for picture, square, colour in zip(self.pictures, squares, colours.cpu().numpy(), strict=True):
+            patches = image((255 * colour + 0.5).astype(np.uint8), "patch features as colours", "pixels")
+            pairs += f'<figure class="pair">{image(square, self._name(picture))}{patches}</figure>'
+        return (
+            "<p>The features of all patches on their three main axes, as red, green and blue. One basis for all images, "
+            "so the same colour means the same kind of patch anywhere. Good features give objects a colour of their own "
+            f'and tell their parts apart.</p><div class="row six">{pairs}</div>'
+        )
+
+    def neighbours(self) -> str:
+        """Rows of a query and the training images whose features are most like its own."""
+        size = self.model.image_size
+        squares = np.stack([preprocess(picture.pixels, size) for picture in self.pictures])
+        bank = extract(self.model, self.source, size, self.device, self._bank())
+        with torch.no_grad():
+            queries = self.model(normalise(torch.from_numpy(squares)[None].to(self.device))).float().cpu()
+        similarity = F.normalize(queries, dim=1) @ F.normalize(bank.values, dim=1).T
+        if not self.held_out:  # an image is not its own neighbour
+            itself = torch.tensor([p.index for p in self.pictures])[:, None] == torch.from_numpy(bank.indices)
+            similarity[itself] = -2
+        nearest = similarity.topk(min(NEIGHBOURS, len(bank.indices)), dim=1)
+        rows, same, judged = "", 0, 0
+        for picture, square, likeness, places in zip(self.pictures, squares, *nearest, strict=True):
+            tiles, wanted = tile(square, self._caption(picture), "whole"), _label(self.shown, picture.index)
+            for value, position in zip(likeness.tolist(), bank.indices[places.numpy()].tolist(), strict=True):
+                if value < -1:
+                    continue
+                label = _label(self.source, position)
+                known_both = wanted is not None and label is not None
+                judged, same = judged + known_both, same + (known_both and label == wanted)
+                mark = ("same" if label == wanted else "other") if known_both else ""
+                sign = {"same": "&#10003; ", "other": "", "": ""}[mark]
+                text = f"{sign}{escape(label or '')} <span>{value:.2f}</span>"
+                tiles += tile(preprocess(self.source.read(position), size), text, mark, self.source.name(position))
+            rows += f'<div class="row seven">{tiles}</div>'
+        what = "held-out images" if self.held_out else "training images"
+        score = f" Here {same} of {judged} share the query's class, marked with a tick." if judged else ""
+        return (
+            f"<p>On the left {what}, then the training images with the most similar features (cosine similarity "
+            f"beneath, among {len(bank.indices)}).{score} Good neighbours share the content and not just the colours."
+            f"</p>{rows}"
+        )
+
+    def views(self) -> str:
+        """Crops and colours the run's first epoch drew, through the training pipeline itself."""
+        options = self.run.options.views
+        pictures = choose(self.source, VIEWED)
+        sizes = (known(options.global_size),) * 2 + (known(options.local_size),) * options.num_local
+        shapes = np.array([picture.pixels.shape[:2] for picture in pictures]).reshape(-1, 2)
+        chosen = draw_views(options, sizes, self.run.options.seed, 0, [p.index for p in pictures], shapes)
+        groups = CpuRenderer()([picture.pixels for picture in pictures], chosen)
+        rendered = [view for group in groups for view in group.numpy()]  # [v] of [n, s, s, 3]
+        rows = ""
+        for i, picture in enumerate(pictures):
+            crops = "".join(
+                image(view[i], "global view" if v < 2 else "local view", "global" if v < 2 else "local")
+                for v, view in enumerate(rendered)
+            )
+            name = escape(self.source.name(picture.index))
+            rows += f'<div class="views"><figure class="boxed" title="{name}">{boxed(picture.pixels, chosen, i)}'
+            rows += f'<figcaption>{name}</figcaption></figure><div class="crops">{crops}</div></div>'
+        return (
+            f"<p>The student sees all views of an image: two global ones ({sizes[0]} pixels) and {options.num_local} "
+            f"local ones ({known(options.local_size)} pixels). The teacher sees only the global ones, and the student "
+            "learns to give its answer from any of them. These are the views of the first epoch, drawn and rendered as "
+            'in training; the outlines show where they were cut (<span class="key global">global</span>, <span '
+            f'class="key local">local</span>). Can you still tell from each what it shows?</p>{rows}'
+        )
+
+    # --- helpers -----------------------------------------------------------------------------------------------
+
+    def _close_size(self) -> int:
+        """Twice the training resolution shows finer maps; beyond 512 pixels they cost more than they tell."""
+        own, patch = self.model.image_size, self.model.patch_size
+        return max(own, min(2 * own, 512) // patch * patch)
+
+    def _scenes(self, size: int) -> Scenes | None:
+        """The shown scenes drawn at `size`, where they are scenes."""
+        s = self.shown
+        return Scenes(s.num_images, s.seed, size, s.first) if isinstance(s, Scenes) else None
+
+    def _bank(self) -> list[int]:
+        model = self.model
+        tokens = 1 + (model.image_size // model.patch_size) ** 2
+        work = tokens * sum(parameter.numel() for parameter in model.parameters())
+        most = BANK if self.device.type == "cuda" else int(min(BANK, max(200, CPU_WORK / work)))
+        return spaced(len(self.source), most)
+
+    def _name(self, picture: Picture) -> str:
+        return self.shown.name(picture.index)
+
+    def _caption(self, picture: Picture) -> str:
+        label = _label(self.shown, picture.index)
+        return escape(self._name(picture).rpartition("/")[2] if label is None else label)
+
+
+def spaced(total: int, most: int) -> list[int]:
+    """At most `most` evenly spaced positions of `total`."""
+    return list(range(total)) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
+
+
+def choose(source: Source, most: int) -> list[Picture]:
+    """At most `most` readable images, evenly spaced, of different classes first."""
+    positions = spaced(len(source), CANDIDATES)
+    first: list[int] = []
+    for i in positions:
+        label = None if source.labels is None else source.labels[i]
+        if label is None or label < 0 or all(source.labels[j] != label for j in first):  # pyright: ignore
+            first.append(i)
+    if len(first) > most:  # the whole range, not its beginning
+        preferred = [first[i] for i in spaced(len(first), most)]
+        first = preferred + [i for i in first if i not in preferred]
+    pictures: list[Picture] = []
+    for i in first + [i for i in positions if i not in first]:
+        if len(pictures) == most:
+            break
+        try:
+            pictures.append(Picture(i, source.read(i)))
+        except BadImage:
+            continue
+    return sorted(pictures)
+
+
+def _label(source: Source, index: int) -> str | None:
+    if source.labels is None or source.labels[index] < 0:
+        return None
+    return source.classes[source.labels[index]]
+
+
+def uri(pixels: np.ndarray) -> str:
+    """An image as a data URI: small ones exactly, larger ones as JPEG of at most EDGE pixels."""
+    picture = Image.fromarray(pixels)
+    small = max(picture.size) <= 64
+    picture.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True) if small else picture.save(file, "JPEG", quality=84)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def image(pixels: np.ndarray, alt: str, kind: str = "") -> str:
+    name = f' class="{kind}"' if kind else ""
+    return f'<img{name} src="{uri(pixels)}" alt="{escape(alt)}" title="{escape(alt)}" loading="lazy">'
+
+
+def tile(pixels: np.ndarray, caption: str, kind: str = "", alt: str = "") -> str:
+    """A picture with a caption, which is HTML already."""
+    return f'<figure class="{kind}">{image(pixels, alt)}<figcaption>{caption}</figcaption></figure>'
+
+
+def boxed(pixels: np.ndarray, views: Views, i: int) -> str:
+    """The image with outlines of the boxes that its views were cut from."""
+    height, width = pixels.shape[:2]
+    outlines = ""
+    for v, (top, left, h, w) in reversed(list(enumerate(views.box[i].tolist()))):
+        kind = "global" if v < 2 else "local"
+        outlines += f'<rect class="{kind}" x="{left}" y="{top}" width="{w}" height="{h}"/>'
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="original with the boxes of its views">'
+        f'<image href="{uri(pixels)}" width="{width}" height="{height}"/>{outlines}</svg>'
+    )
