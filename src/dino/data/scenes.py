@@ -1,9 +1,9 @@
-"""The embedded data set: drawn scenes of two to four things of one kind, with labels and masks.
+"""The embedded data set: drawn scenes of four things of one kind, with labels and masks.
 
 Image `i` of seed `s` is a function of (s, i) alone, drawn when it is read: nothing is stored. A kind is one of ten
 shapes with its pattern (two kinds share each pattern). Where its things lie, their sizes, rotations and colours, and
-whether they are lighter or darker than the soft field of colours behind them are all drawn independently of the kind.
-So single pixels say little about the class, and a crop of the scene still shows what it is of.
+whether they are lighter or darker than the soft field of colours behind them are drawn independently of the kind. So
+pixels say little about the class, while every crop of a scene shows what it is of.
 
 Lengths are shares of the image edge, y points down. A shape is a signed distance function of coordinates [h, w]
 in which its area is about that of a unit disc: negative inside, zero on the outline, exact only near it.
@@ -21,16 +21,15 @@ import numpy as np
 
 Array = np.ndarray
 
-NUM_OBJECTS = (2, 4)
 SIZE_RANGE = (0.11, 0.14)  # radius of the disc that has the object's area
-MAX_TURN = 0.12  # rotation is drawn from +- this, in turns
+MAX_TURN = 0.15  # rotation is drawn from +- this, in turns
 CONTRAST = (0.22, 0.4)  # difference in luma between objects and background
 TEXTURE_CONTRAST = (0.3, 0.4)  # and between the objects' two colours
 BACKGROUND_MEAN = (0.4, 0.46)  # luma, white = 1
 BACKGROUND_CELLS = 4  # cells per edge of the grid of colours behind the objects
 BACKGROUND_LUMA = 0.03  # the cells' luma differs from their mean by up to this
 BACKGROUND_HUE = 0.2  # and their hue by up to this, in turns
-BACKGROUND_CHROMA = (0.05, 0.2)
+BACKGROUND_CHROMA = (0.03, 0.15)
 GRAIN_CELLS = 48  # a fixed grid, so that the grain is the same scene at any size
 GRAIN = 0.005  # standard deviation, white = 1
 _LABEL_STREAM = 1 << 63  # keeps the keys of labels apart from those of images
@@ -143,8 +142,8 @@ class _Scene:
 
     shape: Callable[[Array, Array], Array]
     texture: Callable[[Array, Array], Array]
-    poses: Array  # float32 [objects, 4]: x and y of the centre, radius, rotation in turns
-    colours: Array  # float32 [2, 3], first and second colour of the object
+    poses: Array  # float32 [4, 4]: x and y of the centre, radius, rotation in turns
+    colours: Array  # float32 [2, 4, 3], first and second colour of each object
     background: Array  # float32 [cells, cells, 3]
     grain: Array  # float32 [cells, cells]
 
@@ -160,14 +159,12 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
 
 
 def _poses(rng: np.random.Generator) -> Array:
-    """Things in the scene, each anywhere it fits within a quarter of its own: float32 [objects, 4]."""
-    count = int(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1))
-    quarters = rng.permutation(4)[:count]
-    radius = rng.uniform(*SIZE_RANGE, count)
+    """Four things, each anywhere it fits within a quarter of its own: float32 [4, 4]."""
+    radius = rng.uniform(*SIZE_RANGE, 4)
     room = REACH * radius[:, None]
-    corner = 0.5 * np.stack([quarters % 2, quarters // 2], axis=1)
-    centre = corner + room + rng.uniform(0, 1, (count, 2)) * (0.5 - 2 * room)
-    turn = rng.uniform(-MAX_TURN, MAX_TURN, count)
+    corner = np.array([[0, 0], [0.5, 0], [0, 0.5], [0.5, 0.5]])
+    centre = corner + room + rng.uniform(0, 1, (4, 2)) * (0.5 - 2 * room)
+    turn = rng.uniform(-MAX_TURN, MAX_TURN, 4)
     return np.column_stack([centre, radius, turn]).astype(np.float32)
 
 
@@ -183,11 +180,11 @@ def _scene(seed: int, index: int, label: int) -> _Scene:
         rng.uniform() + rng.uniform(-1, 1, cells) * BACKGROUND_HUE,
         rng.uniform(*BACKGROUND_CHROMA) * rng.uniform(0.5, 1.2, cells),
     )
-    side = 1 if rng.uniform() < 0.5 else -1
-    first = luma + side * rng.uniform(*CONTRAST)
-    second = first + rng.uniform(*TEXTURE_CONTRAST) * (1 if first < 0.5 else -1)
-    hue = rng.uniform() + np.array([0.0, rng.uniform(-0.12, 0.12)])
-    colours = _colour(np.array([first, second]), hue, np.full(2, rng.uniform(0.15, 0.35)))
+    # Lighter or darker than what is behind them, by a different amount each.
+    first = luma + rng.choice([-1, 1]) * rng.uniform(*CONTRAST, 4)
+    second = first + rng.uniform(*TEXTURE_CONTRAST, 4) * np.where(first < 0.5, 1, -1)
+    hue = rng.uniform() + np.stack([np.zeros(4), rng.uniform(-0.12, 0.12, 4)])
+    colours = _colour(np.stack([first, second]), hue, rng.uniform(0.15, 0.35, 4))
     return _Scene(
         shape=list(SHAPES.values())[label],
         texture=texture,
@@ -205,7 +202,7 @@ def _grid(size: int) -> Array:
 
 
 def _object_coordinates(scene: _Scene, size: int) -> tuple[Array, Array, Array]:
-    """x, y float32 [size, size] in the frame of the nearest object, in units of its radius, and that radius."""
+    """x, y float32 [size, size] in the frame of the nearest object, in units of its radius, and which object it is."""
     found = []
     for cx, cy, radius, turn in scene.poses:
         cos, sin = (np.float32(f(2 * np.pi * turn) / radius) for f in (np.cos, np.sin))
@@ -215,7 +212,7 @@ def _object_coordinates(scene: _Scene, size: int) -> tuple[Array, Array, Array]:
     xs, ys = (np.stack(part) for part in zip(*found, strict=True))
     nearest = np.argmin(xs**2 + ys**2, axis=0)[None]
     x, y = np.take_along_axis(xs, nearest, 0)[0], np.take_along_axis(ys, nearest, 0)[0]
-    return x, y, scene.poses[nearest[0], 2]
+    return x, y, nearest[0]
 
 
 def _resize(cells: Array, size: int, interpolation: int) -> Array:
@@ -224,15 +221,15 @@ def _resize(cells: Array, size: int, interpolation: int) -> Array:
 
 def _draw(scene: _Scene, size: int) -> Array:
     """The scene as uint8 [size, size, 3]."""
-    x, y, radius = _object_coordinates(scene, size)
+    x, y, nearest = _object_coordinates(scene, size)
     distance = scene.shape(x, y)
     image = _resize(scene.background, size, cv2.INTER_CUBIC)
     # A soft shadow all round and a darker rim give the objects some body.
     image *= (1 - 0.3 * np.clip(1 - distance / 0.35, 0, 1) ** 2)[..., None]
-    first, second = scene.colours
+    first, second = scene.colours[:, nearest]
     paint = first + scene.texture(x, y)[..., None] * (second - first)
     paint *= (0.88 + 0.12 * np.clip(-distance / 0.25, 0, 1))[..., None]
-    cover = np.clip(0.5 - distance * radius * size, 0, 1)[..., None]
+    cover = np.clip(0.5 - distance * scene.poses[nearest, 2] * size, 0, 1)[..., None]
     image += cover * (paint - image)
     down = size < GRAIN_CELLS
     image += _resize(scene.grain, size, cv2.INTER_AREA if down else cv2.INTER_LINEAR)[..., None]

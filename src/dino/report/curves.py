@@ -56,7 +56,7 @@ class Panel:
     marks: dict[str, float] = field(default_factory=dict)  # label: height of a dashed line
     stacked: bool = False
     log: bool = False
-    change: Callable[[np.ndarray], np.ndarray] = staticmethod(np.asarray)  # of the values, before anything else
+    change: Callable[[np.ndarray], np.ndarray] = np.asarray  # of the values, before anything else
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def charts(run: Run) -> list[Chart]:
             "only. Healthy: it leaves the accuracy of raw pixels behind and keeps rising; small dips are noise.",
             [
                 Panel(
-                    {"20 neighbours": "knn20_top1", "10": "knn10_top1"} if run.points("knn20_top1")[0]
+                    {"20 neighbours": "knn20_top1", "10": "knn10_top1"}
+                    if run.points("knn20_top1")[0]
                     else {"10 neighbours": "knn10_top1"},
                     "{:.1f} %",
                     {"raw pixels": pixels[0]} if pixels else {},
@@ -145,7 +146,7 @@ def charts(run: Run) -> list[Chart]:
 
 def draw(chart: Chart, run: Run) -> str:
     """The chart as an <svg> element that scales with its box."""
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": chart.title}):  # fixed ids, different from chart to chart
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": chart.title}):  # pyright: ignore[reportArgumentType]  # fixed ids, different from chart to chart
         rows = math.ceil(len(chart.panels) / chart.columns)
         figure = Figure(figsize=(4.7, 2.9), layout="constrained")
         axes = figure.subplots(rows, chart.columns, sharex=True, squeeze=False).flatten()
@@ -159,7 +160,9 @@ def draw(chart: Chart, run: Run) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", file.getvalue(), flags=re.DOTALL)
     svg = svg[svg.index("<svg") :]
     # Only the first tag's size goes; the view box that stays lets the page choose one.
-    svg = re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{escape(chart.title)}" \1>', svg)
+    svg = re.sub(
+        r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{escape(chart.title)}" \1>', svg
+    )
     for colour, name in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg

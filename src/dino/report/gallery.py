@@ -26,7 +26,7 @@ from dino.data.views import Views, draw_views
 from dino.inference.attention import jaccard, pca_colours
 from dino.inference.features import extract, preprocess
 from dino.models.vit import VisionTransformer
-from dino.report.pictures import Look, heat, look
+from dino.report.pictures import Look, look
 from dino.report.run import Run
 
 SHOWN, VIEWED, NEIGHBOURS = 6, 4, 6
@@ -38,7 +38,7 @@ EDGE = 224  # longest side of an embedded picture, pixels
 
 
 class Picture(NamedTuple):
-    index: int  # position in its source
+    position: int  # in its source
     pixels: np.ndarray  # [h, w, 3] uint8, as stored
 
 
@@ -83,8 +83,8 @@ class Gallery:
         scenes = self._scenes(size)
         rows = []
         for picture in self.pictures:
-            pixels = preprocess(picture.pixels if scenes is None else scenes.read(picture.index), size)
-            truth = None if scenes is None else torch.from_numpy(scenes.mask(picture.index))
+            pixels = preprocess(picture.pixels if scenes is None else scenes.read(picture.position), size)
+            truth = None if scenes is None else torch.from_numpy(scenes.mask(picture.position))
             rows.append(self._looks(picture, look(self.model, pixels, MASS, self.device), truth))
         side = size // self.model.patch_size
         intro = (
@@ -105,14 +105,16 @@ class Gallery:
         for j, name in enumerate(names):
             text = escape(name) if overlap is None else f"{escape(name)} <b>{overlap[j]:.0f} %</b>"
             pair = image(shown.maps[j], f"attention, {name}") + image(shown.overlays[j], f"mask, {name}")
-            tiles.append(f'<figure class="pair{" best" if j == best else ""}">{pair}<figcaption>{text}</figcaption></figure>')
+            tiles.append(
+                f'<figure class="pair{" best" if j == best else ""}">{pair}<figcaption>{text}</figcaption></figure>'
+            )
         return f'<div class="looks">{"".join(tiles)}</div>'
 
     def colours(self) -> str:
         """Principal components of patch features, one basis for all images."""
         size = self._close_size()
         scenes = self._scenes(size)
-        squares = [preprocess(p.pixels if scenes is None else scenes.read(p.index), size) for p in self.pictures]
+        squares = [preprocess(p.pixels if scenes is None else scenes.read(p.position), size) for p in self.pictures]
         colours = pca_colours(self.model, normalise(torch.from_numpy(np.stack(squares))[None].to(self.device)))
         pairs = ""
         for picture, square, colour in zip(self.pictures, squares, colours.cpu().numpy(), strict=True):
@@ -133,12 +135,12 @@ class Gallery:
             queries = self.model(normalise(torch.from_numpy(squares)[None].to(self.device))).float().cpu()
         similarity = F.normalize(queries, dim=1) @ F.normalize(bank.values, dim=1).T
         if not self.held_out:  # an image is not its own neighbour
-            itself = torch.tensor([p.index for p in self.pictures])[:, None] == torch.from_numpy(bank.indices)
+            itself = torch.tensor([p.position for p in self.pictures])[:, None] == torch.from_numpy(bank.indices)
             similarity[itself] = -2
         nearest = similarity.topk(min(NEIGHBOURS, len(bank.indices)), dim=1)
         rows, same, judged = "", 0, 0
         for picture, square, likeness, places in zip(self.pictures, squares, *nearest, strict=True):
-            tiles, wanted = tile(square, self._caption(picture), "whole"), _label(self.shown, picture.index)
+            tiles, wanted = tile(square, self._caption(picture), "whole"), _label(self.shown, picture.position)
             for value, position in zip(likeness.tolist(), bank.indices[places.numpy()].tolist(), strict=True):
                 if value < -1:
                     continue
@@ -164,7 +166,7 @@ class Gallery:
         pictures = choose(self.source, VIEWED)
         sizes = (known(options.global_size),) * 2 + (known(options.local_size),) * options.num_local
         shapes = np.array([picture.pixels.shape[:2] for picture in pictures]).reshape(-1, 2)
-        chosen = draw_views(options, sizes, self.run.options.seed, 0, [p.index for p in pictures], shapes)
+        chosen = draw_views(options, sizes, self.run.options.seed, 0, [p.position for p in pictures], shapes)
         groups = CpuRenderer()([picture.pixels for picture in pictures], chosen)
         rendered = [view for group in groups for view in group.numpy()]  # [v] of [n, s, s, 3]
         rows = ""
@@ -173,7 +175,7 @@ class Gallery:
                 image(view[i], "global view" if v < 2 else "local view", "global" if v < 2 else "local")
                 for v, view in enumerate(rendered)
             )
-            name = escape(self.source.name(picture.index))
+            name = escape(self.source.name(picture.position))
             rows += f'<div class="views"><figure class="boxed" title="{name}">{boxed(picture.pixels, chosen, i)}'
             rows += f'<figcaption>{name}</figcaption></figure><div class="crops">{crops}</div></div>'
         return (
@@ -204,10 +206,10 @@ class Gallery:
         return spaced(len(self.source), most)
 
     def _name(self, picture: Picture) -> str:
-        return self.shown.name(picture.index)
+        return self.shown.name(picture.position)
 
     def _caption(self, picture: Picture) -> str:
-        label = _label(self.shown, picture.index)
+        label = _label(self.shown, picture.position)
         return escape(self._name(picture).rpartition("/")[2] if label is None else label)
 
 

@@ -24,7 +24,7 @@ from dino.report.run import Run
 ABOUT = (
     "DINO learns to see from images without labels. A student network looks at crops of an image and learns to answer "
     "as a teacher does that sees larger crops; the teacher is a running average of the student. What is kept is the "
-    'teacher\'s backbone. (<cite>Emerging Properties in Self-Supervised Vision Transformers</cite>, Caron et al. 2021)'
+    "teacher's backbone. (<cite>Emerging Properties in Self-Supervised Vision Transformers</cite>, Caron et al. 2021)"
 )
 
 
@@ -57,7 +57,8 @@ def page(run: Run, model: VisionTransformer, source: Source, sections: dict[str,
     style = resources.files("dino.report").joinpath("style.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#s{i}">{escape(title)}</a>' for i, title in enumerate(sections))
     body = "".join(
-        f'<section id="s{i}"><h2>{escape(title)}</h2>{html}</section>' for i, (title, html) in enumerate(sections.items())
+        f'<section id="s{i}"><h2>{escape(title)}</h2>{html}</section>'
+        for i, (title, html) in enumerate(sections.items())
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -61,7 +61,7 @@ def fit(image: np.ndarray, size: int, patch_size: int) -> np.ndarray:
 
 def model_input(image: np.ndarray, device: torch.device | str) -> Tensor:
     """An image [h, w, 3] uint8 of any shape as the model takes it: [1, 3, h, w]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).float() / 255
+    pixels = torch.from_numpy(np.array(image)).to(device).float() / 255
     mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
     return ((pixels - mean) / std).permute(2, 0, 1)[None]
 
