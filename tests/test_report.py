@@ -54,7 +54,14 @@ def read(run) -> tuple[str, Page]:
     return text, page
 
 
-SECTIONS = ["Result", "Where it looks", "What it takes for alike", "Nearest neighbours", "What it trained on", "Training"]
+SECTIONS = [
+    "Result",
+    "Where it looks",
+    "What it takes for alike",
+    "Nearest neighbours",
+    "What it trained on",
+    "Training",
+]
 
 
 def test_a_labelled_run_has_every_section(photos, tmp_path):

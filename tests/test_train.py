@@ -68,6 +68,13 @@ def test_config_toml_repeats_the_run(photos, tmp_path):
     assert_same_bits(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
 
 
+def test_checks_come_as_often_as_asked_whatever_the_log_interval(photos, tmp_path):
+    changes = {"log.knn_every": 0.6, "log.every": 4}  # 5 steps an epoch: a check every 3 steps, a log line every 4
+    run = dino.train(TRAIN, data=str(photos), out=str(tmp_path / "run"), **changes)
+    measured = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "effective_rank" in line]
+    assert measured == [0, 3, 6, 9, 12, 15]
+
+
 def test_workers_change_nothing(photos, tmp_path):
     for workers in (0, 2):
         changes = {"data.num_workers": workers}

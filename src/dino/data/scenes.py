@@ -21,7 +21,8 @@ import numpy as np
 
 Array = np.ndarray
 
-SIZE_RANGE = (0.11, 0.14)  # radius of the disc that has the object's area
+SIZE_RANGE = (0.1, 0.125)  # radius of the disc that has the object's area
+DISTANCE = (0.26, 0.29)  # of its centre from the middle of the image
 MAX_TURN = 0.15  # rotation is drawn from +- this, in turns
 CONTRAST = (0.22, 0.4)  # difference in luma between objects and background
 TEXTURE_CONTRAST = (0.3, 0.4)  # and between the objects' two colours
@@ -159,11 +160,11 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
 
 
 def _poses(rng: np.random.Generator) -> Array:
-    """Four things, each anywhere it fits within a quarter of its own: float32 [4, 4]."""
+    """Four things around the middle, a quarter turn apart more or less, anywhere on the circle: float32 [4, 4]."""
     radius = rng.uniform(*SIZE_RANGE, 4)
-    room = REACH * radius[:, None]
-    corner = np.array([[0, 0], [0.5, 0], [0, 0.5], [0.5, 0.5]])
-    centre = corner + room + rng.uniform(0, 1, (4, 2)) * (0.5 - 2 * room)
+    angle = 2 * np.pi * (rng.uniform() + np.arange(4) / 4 + rng.uniform(-0.02, 0.02, 4))
+    distance = rng.uniform(*DISTANCE, 4)
+    centre = 0.5 + distance[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     turn = rng.uniform(-MAX_TURN, MAX_TURN, 4)
     return np.column_stack([centre, radius, turn]).astype(np.float32)
 

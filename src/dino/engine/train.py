@@ -191,6 +191,7 @@ class Trainer:
         workers = known(self.options.data.num_workers)
         batches = iterate(self.batches, self.step, stop, workers, pin_memory=self.device.type == "cuda")
         log, per_epoch = self.options.log, self.plan.steps_per_epoch
+        measure_every = max(1, self.plan.steps(log.knn_every)) if log.knn_every else self.plan.total
         saved = started = time.monotonic()
         waited = 0.0
         first = self.step
@@ -201,14 +202,14 @@ class Trainer:
             self._pending.append(self._train_step(batch))
             self.step += 1
             epoch_ends = self.step % per_epoch == 0
+            measure = self.step % measure_every == 0 or self.step == self.plan.total
             alone = distributed.world_size() == 1
-            if self.step % log.every and not epoch_ends and self.step < stop and not (alone and self.signal):
+            if self.step % log.every and not (epoch_ends or measure or self.step == stop or (alone and self.signal)):
                 continue
             now = time.monotonic()
             ending = self._log(self.step - first, now - started, waited)
             first, started, waited = self.step, now, 0.0
-            measure_every = max(1, self.plan.steps(log.knn_every)) if log.knn_every else self.plan.total
-            if self.step % measure_every == 0 or self.step == self.plan.total:
+            if measure:
                 self._measure()
                 started = time.monotonic()
             if epoch_ends or ending or self.step == stop or now - saved > 60 * log.checkpoint_minutes:
