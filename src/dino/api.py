@@ -87,7 +87,8 @@ def set_up(
     source, held_out = _in_turn(lambda: open_pair(options, folder))
     terminal.say(describe(source, options.data.path))
     edge = probe(source)
-    workers = 0 if device.type == "cpu" and spare_cores() < 2 else spare_cores(distributed.world_size())
+    # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
+    workers = spare_cores(distributed.world_size()) if device.type == "cuda" else int(spare_cores() > 2)
     resolved = recipes.resolve(options, len(source), edge, device.type == "cuda", workers)
     check(resolved, source)
     chosen = {n: v for n, v in flatten(resolved).items() if flatten(options)[n] is None and v is not None}
@@ -314,6 +315,8 @@ def report_command(options: ReportOptions) -> None:
     """Write a run's report again from what is in its directory."""
     recorded = replace(config.recorded(options.run), {"resume": options.run})
     device = distributed.start("auto")
+    if recorded.threads is not None:
+        torch.set_num_threads(recorded.threads)
     source, held_out = open_pair(recorded, Path(options.run))
     print(report(Path(options.run), source, held_out, device))
 

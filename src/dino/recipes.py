@@ -73,15 +73,17 @@ RECIPES: dict[str, Recipe] = {
         expected="see README",
         options=_options(
             data__path="scenes:4000",
-            epochs=24,
+            epochs=8,
             **_SMALL
             | {
-                "model__patch_size": 8,
+                "model__patch_size": 6,
                 "head__out_dim": 512,
+                "method__momentum": 0.996,
+                "optim__lr": 6e-3,
                 "views__global_size": 48,
                 "views__local_size": 24,
-                "views__global_scale": (0.7, 1.0),
-                "views__local_scale": (0.4, 1.0),
+                "views__global_scale": (0.6, 1.0),
+                "views__local_scale": (0.3, 0.9),
                 "views__brightness": 0.2,
                 "views__contrast": 0.2,
                 "views__hue": 0.5,
