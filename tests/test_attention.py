@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, draw_images, run_dino
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import dino
+from conftest import TINY, draw_images, run_dino
 from dino.config import TrainOptions, replace
 from dino.inference.attention import cls_attention, enlarge, jaccard, mass_mask, pca_colours
 from dino.report.pictures import write_attention

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, assert_same_bits, draw_images, final_state
 
 import dino
+from conftest import TINY, assert_same_bits, draw_images, final_state
 from dino.config import TrainOptions, replace
 from dino.engine.log import read_metrics
 

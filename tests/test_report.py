@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import TINY, draw_images, run_dino
 from PIL import Image
 
 import dino
+from conftest import TINY, draw_images, run_dino
 from dino.config import TrainOptions, replace
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "image", "rect", "path", "use", "circle", "line"}

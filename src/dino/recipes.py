@@ -67,19 +67,19 @@ _SMALL = {
 
 RECIPES: dict[str, Recipe] = {
     "demo": Recipe(
-        about="Built-in drawn scenes: learns shapes from nothing in minutes.",
+        about="Built-in drawn scenes: learns to tell things apart from nothing, in minutes.",
         command="dino train",
         hardware="4 CPU cores, 5 minutes",
         expected="see README",
         options=_options(
             data__path="scenes:4000",
-            epochs=8,
+            epochs=4,
             **_SMALL
             | {
                 "model__patch_size": 6,
                 "head__out_dim": 512,
-                "method__momentum": 0.996,
-                "optim__lr": 6e-3,
+                "model__num_heads": 6,
+                "method__momentum": 0.994,
                 "views__global_size": 48,
                 "views__local_size": 24,
                 "views__global_scale": (0.6, 1.0),

@@ -126,6 +126,7 @@ class Trainer:
         self.step = 0  # steps done
         self.signal: int | None = None
         self.knn: dict[str, float] = {}
+        self.status = ""
         self._pending: list[Tensor] = []
         self._bad: list[tuple[str, str]] = []
 
@@ -212,6 +213,7 @@ class Trainer:
             if measure:
                 self._measure()
                 started = time.monotonic()
+            self._show()
             if epoch_ends or ending or self.step == stop or now - saved > 60 * log.checkpoint_minutes:
                 self.save()
                 saved = started = time.monotonic()
@@ -285,11 +287,11 @@ class Trainer:
             self.terminal.say(f"Warning: {warning}", style="bold yellow")
             if self.metrics is not None:
                 self.metrics.write(self.step, {"collapse": 1.0})
-        status = f"loss {loss:.3f}  {rate:,.0f} images/s" + "".join(f"  {k} {v:.1f}" for k, v in self.knn.items())
-        self._show(status)
+        self.status = f"loss {loss:.3f}  {rate:,.0f} images/s"
         return bool(signalled)
 
-    def _show(self, status: str) -> None:
+    def _show(self) -> None:
+        status = self.status + "".join(f"  {k} {v:.1f} %" for k, v in self.knn.items())
         epoch = min(self.options.epochs or 0, 1 + (self.step - 1) // self.plan.steps_per_epoch)
         self.terminal.update(self.step, f"{epoch}/{self.options.epochs}", status)
         if not self.terminal.live and self.step % self.plan.steps_per_epoch == 0:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -69,7 +70,8 @@ class Chart:
 
 def charts(run: Run) -> list[Chart]:
     """Every chart that the run has numbers for."""
-    pixels = run.points("pixels_knn20_top1")[1]
+    knn = run.knn or "knn20_top1"
+    k_near, pixels = knn[3:5], run.points(f"pixels_{knn}")[1]
     k, ln_k = known(run.options.head.out_dim), {f"ln K = {run.limit:.2f}": run.limit}
     drawn = [
         Chart(
@@ -84,15 +86,7 @@ def charts(run: Run) -> list[Chart]:
             "k-NN accuracy",
             "Held-out images classified by the vote of their nearest training images, in percent. Labels are used here "
             "only. Healthy: it leaves the accuracy of raw pixels behind and keeps rising; small dips are noise.",
-            [
-                Panel(
-                    {"20 neighbours": "knn20_top1", "10": "knn10_top1"}
-                    if run.points("knn20_top1")[0]
-                    else {"10 neighbours": "knn10_top1"},
-                    "{:.1f} %",
-                    {"raw pixels": pixels[0]} if pixels else {},
-                )
-            ],
+            [Panel({f"{k_near} neighbours": knn}, "{:.1f} %", {f"raw pixels {p:.1f} %": p for p in pixels[:1]})],
         ),
         Chart(
             "Attention on objects",
@@ -146,9 +140,10 @@ def charts(run: Run) -> list[Chart]:
 
 def draw(chart: Chart, run: Run) -> str:
     """The chart as an <svg> element that scales with its box."""
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": chart.title}):  # pyright: ignore[reportArgumentType]  # fixed ids, different from chart to chart
+    style: Any = _STYLE | {"svg.hashsalt": chart.title}  # fixed ids, different from chart to chart
+    with matplotlib.rc_context(style):
         rows = math.ceil(len(chart.panels) / chart.columns)
-        figure = Figure(figsize=(4.7, 2.9), layout="constrained")
+        figure = Figure(figsize=(4.2, 2.75), layout="constrained")
         axes = figure.subplots(rows, chart.columns, sharex=True, squeeze=False).flatten()
         unit, scale = _time(run)
         for axis, panel in zip(axes, chart.panels, strict=False):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
@@ -26,13 +27,13 @@ from dino.data.views import Views, draw_views
 from dino.inference.attention import jaccard, pca_colours
 from dino.inference.features import extract, preprocess
 from dino.models.vit import VisionTransformer
-from dino.report.pictures import Look, look
+from dino.report.pictures import MOST_NUMBERS, Look, look
 from dino.report.run import Run
 
 SHOWN, VIEWED, NEIGHBOURS = 6, 4, 6
 CANDIDATES = 48  # positions looked at for SHOWN images of different classes that can be read
 BANK = 2000  # most training images among which neighbours are looked for
-CPU_WORK = 1e12  # multiplications that a CPU may spend on them, a few seconds' worth
+CPU_WORK = 3e11  # multiplications that a CPU may spend on them, a few seconds' worth
 MASS = 0.6
 EDGE = 224  # longest side of an embedded picture, pixels
 
@@ -88,7 +89,7 @@ class Gallery:
             rows.append(self._looks(picture, look(self.model, pixels, MASS, self.device), truth))
         side = size // self.model.patch_size
         intro = (
-            f"Self-attention of the [CLS] token over {side} x {side} patches in the last block, head by head: bright is "
+            f"Self-attention of the [CLS] token over {side} &times; {side} patches in the last block, head by head: bright is "
             f"where a head looks, and beneath it the patches that hold {100 * MASS:.0f} % of its attention. Nobody told "
             "the model what an object is; that masks settle on objects, and heads on different parts, is what the paper "
             "found. Diffuse or identical maps are a sign of too little training."
@@ -108,7 +109,9 @@ class Gallery:
             tiles.append(
                 f'<figure class="pair{" best" if j == best else ""}">{pair}<figcaption>{text}</figcaption></figure>'
             )
-        return f'<div class="looks">{"".join(tiles)}</div>'
+        # Few heads fill the line; many wrap.
+        kind, columns = ("looks few", f' style="--columns:{len(names)}"') if len(names) <= 7 else ("looks", "")
+        return f'<div class="{kind}"{columns}>{"".join(tiles)}</div>'
 
     def colours(self) -> str:
         """Principal components of patch features, one basis for all images."""
@@ -171,19 +174,20 @@ class Gallery:
         rendered = [view for group in groups for view in group.numpy()]  # [v] of [n, s, s, 3]
         rows = ""
         for i, picture in enumerate(pictures):
-            crops = "".join(
-                image(view[i], "global view" if v < 2 else "local view", "global" if v < 2 else "local")
-                for v, view in enumerate(rendered)
-            )
+            crops = {"global": "", "local": ""}
+            for v, view in enumerate(rendered):
+                kind = "global" if v < 2 else "local"
+                crops[kind] += image(view[i], f"{kind} view", kind)
             name = escape(self.source.name(picture.position))
-            rows += f'<div class="views"><figure class="boxed" title="{name}">{boxed(picture.pixels, chosen, i)}'
-            rows += f'<figcaption>{name}</figcaption></figure><div class="crops">{crops}</div></div>'
+            rows += f'<div class="views"><figure title="{name}">{boxed(picture.pixels, chosen, i)}'
+            rows += f"<figcaption>{name}</figcaption></figure><div><div>{crops['global']}</div>"
+            rows += f"<div>{crops['local']}</div></div></div>"
         return (
             f"<p>The student sees all views of an image: two global ones ({sizes[0]} pixels) and {options.num_local} "
             f"local ones ({known(options.local_size)} pixels). The teacher sees only the global ones, and the student "
             "learns to give its answer from any of them. These are the views of the first epoch, drawn and rendered as "
             'in training; the outlines show where they were cut (<span class="key global">global</span>, <span '
-            f'class="key local">local</span>). Can you still tell from each what it shows?</p>{rows}'
+            f'class="key local">local</span>). Can you still tell what each shows?</p><div class="samples">{rows}</div>'
         )
 
     # --- helpers -----------------------------------------------------------------------------------------------
@@ -191,7 +195,8 @@ class Gallery:
     def _close_size(self) -> int:
         """Twice the training resolution shows finer maps; beyond 512 pixels they cost more than they tell."""
         own, patch = self.model.image_size, self.model.patch_size
-        return max(own, min(2 * own, 512) // patch * patch)
+        most_patches = math.isqrt(math.isqrt(MOST_NUMBERS // self.model.num_heads) - 1)  # per side
+        return min(max(own, min(2 * own, 512)) // patch, most_patches) * patch
 
     def _scenes(self, size: int) -> Scenes | None:
         """The shown scenes drawn at `size`, where they are scenes."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import time
 from html import escape
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +40,7 @@ def write(folder: Path, source: Source, held_out: Source | None, device: torch.d
     run = Run.read(folder, len(source))
     model = weights.load(folder).to(device)
     gallery = Gallery.open(run, model, source, held_out, device)
-    sections = {"Result": result(run, source, held_out)} | gallery.sections()
+    sections = {"Result": result(run, model, source, held_out)} | gallery.sections()
     sections |= {"Training": training(run), "Options and environment": details(run, device)}
     sections = {title: body for title, body in sections.items() if body}
     path = folder / "report.html"
@@ -77,7 +76,7 @@ def facts(run: Run, model: VisionTransformer, source: Source) -> str:
     classes = f", {len(source.classes)} classes" if source.classes else ", no labels"
     rows = {
         "Run": f"{state}; {epochs:.3g} epochs, {run.steps:,} steps of {known(o.batch_size):,} images",
-        "Data": f"{escape(o.data.path)}: {len(source):,} images{classes}",
+        "Data": f"{escape(o.data.path).replace('/', '/<wbr>')}: {len(source):,} images{classes}",
         "Model": f"{escape(known(o.model.arch))}/{model.patch_size} at {model.image_size} pixels, "
         f"{count / 1e6:.1f} M parameters",
         "Time": f"{duration(run.seconds)}, {run.rate:,.0f} images/s" if run.rate is not None else "not measured",
@@ -88,11 +87,11 @@ def facts(run: Run, model: VisionTransformer, source: Source) -> str:
 # --- result --------------------------------------------------------------------------------------------------------
 
 
-def result(run: Run, source: Source, held_out: Source | None) -> str:
+def result(run: Run, model: VisionTransformer, source: Source, held_out: Source | None) -> str:
     """The figures of merit, and what a reader must not miss."""
     cards = [knn_card(run, source), overlap_card(run)]
     if not any(cards):
-        cards = health_cards(run)
+        cards = health_cards(run, model)
     if not any(cards):
         cards = ["<p>Nothing has been measured yet.</p>"]
     where = "held-out" if held_out is not None else "training (none are held out)"
@@ -102,17 +101,21 @@ def result(run: Run, source: Source, held_out: Source | None) -> str:
 
 
 def knn_card(run: Run, source: Source) -> str:
-    name = next((n for n in ("knn20_top1", "knn10_top1") if run.points(n)[0]), None)
-    if name is None:
+    if run.knn is None:
         return ""
-    before, after = run.before_after(name)
-    pixels = run.points(f"pixels_{name}")[1]
-    k = name[3:5]
+    before, after = run.before_after(run.knn)
+    pixels = next(iter(run.points(f"pixels_{run.knn}")[1]), None)
     text = (
-        f"of held-out images get the right class, of {len(source.classes)}, by the vote of their {k} nearest training "
-        "images (k-NN top-1). Features that know nothing do no better than raw pixels."
+        f"of held-out images get the right class, of {len(source.classes)}, by the vote of their {run.knn[3:5]} nearest "
+        "training images (k-NN top-1)."
     )
-    return card("k-NN accuracy", text, {"untrained": before, "raw pixels": pixels[0] if pixels else None}, after)
+    if after is not None and pixels is not None:
+        text += (
+            " The features tell more than raw pixels do."
+            if after > pixels
+            else " Raw pixels do as well: the features know little yet that colours do not tell."
+        )
+    return card("k-NN accuracy", text, {"untrained": before, "raw pixels": pixels}, after)
 
 
 def overlap_card(run: Run) -> str:
@@ -138,13 +141,13 @@ def card(title: str, text: str, before: dict[str, float | None], after: float | 
     )
 
 
-def health_cards(run: Run) -> list[str]:
+def health_cards(run: Run, model: VisionTransformer) -> list[str]:
     """What can be said without labels."""
     told = {
         "Effective rank": (
             "effective_rank",
             "{:.1f}",
-            f"directions in use, of {known_width(run)}. More is richer; a value that falls towards 1 while training is "
+            f"directions in use, of {model.embed_dim}. More is richer; a value that falls towards 1 while training is "
             "collapse.",
         ),
         "Feature spread": (
@@ -159,20 +162,12 @@ def health_cards(run: Run) -> list[str]:
         if before is None and after is None:
             continue
         figure = form.format(before if after is None else after)
-        came = f"untrained {form.format(before)}" if before is not None and after is not None else ""
-        came = came or ("not measured since training began" if after is None else "")
+        came = "Not measured since training began." if after is None else f"Untrained: {form.format(before or 0)}."
         cards.append(
             f'<article class="card"><h3>{title}</h3><p class="figure">{figure}</p><p>{text}</p>'
-            f'<p class="small">{came}. There are no labels to measure accuracy with; the pictures below tell more.</p>'
-            "</article>"
+            f'<p class="small">{came}</p></article>'
         )
     return cards
-
-
-def known_width(run: Run) -> str:
-    from dino.models import SIZES
-
-    return str(run.options.model.width or SIZES[known(run.options.model.arch)][0])
 
 
 def notices(run: Run) -> str:
@@ -231,7 +226,6 @@ def environment(device: torch.device) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads",
         "processor": processor(),
         "system": platform.platform(),
-        "written": time.strftime("%Y-%m-%d %H:%M %Z"),
     }
     return {name: value for name, value in values.items() if value}
 

@@ -57,6 +57,11 @@ class Run:
         chosen = [line for line in self.lines if isinstance(line.get(name), int | float)]
         return [line["step"] for line in chosen], [line[name] for line in chosen]
 
+    @property
+    def knn(self) -> str | None:
+        """The metric of the k-NN accuracy to show: k = 20, or 10 for banks that are smaller than that."""
+        return next((name for name in ("knn20_top1", "knn10_top1") if self.points(name)[0]), None)
+
     def before_after(self, name: str) -> tuple[float | None, float | None]:
         """A metric before the first step and as last measured."""
         steps, values = self.points(name)
