@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import math
+import os
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,7 +16,11 @@ from PIL import Image
 
 import dino
 from conftest import TINY, draw_images, run_dino
-from dino.config import TrainOptions, replace
+from dino.config import TrainOptions, known, replace
+from dino.data.sources import open_source, split
+from dino.engine.log import read_metrics
+from dino.report.gallery import choose
+from dino.report.page import write
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "image", "rect", "path", "use", "circle", "line"}
 OPTIONS = replace(TrainOptions(), TINY | {"report": True})
@@ -107,11 +117,113 @@ def test_names_are_escaped_and_odd_images_and_cut_metrics_are_survived(photos, t
     assert "<b>&class" not in text
 
 
-def test_the_page_is_the_same_when_written_again(photos, tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A labelled run, and its images; tests change copies of it."""
+    folder = tmp_path_factory.mktemp("finished")
+    photos = draw_images(folder / "photos")
+    return dino.train(OPTIONS, data=str(photos), out=str(folder / "run")), photos
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def rewrite(run, photos) -> tuple[str, Page]:
+    source, held_out = split(open_source(str(photos)), 0.1, 1000, 0)
+    write(run, source, held_out, torch.device("cpu"))
+    return read(run)
+
+
+def test_the_page_is_the_same_when_written_again(finished, run):
+    first = (finished[0] / "report.html").read_text()
+    assert rewrite(run, finished[1])[0] == first
+
+
+def test_every_picture_is_an_image(finished):
+    _, page = read(finished[0])
+    for target in page.targets:
+        if target.startswith("data:"):
+            kind, _, data = target.partition(";base64,")
+            with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
+                image.load()
+                assert kind == f"data:image/{str(image.format).lower()}"
+
+
+def test_the_headline_is_what_was_measured(finished, run):
+    text, _ = rewrite(run, finished[1])
+    measured = [line for line in read_metrics(run / "metrics.jsonl") if "knn10_top1" in line]
+    for value in (measured[0]["knn10_top1"], measured[0]["pixels_knn10_top1"], measured[-1]["knn10_top1"]):
+        assert f"<span>{value:.1f} %</span>" in text
+    assert "18 images, 3 classes" not in text
+    assert "--resume" not in text
+
+
+def test_colours_of_curves_follow_the_page(finished):
+    text, _ = read(finished[0])
+    assert "var(--c1)" in text
+    assert "#0a0b" not in text
+
+
+def test_collapse_and_unreadable_images_are_told(finished, run):
+    values = {"teacher_entropy": math.log(64), "kl": 0.0, "prototype_usage": 4.1, "teacher_temp": 0.04}
+    lines = [{"step": step, "epoch": 1.0} | values for step in range(10, 90, 10)]
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 80, "collapse": 1.0}])
+    )
+    bad = [{"image": f"<i>{i}.jpg", "reason": "truncated"} for i in range(7)]
+    (run / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bad))
+    text, _ = rewrite(run, finished[1])
+    assert "uniform collapse" in text
+    assert "7 images could not be read" in text
+    assert "&lt;i&gt;4.jpg</code>: truncated" in text
+    assert "and 2 more" in text
+    assert "<i>4" not in text
+
+
+@pytest.mark.parametrize("metrics", ["", '{"step": 1, "lo', '{"step": 0, "epoch": 0.0, "effective_rank": 3.0}\n', None])
+def test_a_run_that_measured_little_has_its_page(finished, run, metrics):
+    if metrics is None:
+        (run / "metrics.jsonl").unlink()
+    else:
+        (run / "metrics.jsonl").write_text(metrics)
+    text, page = rewrite(run, finished[1])
+    assert page.headings[:6] == SECTIONS
+    assert f"dino train --resume {run}" in text
+
+
+def test_losses_that_are_no_numbers_and_long_runs_are_drawn(finished, run):
+    lines = [
+        {"step": i, "epoch": i / 5, "loss": 1.0, "teacher_entropy": 1.0, "kl": 0.5, "grad_norm": i} for i in range(5000)
+    ]
+    lines[7] |= {"teacher_entropy": math.nan, "grad_norm": math.inf}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rewrite(run, finished[1])
+    assert (run / "report.html").stat().st_size < 1e6
+
+
+def test_names_that_are_no_unicode_and_images_that_vanished(tmp_path):
+    photos = draw_images(tmp_path / "photos", 12)
+    for i, path in enumerate(sorted(photos.rglob("*.jpg"))):
+        os.rename(path, os.path.join(os.fsencode(path.parent), b"caf\xe9%d.jpg" % i))
     run = dino.train(OPTIONS, data=str(photos), out=str(tmp_path / "run"), epochs=1)
-    first = (run / "report.html").read_text()
-    assert run_dino("report", run).returncode == 0
-    assert (run / "report.html").read_text() == first
+    read(run)
+    for path in photos.rglob("*.jpg"):
+        path.write_bytes(b"")
+    text, page = rewrite(run, photos)
+    assert "None of the images tried could be read" in text
+    assert "Training" in page.headings
+
+
+def test_pictures_are_spread_over_the_data_and_its_classes(photos):
+    source = open_source(str(photos))
+    chosen = [picture.position for picture in choose(source, 3)]
+    assert {int(known(source.labels)[i]) for i in chosen} == {0, 1, 2}
+    positions = [picture.position for picture in choose(open_source(str(photos), labels="none"), 6)]
+    assert positions == sorted(set(positions))
+    assert positions[0] == 0
+    assert positions[-1] == len(source) - 1
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])

@@ -73,13 +73,13 @@ RECIPES: dict[str, Recipe] = {
         expected="see README",
         options=_options(
             data__path="scenes:4000",
-            epochs=4,
+            epochs=7,
             **_SMALL
             | {
                 "model__patch_size": 6,
                 "head__out_dim": 512,
                 "model__num_heads": 6,
-                "method__momentum": 0.994,
+                "method__momentum": 0.995,
                 "views__global_size": 48,
                 "views__local_size": 24,
                 "views__global_scale": (0.6, 1.0),

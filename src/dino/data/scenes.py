@@ -30,7 +30,7 @@ BACKGROUND_MEAN = (0.4, 0.46)  # luma, white = 1
 BACKGROUND_CELLS = 4  # cells per edge of the grid of colours behind the objects
 BACKGROUND_LUMA = 0.03  # the cells' luma differs from their mean by up to this
 BACKGROUND_HUE = 0.2  # and their hue by up to this, in turns
-BACKGROUND_CHROMA = (0.05, 0.2)
+BACKGROUND_CHROMA = (0.03, 0.15)
 GRAIN_CELLS = 48  # a fixed grid, so that the grain is the same scene at any size
 GRAIN = 0.005  # standard deviation, white = 1
 _LABEL_STREAM = 1 << 63  # keeps the keys of labels apart from those of images

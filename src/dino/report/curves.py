@@ -80,7 +80,7 @@ def charts(run: Run) -> list[Chart]:
             "That it rises early is normal: targets start out vague and alike and become more telling. Entropy that "
             f"stays at ln K (here {run.limit:.2f}) means too little sharpening or too many prototypes; entropy and KL "
             "both near 0 mean collapse to one prototype.",
-            [Panel({"teacher entropy": "teacher_entropy", "KL": "kl"}, stacked=True, marks=ln_k)],
+            [Panel({"entropy": "teacher_entropy", "KL": "kl"}, stacked=True, marks=ln_k)],
         ),
         Chart(
             "k-NN accuracy",
@@ -166,7 +166,7 @@ def draw(chart: Chart, run: Run) -> str:
 def _time(run: Run) -> tuple[str, float]:
     """What the horizontal axis counts, and how many of it a step is."""
     per_epoch = run.total / known(run.options.epochs)
-    return ("epoch", 1 / per_epoch) if run.steps >= per_epoch else ("step", 1.0)
+    return ("epoch", 1 / per_epoch) if run.steps >= 2 * per_epoch else ("step", 1.0)
 
 
 def _panel(axis: Axes, panel: Panel, run: Run, scale: float, compact: bool) -> None:
@@ -186,14 +186,18 @@ def _panel(axis: Axes, panel: Panel, run: Run, scale: float, compact: bool) -> N
             (x, _, _), (y, low, high) = _coarser(x), _coarser(y)
             if len(y) < len(values):
                 axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.plot(x, y, color=colour, label=label, marker="o" if len(x) < 25 else None, markersize=3.5)
+        marker = "o" if len(x) < 25 else None
+        axis.plot(x, y, color=colour, label=label, marker=marker, markersize=3.5, clip_on=False)
     for label, height in panel.marks.items():
         axis.axhline(height, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)), label=label)
-    if panel.log:
+    low, high = axis.dataLim.intervaly
+    if panel.log and low > 0 and high / low > 20:
         axis.set_yscale("log")
     else:
         axis.yaxis.set_major_locator(MaxNLocator(3 if compact else 5, min_n_ticks=2))
-    axis.xaxis.set_major_locator(MaxNLocator(4 if compact else 6, integer=True))
+        axis.yaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_major_locator(MaxNLocator(3 if compact else 6, integer=True))
+    axis.set_xlim(0, max(1, run.steps) * scale)
     if panel.stacked:
         axis.set_ylim(bottom=0)
     axis.tick_params(length=0)

@@ -89,8 +89,8 @@ class Gallery:
             rows.append(self._looks(picture, look(self.model, pixels, MASS, self.device), truth))
         side = size // self.model.patch_size
         intro = (
-            f"Self-attention of the [CLS] token over {side} &times; {side} patches in the last block, head by head: bright is "
-            f"where a head looks, and beneath it the patches that hold {100 * MASS:.0f} % of its attention. Nobody told "
+            f"Self-attention of the [CLS] token over {side} &times; {side} patches in the last block, head by head: bright "
+            f"is where a head looks, and beneath it the patches that hold {100 * MASS:.0f} % of its attention. Nobody told "
             "the model what an object is; that masks settle on objects, and heads on different parts, is what the paper "
             "found. Diffuse or identical maps are a sign of too little training."
         )

@@ -71,11 +71,11 @@ def page(run: Run, model: VisionTransformer, source: Source, sections: dict[str,
 def facts(run: Run, model: VisionTransformer, source: Source) -> str:
     """What was trained on what, for how long."""
     o, count = run.options, sum(p.numel() for p in model.parameters())
-    state = "complete" if run.complete else f"stopped at step {run.steps:,} of {run.total:,}"
+    state = "complete" if run.complete else "stopped"
     epochs = run.steps * known(o.epochs) / run.total
     classes = f", {len(source.classes)} classes" if source.classes else ", no labels"
     rows = {
-        "Run": f"{state}; {epochs:.3g} epochs, {run.steps:,} steps of {known(o.batch_size):,} images",
+        "Run": f"{state}: {epochs:.3g} of {o.epochs} epochs, {run.steps:,} steps of {known(o.batch_size):,} images",
         "Data": f"{escape(o.data.path).replace('/', '/<wbr>')}: {len(source):,} images{classes}",
         "Model": f"{escape(known(o.model.arch))}/{model.patch_size} at {model.image_size} pixels, "
         f"{count / 1e6:.1f} M parameters",
@@ -90,13 +90,13 @@ def facts(run: Run, model: VisionTransformer, source: Source) -> str:
 def result(run: Run, model: VisionTransformer, source: Source, held_out: Source | None) -> str:
     """The figures of merit, and what a reader must not miss."""
     cards = [knn_card(run, source), overlap_card(run)]
+    unlabelled = ""
     if not any(cards):
-        cards = health_cards(run, model)
-    if not any(cards):
-        cards = ["<p>Nothing has been measured yet.</p>"]
+        cards = health_cards(run, model) or ["<p>Nothing has been measured yet.</p>"]
+        unlabelled = " Without labels there is no accuracy to give; the pictures below tell more."
     where = "held-out" if held_out is not None else "training (none are held out)"
     count = len(source if held_out is None else held_out)
-    note = f'<p class="small">Measured on {min(count, 1000):,} {where} images with the teacher\'s backbone.</p>'
+    note = f'<p class="small">Measured on {min(count, 1000):,} {where} images with the teacher\'s backbone.{unlabelled}</p>'
     return f'{notices(run)}<div class="cards">{"".join(cards)}</div>{note}'
 
 
@@ -162,7 +162,8 @@ def health_cards(run: Run, model: VisionTransformer) -> list[str]:
         if before is None and after is None:
             continue
         figure = form.format(before if after is None else after)
-        came = "Not measured since training began." if after is None else f"Untrained: {form.format(before or 0)}."
+        came = f"Untrained: {form.format(before)}." if before is not None and after is not None else ""
+        came = "Not measured since training began." if after is None else came
         cards.append(
             f'<article class="card"><h3>{title}</h3><p class="figure">{figure}</p><p>{text}</p>'
             f'<p class="small">{came}</p></article>'
@@ -185,7 +186,7 @@ def notices(run: Run) -> str:
         more = f"<li>and {len(run.quarantine) - 5} more</li>" if len(run.quarantine) > 5 else ""
         count = len(run.quarantine)
         texts.append(
-            f"{count} image{'s' if count > 1 else ''} could not be read and others took the place "
+            f"{count} image{'s' if count > 1 else ''} could not be read; others took their place "
             f"(all in quarantine.jsonl):<ul>{some}{more}</ul>"
         )
     return "".join(f'<div class="notice">{text}</div>' for text in texts)

@@ -105,9 +105,8 @@ def sheet(shown: Look, mass: float) -> Image.Image:
     heads = len(shown.maps) - 1
     label = max(12, width // 14)
     font = ImageFont.load_default(label)
-    page = Image.new(
-        "RGB", (GUTTER + (heads + 2) * (width + GUTTER), 2 * GUTTER + 2 * (height + GUTTER) + 2 * label), "white"
-    )
+    size = GUTTER + (heads + 2) * (width + GUTTER), GUTTER + label + 2 * (GUTTER + height) + GUTTER
+    page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
     titles = ["image", *(f"head {j}" for j in range(heads)), "mean"]
     for column, title in enumerate(titles):
