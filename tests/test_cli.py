@@ -140,6 +140,16 @@ def test_resume_of_a_checkpoint_of_another_shape_is_refused(photos, tmp_path, ca
     assert "of another shape" in capsys.readouterr().err
 
 
+def test_a_run_resumes_from_another_folder(photos, tmp_path, monkeypatch, capsys):
+    draw_images(tmp_path / "val", 6)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "photos", "--data.val", "val", "--out", "run", *tiny_flags(stop_after=2)]
+    assert cli.main(["train", *flags]) == 0
+    monkeypatch.chdir("/")
+    code = cli.main(["train", "--resume", str(tmp_path / "run"), "--stop-after", "4"])
+    assert code == 0, capsys.readouterr().err
+
+
 def test_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert "Did you mean 'dino train'?" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import dino
@@ -22,7 +23,7 @@ from dino.engine.log import read_metrics
 from dino.report.gallery import choose
 from dino.report.page import write
 
-VOID = {"meta", "img", "br", "hr", "link", "input", "image", "rect", "path", "use", "circle", "line"}
+VOID = {"meta", "img", "br", "wbr", "hr", "link", "input", "image", "rect", "path", "use", "circle", "line"}
 OPTIONS = replace(TrainOptions(), TINY | {"report": True})
 
 
@@ -47,6 +48,7 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         if tag not in VOID:
+            assert self.open, f"</{tag}> closes nothing"
             assert self.open.pop() == tag
 
     def handle_data(self, data):
@@ -115,6 +117,7 @@ def test_names_are_escaped_and_odd_images_and_cut_metrics_are_survived(photos, t
     text, _ = read(run)
     assert "<script>" not in text
     assert "<b>&class" not in text
+    assert "&lt;b&gt;&amp;class" in text
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +159,7 @@ def test_the_headline_is_what_was_measured(finished, run):
     measured = [line for line in read_metrics(run / "metrics.jsonl") if "knn10_top1" in line]
     for value in (measured[0]["knn10_top1"], measured[0]["pixels_knn10_top1"], measured[-1]["knn10_top1"]):
         assert f"<span>{value:.1f} %</span>" in text
-    assert "18 images, 3 classes" not in text
+    assert "22 images, 3 classes" in text
     assert "--resume" not in text
 
 

@@ -58,6 +58,9 @@ def run(options: TrainOptions) -> Path:
     device = distributed.start(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    elif device.type == "cpu" and distributed.world_size() == 1 and spare_cores() > 2:
+        # One core for the data worker and whatever else runs: threads that wait for a busy core make all of them slow.
+        torch.set_num_threads(spare_cores())
     terminal = log.Terminal(distributed.is_main())
     try:
         return _run(options, device, terminal)
@@ -160,9 +163,13 @@ def prepare(options: TrainOptions, folder: Path) -> None:
             if child != kept:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    path = options.data.path
-    absolute = path if path.startswith("scenes") else os.path.abspath(path)
-    recorded = replace(options, {"data.path": absolute, "out": None, "overwrite": False})
+    d = options.data
+    paths = {
+        "data.path": d.path if d.path.startswith("scenes") else os.path.abspath(d.path),
+        "data.val": None if d.val is None else os.path.abspath(d.val),
+        "data.labels": d.labels if d.labels in ("auto", "folders", "none") else os.path.abspath(d.labels),
+    }
+    recorded = replace(options, paths | {"out": None, "overwrite": False})
     (folder / "config.toml").write_text(tomli_w.dumps(to_dict(recorded)))
 
 

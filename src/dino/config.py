@@ -109,7 +109,7 @@ class MethodOptions:
     student_temp: float = 0.1
     """Temperature of the student's softmax."""
     teacher_temp: float | None = None
-    """Temperature of the teacher's softmax after warm-up; lower is sharper. None: 0.07, 0.04 or 0.03 by run and model."""
+    """Temperature of the teacher's softmax after warm-up; lower is sharper. None: 0.07, 0.04 or 0.03 by run length."""
     teacher_temp_start: float | None = None
     """Temperature of the teacher's softmax at the first epoch. None: 0.04, or 0.03 for vit_nano."""
     teacher_temp_epochs: float | None = None
@@ -250,7 +250,7 @@ class TrainOptions:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass: 'auto' is bf16 on a GPU that has it, fp32 on a CPU."""
     threads: int | None = None
-    """CPU threads for the arithmetic. None: PyTorch's choice."""
+    """CPU threads for the arithmetic. None: all cores but one, from four cores on."""
     stop_after: int | None = None
     """Stop (and save) after this many steps; schedules still span all epochs."""
     report: bool = True

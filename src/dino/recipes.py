@@ -79,7 +79,6 @@ RECIPES: dict[str, Recipe] = {
                 "model__patch_size": 6,
                 "head__out_dim": 512,
                 "model__num_heads": 6,
-                "method__momentum": 0.995,
                 "views__global_size": 48,
                 "views__local_size": 24,
                 "views__global_scale": (0.6, 1.0),

@@ -23,7 +23,7 @@ Array = np.ndarray
 
 SIZE_RANGE = (0.1, 0.125)  # radius of the disc that has the object's area
 DISTANCE = (0.26, 0.29)  # of its centre from the middle of the image
-MAX_TURN = 0.15  # rotation is drawn from +- this, in turns
+MAX_TURN = 0.2  # rotation is drawn from +- this, in turns
 CONTRAST = (0.22, 0.4)  # difference in luma between objects and background
 TEXTURE_CONTRAST = (0.3, 0.4)  # and between the objects' two colours
 BACKGROUND_MEAN = (0.4, 0.46)  # luma, white = 1

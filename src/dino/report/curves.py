@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
@@ -135,7 +135,8 @@ def charts(run: Run) -> list[Chart]:
             ],
         ),
     ]
-    return [chart for chart in drawn if any(run.points(n)[0] for p in chart.panels for n in p.series.values())]
+    kept = [replace(c, panels=[p for p in c.panels if any(run.points(n)[0] for n in p.series.values())]) for c in drawn]
+    return [chart for chart in kept if chart.panels]
 
 
 def draw(chart: Chart, run: Run) -> str:
@@ -177,6 +178,7 @@ def _panel(axis: Axes, panel: Panel, run: Run, scale: float, compact: bool) -> N
             continue
         x, y = np.array(steps) * scale, panel.change(np.array(values, dtype=float))
         label = f"{label} {panel.form.format(y[-1])}"
+        y[~np.isfinite(y)] = np.nan
         if panel.stacked:
             x, y = _coarser(x)[0], _coarser(y)[0]
             below = np.zeros_like(y) if base is None else base

@@ -95,7 +95,10 @@ class Gallery:
             "found. Diffuse or identical maps are a sign of too little training."
         )
         if scenes is not None:
-            intro += " The figure under a mask is its overlap (Jaccard) with the drawn object; the best head is marked."
+            intro += (
+                " The figure under a mask is its overlap (Jaccard) with the drawn objects, and the best head is marked; the "
+                f"result above was measured at {self.model.image_size} pixels, these maps at {size}."
+            )
         return f"<p>{intro}</p>" + "".join(rows)
 
     def _looks(self, picture: Picture, shown: Look, truth: Tensor | None) -> str:
@@ -104,7 +107,7 @@ class Gallery:
         names = [*(f"head {j}" for j in range(len(shown.maps) - 1)), "mean"]
         tiles = [tile(shown.image, self._caption(picture), "whole")]
         for j, name in enumerate(names):
-            text = escape(name) if overlap is None else f"{escape(name)} <b>{overlap[j]:.0f} %</b>"
+            text = escape(name) if overlap is None else f"{escape(name)} <b>{overlap[j]:.0f}&nbsp;%</b>"
             pair = image(shown.maps[j], f"attention, {name}") + image(shown.overlays[j], f"mask, {name}")
             tiles.append(
                 f'<figure class="pair{" best" if j == best else ""}">{pair}<figcaption>{text}</figcaption></figure>'
