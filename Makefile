@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test format clean
 
 demo: $(STAMP)  ## train on the built-in scenes and write runs/demo/report.html
 	$(BIN)/dino train demo --out runs/demo --overwrite
@@ -12,7 +12,7 @@ test: $(STAMP)  ## every check: format, lint, types, import layers, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n auto --dist worksteal
 
 format: $(STAMP)

@@ -69,8 +69,8 @@ RECIPES: dict[str, Recipe] = {
     "demo": Recipe(
         about="Built-in drawn scenes: learns to tell things apart from nothing, in minutes.",
         command="dino train",
-        hardware="4 CPU cores, 5 minutes",
-        expected="see README",
+        hardware="4 CPU cores, 3 minutes",
+        expected="20-NN 11 -> 34 % (raw pixels 28 %), attention overlap 22 -> 28 %",
         options=_options(
             data__path="scenes:4000",
             epochs=7,
@@ -94,8 +94,8 @@ RECIPES: dict[str, Recipe] = {
     "cifar10": Recipe(
         about="32-pixel images (CIFAR-10): patch 4, views of 32 and 16 pixels.",
         command="dino train cifar10 --data cifar10/train",
-        hardware="1 GPU",
-        expected="see docs/results.md",
+        hardware="1 CPU core, half an hour for 5,000 images and 16 epochs",
+        expected="5,000 images, 16 epochs: 20-NN 26 -> 29 % (raw pixels 37 %); the whole set on a GPU is still to be run",
         options=_options(
             epochs=100,
             **_SMALL
