@@ -71,6 +71,7 @@ def run(options: TrainOptions) -> Path:
 def _run(options: TrainOptions, device: torch.device, terminal: log.Terminal) -> Path:
     folder = run_folder(options)
     fresh = not folder.exists()
+    distributed.barrier()  # every rank has seen the folder as it was before the main one writes its file list there
     try:
         trainer, held_out = set_up(options, folder, device, terminal)
     except ValueError:
