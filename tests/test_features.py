@@ -15,8 +15,8 @@ from conftest import draw_images
 from dino.data.render import normalise
 from dino.data.scenes import Scenes
 from dino.data.sources import open_source
-from dino.eval.online import OnlineEvaluation, probe, scene_masks, spread
-from dino.inference.features import extract, preprocess
+from dino.eval.online import OnlineEvaluation, probe, scene_masks
+from dino.inference.features import extract, preprocess, spread
 from dino.method import DINO, Network
 from dino.models import Head
 

@@ -17,7 +17,6 @@ from dino.data.render import CpuRenderer, DeviceRenderer, crop
 from dino.data.scenes import Scenes
 from dino.data.sources import Source, open_source, split
 from dino.engine import log
-from dino.engine.checkpoint import read
 from dino.engine.train import Trainer
 from dino.eval import knn
 from dino.eval.online import OnlineEvaluation, probe
@@ -56,16 +55,20 @@ def train(
 def run(options: TrainOptions) -> Path:
     """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
     device = distributed.start(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    elif device.type == "cpu" and distributed.world_size() == 1 and spare_cores() > 2:
-        # One core for the data worker and whatever else runs: threads that wait for a busy core make all of them slow.
-        torch.set_num_threads(spare_cores())
+    set_threads(options, device)
     terminal = log.Terminal(distributed.is_main())
     try:
         return _run(options, device, terminal)
     finally:
         distributed.stop()
+
+
+def set_threads(options: TrainOptions, device: torch.device) -> None:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    elif device.type == "cpu" and distributed.world_size() == 1 and spare_cores() > 2:
+        # One core for the data worker and whatever else runs: threads that wait for a busy core make all of them slow.
+        torch.set_num_threads(spare_cores())
 
 
 def _run(options: TrainOptions, device: torch.device, terminal: log.Terminal) -> Path:
@@ -103,8 +106,8 @@ def set_up(
     colour = DeviceRenderer(device).colour if device.type == "cuda" else None
     trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, colour)
     _in_turn(lambda: prepare(resolved, folder))
-    if options.resume is not None:
-        _resume(trainer, terminal)
+    if options.resume is not None and trainer.resume():
+        terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
     terminal.say(
         f"Training on {len(source)} images ({len(held_out) if held_out else 0} held out), "
         f"{trainer.plan.total} steps of {resolved.batch_size}, on {describe_device(device)}; run directory {folder}"
@@ -120,17 +123,6 @@ def _in_turn(work: Any) -> Any:
         return result
     distributed.barrier()
     return work()
-
-
-def _resume(trainer: Trainer, terminal: log.Terminal) -> None:
-    latest = trainer.checkpoints.latest()
-    if latest is not None and (known := read(latest)["data"]) != trainer.source.fingerprint:
-        raise ValueError(
-            f"--resume {trainer.run}: the images are not the ones this run was started with (fingerprint "
-            f"{trainer.source.fingerprint[:12]}, was {known[:12]}); restore them or start a new run."
-        )
-    if trainer.resume():
-        terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
 
 
 def run_folder(options: TrainOptions) -> Path:
@@ -156,9 +148,9 @@ def run_folder(options: TrainOptions) -> Path:
 
 def prepare(options: TrainOptions, folder: Path) -> None:
     """Make the run directory with its resolved options; called once nothing can go wrong any more."""
-    if options.resume is not None:
+    if options.resume is not None or not distributed.is_main():
         return
-    if options.overwrite and folder.exists() and distributed.is_main():
+    if options.overwrite and folder.exists():
         kept = folder / "files.jsonl"  # just scanned
         for child in folder.iterdir():
             if child != kept:
@@ -323,8 +315,7 @@ def report_command(options: ReportOptions) -> None:
     """Write a run's report again from what is in its directory."""
     recorded = replace(config.recorded(options.run), {"resume": options.run})
     device = distributed.start("auto")
-    if recorded.threads is not None:
-        torch.set_num_threads(recorded.threads)
+    set_threads(recorded, device)
     source, held_out = open_pair(recorded, Path(options.run))
     print(report(Path(options.run), source, held_out, device))
 

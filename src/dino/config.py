@@ -109,7 +109,7 @@ class MethodOptions:
     student_temp: float = 0.1
     """Temperature of the student's softmax."""
     teacher_temp: float | None = None
-    """Temperature of the teacher's softmax after warm-up; lower is sharper. None: 0.07, 0.04 or 0.03 by run length."""
+    """Temperature of the teacher's softmax after warm-up; lower is sharper. None: 0.07, 0.04 or 0.03 by run and model."""
     teacher_temp_start: float | None = None
     """Temperature of the teacher's softmax at the first epoch. None: 0.04, or 0.03 for vit_nano."""
     teacher_temp_epochs: float | None = None

@@ -62,6 +62,7 @@ _SMALL = {
     "method__teacher_temp_epochs": 0,
     "views__num_local": 2,
     "views__blur_prob": (0.0, 0.0, 0.0),
+    "views__solarise_prob": (0.0, 0.0, 0.0),
     "optim__lr": 8e-3,
 }
 
@@ -87,7 +88,6 @@ RECIPES: dict[str, Recipe] = {
                 "views__contrast": 0.2,
                 "views__hue": 0.5,
                 "views__grey_prob": 0.5,
-                "views__solarise_prob": (0.0, 0.0, 0.0),
             },
         ),
     ),
@@ -106,7 +106,6 @@ RECIPES: dict[str, Recipe] = {
                 "views__local_size": 16,
                 "views__global_scale": (0.5, 1.0),
                 "views__local_scale": (0.3, 0.9),
-                "views__solarise_prob": (0.0, 0.0, 0.0),
             },
         ),
     ),

@@ -92,13 +92,13 @@ class DeviceRenderer:
 
 
 def normalise(views: Tensor) -> Tensor:
-    """uint8 [v, n, s, s, 3] as the backbone takes it: float32 [m, 3, s, s] (channels last in memory), view by view."""
-    num_views, num_images, size = views.shape[:3]
-    # Rows of s * 3 numbers are worth more to the processor than pixels of 3.
-    scale = torch.tensor([1 / (255 * s) for s in STD]).repeat(size).to(views.device, non_blocking=True)
-    shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)]).repeat(size)
-    rows = views.reshape(-1, size * 3).float().mul_(scale).add_(shift.to(views.device, non_blocking=True))
-    return rows.view(num_views * num_images, size, size, 3).permute(0, 3, 1, 2)
+    """uint8 [v, n, h, w, 3] as the backbone takes it: float32 [m, 3, h, w] (channels last in memory), view by view."""
+    num_views, num_images, height, width = views.shape[:4]
+    # Rows of w * 3 numbers are worth more to the processor than pixels of 3.
+    scale = torch.tensor([1 / (255 * s) for s in STD]).repeat(width).to(views.device, non_blocking=True)
+    shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)]).repeat(width)
+    rows = views.reshape(-1, width * 3).float().mul_(scale).add_(shift.to(views.device, non_blocking=True))
+    return rows.view(num_views * num_images, height, width, 3).permute(0, 3, 1, 2)
 
 
 def blur_kernels(sigma: np.ndarray) -> np.ndarray:

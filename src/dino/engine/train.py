@@ -144,10 +144,19 @@ class Trainer:
         }
 
     def resume(self) -> bool:
-        """Load the newest checkpoint of the run directory, if there is one."""
+        """Load the newest checkpoint of the run directory, if there is one.
+
+        Raises:
+            ValueError: it was trained on other images.
+        """
         state = self.checkpoints.load()
         if state is None:
             return False
+        if (trained := state["data"]) != self.source.fingerprint:
+            raise ValueError(
+                f"--resume {self.run}: the images are not the ones this run was started with (fingerprint "
+                f"{self.source.fingerprint[:12]}, was {trained[:12]}); restore them or start a new run."
+            )
         weights.load_strictly(self.method, state["method"], str(self.checkpoints.latest()))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from dino.data.sources import Source
 from dino.engine.monitor import feature_health
 from dino.eval import knn
 from dino.inference.attention import cls_attention, enlarge, jaccard, mass_mask
-from dino.inference.features import extract, preprocess
+from dino.inference.features import extract, preprocess, spread
 from dino.method import DINO
 from dino.models import Backbone
 
@@ -65,11 +63,6 @@ class OnlineEvaluation:
         edge = min(self.size, 64)
         bank, queries = pixels(self.train, b, edge), pixels(known(self.held_out), q, edge)
         return {f"pixels_{name}": value for name, value in self._knn(bank, b, queries, q).items()}
-
-
-def spread(total: int, most: int) -> Sequence[int]:
-    """At most `most` evenly spaced positions of `total`."""
-    return range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
 
 
 def pixels(source: Source, indices: np.ndarray, edge: int) -> Tensor:

@@ -41,6 +41,11 @@ def preprocess(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
+def spread(total: int, most: int) -> Sequence[int]:
+    """At most `most` evenly spaced positions of `total`."""
+    return range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
+
+
 class EvaluationViews(Dataset[tuple[Tensor, list[int], list[tuple[str, str]]]]):
     """Batches of evaluation views with the positions they come from; unreadable images are left out and named."""
 

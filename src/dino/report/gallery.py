@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 import math
 from dataclasses import dataclass
 from html import escape
@@ -25,7 +26,7 @@ from dino.data.scenes import Scenes
 from dino.data.sources import Source
 from dino.data.views import Views, draw_views
 from dino.inference.attention import jaccard, pca_colours
-from dino.inference.features import extract, preprocess
+from dino.inference.features import extract, preprocess, spread
 from dino.models.vit import VisionTransformer
 from dino.report.pictures import MOST_NUMBERS, Look, look
 from dino.report.run import Run
@@ -206,12 +207,12 @@ class Gallery:
         s = self.shown
         return Scenes(s.num_images, s.seed, size, s.first) if isinstance(s, Scenes) else None
 
-    def _bank(self) -> list[int]:
+    def _bank(self) -> Sequence[int]:
         model = self.model
         tokens = 1 + (model.image_size // model.patch_size) ** 2
         work = tokens * sum(parameter.numel() for parameter in model.parameters())
         most = BANK if self.device.type == "cuda" else int(min(BANK, max(200, CPU_WORK / work)))
-        return spaced(len(self.source), most)
+        return spread(len(self.source), most)
 
     def _name(self, picture: Picture) -> str:
         return self.shown.name(picture.position)
@@ -221,21 +222,16 @@ class Gallery:
         return escape(self._name(picture).rpartition("/")[2] if label is None else label)
 
 
-def spaced(total: int, most: int) -> list[int]:
-    """At most `most` evenly spaced positions of `total`."""
-    return list(range(total)) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
-
-
 def choose(source: Source, most: int) -> list[Picture]:
     """At most `most` readable images, evenly spaced, of different classes first."""
-    positions = spaced(len(source), CANDIDATES)
+    positions = spread(len(source), CANDIDATES)
     first: list[int] = []
     for i in positions:
         label = None if source.labels is None else source.labels[i]
         if label is None or label < 0 or all(source.labels[j] != label for j in first):  # pyright: ignore
             first.append(i)
     if len(first) > most:  # the whole range, not its beginning
-        preferred = [first[i] for i in spaced(len(first), most)]
+        preferred = [first[i] for i in spread(len(first), most)]
         first = preferred + [i for i in first if i not in preferred]
     pictures: list[Picture] = []
     for i in first + [i for i in positions if i not in first]:

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from dino.data.decode import BadImage, decode
-from dino.data.render import MEAN, STD
+from dino.data.render import normalise
 from dino.data.sources import open_source
 from dino.inference.attention import cls_attention, enlarge, mass_mask
 from dino.models import Backbone
@@ -59,13 +59,6 @@ def fit(image: np.ndarray, size: int, patch_size: int) -> np.ndarray:
     return resized[top : top + height // patch_size * patch_size, left : left + width // patch_size * patch_size]
 
 
-def model_input(image: np.ndarray, device: torch.device | str) -> Tensor:
-    """An image [h, w, 3] uint8 of any shape as the model takes it: [1, 3, h, w]."""
-    pixels = torch.from_numpy(np.array(image)).to(device).float() / 255
-    mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
-    return ((pixels - mean) / std).permute(2, 0, 1)[None]
-
-
 def look(model: Backbone, image: np.ndarray, mass: float, device: torch.device | str) -> Look:
     """Where [CLS] looks in `image` [h, w, 3] uint8, whose sides are multiples of the patch size.
 
@@ -80,7 +73,8 @@ def look(model: Backbone, image: np.ndarray, mass: float, device: torch.device |
             f"at {width} x {height} pixels it has {tokens - 1} patches, and their attention would take "
             f"{4e-9 * heads * tokens**2:.0f} GB of memory; use a smaller --size."
         )
-    attention = cls_attention(model, model_input(image, device)).float().cpu()[0]
+    pixels = torch.from_numpy(np.array(image))[None, None].to(device)
+    attention = cls_attention(model, normalise(pixels)).float().cpu()[0]
     attention = torch.cat([attention, attention.mean(dim=0, keepdim=True)])
     maps = enlarge(attention[None], (height, width))[0]
     masks = enlarge(mass_mask(attention, mass)[None], (height, width))[0] > 0

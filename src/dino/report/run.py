@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dino.config import TrainOptions, from_dict, known
+from dino.config import TrainOptions, known, recorded
 from dino.engine.log import read_metrics
 from dino.engine.monitor import CollapseMonitor
 
@@ -25,10 +24,7 @@ class Run:
     @classmethod
     def read(cls, folder: Path, num_images: int) -> Run:
         """The run in `folder`, which trains on `num_images` images."""
-        path = folder / "config.toml"
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no run (no config.toml); give the --out folder of a training run.")
-        options = from_dict(TrainOptions, tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+        options = recorded(str(folder))
         metrics, bad = folder / "metrics.jsonl", folder / "quarantine.jsonl"
         lines = [line for line in read_metrics(metrics) if "step" in line] if metrics.exists() else []
         return cls(folder, options, lines, read_metrics(bad) if bad.exists() else [], num_images)
