@@ -223,3 +223,34 @@ def test_no_command_shows_help():
     done = subprocess.run(dino_command(), capture_output=True, text=True)
     assert done.returncode == 0
     assert "usage: dino COMMAND" in done.stdout
+
+
+def test_overwrite_spares_a_folder_that_holds_no_run(photos, capsys):
+    """Photos given as --out by mistake must survive --overwrite."""
+    before = sorted(photos.rglob("*"))
+    code = cli.main(["train", "--data", str(photos), "--out", str(photos), "--overwrite", *tiny_flags(stop_after=1)])
+    assert code == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert sorted(photos.rglob("*")) == before
+
+
+def test_overwrite_spares_the_images_it_is_to_train_on(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.main(["train", "--data", str(photos), "--out", str(run), *tiny_flags(stop_after=1)]) == 0
+    photos.rename(run / "photos")
+    code = cli.main(["train", "--data", str(run / "photos"), "--out", str(run), "--overwrite", *tiny_flags()])
+    assert code == 2
+    assert "inside" in capsys.readouterr().err
+    assert len(list((run / "photos").rglob("*.jpg"))) == 24
+
+
+def test_held_out_images_of_other_classes_are_refused(photos, tmp_path, capsys):
+    """Labels are numbered per folder, so a k-NN over different classes would compare the wrong ones."""
+    draw_images(tmp_path / "val", 8, classes=2)
+    flags = ["--data", str(photos), "--data.val", str(tmp_path / "val"), "--out", str(tmp_path / "run"), *tiny_flags()]
+    assert cli.main(["train", *flags]) == 2
+    said = capsys.readouterr().err
+    assert "class2" in said
+    assert "--data.labels none" in said
+    assert not (tmp_path / "run").exists()
+    assert cli.main(["train", *flags, "--data.labels", "none", "--stop-after", "1"]) == 0

@@ -133,13 +133,19 @@ def run_folder(options: TrainOptions) -> Path:
     folder = Path(options.out) if options.out is not None else Path("runs") / Path(name).stem
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give a folder to write the run to.")
-    if folder.is_dir() and any(folder.iterdir()) and not options.overwrite:
-        if (folder / "config.toml").exists():
+    # A start that was killed early leaves at most its file list.
+    if folder.is_dir() and any(child.name != "files.jsonl" for child in folder.iterdir()):
+        # --overwrite deletes what is there, so it must be a run's and not, say, the photos themselves.
+        if not (folder / "config.toml").exists():
+            raise ValueError(f"{folder} is not empty and holds no run; choose another --out.")
+        if not options.overwrite:
             raise ValueError(
                 f"{folder} already holds a run; continue it with --resume {folder}, replace it with --overwrite, "
                 "or choose another --out."
             )
-        raise ValueError(f"{folder} is not empty and holds no run; choose another --out.")
+        for spec in filter(None, (options.data.path, options.data.val)):
+            if folder.resolve() in Path(spec).resolve().parents:
+                raise ValueError(f"the images {spec} lie inside {folder}, which --overwrite would delete; move them.")
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK):
         raise ValueError(f"--out {folder} cannot be written: no permission in {parent}; choose another --out.")
@@ -177,8 +183,19 @@ def open_pair(options: TrainOptions, folder: Path | None) -> tuple[Source, Sourc
     cache = None if folder is None else folder / "files.jsonl"
     source = open_source(spec, options.data.labels, cache, trust_cache=options.resume is not None)
     if options.data.val is not None:
-        return source, open_source(options.data.val, options.data.labels)
+        return agreeing(source, open_source(options.data.val, options.data.labels))
     return split(source, options.data.val_fraction, MOST_HELD_OUT, options.seed)
+
+
+def agreeing(train: Source, test: Source) -> tuple[Source, Source]:
+    """Both, if their class numbers mean the same; numbers are given by each folder on its own."""
+    if train.classes and test.classes and train.classes != test.classes:
+        only = min(set(train.classes) ^ set(test.classes))
+        raise ValueError(
+            f"training and held-out images differ in their classes, for example '{only}'; make them agree, or train "
+            "with --data.labels none."
+        )
+    return train, test
 
 
 def view_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:
@@ -293,10 +310,7 @@ def labelled_pair(data: str, val: str | None) -> tuple[Source, Source]:
     bank, test = pair
     if test is None:
         raise ValueError(f"--data {data} holds too few images to set some aside; give test images with --val.")
-    if bank.classes != test.classes:
-        only = sorted(set(bank.classes) ^ set(test.classes))
-        raise ValueError(f"training and test images differ in their classes, for example '{only[0]}'; make them agree.")
-    return bank, test
+    return agreeing(bank, test)
 
 
 def attention_command(options: AttentionOptions) -> None:
