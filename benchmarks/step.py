@@ -104,7 +104,7 @@ def plain_step(method: DINO, optimizer: torch.optim.Optimizer, groups: list[Tens
 def build(arch: str, prototypes: int) -> DINO:
     torch.manual_seed(0)
     student, teacher = (Network(b, Head(b.embed_dim, prototypes)) for b in (create(arch), create(arch)))
-    return DINO(student, teacher, prototypes)
+    return DINO(student, teacher)
 
 
 def timed(step: Callable[..., float], *arguments: object) -> float:

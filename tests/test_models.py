@@ -130,7 +130,7 @@ def test_scores_are_cosines():
         (lambda: create("vit_tiny")(torch.zeros(1, 3, 32, 40)), "use 32x32"),
         (lambda: create("vit_tiny", num_heads=5), "not a multiple of num_heads"),
         (lambda: create("vit_tiny").tokens(torch.zeros(1, 3, 32, 32), layers=13), "1 to 12"),
-        (lambda: Head(4, 8, num_layers=0), "at least one layer"),
+        (lambda: Head(4, 8, num_layers=0), "needs a layer"),
     ],
 )
 def test_errors_say_value_rule_and_fix(call, words):

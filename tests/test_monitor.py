@@ -12,9 +12,21 @@ from dino.engine.monitor import CollapseMonitor, feature_health
 LIMIT = math.log(1024)
 
 
+def signs(entropy, kl, usage):
+    return {"teacher_entropy": entropy, "kl": kl, "prototype_usage": usage, "teacher_temp": 0.04}
+
+
 def drive(monitor: CollapseMonitor, steps, entropy, kl, usage):
-    said = [monitor.look(step, entropy, kl, usage, temp=0.04) for step in steps]
+    said = [monitor.look(step, signs(entropy, kl, usage)) for step in steps]
     return [text for text in said if text]
+
+
+def test_names_the_collapse_of_vectors_to_one_point():
+    monitor = CollapseMonitor(1)
+    said = [text for step in range(10, 400, 10) if (text := monitor.look(step, {"target_spread": 0.001}))]
+    assert len(said) == 1
+    assert "one point" in said[0]
+    assert CollapseMonitor(1).look(100, {"target_spread": 0.3}) is None
 
 
 def test_names_the_uniform_collapse_once_and_what_to_change():
@@ -33,7 +45,7 @@ def test_names_the_dominated_collapse():
 
 def test_speaks_within_200_steps():
     monitor = CollapseMonitor(1024)
-    steps = [s for s in range(10, 400, 10) if monitor.look(s, 1e-4, 1e-4, 1e-3, 0.04)]
+    steps = [s for s in range(10, 400, 10) if monitor.look(s, signs(1e-4, 1e-4, 1e-3))]
     assert steps
     assert steps[0] <= 200
 
@@ -53,9 +65,9 @@ def test_a_passing_dip_is_silent_and_state_survives_a_resume():
     assert drive(monitor, range(10, 50, 10), 1e-4, 1e-4, 1e-3) == []
     again = CollapseMonitor(1024)
     again.load_state_dict(monitor.state_dict())
-    assert again.look(70, 1e-4, 1e-4, 1e-3, 0.04)
-    assert again.look(80, 3.0, 1.0, 5.0, 0.04) is None
-    assert again.look(90, 1e-4, 1e-4, 1e-3, 0.04) is None
+    assert again.look(70, signs(1e-4, 1e-4, 1e-3))
+    assert again.look(80, signs(3.0, 1.0, 5.0)) is None
+    assert again.look(90, signs(1e-4, 1e-4, 1e-3)) is None
 
 
 def test_feature_health_of_known_shapes():

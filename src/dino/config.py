@@ -95,27 +95,57 @@ class HeadOptions:
     bottleneck_dim: int | None = None
     """Width of the L2-normalised bottleneck. None: 256, or 128 for vit_nano."""
     num_layers: int = 3
-    """Linear layers before the prototypes."""
+    """Linear layers before the prototypes, the last of them into the bottleneck (the paper counts one more)."""
     norm_last_layer: bool = True
     """Keep the prototypes at length one (weight norm with a fixed gain). False trains the gain; helps large models."""
     batch_norm: bool = False
     """BatchNorm after each hidden layer."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Activation after each hidden layer."""
+    bottleneck: bool = True
+    """Reduce to `bottleneck_dim` and L2-normalise before the prototypes."""
+    prototypes: bool = True
+    """End in prototypes. False ends at the bottleneck, for losses that compare vectors (BYOL, MoCo)."""
+    predictor: bool = False
+    """One more hidden layer on the student's side only (BYOL)."""
+
+    def __post_init__(self) -> None:
+        for name in ("out_dim", "hidden_dim", "bottleneck_dim"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"head.{name} is {value}; it must be at least 1.")
+        least = int(self.bottleneck)
+        _require(
+            self.num_layers >= least,
+            f"head.num_layers is {self.num_layers}; use at least {least}"
+            + (", the layer into the bottleneck." if least else "."),
+        )
+        _require(
+            self.bottleneck or (self.prototypes and not self.predictor),
+            "head.bottleneck is False: then the head must end in prototypes and has no place for a predictor.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOptions:
+    teacher: Literal["momentum", "previous-epoch", "previous-iteration", "student"] = "momentum"
+    """What the teacher is: a moving average of the student, or the student itself then or now (paper Fig. 6)."""
     momentum: float | None = None
     """Teacher momentum at the first step; rises to 1 on a cosine. None: chosen from the batch and run length."""
+    loss: Literal["cross-entropy", "mse", "infonce"] = "cross-entropy"
+    """Between distributions over prototypes (DINO), normalised vectors (BYOL), or one against negatives (MoCo-v2)."""
+    queue_size: int = 65536
+    """Negatives that infonce remembers."""
     student_temp: float = 0.1
-    """Temperature of the student's softmax."""
+    """Temperature of the student's softmax, and of infonce's."""
     teacher_temp: float | None = None
     """Temperature of the teacher's softmax after warm-up; lower is sharper. None: 0.07, 0.04 or 0.03 by run and model."""
     teacher_temp_start: float | None = None
     """Temperature of the teacher's softmax at the first epoch. None: 0.04, or 0.03 for vit_nano."""
     teacher_temp_epochs: float | None = None
     """Epochs over which the temperature rises from start to end. None: 30, or three tenths of a shorter run."""
-    targets: Literal["centring", "none"] = "centring"
-    """What keeps the teacher from one dominating prototype: the moving centre of its outputs, or nothing."""
+    targets: Literal["centring", "softmax-batch", "sinkhorn", "none"] = "centring"
+    """What keeps the teacher from one dominating prototype: the moving centre of its outputs, softmax over the batch,
+    3 iterations of Sinkhorn-Knopp (SwAV), or nothing."""
     centre_momentum: float = 0.9
     """Momentum of the centre (paper Eq. 4)."""
 
@@ -127,6 +157,17 @@ class MethodOptions:
         for name in ("student_temp", "teacher_temp", "teacher_temp_start"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"method.{name} is {value}; a temperature must be above 0.")
+        _require(self.queue_size >= 1, f"method.queue_size is {self.queue_size}; remember at least 1 negative.")
+        _require(
+            self.teacher == "momentum" or self.momentum is None,
+            f"method.momentum is {self.momentum} but method.teacher is {self.teacher}, which has none; leave one out.",
+        )
+        allowed = {"mse": ("centring", "none"), "infonce": ("none",)}.get(self.loss)
+        _require(
+            allowed is None or self.targets in allowed,
+            f"method.loss {self.loss} compares vectors, to which method.targets {self.targets} does not apply; "
+            f"use {' or '.join(allowed or ())}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +312,10 @@ class TrainOptions:
         _require(
             self.device != "cpu" or self.precision != "fp16",
             "precision is fp16 with device cpu; fp16 needs a GPU. Use --precision fp32 or bf16.",
+        )
+        _require(
+            self.head.prototypes or self.method.loss != "cross-entropy",
+            "head.prototypes is False but method.loss cross-entropy needs them; use --method.loss mse or infonce.",
         )
         if self.epochs is not None:
             for name, value in (

@@ -58,6 +58,22 @@ def sum_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def max_(tensor: Tensor) -> Tensor:
+    """Maximum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def concatenate(tensor: Tensor) -> Tensor:
+    """The rows of every rank, in rank order; all ranks hold equally many."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
 def gather(value: Any) -> list[Any]:
     """The `value` of every rank, in rank order, on every rank. Any picklable object."""
     if not dist.is_initialized():

@@ -15,21 +15,25 @@ Plain PyTorch: neither options nor data are known here. Letters: n images, v vie
 k prototypes.
 """
 
+import copy
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dino import distributed
+from dino import distributed, variants
+from dino.models import Head
 
-Targets = Literal["centring", "none"]
+Teacher = Literal["momentum", "previous-epoch", "previous-iteration", "student"]
+Targets = Literal["centring", "softmax-batch", "sinkhorn", "none"]
+Loss = Literal["cross-entropy", "mse", "infonce"]
 
 
 class Network(nn.Module):
     """g = h o f: a backbone and a projection head (section 3.1)."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module):
+    def __init__(self, backbone: nn.Module, head: Head):
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -82,47 +86,50 @@ def cross_entropy(
     v, n, g = len(student_scores), student_scores.shape[1], len(targets)
     x = _at_least_float32(student_scores) / student_temp
     lse = x.logsumexp(dim=-1).sum(dim=1)  # [v]
-    total = targets.sum(dim=0)
-    matched = ((total - targets) * x[:g]).sum()
-    normaliser = (g - 1) * lse[:g].sum()
-    if v > g:
-        matched = matched + (total * x[g:].sum(dim=0)).sum()
-        normaliser = normaliser + g * lse[g:].sum()
-    pairs = g * (v - 1)
-    return (normaliser - matched) / (n * pairs)
+    normaliser = (g - 1) * lse[:g].sum() + g * lse[g:].sum()
+    return (normaliser - variants.pair_products(x, targets)) / (n * g * (v - 1))
 
 
 class Step(NamedTuple):
-    """What one step computes; all but the loss detached, on the device, in nats where they are entropies."""
+    """What one step computes, on the device."""
 
     loss: Float[Tensor, ""]
-    entropy: Float[Tensor, ""]  # mean entropy of the teacher's targets; KL = loss - entropy (section 5.3)
-    usage: Float[Tensor, ""]  # entropy of the mean target: ln K when all prototypes are used alike
-    centre_norm: Float[Tensor, ""]
+    signs: dict[str, Float[Tensor, ""]]  # what to log and watch, detached; see `DINO.forward`
 
 
 class DINO(nn.Module):
     """Student, teacher and centre.
 
-    The teacher is a copy of the student that gets no gradients; it has no stochastic depth (`teacher_backbone` is the
-    backbone built without it) and stays in training mode as in the reference.
+    The teacher is a copy of the student that gets no gradients; it is built without stochastic depth or predictor and
+    stays in training mode as in the reference. `teacher_is`, `targets` and `loss` are the paper's variants; with
+    "mse" and "infonce" the head's outputs are compared as vectors.
+
+    Args:
+        queue_size: how many negatives "infonce" remembers.
     """
 
     def __init__(
         self,
         student: Network,
         teacher: Network,
-        out_dim: int,
         student_temp: float = 0.1,
         centre_momentum: float = 0.9,
+        teacher_is: Teacher = "momentum",
         targets: Targets = "centring",
+        loss: Loss = "cross-entropy",
+        queue_size: int = 65536,
     ):
         super().__init__()
         self.student, self.teacher = student, teacher
-        self.centre = Centre(out_dim, centre_momentum)
-        self.student_temp, self.targets = student_temp, targets
-        teacher.load_state_dict(student.state_dict())
+        self.out_dim = teacher.head.out_dim
+        self.centre = Centre(self.out_dim, centre_momentum)
+        self.student_temp, self.teacher_is, self.targets, self.loss = student_temp, teacher_is, targets, loss
+        teacher.load_state_dict({k: v for k, v in student.state_dict().items() if ".predictor." not in k})
         teacher.requires_grad_(False)
+        if teacher_is == "previous-iteration":
+            self.previous = copy.deepcopy(teacher)
+        if loss == "infonce":
+            self.negatives = variants.Negatives(queue_size, self.out_dim)
 
     def forward(self, groups: list[Tensor], teacher_temp: float) -> Step:
         """The loss of one batch.
@@ -130,29 +137,66 @@ class DINO(nn.Module):
         Args:
             groups: views of equal resolution, view-major [v_r * n, c, s, s]; the first group is the 2 global views.
             teacher_temp: temperature of the teacher at this epoch.
+
+        Returns:
+            The loss, and as signs, in nats: `teacher_entropy` (mean entropy of the targets; KL = loss - entropy,
+            section 5.3), `prototype_usage` (entropy of the mean target: ln K when all prototypes are used alike) and
+            `centre_norm`; for losses on vectors `target_spread` (`dino.variants.spread`).
         """
         with torch.no_grad():
-            teacher_scores = self.teacher(groups[:1])
-            probs, entropy = sharpen(teacher_scores, self.centre.value, teacher_temp)
-        student_scores = self.student(groups)
-        targets = probs.unflatten(0, (2, -1))
-        n = targets.shape[1]
-        loss = cross_entropy(student_scores.unflatten(0, (-1, n)), targets, self.student_temp)
+            teacher_scores = _at_least_float32(self.teacher(groups[:1]))
+        student_scores = _at_least_float32(self.student(groups))
+        student_scores = student_scores.unflatten(0, (-1, len(teacher_scores) // 2))  # [v, n, k]
+        if self.loss == "cross-entropy":
+            probs, entropy = self._distribution(teacher_scores, teacher_temp)
+            loss = cross_entropy(student_scores, probs.unflatten(0, (2, -1)), self.student_temp)
+            usage = torch.special.entr(probs.mean(dim=0)).sum()
+            signs = {"teacher_entropy": entropy.mean(), "prototype_usage": usage}
+        else:
+            loss = self._vector_loss(student_scores, teacher_scores)
+            signs = {"target_spread": variants.spread(teacher_scores)}
         if self.targets == "centring":
             self.centre.update(teacher_scores)
-        mean_target = probs.mean(dim=0)
-        return Step(
-            loss=loss,
-            entropy=entropy.mean(),
-            usage=torch.special.entr(mean_target).sum(),
-            centre_norm=self.centre.value.norm(),
-        )
+            signs["centre_norm"] = self.centre.value.norm()
+        return Step(loss, signs)
+
+    def _distribution(self, scores: Float[Tensor, "gn k"], temp: float) -> tuple[Tensor, Tensor]:
+        """Targets [gn, k] and their entropies [gn]."""
+        if self.targets in ("centring", "none"):  # without centring the centre stays zero
+            return sharpen(scores, self.centre.value, temp)
+        log_probs = variants.sinkhorn(scores, temp, iterations=3 if self.targets == "sinkhorn" else 1)
+        probs = log_probs.exp()
+        return probs, -(probs * log_probs).sum(dim=-1)
+
+    def _vector_loss(self, student: Float[Tensor, "v n k"], teacher: Float[Tensor, "gn k"]) -> Float[Tensor, ""]:
+        targets = (teacher - self.centre.value).unflatten(0, (2, -1))
+        if self.loss == "mse":
+            return variants.squared_distance(student, targets)
+        loss = variants.info_nce(student, targets, self.negatives.values.clone(), self.student_temp)
+        self.negatives.push(teacher)
+        return loss
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
-        """Exponential moving average of the student's parameters (not its buffers), after the student's step."""
-        teacher, student = [[p.data for p in net.parameters()] for net in (self.teacher, self.student)]
-        torch._foreach_lerp_(teacher, student, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+    def update_teacher(self, momentum: float, epoch_ends: bool = False) -> None:
+        """After the student's step: exponential moving average of its parameters (not its buffers), or Fig. 6's others.
+
+        "previous-iteration" and "previous-epoch" teachers are what the student was then; "student" is what it is now.
+        """
+        if self.teacher_is == "momentum":
+            self._move(self.teacher, self.student, 1 - momentum)
+        elif self.teacher_is == "previous-iteration":
+            self._move(self.teacher, self.previous, 1.0)
+            self._move(self.previous, self.student, 1.0)
+        elif self.teacher_is == "student" or epoch_ends:
+            self._move(self.teacher, self.student, 1.0)
+
+    @staticmethod
+    def _move(network: nn.Module, towards: nn.Module, share: float) -> None:
+        """Parameters of `network` a `share` of the way to those of the same name."""
+        there = dict(towards.named_parameters())
+        pairs = [(p.data, there[name].data) for name, p in network.named_parameters()]
+        own, others = ([pair[i] for pair in pairs] for i in (0, 1))
+        torch._foreach_lerp_(own, others, share)  # pyright: ignore[reportPrivateImportUsage]
 
     def cancel_last_layer_gradients(self) -> None:
         """Keep the prototypes where they are for this step; called after clipping, as in the reference."""

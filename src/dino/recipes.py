@@ -184,7 +184,8 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     nano = choose("model.arch", "vit_small" if on_gpu and not (little and size < 96) else "vit_nano") == "vit_nano"
     choose("head.hidden_dim", 512 if nano else 2048)
     choose("head.bottleneck_dim", 128 if nano else 256)
-    choose("head.out_dim", prototypes_for(num_images))
+    if options.head.prototypes:
+        choose("head.out_dim", prototypes_for(num_images))
     batch = choose("batch_size", max(1, min((32 if nano else 64) if little else 256, num_images // 4)))
     # Little data needs thousands of steps all the same; a million images need no more than 100 epochs.
     steps = max(1, num_images // batch)
@@ -194,8 +195,9 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     start = choose("method.teacher_temp_start", 0.03 if nano else 0.04)
     choose("method.teacher_temp", 0.07 if epochs >= 300 and not nano else start)
     choose("method.teacher_temp_epochs", min(30, 0.3 * epochs))
-    # A teacher that moves too slowly for a short run stays an untrained one.
-    choose("method.momentum", 0.99 if little else 0.996)
+    if options.method.teacher == "momentum":
+        # A teacher that moves too slowly for a short run stays an untrained one.
+        choose("method.momentum", 0.99 if little else 0.996)
     choose("data.num_workers", cores)
     return replace(options, chosen)
 

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Collapse = Literal["uniform", "dominated"]
+Collapse = Literal["uniform", "dominated", "point"]
 
+POINT_BELOW = 0.01  # spread of the targets; an untrained network's is above 0.05
 UNIFORM_WITHIN = 1e-3  # nats below ln K; logits that vary by sigma cost sigma^2 / 2, so this is a sigma of 0.045
 
 ADVICE: dict[Collapse, str] = {
     "uniform": (
-        "uniform collapse: the teacher's targets spread evenly over all prototypes (entropy {entropy:.3f} of at most "
-        "{limit:.3f}) and the student copies that (KL {kl:.4f}). There is too little sharpening: lower "
-        "--method.teacher-temp (now {temp:g}), or use fewer prototypes (--head.out-dim)."
+        "uniform collapse: the teacher's targets spread evenly over all prototypes (entropy {teacher_entropy:.3f} of at "
+        "most {limit:.3f}) and the student copies that (KL {kl:.4f}). There is too little sharpening: lower "
+        "--method.teacher-temp (now {teacher_temp:g}), or use fewer prototypes (--head.out-dim)."
     ),
     "dominated": (
-        "collapse to one prototype: the targets of all images are the same (entropy {entropy:.4f}, usage "
-        "{usage:.4f}, KL {kl:.4f}). Centring is too weak: use --method.targets centring with a "
-        "--method.centre-momentum of 0.9, or raise --method.teacher-temp (now {temp:g})."
+        "collapse to one prototype: the targets of all images are the same (entropy {teacher_entropy:.4f}, usage "
+        "{prototype_usage:.4f}, KL {kl:.4f}). Centring is too weak: use --method.targets centring with a "
+        "--method.centre-momentum of 0.9, or raise --method.teacher-temp (now {teacher_temp:g})."
+    ),
+    "point": (
+        "collapse to one point: the teacher's outputs are the same for all images (spread {target_spread:.4f}). Use "
+        "--method.teacher momentum with --head.predictor, or --method.targets centring."
     ),
 }
 
@@ -41,14 +47,9 @@ class CollapseMonitor:
     since: dict[str, int] = field(default_factory=dict)
     reported: str = ""
 
-    def look(self, step: int, entropy: float, kl: float, usage: float, temp: float) -> str | None:
-        """A warning the first time a collapse is certain, else None. In nats; `usage`: entropy of the mean target."""
-        limit = math.log(self.out_dim)
-        now: Collapse | None = None
-        if limit - entropy < UNIFORM_WITHIN:
-            now = "uniform"
-        elif usage < 0.05 * limit and kl < 0.05 * limit:
-            now = "dominated"
+    def look(self, step: int, values: Mapping[str, float]) -> str | None:
+        """A warning the first time a collapse is certain, else None; `values` are the step's metrics."""
+        now = self._collapse(values)
         if now is None:
             self.since.clear()
             self.reported = ""
@@ -57,7 +58,16 @@ class CollapseMonitor:
         if step - self.since[now] < self.patience or self.reported == now:
             return None
         self.reported = now
-        return ADVICE[now].format(entropy=entropy, kl=kl, usage=usage, limit=limit, temp=temp)
+        return ADVICE[now].format(limit=math.log(self.out_dim), **values)
+
+    def _collapse(self, values: Mapping[str, float]) -> Collapse | None:
+        if "target_spread" in values:
+            return "point" if values["target_spread"] < POINT_BELOW else None
+        limit = math.log(self.out_dim)
+        if limit - values["teacher_entropy"] < UNIFORM_WITHIN:
+            return "uniform"
+        dominated = max(values["prototype_usage"], values["kl"]) < 0.05 * limit
+        return "dominated" if dominated else None
 
     def state_dict(self) -> dict[str, object]:
         return {"since": dict(self.since), "reported": self.reported}

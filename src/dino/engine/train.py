@@ -63,7 +63,7 @@ class Plan:
         return schedules.cosine(step, self.total, self.options.optim.weight_decay, self.options.optim.weight_decay_end)
 
     def momentum(self, step: int) -> float:
-        return schedules.cosine(step, self.total, known(self.options.method.momentum), 1.0)
+        return schedules.cosine(step, self.total, self.options.method.momentum or 0.0, 1.0)
 
     def teacher_temp(self, step: int) -> float:
         m = self.options.method
@@ -90,13 +90,25 @@ def build_method(options: TrainOptions) -> DINO:
     h, m = options.head, options.method
     torch.manual_seed(options.seed)
 
-    def network(drop_path: float, norm_last_layer: bool) -> Network:
+    def network(drop_path: float, norm_last_layer: bool, predictor: bool) -> Network:
         backbone = create(**model_arguments(options), drop_path=drop_path)
-        sizes = (known(h.out_dim), known(h.hidden_dim), known(h.bottleneck_dim), h.num_layers)
-        return Network(backbone, Head(backbone.embed_dim, *sizes, norm_last_layer, h.batch_norm))
+        head = Head(
+            backbone.embed_dim,
+            h.out_dim or 1,
+            known(h.hidden_dim),
+            known(h.bottleneck_dim),
+            h.num_layers,
+            norm_last_layer=norm_last_layer,
+            batch_norm=h.batch_norm,
+            activation=h.activation,
+            bottleneck=h.bottleneck,
+            prototypes=h.prototypes,
+            predictor=predictor,
+        )
+        return Network(backbone, head)
 
-    student, teacher = network(options.model.drop_path, h.norm_last_layer), network(0.0, True)
-    return DINO(student, teacher, known(h.out_dim), m.student_temp, m.centre_momentum, m.targets)
+    student, teacher = network(options.model.drop_path, h.norm_last_layer, h.predictor), network(0.0, True, False)
+    return DINO(student, teacher, m.student_temp, m.centre_momentum, m.teacher, m.targets, m.loss, m.queue_size)
 
 
 class Trainer:
@@ -120,14 +132,14 @@ class Trainer:
         self.method = build_method(options).to(device)
         self.optimizer = optim.create(options.optim, self.method.student)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        self.monitor = CollapseMonitor(known(options.head.out_dim))
+        self.monitor = CollapseMonitor(options.head.out_dim or 1)
         self.checkpoints = Checkpoints(run / "checkpoints", options.log.keep)
         self.quarantine = Quarantine(run / "quarantine.jsonl", len(source), options.data.max_bad_fraction)
         self.step = 0  # steps done
         self.signal: int | None = None
         self.knn: dict[str, float] = {}
         self.status = ""
-        self._pending: list[Tensor] = []
+        self._pending: list[dict[str, Tensor]] = []
         self._bad: list[tuple[str, str]] = []
 
     # --- state -------------------------------------------------------------------------------------------------
@@ -229,7 +241,7 @@ class Trainer:
             if ending:
                 return
 
-    def _train_step(self, batch: Batch) -> Tensor:
+    def _train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step in the reference's order (main_dino.py, train_one_epoch); what to log, on the device."""
         self._bad += batch.bad
         if not batch.groups:
@@ -250,8 +262,8 @@ class Trainer:
             method.cancel_last_layer_gradients()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        method.update_teacher(self.plan.momentum(step))
-        return torch.stack([result.loss.detach(), result.entropy, result.usage, result.centre_norm, grad_norm])
+        method.update_teacher(self.plan.momentum(step), (step + 1) % self.plan.steps_per_epoch == 0)
+        return {"loss": result.loss.detach(), **result.signs, "grad_norm": grad_norm}
 
     def _to_device(self, batch: Batch) -> list[Tensor]:
         groups = [g.to(self.device, non_blocking=True) for g in batch.groups]
@@ -261,42 +273,39 @@ class Trainer:
 
     def _log(self, steps: int, seconds: float, waited: float) -> bool:
         """Average, write and show the metrics since the last time; True when a signal asks all ranks to end."""
-        summed = distributed.sum_(torch.stack(self._pending).mean(dim=0))
+        summed = distributed.sum_(torch.stack([torch.stack(list(p.values())) for p in self._pending]).mean(dim=0))
+        means = (summed / distributed.world_size()).tolist()
+        values = dict(zip(self._pending[0], means, strict=True))
         self._pending.clear()
         signalled = distributed.sum_(torch.tensor(float(self.signal or 0), device=self.device))
-        loss, entropy, usage, centre_norm, grad_norm = (summed / distributed.world_size()).tolist()
-        if not math.isfinite(loss):
+        if not math.isfinite(values["loss"]):
             raise TrainingError(
-                f"the loss became {loss} between steps {self.step - steps} and {self.step}; "
+                f"the loss became {values['loss']} between steps {self.step - steps} and {self.step}; "
                 f"the last good checkpoint is {self.checkpoints.latest()}. Lower --optim.lr, or use --precision bf16 "
                 "or fp32 if it was fp16, and start again from there in a new run."
             )
         self._check_quarantine()
-        last, temp, kl = self.step - 1, self.plan.teacher_temp(self.step - 1), loss - entropy
+        last = self.step - 1
         rate = steps * known(self.options.batch_size) / seconds
-        values = {
+        if "teacher_entropy" in values:
+            values["kl"] = values["loss"] - values["teacher_entropy"]
+        values |= {
             "epoch": self.step / self.plan.steps_per_epoch,
-            "loss": loss,
-            "teacher_entropy": entropy,
-            "kl": kl,
-            "prototype_usage": usage,
-            "centre_norm": centre_norm,
-            "grad_norm": grad_norm,
             "lr": self.plan.lr(last),
             "weight_decay": self.plan.weight_decay(last),
             "momentum": self.plan.momentum(last),
-            "teacher_temp": temp,
+            "teacher_temp": self.plan.teacher_temp(last),
             "images_per_second": rate,
             "data_wait_share": waited / seconds,
             "peak_memory_gb": self._peak_memory(),
         }
         if self.metrics is not None:
             self.metrics.write(self.step, values)
-        if warning := self.monitor.look(self.step, entropy, kl, usage, temp):
+        if warning := self.monitor.look(self.step, values):
             self.terminal.say(f"Warning: {warning}", style="bold yellow")
             if self.metrics is not None:
                 self.metrics.write(self.step, {"collapse": 1.0})
-        self.status = f"loss {loss:.3f}  {rate:,.0f} images/s"
+        self.status = f"loss {values['loss']:.3f}  {rate:,.0f} images/s"
         return bool(signalled)
 
     def _show(self) -> None:

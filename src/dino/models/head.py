@@ -1,6 +1,7 @@
 """The projection head (paper section 3.1 and appendix C): an MLP, an L2-normalised bottleneck, and K prototypes."""
 
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino.models.vit import init_linear
+
+Activation = Literal["gelu", "relu"]
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Prototypes(nn.Module):
@@ -28,13 +32,16 @@ class Prototypes(nn.Module):
 
 
 class Head(nn.Module):
-    """Features to prototype scores.
+    """Features to prototype scores, or to projections for losses that compare vectors.
 
     Args:
         in_dim: width of the features.
         out_dim: number of prototypes K.
-        num_layers: linear layers before the prototypes, the last of them into the bottleneck.
+        num_layers: linear layers before the prototypes, the last of them into the bottleneck if there is one.
         norm_last_layer: fix the prototypes' gains at one.
+        bottleneck: reduce to `bottleneck_dim` and L2-normalise before the prototypes.
+        prototypes: False ends at the bottleneck, not normalised (BYOL, MoCo).
+        predictor: one more hidden layer behind the bottleneck, for a student whose teacher has none (BYOL).
     """
 
     def __init__(
@@ -46,19 +53,38 @@ class Head(nn.Module):
         num_layers: int = 3,
         norm_last_layer: bool = True,
         batch_norm: bool = False,
+        activation: Activation = "gelu",
+        bottleneck: bool = True,
+        prototypes: bool = True,
+        predictor: bool = False,
     ):
         super().__init__()
-        if num_layers < 1 or min(out_dim, hidden_dim, bottleneck_dim) < 1:
-            raise ValueError("the head needs at least one layer, and every width must be at least 1.")
-        widths = [in_dim] + [hidden_dim] * (num_layers - 1) + [bottleneck_dim]
-        layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(pairwise(widths)):
-            layers.append(nn.Linear(a, b))
-            if i < num_layers - 1:
-                layers += [nn.BatchNorm1d(b), nn.GELU()] if batch_norm else [nn.GELU()]
-        self.mlp = nn.Sequential(*layers) if num_layers > 1 else layers[0]
+        if num_layers < int(bottleneck) or min(out_dim, hidden_dim, bottleneck_dim) < 1:
+            raise ValueError("the head needs a layer into its bottleneck, and every width must be at least 1.")
+        if not bottleneck and (predictor or not prototypes):
+            raise ValueError("a head without bottleneck needs prototypes and has no place for a predictor.")
+        style = (batch_norm, activation)
+        hidden = [in_dim] + [hidden_dim] * (num_layers - int(bottleneck))
+        self.mlp = mlp([*hidden, bottleneck_dim], *style) if bottleneck else mlp(hidden, *style, to_the_end=True)
+        self.predictor = mlp([bottleneck_dim, hidden_dim, bottleneck_dim], *style) if predictor else nn.Identity()
         self.apply(init_linear)
-        self.last_layer = Prototypes(bottleneck_dim, out_dim, fixed_gain=norm_last_layer)
+        width = bottleneck_dim if bottleneck else hidden[-1]
+        self.last_layer = Prototypes(width, out_dim, fixed_gain=norm_last_layer) if prototypes else nn.Identity()
+        self.normalise = bottleneck and prototypes
+        self.out_dim = out_dim if prototypes else width
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+        x = self.predictor(self.mlp(x))
+        return self.last_layer(F.normalize(x, dim=-1) if self.normalise else x)
+
+
+def mlp(widths: list[int], batch_norm: bool, activation: Activation, to_the_end: bool = False) -> nn.Module:
+    """Linear layers through `widths` with activations between them, and after the last one if `to_the_end`."""
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(pairwise(widths)):
+        layers.append(nn.Linear(a, b))
+        if i < len(widths) - 2 or to_the_end:
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(b))
+            layers.append(ACTIVATIONS[activation]())
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)

@@ -72,7 +72,7 @@ def charts(run: Run) -> list[Chart]:
     """Every chart that the run has numbers for."""
     knn = run.knn or "knn20_top1"
     k_near, pixels = knn[3:5], run.points(f"pixels_{knn}")[1]
-    k, ln_k = known(run.options.head.out_dim), {f"ln K = {run.limit:.2f}": run.limit}
+    k, ln_k = run.options.head.out_dim, {f"ln K = {run.limit:.2f}": run.limit}
     drawn = [
         Chart(
             "Loss",
@@ -81,6 +81,14 @@ def charts(run: Run) -> list[Chart]:
             f"stays at ln K (here {run.limit:.2f}) means too little sharpening or too many prototypes; entropy and KL "
             "both near 0 mean collapse to one prototype.",
             [Panel({"entropy": "teacher_entropy", "KL": "kl"}, stacked=True, marks=ln_k)],
+        ),
+        Chart(
+            "Loss on vectors",
+            "Between projections of two views, and how far the teacher's projections of different images lie apart: 1 when "
+            "they are all over the sphere, near 0 when all images are the same point, which is collapse.",
+            [Panel({"loss": "loss"}), Panel({"target spread": "target_spread"})]
+            if run.points("target_spread")[0]
+            else [],
         ),
         Chart(
             "k-NN accuracy",

@@ -46,7 +46,7 @@ class Run:
     @property
     def limit(self) -> float:
         """ln K, the largest entropy of targets over K prototypes, nats."""
-        return math.log(known(self.options.head.out_dim))
+        return math.log(self.options.head.out_dim or 1)
 
     def points(self, name: str) -> tuple[list[float], list[float]]:
         """Steps at which the metric `name` was written, and its values."""
@@ -82,10 +82,10 @@ class Run:
 
     def warnings(self) -> list[tuple[int, str]]:
         """(step, text) of the collapse warnings: the same monitor, looking at the same numbers again."""
-        monitor = CollapseMonitor(known(self.options.head.out_dim))
-        names = ("step", "teacher_entropy", "kl", "prototype_usage", "teacher_temp")
-        rows = [[line[name] for name in names] for line in self.lines if all(name in line for name in names)]
-        found = [(row[0], text) for row in rows if (text := monitor.look(*row))]
+        monitor = CollapseMonitor(self.options.head.out_dim or 1)
+        names = {"teacher_entropy", "kl", "prototype_usage", "teacher_temp"}
+        steps = [line for line in self.lines if line.keys() >= names or "target_spread" in line]
+        found = [(line["step"], text) for line in steps if (text := monitor.look(line["step"], line))]
         told = {step for step, _ in found}
         unexplained = [line["step"] for line in self.lines if line.get("collapse") and line["step"] not in told]
         return sorted(found + [(step, "the run reported a collapse here.") for step in unexplained])

@@ -1,0 +1,316 @@
+"""The paper's alternatives against plain float64 versions of their mathematics, and two ranks against one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dino import variants
+from dino.config import TrainOptions, replace
+from dino.engine import parallel
+from dino.method import DINO, Network
+from dino.models import Head, VisionTransformer
+
+VARIANTS = {
+    "dino": {},
+    "softmax-batch": {"targets": "softmax-batch"},
+    "sinkhorn": {"targets": "sinkhorn"},
+    "none": {"targets": "none"},
+    "mse": {"loss": "mse"},
+    "byol": {"loss": "mse", "targets": "none", "predictor": True, "prototypes": False},
+    "mocov2": {"loss": "infonce", "targets": "none", "queue_size": 48, "prototypes": False},
+    "predictor": {"predictor": True},
+    "swav": {"targets": "sinkhorn", "teacher_is": "student"},
+    "previous-iteration": {"teacher_is": "previous-iteration"},
+    "previous-epoch": {"teacher_is": "previous-epoch"},
+}
+
+
+def double(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def build(name: str = "dino", dtype: torch.dtype = torch.float64) -> DINO:
+    """A small method of variant `name`, the same in every process."""
+    changes = dict(VARIANTS[name])
+    predictor, prototypes = changes.pop("predictor", False), changes.pop("prototypes", True)
+    torch.manual_seed(0)
+
+    def network(predictor: bool) -> Network:
+        backbone = VisionTransformer(image_size=16, patch_size=8, dim=24, depth=2, num_heads=2)
+        head = Head(24, 32, hidden_dim=24, bottleneck_dim=12, prototypes=prototypes, predictor=predictor)
+        return Network(backbone, head)
+
+    method = DINO(network(predictor), network(False), **changes).to(dtype)
+    # Fresh linear layers are so small that all outputs are alike; larger ones make every term of a loss matter.
+    with torch.no_grad():
+        for network_ in (method.student, method.teacher):
+            for index, parameter in enumerate(network_.parameters()):
+                if parameter.requires_grad or network_ is method.teacher:
+                    parameter.add_(0.2 * double(index, *parameter.shape).to(dtype))
+    return method
+
+
+def views(step: int, images: int = 8) -> list[torch.Tensor]:
+    """Two global and three local views, view-major."""
+    return [double(10 * step + 1, 2, images, 3, 16, 16), double(10 * step + 2, 3, images, 3, 8, 8)]
+
+
+def pairs(v: int, g: int = 2) -> list[tuple[int, int]]:
+    return [(q, s) for q in range(g) for s in range(v) if s != q]
+
+
+# ----------------------------------------------------------------------------------------------------- targets
+
+
+def paper_sinkhorn(x: torch.Tensor, temp: float, iterations: int) -> torch.Tensor:
+    """Appendix D: shares per prototype, then per sample, of exp(x / temp)."""
+    x = (x / temp).exp()
+    for _ in range(iterations):
+        x = x / x.sum(dim=0, keepdim=True)
+        x = x / x.sum(dim=1, keepdim=True)
+    return x
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(2, 20), st.floats(0.05, 1), st.sampled_from([1, 3]), st.integers(0, 999))
+def test_sinkhorn_is_the_papers(samples, k, temp, iterations, seed):
+    scores = double(seed, samples, k)
+    ours = variants.sinkhorn(scores, temp, iterations).exp()
+    torch.testing.assert_close(ours, paper_sinkhorn(scores, temp, iterations), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours.sum(dim=1), torch.ones(samples, dtype=torch.float64))
+
+
+def test_one_iteration_is_softmax_over_the_batch():
+    scores = double(0, 6, 5)
+    expected = (scores / 0.1).softmax(dim=0)
+    expected = expected / expected.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(variants.sinkhorn(scores, 0.1, 1).exp(), expected)
+
+
+def test_sinkhorn_uses_prototypes_alike_and_survives_any_temperature():
+    probs = variants.sinkhorn(double(1, 400, 8), 0.05, 50).exp()
+    torch.testing.assert_close(probs.sum(dim=0), torch.full((8,), 50.0, dtype=torch.float64), rtol=0.02, atol=0)
+    assert variants.sinkhorn(1000 * torch.randn(9, 4), 1e-3).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------ losses
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 4), st.integers(0, 999))
+def test_squared_distance_is_the_mean_over_pairs(v, n, seed):
+    student, teacher = double(seed, v, n, 7).requires_grad_(), double(seed + 1, 2, n, 7)
+    unit_s, unit_t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    plain = torch.stack([(unit_t[q] - unit_s[s]).pow(2).sum(-1).mean() for q, s in pairs(v)]).mean()
+    ours = variants.squared_distance(student, teacher)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (ours, plain)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 4), st.floats(0.05, 1), st.integers(0, 999))
+def test_info_nce_is_a_cross_entropy_over_positive_and_negatives(v, n, temp, seed):
+    student, teacher = double(seed, v, n, 7).requires_grad_(), double(seed + 1, 2, n, 7)
+    negatives = F.normalize(double(seed + 2, 11, 7), dim=-1)
+    terms = []
+    for q, s in pairs(v):
+        a, b = F.normalize(student[s], dim=-1), F.normalize(teacher[q], dim=-1)
+        logits = torch.cat([(a * b).sum(-1, keepdim=True), a @ negatives.T], dim=1) / temp
+        terms.append(F.cross_entropy(logits, torch.zeros(n, dtype=torch.long)))
+    plain, ours = torch.stack(terms).mean(), variants.info_nce(student, teacher, negatives, temp)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (ours, plain)))
+
+
+def test_negatives_replace_the_oldest_and_wrap():
+    torch.manual_seed(0)
+    queue = variants.Negatives(5, 4)
+    start = queue.values.clone()
+    torch.testing.assert_close(start.norm(dim=1), torch.ones(5))
+    keys = torch.randn(9, 4)
+    for part in keys.split(3):
+        queue.push(part)
+    unit = F.normalize(keys, dim=1)
+    # Nine pushed into five places: 5..8 are in, in the ring's order; none of the start is left.
+    torch.testing.assert_close(queue.values, unit[[5, 6, 7, 8, 4]])
+
+
+def test_spread_is_0_for_a_point_and_1_for_the_sphere():
+    assert variants.spread(torch.ones(10, 8)).item() == pytest.approx(0, abs=1e-6)
+    assert variants.spread(double(0, 4000, 16)).item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["mse", "byol", "mocov2", "sinkhorn", "softmax-batch", "none", "predictor"])
+def test_the_loss_of_a_step_is_its_formula_in_float64(name):
+    """The whole forward pass against the networks' outputs put through the plain formulas."""
+    method, groups = build(name), [g.flatten(0, 1) for g in views(0)]
+    teacher, student = method.teacher(groups[:1]), method.student(groups).unflatten(0, (5, 8))
+    negatives = method.negatives.values.clone() if name == "mocov2" else None
+    temp = 0.2
+    if name in ("mse", "byol"):
+        s, t = F.normalize(student, dim=-1), F.normalize(teacher.unflatten(0, (2, 8)), dim=-1)
+        expected = torch.stack([(t[q] - s[v]).pow(2).sum(-1).mean() for q, v in pairs(5)]).mean()
+    elif negatives is not None:
+        s, t = F.normalize(student, dim=-1), F.normalize(teacher.unflatten(0, (2, 8)), dim=-1)
+        logits = [torch.cat([(s[v] * t[q]).sum(-1, keepdim=True), s[v] @ negatives.T], 1) / 0.1 for q, v in pairs(5)]
+        expected = -torch.stack([x.log_softmax(-1)[:, 0].mean() for x in logits]).mean()
+    else:
+        rounds = {"sinkhorn": 3, "softmax-batch": 1}.get(name)
+        probs = paper_sinkhorn(teacher, temp, rounds) if rounds else (teacher / temp).softmax(-1)
+        probs = probs.unflatten(0, (2, 8))
+        terms = [-(probs[q] * (student[v] / 0.1).log_softmax(-1)).sum(-1).mean() for q, v in pairs(5)]
+        expected = torch.stack(terms).mean()
+    step = method(groups, temp)
+    torch.testing.assert_close(step.loss, expected)
+    assert all(value.isfinite() for value in step.signs.values())
+
+
+def test_centring_moves_the_targets_of_mse_too():
+    method, groups = build("mse"), [g.flatten(0, 1) for g in views(0)]
+    method(groups, 0.1)
+    centre = method.centre.value.clone()
+    torch.testing.assert_close(centre, 0.1 * method.teacher(groups[:1]).mean(dim=0))
+    s = F.normalize(method.student(groups).unflatten(0, (5, 8)), dim=-1)
+    t = F.normalize((method.teacher(groups[:1]) - centre).unflatten(0, (2, 8)), dim=-1)
+    expected = torch.stack([(t[q] - s[v]).pow(2).sum(-1).mean() for q, v in pairs(5)]).mean()
+    torch.testing.assert_close(method(groups, 0.1).loss, expected)
+
+
+# ---------------------------------------------------------------------------------------------------- teachers
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("swav", [1, 2, 3, 4, 5, 6]),
+        ("previous-iteration", [0, 1, 2, 3, 4, 5]),
+        ("previous-epoch", [0, 0, 3, 3, 3, 6]),
+    ],
+)
+def test_the_teacher_is_the_student_of_then(name, expected):
+    """The student's parameters are set to the number of steps done; epochs have three steps."""
+    method = build(name)
+    for network in (method.student, method.teacher, *([method.previous] if hasattr(method, "previous") else [])):
+        for p in network.parameters():
+            p.data.zero_()
+    found = []
+    for step in range(1, 7):
+        for p in method.student.parameters():
+            p.data.fill_(step)
+        method.update_teacher(0.5, epoch_ends=step % 3 == 0)
+        found.append({p.data.unique().item() for p in method.teacher.parameters()})
+    assert found == [{float(x)} for x in expected]
+
+
+def test_a_predictor_is_the_students_alone():
+    method = build("byol")
+    assert any("predictor" in name for name, _ in method.student.named_parameters())
+    assert not any("predictor" in name for name, _ in method.teacher.named_parameters())
+    fresh = DINO(*(Network(torch.nn.Identity(), Head(8, 16, 8, 4, predictor=p)) for p in (True, False)))
+    for name, p in fresh.teacher.named_parameters():
+        assert torch.equal(p, dict(fresh.student.named_parameters())[name])
+
+
+# -------------------------------------------------------------------------------------------------------- head
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("bottleneck", [True, False])
+def test_head_against_plain_float64(layers, activation, bottleneck):
+    torch.manual_seed(0)
+    head = Head(6, 9, 7, 5, layers, activation=activation, bottleneck=bottleneck).double()
+    x = expected = double(0, 4, 6)
+    linear = [m for m in head.mlp.modules() if isinstance(m, torch.nn.Linear)]
+    for i, layer in enumerate(linear):
+        expected = expected @ layer.weight.T + layer.bias
+        if i < layers - 1 or not bottleneck:
+            expected = getattr(F, activation)(expected)
+    if bottleneck:
+        expected = expected / expected.norm(dim=1, keepdim=True)
+    v = head.last_layer.weight_v
+    torch.testing.assert_close(head(x), expected @ (v / v.norm(dim=1, keepdim=True)).T)
+    assert len(linear) == layers
+
+
+def test_head_depth_one_is_prototypes_on_features_and_prototypes_can_be_left_out():
+    x = double(1, 3, 6)
+    alone = Head(6, 9, 7, 5, num_layers=0, bottleneck=False).double()
+    v = alone.last_layer.weight_v
+    torch.testing.assert_close(alone(x), x @ (v / v.norm(dim=1, keepdim=True)).T)
+    projection = Head(6, 9, 7, 5, prototypes=False).double()
+    assert projection(x).shape == (3, 5)
+    assert projection.out_dim == 5
+    torch.testing.assert_close(projection(x), projection.mlp(x))
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method.loss": "mse", "method.targets": "sinkhorn"}, "compares vectors"),
+        ({"method.loss": "infonce"}, "use none"),
+        ({"head.prototypes": False}, "needs them"),
+        ({"method.teacher": "student", "method.momentum": 0.9}, "leave one out"),
+        ({"head.bottleneck": False, "head.predictor": True}, "no place for a predictor"),
+        ({"head.num_layers": 0}, "at least 1"),
+        ({"method.queue_size": 0}, "at least 1"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_with_a_reason(changes, words):
+    with pytest.raises(ValueError, match=words):
+        replace(TrainOptions(), changes)
+
+
+# ------------------------------------------------------------------------------------------------- distributed
+
+
+def train(name: str, rank: int, ranks: int) -> list[float]:
+    """Four steps of plain gradient descent on this rank's share of each batch; all numbers of the end."""
+    method = build(name)
+    forward, optimizer = (
+        parallel.distribute(method, torch.device("cpu")),
+        torch.optim.SGD(method.student.parameters(), 0.1),
+    )
+    share = 8 // ranks
+    numbers: list[float] = []
+    for step in range(4):
+        groups = [g[:, rank * share : (rank + 1) * share].flatten(0, 1) for g in views(step)]
+        result = forward(groups, 0.1)
+        optimizer.zero_grad()
+        result.loss.backward()
+        optimizer.step()
+        method.update_teacher(0.9, epoch_ends=step % 2 == 1)
+    for network in (method.student, method.teacher):
+        numbers += [value.norm().item() for value in network.parameters()]
+    return [*numbers, method.centre.value.norm().item()]
+
+
+def test_two_ranks_equal_one(tmp_path):
+    """Every variant: halves of the batch on two real processes give the parameters of the whole on one."""
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    subprocess.run([sys.executable, *command, __file__, str(tmp_path)], check=True, capture_output=True, timeout=300)
+    together = json.loads((tmp_path / "numbers.json").read_text())
+    for name in VARIANTS:
+        assert together[name] == pytest.approx(train(name, 0, 1), rel=1e-9, abs=1e-12), name
+
+
+if __name__ == "__main__":
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    found = {name: train(name, dist.get_rank(), 2) for name in VARIANTS}
+    if dist.get_rank() == 0:
+        (Path(sys.argv[1]) / "numbers.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
