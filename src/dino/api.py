@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from dino.engine.train import Trainer
 from dino.eval import knn
 from dino.eval.online import OnlineEvaluation, probe
 from dino.inference.features import extract
-from dino.models import weights
+from dino.models import VisionTransformer, weights
 
 if TYPE_CHECKING:
     from dino.cli import AttentionOptions, KnnOptions, ReportOptions
@@ -278,17 +279,9 @@ def knn_command(options: KnnOptions) -> None:
     """Print top-1 and top-5 for every k."""
     device = distributed.start(options.device)
     model = weights.load(options.model).to(device)
-    train_source, test = labelled_pair(options.data, options.val)
-    size = options.size or model.image_size
-    bank = extract(model, train_source, size, device, progress="bank")
-    queries = extract(model, test, size, device, progress="queries")
-    for part, name in ((bank, "training"), (queries, "test")):
-        if part.bad:
-            print(f"{len(part.bad)} {name} images could not be read and were left out, first: {part.bad[0]}")
-    bank_labels = torch.from_numpy(known(train_source.labels)[bank.indices])
-    labels = torch.from_numpy(known(test.labels)[queries.indices])
-    result = knn.classify(bank.values, bank_labels, queries.values, labels, options.k, options.temp)
-    print(f"{options.model}: {len(bank.values)} images in the bank, {len(queries.values)} classified")
+    pair = labelled_pair(options.data, options.val)
+    result = knn_accuracy(model, *pair, options.k, options.temp, options.size)
+    print(f"{options.model}: {result['bank']:.0f} images in the bank, {result['queries']:.0f} classified")
     print("    k   top-1   top-5")
     for k in options.k:
         if f"knn{k}_top1" in result:
@@ -296,21 +289,45 @@ def knn_command(options: KnnOptions) -> None:
             print(f"{k:5d}  {result[f'knn{k}_top1']:6.2f}  " + (f"{top5:6.2f}" if top5 is not None else "     -"))
 
 
+def knn_accuracy(
+    model: VisionTransformer,
+    train: Source,
+    test: Source,
+    ks: Sequence[int] = knn.KS,
+    temp: float = 0.07,
+    size: int | None = None,
+) -> dict[str, float]:
+    """`dino.eval.knn.classify` on the features of two labelled sources, with `bank` and `queries`, their sizes."""
+    device = next(model.parameters()).device
+    size = size or model.image_size
+    bank = extract(model, train, size, device, progress="bank")
+    queries = extract(model, test, size, device, progress="queries")
+    for part, name in ((bank, "training"), (queries, "test")):
+        if part.bad:
+            print(f"{len(part.bad)} {name} images could not be read and were left out, first: {part.bad[0]}")
+    bank_labels = torch.from_numpy(known(train.labels)[bank.indices])
+    labels = torch.from_numpy(known(test.labels)[queries.indices])
+    result = knn.classify(bank.values, bank_labels, queries.values, labels, ks, temp)
+    return result | {"bank": len(bank.values), "queries": len(queries.values)}
+
+
+def split_folders(data: str, val: str | None) -> tuple[str, str | None]:
+    """Training and test folders of `data` where it holds train/ and val/; else itself and what was given."""
+    root = Path(data)
+    if val is None and (root / "train").is_dir() and (root / "val").is_dir():
+        return str(root / "train"), str(root / "val")
+    return data, val
+
+
 def labelled_pair(data: str, val: str | None) -> tuple[Source, Source]:
     """Labelled training and test images that agree on their classes."""
-    root = Path(data)
-    if data.partition(":")[0] == "scenes":
-        pair = open_pair(replace(TrainOptions(), {"data.path": data}), None)
-    elif val is not None:
-        pair = open_source(data, "folders"), open_source(val, "folders")
-    elif (root / "train").is_dir() and (root / "val").is_dir():
-        pair = open_source(str(root / "train"), "folders"), open_source(str(root / "val"), "folders")
-    else:
-        pair = split(open_source(data, "folders"), 0.1, MOST_HELD_OUT, 0)
-    bank, test = pair
+    train, val = split_folders(data, val)
+    labels = "auto" if train.partition(":")[0] == "scenes" else "folders"
+    options = replace(TrainOptions(), {"data.path": train, "data.val": val, "data.labels": labels})
+    bank, test = open_pair(options, None)
     if test is None:
         raise ValueError(f"--data {data} holds too few images to set some aside; give test images with --val.")
-    return agreeing(bank, test)
+    return bank, test
 
 
 def attention_command(options: AttentionOptions) -> None:

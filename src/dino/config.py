@@ -382,10 +382,6 @@ def from_dict(kind: type, values: dict[str, Any], where: str) -> Any:
 
 def toml_flags(path: Path) -> list[str]:
     """The flags a TOML file stands for, so that one parser checks files and flags alike."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a valid TOML file: {error}.") from error
     flags: list[str] = []
 
     def walk(values: dict[str, Any], prefix: str) -> None:
@@ -399,8 +395,22 @@ def toml_flags(path: Path) -> list[str]:
             else:
                 flags.extend([f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])])
 
-    walk(table, "")
+    walk(_toml(path), "")
     return flags
+
+
+def read_toml(path: Path) -> TrainOptions:
+    """The options a TOML file gives, the others at their defaults."""
+    return from_dict(TrainOptions, _toml(path), str(path))
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"there is no options file '{path}'.")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a valid TOML file: {error}.") from error
 
 
 def recorded(run: str) -> TrainOptions:
@@ -408,4 +418,4 @@ def recorded(run: str) -> TrainOptions:
     path = Path(run) / "config.toml"
     if not path.is_file():
         raise ValueError(f"{run} holds no run (no config.toml); give the --out folder of a run.")
-    return from_dict(TrainOptions, tomllib.loads(path.read_text()), str(path))
+    return read_toml(path)

@@ -22,7 +22,8 @@ import numpy as np
 Array = np.ndarray
 
 SIZE_RANGE = (0.1, 0.125)  # radius of the disc that has the object's area
-DISTANCE = (0.26, 0.29)  # of its centre from the middle of the image
+DISTANCE = (0.22, 0.32)  # of its centre from the middle of the image
+UNEVENNESS = 0.07  # each thing leaves its even place on the circle by up to this, in turns
 MAX_TURN = 0.2  # rotation is drawn from +- this, in turns
 CONTRAST = (0.22, 0.4)  # difference in luma between objects and background
 TEXTURE_CONTRAST = (0.3, 0.4)  # and between the objects' two colours
@@ -162,7 +163,7 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
 def _poses(rng: np.random.Generator) -> Array:
     """Four things around the middle, a quarter turn apart more or less, anywhere on the circle: float32 [4, 4]."""
     radius = rng.uniform(*SIZE_RANGE, 4)
-    angle = 2 * np.pi * (rng.uniform() + np.arange(4) / 4 + rng.uniform(-0.02, 0.02, 4))
+    angle = 2 * np.pi * (rng.uniform() + np.arange(4) / 4 + rng.uniform(-UNEVENNESS, UNEVENNESS, 4))
     distance = rng.uniform(*DISTANCE, 4)
     centre = 0.5 + distance[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     turn = rng.uniform(-MAX_TURN, MAX_TURN, 4)
@@ -257,12 +258,16 @@ class Scenes:
                 raise ValueError(f"{name} is {value}; it must be in [0, 2**63).")
         self.num_images, self.seed, self.size, self.first = num_images, seed, size, first
         self.labels = _labels(num_images, seed, first)
-        digest = hashlib.sha256(f"scenes 1 {seed} {size} {first}".encode())
+        digest = hashlib.sha256(f"scenes 2 {seed} {size} {first}".encode())
         digest.update(self.labels.astype("<i8").tobytes())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return self.num_images
+
+    def at(self, size: int) -> Scenes:
+        """The same scenes drawn at another size."""
+        return Scenes(self.num_images, self.seed, size, self.first)
 
     def name(self, index: int) -> str:
         """'scene-00042': the scene's position in the endless row of its seed."""

@@ -97,8 +97,7 @@ class Gallery:
         )
         if scenes is not None:
             intro += (
-                " The figure under a mask is its overlap (Jaccard) with the drawn objects, and the best head is marked; the "
-                f"result above was measured at {self.model.image_size} pixels, these maps at {size}."
+                " The figure under a mask is its overlap (Jaccard) with the drawn objects, and the best head is marked."
             )
         return f"<p>{intro}</p>" + "".join(rows)
 
@@ -204,8 +203,7 @@ class Gallery:
 
     def _scenes(self, size: int) -> Scenes | None:
         """The shown scenes drawn at `size`, where they are scenes."""
-        s = self.shown
-        return Scenes(s.num_images, s.seed, size, s.first) if isinstance(s, Scenes) else None
+        return self.shown.at(size) if isinstance(self.shown, Scenes) else None
 
     def _bank(self) -> Sequence[int]:
         model = self.model

@@ -120,7 +120,10 @@ def knn_card(run: Run, source: Source) -> str:
 
 def overlap_card(run: Run) -> str:
     before, after = run.before_after("jaccard_best_head")
-    text = "overlap (Jaccard) of the best head's attention mask with the drawn object. Masks were never trained on."
+    text = (
+        "overlap (Jaccard) of the best head's attention mask with the drawn objects, seen at twice the training size. "
+        "Masks were never trained on."
+    )
     return "" if before is None and after is None else card("Attention on objects", text, {"untrained": before}, after)
 
 

@@ -1,0 +1,249 @@
+"""`dino ablate`: train every row of one of the paper's tables and set its k-NN accuracy beside the paper's figures.
+
+Each row is a run of its own below the output folder, started as its own process, so a row that is interrupted
+resumes and one that is finished is skipped.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import tomli_w
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from dino import config, recipes, tables
+from dino.api import knn_accuracy, labelled_pair, split_folders
+from dino.config import TrainOptions, known, replace
+from dino.engine.log import read_metrics
+from dino.models import weights
+from dino.tables import Row, Table
+
+if TYPE_CHECKING:
+    from dino.cli import AblateOptions
+
+K = 20
+
+
+class Ablation:
+    """One table, at one scale, on one data set, in one folder."""
+
+    def __init__(self, options: AblateOptions):
+        self.options, self.table = options, tables.get(options.table)
+        self.folder = Path(options.out or f"runs/ablate-{options.table}")
+        self.data = split_folders(known(options.data), options.val)
+        self.results_file = self.folder / "results.json"
+        self.console = Console(stderr=True)
+        self.runs = {row.name: self._options(row) for row in self.table.rows}
+
+    def _options(self, row: Row) -> TrainOptions:
+        o, table = self.options, self.table
+        if o.scale == "tiny":
+            base = _base(o.recipe or tables.TINY_RECIPE)
+            changes = {**table.base, **(row.changes if row.tiny is None else row.tiny)}
+            if o.recipe is None:
+                changes = {"epochs": tables.TINY_EPOCHS} | changes
+        else:
+            base, changes = _base(o.recipe or table.recipe), {**table.paper_base, **table.base, **row.changes}
+        train, val = self.data
+        changes |= {"data.path": train, "data.val": val} | ({} if o.epochs is None else {"epochs": o.epochs})
+        return replace(base, changes)
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Finished rows; refuses those of other options.
+
+        Raises:
+            ValueError: the folder holds another table or other settings, or no ablation at all.
+        """
+        if not self.results_file.is_file():
+            if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "rows").is_dir():
+                raise ValueError(f"{self.folder} is not empty and holds no ablation; choose another --out.")
+            return {}
+        found = json.loads(self.results_file.read_text())
+        for name, result in found.items():
+            if name not in self.runs or result["options"] != _plain(self.runs[name]):
+                raise ValueError(
+                    f"{self.folder} holds '{name}' trained with other options or data; choose another --out."
+                )
+        return found
+
+    def work(self) -> dict[str, dict[str, Any]]:
+        """Train and judge what is missing, several rows at a time where there are several GPUs or jobs."""
+        results = self.results()
+        (self.folder / "rows").mkdir(parents=True, exist_ok=True)
+        missing = [name for name in self.runs if name not in results]
+        self.console.print(f"{self.table.title}: {len(self.runs)} rows, {len(results)} finished; in {self.folder}")
+        slots: SimpleQueue[str] = SimpleQueue()
+        places = self._places()
+        for place in places:
+            slots.put(place)
+        running: list[subprocess.Popen[bytes]] = []
+
+        def one(name: str) -> tuple[str, dict[str, Any] | None]:
+            slot = slots.get()
+            try:
+                return name, self._row(name, slot, running)
+            finally:
+                slots.put(slot)
+
+        pool = ThreadPoolExecutor(len(places))
+        try:
+            with self.console.status("training; each row's output is in its .log file"):
+                for name, result in pool.map(one, missing):
+                    if result is None:
+                        continue
+                    results[name] = result
+                    self._save(results)
+                    self.console.print(f"  {name}: {_short(result)}")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()  # a row saves itself and resumes next time
+            for process in running:
+                process.wait()
+        return {name: results[name] for name in self.runs if name in results}
+
+    def _places(self) -> list[str]:
+        gpus = torch.cuda.device_count() if self.options.device != "cpu" else 0
+        return [f"cuda:{i}" for i in range(gpus)] if gpus else ["cpu"] * self.options.jobs
+
+    def _row(self, name: str, place: str, running: list[subprocess.Popen[bytes]]) -> dict[str, Any] | None:
+        """Train row `name` to its end and measure it; None when it did not get there."""
+        run, file = self.folder / slug(name), self.folder / "rows" / f"{slug(name)}.toml"
+        file.write_text(tomli_w.dumps(config.to_dict(self.runs[name])))
+        started = (run / "config.toml").exists()
+        flags = ["--resume", str(run)] if started else [str(file), "--out", str(run)]
+        environment = dict(os.environ)
+        if place.startswith("cuda"):
+            environment["CUDA_VISIBLE_DEVICES"] = place.removeprefix("cuda:")
+        else:
+            cores = max(1, (os.cpu_count() or 1) // self.options.jobs)
+            flags += ["--device", "cpu", "--threads", str(cores)]
+        before = time.monotonic()
+        with open(file.with_suffix(".log"), "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dino", "train", *flags], env=environment, stdout=log, stderr=log
+            )
+            running.append(process)
+            code = process.wait()
+            running.remove(process)
+        lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+        collapsed = any(line.get("collapse") for line in lines)
+        if code != 0:
+            last = file.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
+            self.console.print(f"  {name}: failed ({'; '.join(last)}); run the same command again to go on")
+            return None
+        model = weights.load(run)
+        found = knn_accuracy(model, *labelled_pair(*self.data), ks=(K,))
+        return {
+            "options": _plain(self.runs[name]),
+            "knn": found[f"knn{K}_top1"],
+            "untrained": next((line[f"knn{K}_top1"] for line in lines if f"knn{K}_top1" in line), None),
+            "collapse": collapsed,
+            "minutes": (time.monotonic() - before) / 60,
+        }
+
+    def _save(self, results: dict[str, Any]) -> None:
+        temporary = self.results_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1))
+        os.replace(temporary, self.results_file)
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def _base(recipe: str) -> TrainOptions:
+    if recipe.endswith(".toml"):
+        return config.read_toml(Path(recipe))
+    return recipes.get(recipe).options
+
+
+def _plain(options: TrainOptions) -> dict[str, Any]:
+    """Options as JSON would give them back, without what may differ from machine to machine."""
+    flat = {k: v for k, v in config.flatten(options).items() if k not in recipes.FREE_ON_RESUME}
+    return json.loads(json.dumps(flat))
+
+
+def _short(result: dict[str, Any]) -> str:
+    warning = ", collapsed" if result["collapse"] else ""
+    return f"k-NN {result['knn']:.1f} %{warning} ({result['minutes']:.0f} minutes)"
+
+
+def rows_of(table: Table, results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Header and rows of text: name, ours, collapse, the paper's k-NN and linear figures."""
+    number = lambda value: "" if value is None else f"{value:.1f}"  # noqa: E731
+    header = ["row", f"k-NN (k = {K})", "collapse reported", "paper: k-NN", "paper: linear", "minutes"]
+    body = []
+    for row in table.rows:
+        result = results.get(row.name, {})
+        collapse = ("yes" if result["collapse"] else "no") if result else ""
+        minutes = result.get("minutes")
+        body.append(
+            [row.name, number(result.get("knn")), collapse, number(row.knn), number(row.linear), number(minutes)]
+        )
+    return [header, *body]
+
+
+def markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]]) + "\n"
+
+
+def plot(table: Table, results: dict[str, dict[str, Any]], path: Path, note: str) -> None:
+    """Bars of ours beside the paper's, collapsed rows hatched."""
+    names = [row.name for row in table.rows][::-1]
+    theirs = {row.name: row.knn if row.knn is not None else row.linear for row in table.rows}
+    which = "k-NN" if any(row.knn is not None for row in table.rows) else "linear"
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(9, 0.9 + 0.36 * len(names)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for name in names:
+            result = results.get(name)
+            if result is not None:
+                bar = left.barh(name, result["knn"], color="#2a6f97", hatch="///" if result["collapse"] else None)
+                left.bar_label(bar, [f"{result['knn']:.1f}" + (" collapsed" if result["collapse"] else "")], padding=3)
+            value = theirs[name]
+            bar = right.barh(name, value or 0, color="#a9b4c2")
+            right.bar_label(bar, ["" if value is None else f"{value:.1f}"], padding=3)
+        untrained = [r["untrained"] for r in results.values() if r["untrained"] is not None]
+        if untrained:
+            left.axvline(untrained[0], color="#c1121f", linewidth=1, linestyle="--", label="untrained")
+            left.legend(frameon=False, loc="lower right")
+        left.set_title(f"here ({note}): k-NN, %")
+        right.set_title(f"paper (ImageNet, ViT-S/16): {which}, %")
+        for axis in (left, right):
+            axis.margins(x=0.18)
+        figure.savefig(path, dpi=150)
+
+
+def ablate_command(options: AblateOptions) -> int:
+    """Run a table and write table.md, table.csv and table.png; without a name, list the tables."""
+    if not options.table:
+        for name, table in tables.TABLES.items():
+            print(f"{name:<12} {table.title}: {'; '.join(row.name for row in table.rows)}")
+        return 0
+    if options.data is None:
+        raise ValueError("dino ablate needs images with labels for the k-NN; give them with --data.")
+    ablation = Ablation(options)
+    results = ablation.work()
+    rows, folder = rows_of(ablation.table, results), ablation.folder
+    (folder / "table.md").write_text(f"{ablation.table.title}, {options.scale} scale\n\n{markdown(rows)}")
+    with open(folder / "table.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    plot(ablation.table, results, folder / "table.png", f"{options.scale} scale")
+    print(markdown(rows), end="")
+    print(f"Written: {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'table.png'}")
+    return 0 if len(results) == len(ablation.table.rows) else 1

@@ -1,0 +1,221 @@
+"""The paper's ablation tables as rows of option changes, with the figures it reports (k-NN and linear, ImageNet, %).
+
+`dino ablate` runs them. A row says what differs from its table's base recipe; `tiny` says what it takes instead where
+the paper's number makes no sense on small images.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+Changes = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    name: str
+    changes: Changes
+    knn: float | None = None
+    linear: float | None = None
+    tiny: Changes | None = None  # in place of `changes` at tiny scale; None: the same
+
+
+class Table(NamedTuple):
+    title: str
+    rows: list[Row]
+    recipe: str = "vit_small_300ep"  # what paper scale starts from
+    base: Changes = MappingProxyType({})  # changes to it, or to the tiny recipe, for all rows
+    paper_base: Changes = MappingProxyType({})  # and at paper scale only
+
+
+# Mini-runs on small images; --recipe and --epochs replace them.
+TINY_RECIPE, TINY_EPOCHS = "cifar10", 8
+
+_NO_MOMENTUM = {"method.teacher": "student", "method.momentum": None}
+_BYOL = {
+    "method.loss": "mse",
+    "method.targets": "none",
+    "head.prototypes": False,
+    "head.predictor": True,
+    "head.batch_norm": True,
+}
+_MOCO = {
+    "method.loss": "infonce",
+    "method.targets": "none",
+    "method.student_temp": 0.2,
+    "head.prototypes": False,
+}
+_TINY_QUEUE = {"method.queue_size": 2048}
+_SINGLE = {"views.num_local": 0}
+_TEN_CROPS = {"views.num_local": 10}
+
+
+def _split(s: float, knn: float) -> Row:
+    """Local crops cover up to share s of the image, global ones from s on."""
+    return Row(f"s = {s:g}", {"views.local_scale": (0.05, s), "views.global_scale": (s, 1.0)}, knn)
+
+
+def _head(layers: int, bottleneck: bool, knn: float) -> Row:
+    name = f"{layers} linear layers, {'with' if bottleneck else 'no'} bottleneck"
+    return Row(name, {"head.num_layers": layers - 1, "head.bottleneck": bottleneck}, knn)
+
+
+TABLES: dict[str, Table] = {
+    "7": Table(
+        "Components of DINO, and other methods (Table 7)",
+        [
+            Row("DINO", {}, 72.8, 76.1),
+            Row("no momentum", _NO_MOMENTUM, 0.1, 0.1),
+            Row("Sinkhorn-Knopp", {"method.targets": "sinkhorn"}, 72.2, 76.0),
+            Row("no multi-crop", _SINGLE, 67.9, 72.5),
+            Row("MSE", {"method.loss": "mse"}, 52.6, 62.4),
+            Row("predictor", {"head.predictor": True}, 71.8, 75.6),
+            Row("BYOL", _BYOL | _SINGLE, 66.6, 71.4),
+            Row("MoCo-v2", _MOCO | _SINGLE, 62.0, 71.6, _MOCO | _SINGLE | _TINY_QUEUE),
+            Row("SwAV", _NO_MOMENTUM | {"method.targets": "sinkhorn"}, 64.7, 71.8),
+        ],
+        paper_base=_TEN_CROPS,
+    ),
+    "14": Table(
+        "Momentum teacher and what is done to its outputs (Table 14)",
+        [
+            Row("momentum, centring", {}, None, 76.1),
+            Row("momentum, softmax over the batch", {"method.targets": "softmax-batch"}, None, 75.8),
+            Row("momentum, Sinkhorn-Knopp", {"method.targets": "sinkhorn"}, None, 76.0),
+            Row("no momentum, centring", _NO_MOMENTUM, None, 0.1),
+            Row("no momentum, softmax over the batch", _NO_MOMENTUM | {"method.targets": "softmax-batch"}, None, 72.2),
+            Row("no momentum, Sinkhorn-Knopp", _NO_MOMENTUM | {"method.targets": "sinkhorn"}, None, 71.8),
+        ],
+        paper_base=_TEN_CROPS,
+    ),
+    "15": Table(
+        "From BYOL and MoCo-v2 to DINO (Table 15)",
+        [
+            Row("BYOL", _BYOL | _SINGLE, None, 71.4),
+            Row("BYOL, no predictor", _BYOL | _SINGLE | {"head.predictor": False}, None, 0.1),
+            Row("BYOL, multi-crop", _BYOL, None, 64.8),
+            Row("MSE with centring, no multi-crop", {"method.loss": "mse"} | _SINGLE, None, 52.6),
+            Row("MoCo-v2", _MOCO | _SINGLE, None, 71.6, _MOCO | _SINGLE | _TINY_QUEUE),
+            Row("MoCo-v2, multi-crop", _MOCO, None, 73.4, _MOCO | _TINY_QUEUE),
+            Row("DINO", {}, None, 76.1),
+        ],
+        paper_base=_TEN_CROPS,
+    ),
+    "teacher": Table(
+        "What the teacher is (Fig. 6)",
+        [
+            Row("student copy", _NO_MOMENTUM, 0.1),
+            Row("previous iteration", {"method.teacher": "previous-iteration", "method.momentum": None}, 0.1),
+            Row("previous epoch", {"method.teacher": "previous-epoch", "method.momentum": None}, 66.6),
+            Row("momentum", {}, 72.8),
+        ],
+        paper_base=_TEN_CROPS,
+    ),
+    "multi-crop": Table(
+        "Number of local crops (Table 8, 300 epochs)",
+        [
+            Row("2 global", _SINGLE, None, 72.5),
+            Row("+ 2 local", {"views.num_local": 2}, None, 74.5),
+            Row("+ 6 local", {"views.num_local": 6}, None, 75.9),
+            Row("+ 10 local", {"views.num_local": 10}, None, 76.1),
+        ],
+    ),
+    "crops": Table(
+        "Where local crops end and global ones begin",
+        [_split(0.08, 65.6), _split(0.16, 68.0), _split(0.24, 69.7), _split(0.32, 69.8), _split(0.48, 69.5)],
+        "vit_small_100ep",
+        {"views.num_local": 6},
+    ),
+    "prototypes": Table(
+        "Number of prototypes K",
+        [
+            Row("1024", {"head.out_dim": 1024}, 67.8, tiny={"head.out_dim": 64}),
+            Row("4096", {"head.out_dim": 4096}, 69.3, tiny={"head.out_dim": 256}),
+            Row("16384", {"head.out_dim": 16384}, 69.2, tiny={"head.out_dim": 1024}),
+            Row("65536", {"head.out_dim": 65536}, 69.7, tiny={"head.out_dim": 4096}),
+            Row("262144", {"head.out_dim": 262144}, 69.1, tiny={"head.out_dim": 16384}),
+        ],
+        "vit_small_100ep",
+    ),
+    "head": Table(
+        "Depth and bottleneck of the head (K = 4096)",
+        [
+            _head(1, False, 61.6),
+            _head(2, True, 62.2),
+            _head(2, False, 62.9),
+            _head(3, True, 68.0),
+            _head(3, False, 0.1),
+            _head(4, True, 69.3),
+            _head(4, False, 0.1),
+        ],
+        "vit_small_100ep",
+        paper_base={"head.out_dim": 4096},
+    ),
+    "activation": Table(
+        "Batch normalisation and activation of the head",
+        [
+            Row("no BN, GELU", {}, 69.7),
+            Row("BN, GELU", {"head.batch_norm": True}, 68.6),
+            Row("no BN, ReLU", {"head.activation": "relu"}, 68.9),
+        ],
+        "vit_small_100ep",
+    ),
+    "centre": Table(
+        "Momentum of the centre",
+        [
+            Row(f"{m:g}", {"method.centre_momentum": m}, knn)
+            for m, knn in ((0, 69.1), (0.9, 69.7), (0.99, 69.4), (0.999, 0.1))
+        ],
+        "vit_small_100ep",
+    ),
+    "temperature": Table(
+        "Temperature of the teacher",
+        [  # the paper's 0, one-hot targets, is 0.001 here
+            Row(f"{t:g}", {"method.teacher_temp": t, "method.teacher_temp_start": t}, knn)
+            for t, knn in ((1e-3, 43.9), (0.02, 66.7), (0.04, 69.6), (0.06, 68.7), (0.08, 0.1))
+        ]
+        + [Row("0.04 to 0.07", {"method.teacher_temp": 0.07, "method.teacher_temp_start": 0.04}, 69.7)],
+        "vit_small_100ep",
+    ),
+    "batch": Table(
+        "Batch size, no multi-crop",
+        [
+            Row(f"{b}", {"batch_size": b}, knn, tiny={"batch_size": b // 8})
+            for b, knn in ((128, 57.9), (256, 59.1), (512, 59.6), (1024, 59.9))
+        ],
+        "vit_small_100ep",
+        _SINGLE,
+    ),
+    "heads": Table(
+        "Attention heads of ViT-S (300 epochs)",
+        [
+            Row(f"{h}", {"model.num_heads": h}, knn, tiny={"model.num_heads": t})
+            for h, t, knn in ((6, 3, 72.8), (8, 4, 73.1), (12, 6, 73.7), (16, 8, 73.8))
+        ],
+        paper_base=_TEN_CROPS,
+    ),
+    "patch": Table(
+        "Patch size (Fig. 5, which gives no figures as text)",
+        [
+            Row("16", {"model.patch_size": 16}, tiny={"model.patch_size": 8}),
+            Row("8", {"model.patch_size": 8}, tiny={"model.patch_size": 4}),
+            Row(
+                "5",
+                {"model.patch_size": 5, "views.global_size": 225, "views.local_size": 95},
+                tiny={"model.patch_size": 2},
+            ),
+        ],
+    ),
+}
+
+
+def get(name: str) -> Table:
+    """A table by name, with or without the word itself ("7", "table7")."""
+    wanted = name.lower().removeprefix("table").strip("-_ ")
+    if wanted not in TABLES:
+        near = difflib.get_close_matches(wanted, TABLES, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"there is no table '{name}'; known are {', '.join(TABLES)}.{hint}")
+    return TABLES[wanted]

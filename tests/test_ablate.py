@@ -1,0 +1,99 @@
+"""`dino ablate` through the real command: every row of every table builds; a small table runs, stops and goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import tomli_w
+
+from conftest import TINY, dino_command, run_dino
+from dino import recipes, tables
+from dino.config import TrainOptions, replace, to_dict
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """The smallest training there is, as a TOML file."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(to_dict(replace(TrainOptions(), TINY | {"report": False}))))
+    return path
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_every_row_is_valid_options_at_both_scales(name):
+    table = tables.get(name)
+    assert len({row.name for row in table.rows}) == len(table.rows)
+    for row in table.rows:
+        paper = replace(recipes.get(table.recipe).options, {**table.paper_base, **table.base, **row.changes})
+        recipes.resolve(paper, 1_281_167, 400, on_gpu=True, cores=8)
+        tiny = table.base if row.tiny is None else {**table.base, **row.tiny}
+        replace(recipes.get(tables.TINY_RECIPE).options, {**tiny, "epochs": tables.TINY_EPOCHS})
+
+
+def table(out):
+    with open(out / "table.csv", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_a_table_runs_skips_what_is_finished_and_is_written(photos, tmp_path, recipe):
+    out = tmp_path / "out"
+    command = ["ablate", "activation", "--data", photos, "--recipe", recipe, "--epochs", 1, "--out", out, "--jobs", 2]
+    done = run_dino(*command)
+    assert done.returncode == 0, done.stderr
+    rows = table(out)
+    assert [row[0] for row in rows[1:]] == [row.name for row in tables.get("activation").rows]
+    assert all(0 <= float(row[1]) <= 100 and row[2] in ("yes", "no") for row in rows[1:])
+    assert [row[3] for row in rows[1:]] == ["69.7", "68.6", "68.9"]
+    assert "| BN, GELU |" in (out / "table.md").read_text()
+    assert (out / "table.png").stat().st_size > 10_000
+    assert "no BN, ReLU" in done.stdout
+
+    (out / "table.csv").unlink()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")}
+    again = run_dino(*command)
+    assert again.returncode == 0
+    assert "3 finished" in again.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")}
+    assert table(out) == rows
+
+    other = run_dino(*[2 if word == 1 else word for word in command])
+    assert other.returncode == 2
+    assert "other options" in other.stderr
+
+
+def test_interrupted_goes_on(photos, tmp_path, recipe):
+    out = tmp_path / "out"
+    command = ["ablate", "activation", "--data", photos, "--recipe", recipe, "--epochs", 3, "--out", out]
+    process = subprocess.Popen(dino_command(*map(str, command)), stderr=subprocess.DEVNULL, start_new_session=True)
+    first = out / "no-bn-gelu" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert len(json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}) < 3
+    done = run_dino(*command)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((out / "results.json").read_text())) == 3
+
+
+def test_kind_to_mistakes(photos, tmp_path, recipe):
+    for words, said in (
+        (["ablate", "8", "--data", photos], "there is no table '8'"),
+        (["ablate", "7"], "--data"),
+        (["ablate", "7", "--data", photos, "--recipe", tmp_path / "no.toml"], "no options file"),
+        (["ablate", "7", "--data", photos, "--out", photos], "holds no ablation"),
+        (["ablate", "7", "--data", photos, "--jobs", "0"], "jobs is 0"),
+    ):
+        done = run_dino(*words)
+        assert done.returncode == 2, (words, done.stderr)
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+    listed = run_dino("ablate")
+    assert listed.returncode == 0
+    assert "Sinkhorn-Knopp" in listed.stdout
