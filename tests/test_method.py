@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -185,3 +186,9 @@ def test_lars_against_its_formula():
         optimizer.step()
     torch.testing.assert_close(w.detach().double(), w64, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(bias.detach().double(), b64, rtol=1e-5, atol=1e-6)
+
+
+def test_shapes_in_signatures_are_checked_while_testing():
+    """The test run checks every call against its annotations; users do not pay for that."""
+    with pytest.raises(jaxtyping.TypeCheckError):
+        sharpen(torch.zeros(3, 4), torch.zeros(5), 0.1)
