@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino import variants
-from dino.config import TrainOptions, replace
+from dino.config import TrainOptions, ViewOptions, replace
+from dino.data.loader import ViewBatches
+from dino.data.render import CpuRenderer
+from dino.data.scenes import Scenes
 from dino.engine import parallel
 from dino.method import DINO, Network
-from dino.models import Head, VisionTransformer
+from dino.models import Head, VisionTransformer, create
 
 VARIANTS = {
     "dino": {},
@@ -251,6 +254,34 @@ def test_head_depth_one_is_prototypes_on_features_and_prototypes_can_be_left_out
     assert projection(x).shape == (3, 5)
     assert projection.out_dim == 5
     torch.testing.assert_close(projection(x), projection.mlp(x))
+
+
+# ---------------------------------------------------------------------------------- the ranges the paper covers
+
+
+@pytest.mark.parametrize("heads", [6, 8, 12, 16])
+@pytest.mark.parametrize(("patch", "sizes"), [(16, (224, 96)), (8, (224, 96)), (5, (225, 95))])
+def test_vit_small_of_every_patch_size_and_number_of_heads(heads, patch, sizes):
+    with torch.device("meta"):
+        model = create("vit_small", patch_size=patch, image_size=sizes[0], num_heads=heads)
+        for size in sizes:
+            assert model(torch.zeros(1, 3, size, size)).shape == (1, 384)
+            assert model.attention(torch.zeros(1, 3, size, size)).shape[1] == heads
+
+
+@pytest.mark.parametrize("k", [1024, 65536, 262144])
+def test_any_number_of_prototypes(k):
+    with torch.device("meta"):
+        assert Head(384, k)(torch.zeros(4, 384)).shape == (4, k)
+
+
+@pytest.mark.parametrize(("batch", "ranks"), [(8, 1), (4096, 64)])
+def test_batches_from_8_to_4096_are_shared_evenly(batch, ranks):
+    source = Scenes(5000, size=8)
+    options = replace(ViewOptions(), {"global_size": 8, "local_size": 8})
+    items = [ViewBatches(source, options, CpuRenderer(), batch, 0, rank, ranks).indices(0) for rank in range(ranks)]
+    assert {len(part) for part in items} == {batch // ranks}
+    assert len({int(i) for part in items for i in part}) == batch
 
 
 # -------------------------------------------------------------------------------------------------- refusals
