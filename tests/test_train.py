@@ -167,6 +167,18 @@ def test_two_ranks_equal_one_rank(photos, tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+def test_two_ranks_refuse_with_one_sentence(photos, tmp_path):
+    for flags, said in (
+        (["--data", tmp_path / "none"], "does not exist"),
+        (["--data", photos, *tiny_flags(batch_size=5)], "cannot be shared by 2"),
+    ):
+        done = run_dino("train", *flags, "--out", tmp_path / "run", ranks=2)
+        assert done.returncode != 0
+        assert done.stderr.count("dino: ") == done.stderr.count(said) == 1
+        assert "Connection" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
 def test_bad_images_are_skipped_counted_and_named(photos, tmp_path):
     (photos / "class0" / "000.jpg").write_bytes(b"")
     (photos / "class1" / "001.jpg").write_text("not an image")

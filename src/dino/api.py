@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tomli_w
 import torch
@@ -26,6 +26,8 @@ from dino.models import VisionTransformer, weights
 
 if TYPE_CHECKING:
     from dino.cli import AttentionOptions, KnnOptions, ReportOptions
+
+T = TypeVar("T")
 
 MOST_HELD_OUT, HELD_OUT_SCENES = 1000, 500
 
@@ -116,14 +118,19 @@ def set_up(
     return trainer, held_out
 
 
-def _in_turn(work: Any) -> Any:
-    """The main rank first, so that the others find its file list and folder."""
+def _in_turn(work: Callable[[], T]) -> T:
+    """The main rank first, so that the others find its file list and folder; what it refuses ends all of them."""
+    result: list[T] = []
+    refusal = None
     if distributed.is_main():
-        result = work()
-        distributed.barrier()
-        return result
-    distributed.barrier()
-    return work()
+        try:
+            result.append(work())
+        except ValueError as error:
+            refusal = str(error)
+    refusal = distributed.gather(refusal)[0]
+    if refusal is not None:
+        raise ValueError(refusal)
+    return result[0] if result else work()
 
 
 def run_folder(options: TrainOptions) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         name = type(error).__name__
         if isinstance(error, ValueError):
-            return _complain(str(error), 2)
+            # What is wrong for one rank is wrong for all of them: said once.
+            return _complain(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
         if name in ("TrainingError", "CheckpointError"):
             return _complain(str(error), 1)
         return _complain(f"{name}: {error} (add --debug to see where)", 1)

@@ -78,6 +78,10 @@ RECIPES: dict[str, Recipe] = {
             **_SMALL
             | {
                 "model__patch_size": 6,
+                # The teacher is slow and decay strong so that heads keep looking at whole things.
+                "method__momentum": 0.997,
+                "optim__weight_decay": 1.0,
+                "optim__weight_decay_end": 1.0,
                 "head__out_dim": 512,
                 "model__num_heads": 6,
                 "views__global_size": 48,

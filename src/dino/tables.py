@@ -113,6 +113,14 @@ TABLES: dict[str, Table] = {
         ],
         paper_base=_TEN_CROPS,
     ),
+    "collapse": Table(
+        "Centring and sharpening against collapse (Fig. 7, which gives curves)",
+        [
+            Row("both", {}),
+            Row("no centring", {"method.targets": "none"}),
+            Row("no sharpening", {"method.teacher_temp": 0.1, "method.teacher_temp_start": 0.1}),
+        ],
+    ),
     "multi-crop": Table(
         "Number of local crops (Table 8, 300 epochs)",
         [
