@@ -42,7 +42,21 @@ def table(out):
 
 def test_a_table_runs_skips_what_is_finished_and_is_written(photos, tmp_path, recipe):
     out = tmp_path / "out"
-    command = ["ablate", "activation", "--data", photos, "--recipe", recipe, "--epochs", 1, "--out", out, "--jobs", 2]
+    command = [
+        "ablate",
+        "activation",
+        "--data",
+        photos,
+        "--recipe",
+        recipe,
+        "--epochs",
+        1,
+        "--out",
+        out,
+        "--jobs",
+        2,
+        "--no-report",
+    ]
     done = run_dino(*command)
     assert done.returncode == 0, done.stderr
     rows = table(out)
@@ -68,7 +82,7 @@ def test_a_table_runs_skips_what_is_finished_and_is_written(photos, tmp_path, re
 
 def test_interrupted_goes_on(photos, tmp_path, recipe):
     out = tmp_path / "out"
-    command = ["ablate", "activation", "--data", photos, "--recipe", recipe, "--epochs", 3, "--out", out]
+    command = ["ablate", "activation", "--data", photos, "--recipe", recipe, "--epochs", 3, "--out", out, "--no-report"]
     process = subprocess.Popen(dino_command(*map(str, command)), stderr=subprocess.DEVNULL, start_new_session=True)
     first = out / "no-bn-gelu" / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -77,6 +91,9 @@ def test_interrupted_goes_on(photos, tmp_path, recipe):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert len(json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}) < 3
+    other = run_dino(*["4" if word == 3 else word for word in command])
+    assert other.returncode == 2
+    assert "other options" in other.stderr
     done = run_dino(*command)
     assert done.returncode == 0, done.stderr
     assert len(json.loads((out / "results.json").read_text())) == 3

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from rich.console import Console
 from dino import config, recipes, tables
 from dino.api import knn_accuracy, labelled_pair, split_folders
 from dino.config import TrainOptions, known, replace
+from dino.data.loader import spare_cores
 from dino.engine.log import read_metrics
 from dino.models import weights
 from dino.tables import Row, Table
@@ -43,10 +44,12 @@ class Ablation:
     def __init__(self, options: AblateOptions):
         self.options, self.table = options, tables.get(options.table)
         self.folder = Path(options.out or f"runs/ablate-{options.table}")
-        self.data = split_folders(known(options.data), options.val)
+        self.data = split_folders(os.path.abspath(known(options.data)), options.val and os.path.abspath(options.val))
         self.results_file = self.folder / "results.json"
         self.console = Console(stderr=True)
         self.runs = {row.name: self._options(row) for row in self.table.rows}
+        self.running: list[subprocess.Popen[bytes]] = []
+        self.stopping = False
 
     def _options(self, row: Row) -> TrainOptions:
         o, table = self.options, self.table
@@ -74,73 +77,85 @@ class Ablation:
         found = json.loads(self.results_file.read_text())
         for name, result in found.items():
             if name not in self.runs or result["options"] != _plain(self.runs[name]):
-                raise ValueError(
-                    f"{self.folder} holds '{name}' trained with other options or data; choose another --out."
-                )
+                raise ValueError(f"{self.folder} holds '{name}' with other options or data; choose another --out.")
         return found
+
+    def begun_as_wanted(self, name: str) -> bool:
+        """Whether the run of row `name`, if there is one, has the options that are wanted now."""
+        run = self.folder / slug(name)
+        if not (run / "config.toml").exists():
+            return True
+        recorded = _plain(config.recorded(str(run)))
+        return all(recorded[key] == value for key, value in _plain(self.runs[name]).items() if value is not None)
 
     def work(self) -> dict[str, dict[str, Any]]:
         """Train and judge what is missing, several rows at a time where there are several GPUs or jobs."""
         results = self.results()
-        (self.folder / "rows").mkdir(parents=True, exist_ok=True)
         missing = [name for name in self.runs if name not in results]
+        if other := [name for name in missing if not self.begun_as_wanted(name)]:
+            raise ValueError(f"{self.folder} holds '{other[0]}' with other options or data; choose another --out.")
+        (self.folder / "rows").mkdir(parents=True, exist_ok=True)
         self.console.print(f"{self.table.title}: {len(self.runs)} rows, {len(results)} finished; in {self.folder}")
         slots: SimpleQueue[str] = SimpleQueue()
         places = self._places()
         for place in places:
             slots.put(place)
-        running: list[subprocess.Popen[bytes]] = []
 
         def one(name: str) -> tuple[str, dict[str, Any] | None]:
             slot = slots.get()
             try:
-                return name, self._row(name, slot, running)
+                return name, None if self.stopping else self._row(name, slot)
             finally:
                 slots.put(slot)
 
         pool = ThreadPoolExecutor(len(places))
         try:
             with self.console.status("training; each row's output is in its .log file"):
-                for name, result in pool.map(one, missing):
+                for finished in as_completed([pool.submit(one, name) for name in missing]):
+                    name, result = finished.result()
                     if result is None:
                         continue
                     results[name] = result
                     self._save(results)
                     self.console.print(f"  {name}: {_short(result)}")
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
+            self.stopping = True
+            for process in self.running.copy():
                 process.terminate()  # a row saves itself and resumes next time
-            for process in running:
-                process.wait()
+            pool.shutdown()
         return {name: results[name] for name in self.runs if name in results}
 
     def _places(self) -> list[str]:
         gpus = torch.cuda.device_count() if self.options.device != "cpu" else 0
         return [f"cuda:{i}" for i in range(gpus)] if gpus else ["cpu"] * self.options.jobs
 
-    def _row(self, name: str, place: str, running: list[subprocess.Popen[bytes]]) -> dict[str, Any] | None:
+    def _row(self, name: str, place: str) -> dict[str, Any] | None:
         """Train row `name` to its end and measure it; None when it did not get there."""
         run, file = self.folder / slug(name), self.folder / "rows" / f"{slug(name)}.toml"
         file.write_text(tomli_w.dumps(config.to_dict(self.runs[name])))
         started = (run / "config.toml").exists()
         flags = ["--resume", str(run)] if started else [str(file), "--out", str(run)]
+        flags += [] if self.options.report else ["--no-report"]
         environment = dict(os.environ)
         if place.startswith("cuda"):
             environment["CUDA_VISIBLE_DEVICES"] = place.removeprefix("cuda:")
         else:
-            cores = max(1, (os.cpu_count() or 1) // self.options.jobs)
-            flags += ["--device", "cpu", "--threads", str(cores)]
+            threads = self.runs[name].threads or spare_cores(self.options.jobs)
+            flags += ["--device", "cpu", "--threads", str(threads)]
         before = time.monotonic()
         with open(file.with_suffix(".log"), "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "dino", "train", *flags], env=environment, stdout=log, stderr=log
             )
-            running.append(process)
+            self.running.append(process)
             code = process.wait()
-            running.remove(process)
+            self.running.remove(process)
         lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
         collapsed = any(line.get("collapse") for line in lines)
+        if code == 0 and max((line["epoch"] for line in lines if "loss" in line), default=0) < known(
+            self.runs[name].epochs
+        ):
+            return None  # it was asked to stop
         if code != 0:
             last = file.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
             self.console.print(f"  {name}: failed ({'; '.join(last)}); run the same command again to go on")

@@ -71,6 +71,8 @@ class AblateOptions:
     """Folder for the runs and the table. None: runs/ablate-TABLE. The same command again goes on where it stopped."""
     jobs: int = 1
     """Rows trained at a time on a CPU; with GPUs it is one row for each."""
+    report: bool = True
+    """Write each row's report.html."""
     device: Literal["auto", "cpu"] = "auto"
     """Where to compute."""
 
