@@ -206,8 +206,7 @@ def view_batches(options: TrainOptions, source: Source, device: torch.device) ->
 
 def check(options: TrainOptions, source: Source) -> None:
     """Contradictions that only show once data and options are both known."""
-    batch, ranks, o = known(options.batch_size), distributed.world_size(), options
-    patch = known(o.model.patch_size)
+    batch, ranks = known(options.batch_size), distributed.world_size()
     if batch > len(source):
         raise ValueError(
             f"batch_size is {batch} but there are only {len(source)} images to train on; "
@@ -215,14 +214,6 @@ def check(options: TrainOptions, source: Source) -> None:
         )
     if batch % ranks:
         raise ValueError(f"batch_size {batch} cannot be shared by {ranks} processes; use a multiple of {ranks}.")
-    for name, size in (("global_size", known(o.views.global_size)), ("local_size", known(o.views.local_size))):
-        if name == "local_size" and o.views.num_local == 0:
-            continue
-        if size < patch:
-            raise ValueError(f"views.{name} is {size}, smaller than one patch of {patch} pixels; enlarge it.")
-        if size % patch:
-            near = max(1, round(size / patch)) * patch
-            raise ValueError(f"views.{name} is {size}, not a multiple of the patch size {patch}; use {near}.")
 
 
 def describe(source: Source, spec: str) -> str:
@@ -319,8 +310,6 @@ def attention_command(options: AttentionOptions) -> None:
     device = distributed.start(options.device)
     model = weights.load(options.model).to(device)
     size = options.size or 2 * model.image_size
-    if size % model.patch_size:
-        raise ValueError(f"--size is {size}, not a multiple of the patch size {model.patch_size}.")
     for path in write_attention(model, options.images, Path(options.out), size, options.mass, device):
         print(path)
 

@@ -175,13 +175,14 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
 
     little = num_images < LITTLE_DATA
     size = choose("views.global_size", 32 if image_edge < 48 else 96 if not on_gpu else 224)
-    patch = choose("model.patch_size", 16 if size >= 128 else 8 if size >= 48 else 4)
+    nano = choose("model.arch", "vit_small" if on_gpu and not (little and size < 96) else "vit_nano") == "vit_nano"
+    of_timm = (options.model.arch or "").startswith("timm:")  # fixes its own patch, most often of 16 pixels
+    patch = 16 if of_timm else choose("model.patch_size", 16 if size >= 128 else 8 if size >= 48 else 4)
     local = 96 if size == 224 else size // 2
     choose("views.local_size", max(patch, local // patch * patch))
     # Crops of few patches must share enough for their targets to agree (docs/experiments.md).
     choose("views.global_scale", (0.4, 1.0) if size >= 96 else (0.5, 1.0))
     choose("views.local_scale", (0.05, 0.4) if size >= 96 else (0.3, 0.9))
-    nano = choose("model.arch", "vit_small" if on_gpu and not (little and size < 96) else "vit_nano") == "vit_nano"
     choose("head.hidden_dim", 512 if nano else 2048)
     choose("head.bottleneck_dim", 128 if nano else 256)
     choose("head.out_dim", prototypes_for(num_images))
