@@ -181,6 +181,7 @@ def test_one_channel_is_luma_with_luminous_statistics():
         (lambda: dino.create("timm:resnet18", pos_interp="size"), "option of our own ViTs"),
         (lambda: dino.create("timm:vit_tiny_patch16_224", image_size=40), "does not take images of 40x40"),
         (lambda: dino.create("timm:crossvit_tiny_240", image_size=64), "timm:crossvit_tiny_240"),
+        (lambda: dino.create("timm:coat_tiny"), "several maps"),
         (lambda: dino.create("timm:densenet121", drop_path=0.1), "no stochastic depth"),
         (lambda: dino.create("timm:convnext_atto", stem="small"), "stem 'small' replaces a ResNet's"),
         (lambda: dino.create("timm:resnet50d", stem="small"), "stem 'small' replaces a ResNet's"),
@@ -227,7 +228,10 @@ def timm_flags(arch: str, **changes: object) -> list[str]:
 @pytest.mark.parametrize(
     ("arch", "changes"),
     [
-        ("timm:resnet10t", {"optim__name": "sgd", "optim__lr": 0.03}),
+        (
+            "timm:resnet18",
+            {"optim__name": "sgd", "model__stem": "small", "views__global_size": 32, "views__local_size": 16},
+        ),
         ("timm:xcit_nano_12_p16_224", {}),
         ("timm:convnext_atto", {"model__in_channels": 1}),
         ("timm:swin_tiny_patch4_window7_224", {"views__local_size": 48}),
@@ -243,11 +247,12 @@ def test_a_run_trains_and_loads(photos, tmp_path, arch, changes):
     assert model.name == arch.removeprefix("timm:")
     channels = changes.get("model__in_channels", 3)
     assert model(torch.zeros(1, channels, 64, 64)).shape == (1, model.embed_dim)
+    assert model.grid(64, 64) == {"timm:resnet18": (8, 8), "timm:xcit_nano_12_p16_224": (4, 4)}.get(arch, (2, 2))
 
 
 def test_batch_norm_buffers_are_the_teachers_own_and_resume_to_the_bit(photos, tmp_path):
-    flags = timm_flags("timm:resnet18", stop_after=6, model__stem="small", head__batch_norm=True)
-    flags += ["--views.global-size", "32", "--views.local-size", "16"]
+    sizes = {"views__global_size": 32, "views__local_size": 16}
+    flags = timm_flags("timm:resnet18", stop_after=6, head__batch_norm=True, **sizes)
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert run_dino("train", "--data", photos, "--out", whole, *flags).returncode == 0
     flags[flags.index("--stop-after") + 1] = "3"

@@ -129,6 +129,7 @@ class TimmBackbone(nn.Module):
         return copy.deepcopy(self.model).to("meta").eval()
 
     def _cells(self, features: Tensor, height: int, width: int) -> tuple[int, int]:
+        assert isinstance(features, Tensor), "its last layer gives several maps, not one"
         if features.ndim == 4:
             rows, columns = features.shape[1:3] if self._channels_last else features.shape[2:]
             return rows, columns
