@@ -144,7 +144,7 @@ def test_a_bad_image_in_a_folder_is_skipped_and_named(model, tmp_path, capsys):
         ("long.png", "out", 512, 0.6, "use a smaller --size"),
         ("good.png", "broken.jpg", 64, 0.6, "--out .*broken.jpg cannot be written"),
         ("good.png", "broken.jpg/below", 64, 0.6, "--out .*below cannot be written"),
-        ("good.png", "out", 4, 0.6, "--size is 4, smaller than one patch"),
+        ("good.png", "out", 4, 0.6, "--size is 4, not a multiple of the patch size 8"),
         ("good.png", "out", 64, 1.5, "mass is 1.5"),
         ("folder", "out", 64, 0.6, "none of the 2 images"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import dino
 from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
 from dino import cli, config, recipes
+from dino.engine.train import Plan, build_method
 
 
 def test_help_is_quick_and_loads_no_torch():
@@ -182,10 +185,48 @@ def test_recipes_resolve_and_survive_a_round_trip(name):
     assert recipe.command.startswith(("dino train", "torchrun"))
     assert recipe.expected
     for gpu in (False, True):
-        options = recipes.resolve(recipe.options, 50_000, 32 if name == "cifar10" else 400, gpu, 2)
-        assert all(v is not None for n, v in config.flatten(options).items() if n in RESOLVED)
+        options = recipes.resolve(recipe.options, 50_000, 32 if "cifar10" in name else 400, gpu, 2)
+        missing = {n for n, v in config.flatten(options).items() if v is None and n in RESOLVED}
+        assert missing == ({"model.patch_size"} if options.model.arch.startswith("timm:") else set())
         again = config.from_dict(config.TrainOptions, tomllib.loads(toml(options)), "test")
         assert again == options
+
+
+# Backbone parameters of the reference's models, and the figures it publishes for them.
+PUBLISHED = {
+    "vit_small_100ep": (21_665_664, "69.3", "74.0"),
+    "vit_small_300ep": (21_665_664, "73.3", "76.0"),
+    "vit_small_800ep": (21_665_664, "74.5", "77.0"),
+    "vit_small_p8": (21_670_272, "78.3", "79.7"),
+    "vit_base_p16": (85_798_656, "76.1", "78.2"),
+    "vit_base_p8": (85_807_872, "77.4", "80.1"),
+    "resnet50": (23_508_032, "65.6", "74.5"),
+    "resnet50_800ep": (23_508_032, "67.5", "75.3"),
+    "xcit_small_12_p16": (26e6, "76.0", "77.8"),
+    "xcit_small_12_p8": (26e6, "77.1", "79.2"),
+    "xcit_medium_24_p16": (84e6, "76.4", "78.8"),
+    "xcit_medium_24_p8": (84e6, "77.9", "80.3"),
+    "vit_small_gldv2": (21_665_664, "51.5/24.3", "75.3/51.6"),
+    "resnet18_cifar10": (11_168_832, "84.0", "Lightly"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+def test_recipes_build_the_models_they_name(name):
+    recipe = recipes.get(name)
+    options = recipes.resolve(recipe.options, 1_281_167, 400, True, 1)
+    with torch.device("meta"):
+        method = build_method(options)
+    assert Plan(options, 1_281_167 // options.batch_size).lr(0) == 0
+    parameters = sum(p.numel() for p in method.student.backbone.parameters())
+    if name in PUBLISHED:
+        count, *figures = PUBLISHED[name]
+        assert parameters == count or round(parameters, -6) == count  # XCiT's are given in millions
+        assert all(figure in recipe.expected for figure in figures)
+    assert f"dino train {name if name != 'demo' else ''}".strip() in recipe.command
+    ranks = int((re.search(r"--nproc-per-node (\d+)", recipe.command) or "1")[0].split()[-1])
+    ranks *= int((re.search(r"--nnodes (\d+)", recipe.command) or "1")[0].split()[-1])
+    assert options.batch_size % ranks == 0
 
 
 RESOLVED = {"epochs", "batch_size", "head.out_dim", "method.momentum", "method.teacher_temp", "model.arch"}

@@ -93,13 +93,15 @@ def test_scene_masks_of_a_perfect_model_is_one_hundred():
     scenes = Scenes(5)
 
     class Oracle:
-        patch_size, embed_dim = 1, 1
+        in_channels = 3
 
-        def attention(self, images):
+        def grid(self, height, width):
+            return height, width
+
+        def cls_attention(self, images):
             drawn = scenes.at(images.shape[-1])
             masks = torch.from_numpy(np.stack([drawn.mask(i) for i in range(5)])).flatten(1).float()
-            cls = torch.nn.functional.pad(masks, (1, 0))[:, None, None]
-            return cls.expand(-1, 2, -1, -1)
+            return masks[:, None].expand(-1, 2, -1)
 
     result = scene_masks(Oracle(), scenes, 48, torch.device("cpu"))
     # Keeping 60 % of an even mass keeps 60 % of the object.

@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dino import config, recipes, tables
+from dino import config, distributed, recipes, tables
 from dino.api import knn_accuracy, labelled_pair, split_folders
 from dino.config import TrainOptions, known, replace
 from dino.data.loader import spare_cores
@@ -50,6 +50,7 @@ class Ablation:
         self.runs = {row.name: self._options(row) for row in self.table.rows}
         self.running: list[subprocess.Popen[bytes]] = []
         self.stopping = False
+        self.device = distributed.start(options.device)
 
     def _options(self, row: Row) -> TrainOptions:
         o, table = self.options, self.table
@@ -160,8 +161,8 @@ class Ablation:
             last = file.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
             self.console.print(f"  {name}: failed ({'; '.join(last)}); run the same command again to go on")
             return None
-        model = weights.load(run)
-        found = knn_accuracy(model, *labelled_pair(*self.data), ks=(K,))
+        model = weights.load(run).to(self.device)
+        found = knn_accuracy(model, *labelled_pair(*self.data), self.device, ks=(K,))
         return {
             "options": _plain(self.runs[name]),
             "knn": found[f"knn{K}_top1"],

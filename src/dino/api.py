@@ -22,7 +22,7 @@ from dino.engine.train import Trainer
 from dino.eval import knn
 from dino.eval.online import OnlineEvaluation, probe
 from dino.inference.features import extract
-from dino.models import VisionTransformer, weights
+from dino.models import Backbone, weights
 
 if TYPE_CHECKING:
     from dino.cli import AttentionOptions, KnnOptions, ReportOptions
@@ -214,8 +214,7 @@ def view_batches(options: TrainOptions, source: Source, device: torch.device) ->
 
 def check(options: TrainOptions, source: Source) -> None:
     """Contradictions that only show once data and options are both known."""
-    batch, ranks, o = known(options.batch_size), distributed.world_size(), options
-    patch = known(o.model.patch_size)
+    batch, ranks = known(options.batch_size), distributed.world_size()
     if batch > len(source):
         raise ValueError(
             f"batch_size is {batch} but there are only {len(source)} images to train on; "
@@ -223,14 +222,6 @@ def check(options: TrainOptions, source: Source) -> None:
         )
     if batch % ranks:
         raise ValueError(f"batch_size {batch} cannot be shared by {ranks} processes; use a multiple of {ranks}.")
-    for name, size in (("global_size", known(o.views.global_size)), ("local_size", known(o.views.local_size))):
-        if name == "local_size" and o.views.num_local == 0:
-            continue
-        if size < patch:
-            raise ValueError(f"views.{name} is {size}, smaller than one patch of {patch} pixels; enlarge it.")
-        if size % patch:
-            near = max(1, round(size / patch)) * patch
-            raise ValueError(f"views.{name} is {size}, not a multiple of the patch size {patch}; use {near}.")
 
 
 def describe(source: Source, spec: str) -> str:
@@ -287,7 +278,7 @@ def knn_command(options: KnnOptions) -> None:
     device = distributed.start(options.device)
     model = weights.load(options.model).to(device)
     pair = labelled_pair(options.data, options.val)
-    result = knn_accuracy(model, *pair, options.k, options.temp, options.size)
+    result = knn_accuracy(model, *pair, device, options.k, options.temp, options.size)
     print(f"{options.model}: {result['bank']:.0f} images in the bank, {result['queries']:.0f} classified")
     print("    k   top-1   top-5")
     for k in options.k:
@@ -297,15 +288,15 @@ def knn_command(options: KnnOptions) -> None:
 
 
 def knn_accuracy(
-    model: VisionTransformer,
+    model: Backbone,
     train: Source,
     test: Source,
+    device: torch.device,
     ks: Sequence[int] = knn.KS,
     temp: float = 0.07,
     size: int | None = None,
 ) -> dict[str, float]:
     """`dino.eval.knn.classify` on the features of two labelled sources, with `bank` and `queries`, their sizes."""
-    device = next(model.parameters()).device
     size = size or model.image_size
     bank = extract(model, train, size, device, progress="bank")
     queries = extract(model, test, size, device, progress="queries")
@@ -343,8 +334,6 @@ def attention_command(options: AttentionOptions) -> None:
     device = distributed.start(options.device)
     model = weights.load(options.model).to(device)
     size = options.size or 2 * model.image_size
-    if size % model.patch_size:
-        raise ValueError(f"--size is {size}, not a multiple of the patch size {model.patch_size}.")
     for path in write_attention(model, options.images, Path(options.out), size, options.mass, device):
         print(path)
 

@@ -65,9 +65,9 @@ class DataOptions:
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     arch: str | None = None
-    """Backbone: vit_nano, vit_tiny, vit_small, vit_base, vit_large. None: vit_nano on a CPU or for little data."""
+    """Backbone: vit_nano, vit_tiny, vit_small, vit_base, vit_large, or timm:NAME. None: chosen for data and device."""
     patch_size: int | None = None
-    """Edge of a patch, pixels. None: 16, or 8 for views under 128 pixels, or 4 under 48."""
+    """Edge of a patch of our own ViTs, pixels. None: 16, or 8 for views under 128 pixels, or 4 under 48."""
     width: int | None = None
     """Embedding width; None: the architecture's own."""
     depth: int | None = None
@@ -78,6 +78,10 @@ class ModelOptions:
     """Stochastic depth rate of the last block (linear from 0 at the first), student only."""
     pos_interp: Literal["offset", "size", "antialias"] = "offset"
     """Position interpolation for other sizes: 'offset' as in released weights (+0.1 patch), 'size', or 'antialias'."""
+    stem: Literal["default", "small"] = "default"
+    """'small' is for ResNets on small images: a 3x3 first convolution of stride 1, no pooling after it."""
+    in_channels: Literal[1, 3] = 3
+    """Channels the backbone sees: 3 colours, or 1, their luma (after the colours of a view were changed)."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.drop_path < 1, f"model.drop_path is {self.drop_path}; it must be in [0, 1).")

@@ -1,142 +1,19 @@
-"""Named complete configurations, and the choices made for whoever names none.
-
-Every recipe says its command, hardware, time and expected figure; a test builds all of them.
-"""
+"""Finding a named configuration (`dino.recipe_table`), and the choices made for whoever names none."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from dino.config import TrainOptions, flatten, replace
+from dino.recipe_table import RECIPES, Recipe
 
 # Options that change neither the mathematics nor the data, so that a resumed run may have others.
 FREE_ON_RESUME = {"resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"}
 
 
 LITTLE_DATA = 50_000  # images below which a run is short of steps rather than of epochs
-
-
-class Recipe(NamedTuple):
-    about: str
-    command: str
-    hardware: str
-    expected: str
-    options: TrainOptions
-
-
-def _options(**changes: Any) -> TrainOptions:
-    return replace(TrainOptions(), {name.replace("__", "."): value for name, value in changes.items()})
-
-
-_PAPER = {
-    "batch_size": 512,
-    "model__arch": "vit_small",
-    "model__patch_size": 16,
-    "head__out_dim": 65536,
-    "head__hidden_dim": 2048,
-    "head__bottleneck_dim": 256,
-    "method__momentum": 0.996,
-    "method__teacher_temp_start": 0.04,
-    "method__teacher_temp": 0.04,
-    "method__teacher_temp_epochs": 0,
-    "views__global_size": 224,
-    "views__local_size": 96,
-    "views__global_scale": (0.4, 1.0),
-    "views__local_scale": (0.05, 0.4),
-    "optim__lr": 5e-4,
-    "optim__warmup_epochs": 10,
-}
-
-# What little data needs (docs/experiments.md): crops that agree, a sharp teacher that moves, small batches, many steps.
-_SMALL = {
-    "batch_size": 32,
-    "model__arch": "vit_nano",
-    "model__drop_path": 0.0,
-    "head__hidden_dim": 512,
-    "head__bottleneck_dim": 128,
-    "method__momentum": 0.99,
-    "method__teacher_temp_start": 0.03,
-    "method__teacher_temp": 0.03,
-    "method__teacher_temp_epochs": 0,
-    "views__num_local": 2,
-    "views__blur_prob": (0.0, 0.0, 0.0),
-    "views__solarise_prob": (0.0, 0.0, 0.0),
-    "optim__lr": 8e-3,
-}
-
-RECIPES: dict[str, Recipe] = {
-    "demo": Recipe(
-        about="Built-in drawn scenes: learns to tell things apart from nothing, in minutes.",
-        command="dino train",
-        hardware="4 CPU cores, 3 minutes",
-        expected="20-NN 11 -> 34 % (raw pixels 28 %), attention overlap 22 -> 28 %",
-        options=_options(
-            data__path="scenes:4000",
-            epochs=7,
-            **_SMALL
-            | {
-                "model__patch_size": 6,
-                # The teacher is slow and decay strong so that heads keep looking at whole things.
-                "method__momentum": 0.997,
-                "optim__weight_decay": 1.0,
-                "optim__weight_decay_end": 1.0,
-                "head__out_dim": 512,
-                "model__num_heads": 6,
-                "views__global_size": 48,
-                "views__local_size": 24,
-                "views__global_scale": (0.6, 1.0),
-                "views__local_scale": (0.3, 0.9),
-                "views__brightness": 0.2,
-                "views__contrast": 0.2,
-                "views__hue": 0.5,
-                "views__grey_prob": 0.5,
-            },
-        ),
-    ),
-    "cifar10": Recipe(
-        about="32-pixel images (CIFAR-10): patch 4, views of 32 and 16 pixels.",
-        command="dino train cifar10 --data cifar10/train",
-        hardware="1 CPU core, half an hour for 5,000 images and 16 epochs",
-        expected="5,000 images, 16 epochs: 20-NN 26 -> 29 % (raw pixels 37 %); the whole set on a GPU is still to be run",
-        options=_options(
-            epochs=100,
-            **_SMALL
-            | {
-                "model__patch_size": 4,
-                "head__out_dim": 1024,
-                "views__global_size": 32,
-                "views__local_size": 16,
-                "views__global_scale": (0.5, 1.0),
-                "views__local_scale": (0.3, 0.9),
-            },
-        ),
-    ),
-    "vit_small_100ep": Recipe(
-        about="The reference's vanilla recipe: ViT-S/16, 100 epochs of ImageNet, 8 local views.",
-        command="torchrun --nproc-per-node 8 -m dino train vit_small_100ep --data imagenet/train",
-        hardware="8 V100 GPUs, 1.75 days (reference)",
-        expected="ImageNet k-NN 69.3 %, linear 74.0 % (reference)",
-        options=_options(epochs=100, **_PAPER),
-    ),
-    "vit_small_300ep": Recipe(
-        about="The reference's boosted recipe: ViT-S/16, 300 epochs, warmer teacher, trained prototype gains.",
-        command="torchrun --nproc-per-node 8 -m dino train vit_small_300ep --data imagenet/train",
-        hardware="16 V100 GPUs, 2.6 days (reference)",
-        expected="ImageNet k-NN 73.3 %, linear 76.0 % (reference)",
-        options=_options(
-            **_PAPER
-            | {
-                "epochs": 300,
-                "batch_size": 1024,
-                "head__norm_last_layer": False,
-                "method__teacher_temp": 0.07,
-                "method__teacher_temp_epochs": 30,
-            }
-        ),
-    ),
-}
 
 
 def get(name: str) -> Recipe:
@@ -179,13 +56,14 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
 
     little = num_images < LITTLE_DATA
     size = choose("views.global_size", 32 if image_edge < 48 else 96 if not on_gpu else 224)
-    patch = choose("model.patch_size", 16 if size >= 128 else 8 if size >= 48 else 4)
+    nano = choose("model.arch", "vit_small" if on_gpu and not (little and size < 96) else "vit_nano") == "vit_nano"
+    of_timm = (options.model.arch or "").startswith("timm:")  # fixes its own patch, most often of 16 pixels
+    patch = 16 if of_timm else choose("model.patch_size", 16 if size >= 128 else 8 if size >= 48 else 4)
     local = 96 if size == 224 else size // 2
     choose("views.local_size", max(patch, local // patch * patch))
     # Crops of few patches must share enough for their targets to agree (docs/experiments.md).
     choose("views.global_scale", (0.4, 1.0) if size >= 96 else (0.5, 1.0))
     choose("views.local_scale", (0.05, 0.4) if size >= 96 else (0.3, 0.9))
-    nano = choose("model.arch", "vit_small" if on_gpu and not (little and size < 96) else "vit_nano") == "vit_nano"
     choose("head.hidden_dim", 512 if nano else 2048)
     choose("head.bottleneck_dim", 128 if nano else 256)
     if options.head.prototypes:

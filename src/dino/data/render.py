@@ -91,9 +91,18 @@ class DeviceRenderer:
         return groups
 
 
-def normalise(views: Tensor) -> Tensor:
-    """uint8 [v, n, h, w, 3] as the backbone takes it: float32 [m, 3, h, w] (channels last in memory), view by view."""
+def normalise(views: Tensor, channels: int = 3) -> Tensor:
+    """uint8 [v, n, h, w, 3] as the backbone takes it: float32 [m, 3, h, w] (channels last in memory), view by view.
+
+    With one channel, the luma of the colours: [m, 1, h, w], scaled by the luma of ImageNet's mean and deviations.
+    """
     num_views, num_images, height, width = views.shape[:4]
+    if channels == 1:
+        weights = torch.tensor(_LUMA)
+        mean, std = weights @ torch.tensor(MEAN), weights @ torch.tensor(STD)
+        luma = views.reshape(-1, 3).float() @ (weights / (255 * std)).to(views.device, non_blocking=True)
+        return luma.view(num_views * num_images, 1, height, width) - (mean / std).item()
+    assert channels == 3
     # Rows of w * 3 numbers are worth more to the processor than pixels of 3.
     scale = torch.tensor([1 / (255 * s) for s in STD]).repeat(width).to(views.device, non_blocking=True)
     shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)]).repeat(width)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino import distributed
@@ -31,6 +31,17 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+
+def synchronise_batch_norm(method: DINO) -> None:
+    """BatchNorm over the views of all GPUs, in both networks, as in the reference; in place, same parameters and keys."""
+    from timm.layers.norm_act import convert_sync_batchnorm  # PyTorch's would lose the activation in some of timm's
+
+    convert_sync_batchnorm(method)
 
 
 def distribute(method: DINO, device: torch.device) -> Callable[[list[Tensor], float], Step]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dino import distributed, schedules
-from dino.config import TrainOptions, known, to_dict
+from dino.config import TrainOptions, ViewOptions, known, to_dict
 from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.render import normalise
 from dino.data.sources import Source
@@ -31,7 +31,7 @@ from dino.engine.checkpoint import CheckpointError, Checkpoints
 from dino.engine.log import Metrics, Quarantine, Terminal
 from dino.engine.monitor import CollapseMonitor
 from dino.method import DINO, Network, Step
-from dino.models import Head, create, weights
+from dino.models import Backbone, Head, create, weights
 
 Callback = Callable[[DINO], dict[str, float]]  # measures the method between steps; runs on the main rank
 
@@ -82,16 +82,23 @@ def model_arguments(options: TrainOptions) -> dict[str, Any]:
         "depth": m.depth,
         "num_heads": m.num_heads,
         "pos_interp": m.pos_interp,
+        "in_channels": m.in_channels,
+        "stem": m.stem,
     }
 
 
 def build_method(options: TrainOptions) -> DINO:
-    """Student and teacher with fresh weights drawn from the seed."""
+    """Student and teacher with fresh weights drawn from the seed.
+
+    Raises:
+        ValueError: the architecture does not exist, or cannot take views of these sizes.
+    """
     h, m = options.head, options.method
     torch.manual_seed(options.seed)
 
     def network(drop_path: float, norm_last_layer: bool, predictor: bool) -> Network:
         backbone = create(**model_arguments(options), drop_path=drop_path)
+        check_views(backbone, options.views)
         head = Head(
             backbone.embed_dim,
             h.out_dim or 1,
@@ -109,6 +116,16 @@ def build_method(options: TrainOptions) -> DINO:
 
     student, teacher = network(options.model.drop_path, h.norm_last_layer, h.predictor), network(0.0, True, False)
     return DINO(student, teacher, m.student_temp, m.centre_momentum, m.teacher, m.targets, m.loss, m.queue_size)
+
+
+def check_views(backbone: Backbone, views: ViewOptions) -> None:
+    """Refuse local views that the backbone cannot take; the global ones it was built for."""
+    size = known(views.local_size)
+    try:
+        if views.num_local:
+            backbone.grid(size, size)
+    except ValueError as error:
+        raise ValueError(f"views.local_size is {size}: {error} Or use no local views: --views.num-local 0.") from error
 
 
 class Trainer:
@@ -130,6 +147,7 @@ class Trainer:
         self.plan = Plan(options, batches.steps_per_epoch)
         self.precision = parallel.choose_precision(options.precision, device)
         self.method = build_method(options).to(device)
+        self._share_batch_norm()
         self.optimizer = optim.create(options.optim, self.method.student)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.monitor = CollapseMonitor(options.head.out_dim or 1)
@@ -141,6 +159,14 @@ class Trainer:
         self.status = ""
         self._pending: list[dict[str, Tensor]] = []
         self._bad: list[tuple[str, str]] = []
+
+    def _share_batch_norm(self) -> None:
+        if distributed.world_size() == 1 or not parallel.has_batch_norm(self.method):
+            return
+        if self.device.type == "cuda":
+            parallel.synchronise_batch_norm(self.method)
+        else:
+            self.terminal.say("BatchNorm runs over each process's own images: only GPUs can share its statistics.")
 
     # --- state -------------------------------------------------------------------------------------------------
 
@@ -251,7 +277,7 @@ class Trainer:
         key = np.random.SeedSequence([self.options.seed, distributed.rank(), step])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
         optim.set_rates(self.optimizer, self.plan.lr(step), self.plan.weight_decay(step))
-        groups = [normalise(g) for g in self._to_device(batch)]
+        groups = [normalise(g, self.options.model.in_channels) for g in self._to_device(batch)]
         with parallel.autocast(self.device, self.precision):
             result: Step = self.forward(groups, self.plan.teacher_temp(step))
         self.optimizer.zero_grad(set_to_none=True)

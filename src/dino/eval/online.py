@@ -46,7 +46,7 @@ class OnlineEvaluation:
             if not self.pixels_done:
                 result |= self._pixel_knn(bank.indices, queries.indices)
                 self.pixels_done = True
-        if isinstance(shown, Scenes):
+        if isinstance(shown, Scenes) and backbone.has_attention:
             result |= scene_masks(backbone, shown, self.size, self.device)
         return result
 
@@ -82,7 +82,8 @@ def scene_masks(model: Backbone, scenes: Scenes, size: int, device: torch.device
     scenes = scenes.at(size)
     images = torch.from_numpy(np.stack([preprocess(scenes.read(i), size) for i in chosen]))[None]
     truth = torch.from_numpy(np.stack([scenes.mask(i) for i in chosen]))
-    masks = mass_mask(cls_attention(model, normalise(images.to(device))).float().cpu())
+    views = normalise(images.to(device), model.in_channels)
+    masks = mass_mask(cls_attention(model, views).float().cpu())
     overlap = jaccard(enlarge(masks, (truth.shape[-2], truth.shape[-1])) > 0, truth[:, None])
     best, mean = overlap.max(dim=1).values.mean(), overlap.mean()
     return {"jaccard_best_head": 100 * best.item(), "jaccard_mean_head": 100 * mean.item()}

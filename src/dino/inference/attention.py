@@ -11,10 +11,12 @@ from dino.models import Backbone
 
 @torch.no_grad()
 def cls_attention(model: Backbone, images: Tensor) -> Tensor:
-    """Attention of [CLS] over the patches in the last block [n, heads, rows, columns]; each head sums to under 1."""
-    height, width = images.shape[-2:]
-    attention = model.attention(images)[:, :, 0, 1:]
-    return attention.unflatten(-1, (height // model.patch_size, width // model.patch_size))
+    """Attention of [CLS] over the patches in the last block [n, heads, rows, columns]; each head sums to under 1.
+
+    Raises:
+        ValueError: the model has no such attention.
+    """
+    return model.cls_attention(images).unflatten(-1, model.grid(*images.shape[-2:]))
 
 
 def mass_mask(attention: Tensor, mass: float = 0.6) -> Tensor:
@@ -42,11 +44,10 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def pca_colours(model: Backbone, images: Tensor) -> Tensor:
-    """Patch features of the batch on their three main axes, as colours in [0, 1] [n, rows, columns, 3].
+    """Features of the batch's cells on their three main axes, as colours in [0, 1] [n, rows, columns, 3].
 
     One basis for the batch: like features have like colours across its images.
     """
-    height, width = images.shape[-2:]
     patches = model.tokens(images)[-1][:, 1:].float()
     flat = patches.flatten(0, 1)
     flat = flat - flat.mean(dim=0)
@@ -57,4 +58,4 @@ def pca_colours(model: Backbone, images: Tensor) -> Tensor:
     colours = torch.where(colours.pow(3).sum(dim=0) < 0, -colours, colours)
     low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
     colours = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    return colours.view(len(images), height // model.patch_size, width // model.patch_size, 3)
+    return colours.view(len(images), *model.grid(*images.shape[-2:]), 3)

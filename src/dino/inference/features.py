@@ -103,7 +103,7 @@ def extract(
     batches = track(loader, description=progress, total=len(views), transient=True) if show and progress else loader
     for images, positions, failed in batches:
         if positions:
-            values.append(model(normalise(images.to(device))).float().cpu())
+            values.append(model(normalise(images.to(device), model.in_channels)).float().cpu())
         kept += positions
         bad += failed
     return Features(torch.cat(values), np.array(kept, dtype=np.int64), bad)

@@ -3,52 +3,104 @@
 Whatever uses a backbone may ask only for what `Backbone` names.
 """
 
-import difflib
-from typing import Any, Protocol
+from __future__ import annotations
 
-from torch import Tensor
+import difflib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torch import Tensor, nn
 
 from dino.models.head import Head
 from dino.models.vit import SIZES, VisionTransformer
 
-__all__ = ["SIZES", "Backbone", "Head", "VisionTransformer", "create"]
+if TYPE_CHECKING:
+    from dino.models.timm_backbone import TimmBackbone
+
+__all__ = ["NO_ATTENTION", "SIZES", "Backbone", "Head", "VisionTransformer", "create"]
+
+TIMM = "timm:"  # before the name of an architecture that timm builds
+NO_ATTENTION = (
+    "this architecture has no attention maps: in its last block no [CLS] token looks at patches by softmax attention; "
+    "ViTs have them (vit_small, timm:vit_..., timm:deit_...)."
+)
 
 
 class Backbone(Protocol):
-    """What the method, the evaluations and the pictures may ask of a backbone. Images are normalised, NCHW."""
+    """What the method, the evaluations and the pictures may ask of a backbone. Images are normalised, NCHW.
+
+    A cell is a patch of a transformer or a place of a ConvNet's last map.
+    """
 
     embed_dim: int
-    patch_size: int
+    in_channels: int
+    image_size: int  # what it was built for, pixels
+    patch_size: int  # edge of a cell, pixels
+    has_attention: bool
 
     def __call__(self, images: Tensor) -> Tensor: ...  # [n, embed_dim]
-    def tokens(self, images: Tensor, layers: int = 1) -> list[Tensor]: ...  # normed [n, 1 + patches, embed_dim]
-    def attention(self, images: Tensor) -> Tensor: ...  # [n, heads, 1 + patches, 1 + patches]
+    def tokens(self, images: Tensor, layers: int = 1) -> list[Tensor]: ...  # normed [n, 1 + cells, embed_dim]
+    def grid(self, height: int, width: int) -> tuple[int, int]: ...  # rows and columns of cells; ValueError: cannot
+    def attention(self, images: Tensor) -> Tensor: ...  # [n, heads, tokens, tokens]; ValueError: has none
+    def cls_attention(self, images: Tensor) -> Tensor: ...  # [n, heads, cells]; ValueError: has none
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
 
 def create(
     arch: str,
-    patch_size: int = 16,
+    patch_size: int | None = None,
     image_size: int = 224,
     width: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
+    in_channels: int = 3,
+    stem: Literal["default", "small"] = "default",
+    drop_path: float = 0.0,
     **options: Any,
-) -> VisionTransformer:
-    """A backbone by name with fresh weights. `width`, `depth` and `num_heads` override the architecture's own.
+) -> VisionTransformer | TimmBackbone:
+    """A backbone by name with fresh weights: one of ours, or "timm:NAME" for any architecture of timm.
+
+    Args:
+        patch_size: of our own ViTs, 16 by default.
+        image_size: edge of the global views, pixels; other sizes work too where the architecture allows them.
+        width, depth, num_heads: of our own ViTs; they override the architecture's own.
+        in_channels: channels of the images, 1 or more.
+        stem: "small" makes a ResNet's first convolution 3x3 with stride 1 and leaves its pooling out.
+        drop_path: stochastic depth rate, where the architecture has it.
 
     Raises:
-        ValueError: an unknown name, or sizes that do not divide.
+        ValueError: an unknown name, a size that the architecture cannot take, or an option it does not have.
     """
+    if in_channels < 1:
+        raise ValueError(f"in_channels is {in_channels}; an image has at least 1 channel.")
+    if arch.startswith(TIMM):
+        given = {"patch_size": patch_size, "width": width, "depth": depth, "num_heads": num_heads}
+        if fixed := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{arch} fixes its own {' and '.join(fixed)}; leave that out, or choose another name.")
+        if options.get("pos_interp", "offset") != "offset":
+            raise ValueError(f"pos_interp is an option of our own ViTs; {arch} interpolates positions in its own way.")
+        from dino.models.timm_backbone import TimmBackbone
+
+        return TimmBackbone(arch.removeprefix(TIMM), image_size, in_channels, drop_path, stem)
     if arch not in SIZES:
-        near = difflib.get_close_matches(arch, SIZES, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown architecture '{arch}'; known are {', '.join(SIZES)}.{hint}")
+        raise ValueError(f"unknown architecture '{arch}'; known are {', '.join(SIZES)} and timm:NAME.{_hint(arch)}")
+    if stem != "default":
+        raise ValueError(f"stem '{stem}' is for ResNets; {arch} has patches, so choose a smaller patch_size instead.")
     own_width, own_depth, own_heads = SIZES[arch]
     return VisionTransformer(
         image_size=image_size,
-        patch_size=patch_size,
+        patch_size=patch_size or 16,
+        in_channels=in_channels,
         dim=width or own_width,
         depth=depth or own_depth,
         num_heads=num_heads or own_heads,
+        drop_path=drop_path,
         **options,
     )
+
+
+def _hint(arch: str) -> str:
+    import timm  # slow, and here only for the sake of a mistake
+
+    near = difflib.get_close_matches(arch, [*SIZES, *timm.list_models()], n=1)
+    return f" Did you mean {near[0] if near[0] in SIZES else TIMM + near[0]}?" if near else ""

@@ -54,8 +54,10 @@ class Attention(nn.Module):
             q = q[:, :, :1]
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-    def weights(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n h t t"]:
+    def weights(self, x: Float[Tensor, "n t d"], only_cls: bool = False) -> Float[Tensor, "n h q t"]:
         q, k, _ = self._heads(x)
+        if only_cls:
+            q = q[:, :, :1]
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,8 +127,9 @@ class VisionTransformer(nn.Module):
         if dim % num_heads:
             raise ValueError(f"width {dim} is not a multiple of num_heads {num_heads}; change one of them.")
         self.embed_dim, self.patch_size, self.num_heads, self.depth = dim, patch_size, num_heads, depth
-        self.image_size, self.pos_interp = image_size, pos_interp
-        self._check(image_size, image_size)
+        self.image_size, self.in_channels, self.pos_interp = image_size, in_channels, pos_interp
+        self.has_attention = True
+        self.grid(image_size, image_size)
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, dim))
@@ -157,23 +160,44 @@ class VisionTransformer(nn.Module):
 
     def attention(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n h t t"]:
         """Softmaxed self-attention of the last block; row 0 is where [CLS] looks (paper Fig. 1)."""
+        return self._attention(images)
+
+    def cls_attention(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n h p"]:
+        """Where [CLS] looks: `attention`'s row 0 over the patches, without computing the other rows."""
+        return self._attention(images, only_cls=True)[:, :, 0, 1:]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches in images of this size, pixels.
+
+        Raises:
+            ValueError: the size is no multiple of the patch size.
+        """
+        p = self.patch_size
+        if height < p or width < p:
+            raise ValueError(f"images are {height}x{width} pixels, smaller than one patch of {p} pixels; enlarge them.")
+        if height % p or width % p:
+            raise ValueError(
+                f"images are {height}x{width} pixels, which is not a multiple of the patch size {p}; "
+                f"use {height // p * p}x{width // p * p} or another patch size."
+            )
+        return height // p, width // p
+
+    def _attention(self, images: Tensor, only_cls: bool = False) -> Float[Tensor, "n h q t"]:
         x = self._embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        return last.attn.weights(last.norm1(x))
+        return last.attn.weights(last.norm1(x), only_cls)
 
     def _embed(self, images: Tensor) -> Float[Tensor, "n t d"]:
-        height, width = images.shape[-2:]
-        self._check(height, width)
+        rows, columns = self.grid(*images.shape[-2:])
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return x + self._positions(height, width)
+        return x + self._positions(rows, columns)
 
-    def _positions(self, height: int, width: int) -> Float[Tensor, "1 t d"]:
+    def _positions(self, rows: int, columns: int) -> Float[Tensor, "1 t d"]:
         side = math.isqrt(self.pos_embed.shape[1] - 1)
-        rows, columns = height // self.patch_size, width // self.patch_size
         if (rows, columns) == (side, side):
             return self.pos_embed
         grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
@@ -185,16 +209,6 @@ class VisionTransformer(nn.Module):
             grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=self.pos_interp == "antialias")
         assert grid.shape[-2:] == (rows, columns)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
-
-    def _check(self, height: int, width: int) -> None:
-        p = self.patch_size
-        if height < p or width < p:
-            raise ValueError(f"images are {height}x{width} pixels, smaller than one {p}-pixel patch; enlarge them.")
-        if height % p or width % p:
-            raise ValueError(
-                f"images are {height}x{width} pixels, which is not a multiple of the patch size {p}; "
-                f"use {height // p * p}x{width // p * p} or another patch size."
-            )
 
 
 def init_linear(module: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from dino.models import create
 from dino.models.vit import VisionTransformer
+
+if TYPE_CHECKING:
+    from dino.models.timm_backbone import TimmBackbone
 
 WEIGHTS, CONFIG = "teacher.safetensors", "config.json"
 
@@ -26,7 +29,7 @@ def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any]) -> None:
     (folder / CONFIG).write_text(json.dumps({"model": arguments}, indent=2) + "\n")
 
 
-def load(name: str | os.PathLike[str]) -> VisionTransformer:
+def load(name: str | os.PathLike[str]) -> VisionTransformer | TimmBackbone:
     """The backbone of a run directory, in evaluation mode on the CPU; its `image_size` is what it was trained at.
 
     Raises:

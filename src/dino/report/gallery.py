@@ -27,8 +27,8 @@ from dino.data.sources import Source
 from dino.data.views import Views, draw_views
 from dino.inference.attention import jaccard, pca_colours
 from dino.inference.features import extract, preprocess, spread
-from dino.models.vit import VisionTransformer
-from dino.report.pictures import MOST_NUMBERS, Look, look
+from dino.models import NO_ATTENTION, Backbone
+from dino.report.pictures import MOST_PATCHES, Look, look
 from dino.report.run import Run
 
 SHOWN, VIEWED, NEIGHBOURS = 6, 4, 6
@@ -49,16 +49,14 @@ class Gallery:
     """What the sections share; each image in it was read once."""
 
     run: Run
-    model: VisionTransformer  # on `device`
+    model: Backbone  # on `device`
     device: torch.device
     source: Source
     shown: Source  # held-out images, or the training images where none are held out
     pictures: list[Picture]  # of `shown`
 
     @classmethod
-    def open(
-        cls, run: Run, model: VisionTransformer, source: Source, held_out: Source | None, device: torch.device
-    ) -> Gallery:
+    def open(cls, run: Run, model: Backbone, source: Source, held_out: Source | None, device: torch.device) -> Gallery:
         shown = source if held_out is None else held_out
         return cls(run, model, device, source, shown, choose(shown, SHOWN))
 
@@ -80,7 +78,9 @@ class Gallery:
     # --- sections ----------------------------------------------------------------------------------------------
 
     def attention(self) -> str:
-        """Maps and masks of each head."""
+        """Maps and masks of each head, where the architecture has them."""
+        if not self.model.has_attention:
+            return f"<p>{escape(NO_ATTENTION[0].upper() + NO_ATTENTION[1:])}</p>"
         size = self._close_size()
         scenes = self._scenes(size)
         rows = []
@@ -121,7 +121,7 @@ class Gallery:
         size = self._close_size()
         scenes = self._scenes(size)
         squares = [preprocess(p.pixels if scenes is None else scenes.read(p.position), size) for p in self.pictures]
-        colours = pca_colours(self.model, normalise(torch.from_numpy(np.stack(squares))[None].to(self.device)))
+        colours = pca_colours(self.model, self._normalised(squares))
         pairs = ""
         for picture, square, colour in zip(self.pictures, squares, colours.cpu().numpy(), strict=True):
             patches = image((255 * colour + 0.5).astype(np.uint8), "patch features as colours", "pixels")
@@ -135,10 +135,10 @@ class Gallery:
     def neighbours(self) -> str:
         """Rows of a query and the training images whose features are most like its own."""
         size = self.model.image_size
-        squares = np.stack([preprocess(picture.pixels, size) for picture in self.pictures])
+        squares = [preprocess(picture.pixels, size) for picture in self.pictures]
         bank = extract(self.model, self.source, size, self.device, self._bank())
         with torch.no_grad():
-            queries = self.model(normalise(torch.from_numpy(squares)[None].to(self.device))).float().cpu()
+            queries = self.model(self._normalised(squares)).float().cpu()
         similarity = F.normalize(queries, dim=1) @ F.normalize(bank.values, dim=1).T
         if not self.held_out:  # an image is not its own neighbour
             itself = torch.tensor([p.position for p in self.pictures])[:, None] == torch.from_numpy(bank.indices)
@@ -198,8 +198,16 @@ class Gallery:
     def _close_size(self) -> int:
         """Twice the training resolution shows finer maps; beyond 512 pixels they cost more than they tell."""
         own, patch = self.model.image_size, self.model.patch_size
-        most_patches = math.isqrt(math.isqrt(MOST_NUMBERS // self.model.num_heads) - 1)  # per side
-        return min(max(own, min(2 * own, 512)) // patch, most_patches) * patch
+        size = min(max(own, min(2 * own, 512)) // patch, math.isqrt(MOST_PATCHES)) * patch
+        try:
+            self.model.grid(size, size)
+        except ValueError:  # an architecture of one size
+            return own
+        return size
+
+    def _normalised(self, squares: list[np.ndarray]) -> Tensor:
+        """Pixels [h, w, 3] uint8 of equal size as the model takes them."""
+        return normalise(torch.from_numpy(np.stack(squares))[None].to(self.device), self.model.in_channels)
 
     def _scenes(self, size: int) -> Scenes | None:
         """The shown scenes drawn at `size`, where they are scenes."""
@@ -207,8 +215,8 @@ class Gallery:
 
     def _bank(self) -> Sequence[int]:
         model = self.model
-        tokens = 1 + (model.image_size // model.patch_size) ** 2
-        work = tokens * sum(parameter.numel() for parameter in model.parameters())
+        cells = math.prod(model.grid(model.image_size, model.image_size))
+        work = (1 + cells) * sum(parameter.numel() for parameter in model.parameters())
         most = BANK if self.device.type == "cuda" else int(min(BANK, max(200, CPU_WORK / work)))
         return spread(len(self.source), most)
 

@@ -14,8 +14,7 @@ import torch
 
 from dino.config import known
 from dino.data.sources import Source
-from dino.models import weights
-from dino.models.vit import VisionTransformer
+from dino.models import Backbone, weights
 from dino.report import curves
 from dino.report.gallery import Gallery
 from dino.report.run import Run
@@ -51,7 +50,7 @@ def write(folder: Path, source: Source, held_out: Source | None, device: torch.d
     return path
 
 
-def page(run: Run, model: VisionTransformer, source: Source, sections: dict[str, str]) -> str:
+def page(run: Run, model: Backbone, source: Source, sections: dict[str, str]) -> str:
     name = run.folder.resolve().name
     style = resources.files("dino.report").joinpath("style.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#s{i}">{escape(title)}</a>' for i, title in enumerate(sections))
@@ -68,17 +67,17 @@ def page(run: Run, model: VisionTransformer, source: Source, sections: dict[str,
     )
 
 
-def facts(run: Run, model: VisionTransformer, source: Source) -> str:
+def facts(run: Run, model: Backbone, source: Source) -> str:
     """What was trained on what, for how long."""
     o, count = run.options, sum(p.numel() for p in model.parameters())
     state = "complete" if run.complete else "stopped"
     epochs = run.steps * known(o.epochs) / run.total
+    patch = "" if o.model.patch_size is None else f"/{o.model.patch_size}"  # timm's names say it themselves
     classes = f", {len(source.classes)} classes" if source.classes else ", no labels"
     rows = {
         "Run": f"{state}: {epochs:.3g} of {o.epochs} epochs, {run.steps:,} steps of {known(o.batch_size):,} images",
         "Data": f"{escape(o.data.path).replace('/', '/<wbr>')}: {len(source):,} images{classes}",
-        "Model": f"{escape(known(o.model.arch))}/{model.patch_size} at {model.image_size} pixels, "
-        f"{count / 1e6:.1f} M parameters",
+        "Model": f"{escape(known(o.model.arch))}{patch} at {model.image_size} pixels, {count / 1e6:.1f} M parameters",
         "Time": f"{duration(run.seconds)}, {run.rate:,.0f} images/s" if run.rate is not None else "not measured",
     }
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in rows.items()) + "</dl>"
@@ -87,7 +86,7 @@ def facts(run: Run, model: VisionTransformer, source: Source) -> str:
 # --- result --------------------------------------------------------------------------------------------------------
 
 
-def result(run: Run, model: VisionTransformer, source: Source, held_out: Source | None) -> str:
+def result(run: Run, model: Backbone, source: Source, held_out: Source | None) -> str:
     """The figures of merit, and what a reader must not miss."""
     cards = [knn_card(run, source), overlap_card(run)]
     unlabelled = ""
@@ -144,7 +143,7 @@ def card(title: str, text: str, before: dict[str, float | None], after: float | 
     )
 
 
-def health_cards(run: Run, model: VisionTransformer) -> list[str]:
+def health_cards(run: Run, model: Backbone) -> list[str]:
     """What can be said without labels."""
     told = {
         "Effective rank": (

@@ -6,6 +6,7 @@ and bright where it looks most. A mask keeps the picture where most of a head's 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -26,9 +27,9 @@ from dino.data.decode import BadImage, decode
 from dino.data.render import normalise
 from dino.data.sources import open_source
 from dino.inference.attention import cls_attention, enlarge, mass_mask
-from dino.models import Backbone
+from dino.models import NO_ATTENTION, Backbone
 
-MOST_NUMBERS = 2**29  # of one attention matrix over all heads: 2 GB of float32, a few times over while it is computed
+MOST_PATCHES = 2**15  # of one image; the work grows with their square, and here a CPU needs minutes
 GUTTER = 6  # pixels between the pictures of a sheet
 PATIENCE = 2  # seconds before there is a progress bar
 
@@ -63,18 +64,17 @@ def look(model: Backbone, image: np.ndarray, mass: float, device: torch.device |
     """Where [CLS] looks in `image` [h, w, 3] uint8, whose sides are multiples of the patch size.
 
     Raises:
-        ValueError: the image has more patches than memory should be spent on.
+        ValueError: the image has more patches than time should be spent on.
     """
     height, width = image.shape[:2]
-    tokens = 1 + height * width // model.patch_size**2
-    heads = getattr(model, "num_heads", 1)
-    if heads * tokens**2 > MOST_NUMBERS:
+    patches = math.prod(model.grid(height, width))
+    if patches > MOST_PATCHES:
         raise ValueError(
-            f"at {width} x {height} pixels it has {tokens - 1} patches, and their attention would take "
-            f"{4e-9 * heads * tokens**2:.0f} GB of memory; use a smaller --size."
+            f"at {width} x {height} pixels it has {patches:,} patches, more than {MOST_PATCHES:,}, which would take "
+            "very long; use a smaller --size."
         )
     pixels = torch.from_numpy(np.array(image))[None, None].to(device)
-    attention = cls_attention(model, normalise(pixels)).float().cpu()[0]
+    attention = cls_attention(model, normalise(pixels, model.in_channels)).float().cpu()[0]
     attention = torch.cat([attention, attention.mean(dim=0, keepdim=True)])
     maps = enlarge(attention[None], (height, width))[0]
     masks = enlarge(mass_mask(attention, mass)[None], (height, width))[0] > 0
@@ -133,8 +133,10 @@ def write_attention(
         ValueError: an image is missing, unreadable or too small, or `out` cannot be written.
     """
     mass_mask(torch.ones(1, 1), mass)  # refuses a wrong share before any work
-    if size < model.patch_size:
-        raise ValueError(f"--size is {size}, smaller than one patch of {model.patch_size} pixels; enlarge it.")
+    if not model.has_attention:
+        raise ValueError(NO_ATTENTION)
+    if size % model.patch_size:
+        raise ValueError(f"--size is {size}, not a multiple of the patch size {model.patch_size}.")
     files = list(_expand(images))
     written: list[Path] = []
     try:

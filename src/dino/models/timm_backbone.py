@@ -1,0 +1,212 @@
+"""Every architecture of timm as a `Backbone`: a feature of the image, features of the cells of its last map, attention.
+
+timm builds them with fresh weights (nothing is downloaded) and keeps its own parameter names below `model`. What an
+architecture can take is found by running a copy of it on PyTorch's meta device: shapes without arithmetic.
+
+Letters: n images, p prefix tokens ([CLS], registers), d width, h heads.
+"""
+
+import copy
+import difflib
+import functools
+import math
+from typing import Any, Literal
+
+import timm
+import torch
+from jaxtyping import Float
+from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from torch import Tensor, nn
+
+from dino.models import NO_ATTENTION
+
+# Asked of every architecture; one that does not know an option is built without it.
+_WISHES: dict[str, Any] = {
+    "dynamic_img_size": True,  # views of several sizes: ViTs
+    "strict_img_size": False,  # the same: Swin
+    "zero_init_last": False,  # residual branches start as torchvision's, which the reference trains
+}
+
+
+class TimmBackbone(nn.Module):
+    """The architecture `name` without its classifier.
+
+    Args:
+        name: as in `timm.list_models()`.
+        image_size: edge of the images it is built for, pixels.
+        drop_path: stochastic depth rate, as timm spreads it over the layers.
+        stem: "small" for ResNets on small images: a 3x3 convolution of stride 1, no pooling.
+
+    Raises:
+        ValueError: no such architecture, or one that cannot be built so.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_size: int = 224,
+        in_channels: int = 3,
+        drop_path: float = 0.0,
+        stem: Literal["default", "small"] = "default",
+    ):
+        super().__init__()
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models(), n=1)
+            hint = f" Did you mean timm:{near[0]}?" if near else ""
+            raise ValueError(f"timm has no architecture '{name}'.{hint}")
+        self.name, self.image_size, self.in_channels = name, image_size, in_channels
+        self.model, taken = _build(name, in_channels, _WISHES | {"img_size": image_size, "drop_path_rate": drop_path})
+        if drop_path and "drop_path_rate" not in taken:
+            raise ValueError(f"drop_path is {drop_path}, but timm:{name} has no stochastic depth; use 0.")
+        if stem == "small":
+            _shrink_stem(self.model, name)
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+        self._prefix: int | None = getattr(self.model, "num_prefix_tokens", None)
+        rows, _ = self.grid(image_size, image_size)
+        self.patch_size = -(-image_size // rows)
+        self.embed_dim = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)
+        self.has_attention = _has_cls_attention(self.model)
+
+    def forward(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n d"]:
+        """The feature that a classifier would see: the normed [CLS] token or the pooled last map."""
+        return self.model.forward_head(self.model.forward_features(images))
+
+    def tokens(self, images: Float[Tensor, "n c height width"], layers: int = 1) -> list[Float[Tensor, "n t d"]]:
+        """The image's feature, then those of its cells row by row, normed; of the last `layers` blocks, oldest first.
+
+        A cell of a ConvNet gets the feature of an image whose map is that cell everywhere.
+
+        Raises:
+            ValueError: `layers` is above 1 and the architecture's blocks do not all have tokens of the last width.
+        """
+        if layers == 1:
+            return [self._tokens(self.model.forward_features(images))]
+        if not isinstance(self.model, TimmViT):
+            raise ValueError(
+                f"layers is {layers}, but earlier layers of timm:{self.name} have other maps than the last; use 1."
+            )
+        if not 1 <= layers <= len(self.model.blocks):
+            raise ValueError(f"layers is {layers}; this model has 1 to {len(self.model.blocks)} blocks.")
+        kept = self.model.get_intermediate_layers(images, n=layers, norm=True, return_prefix_tokens=True)
+        return [self._tokens(torch.cat([prefix, cells], dim=1)) for cells, prefix in kept]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of cells in the last map of images of this size, pixels.
+
+        Raises:
+            ValueError: the architecture does not take images of this size.
+        """
+        if (height, width) not in self._grids:
+            try:
+                with torch.no_grad():
+                    images = torch.empty(1, self.in_channels, height, width, device="meta")
+                    features = self._outline.forward_features(images)
+                    self._outline.forward_head(features)
+                self._grids[height, width] = self._cells(features, height, width)
+            except Exception as error:  # there are a thousand architectures, and each refuses in its own way
+                reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+                raise ValueError(
+                    f"timm:{self.name}, built for {self.image_size}x{self.image_size} pixels, does not take images of "
+                    f"{height}x{width} ({reason}); use another size or architecture."
+                ) from error
+        return self._grids[height, width]
+
+    def attention(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n h t t"]:
+        """Softmaxed self-attention of the last block, the p prefix tokens first.
+
+        Raises:
+            ValueError: the last block has no softmax attention of a [CLS] token over patches.
+        """
+        return self._attention(images, slice(None))
+
+    def cls_attention(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n h cells"]:
+        """Where [CLS] looks: `attention`'s row 0 over the patches. Raises as `attention` does."""
+        return self._attention(images, slice(1))[:, :, 0, self._prefix :]
+
+    @functools.cached_property  # lies in __dict__, so it is no submodule
+    def _outline(self) -> Any:
+        return copy.deepcopy(self.model).to("meta").eval()
+
+    def _cells(self, features: Any, height: int, width: int) -> tuple[int, int]:
+        assert isinstance(features, Tensor), "its last layer gives several maps, not one"
+        if features.ndim == 4:
+            rows, columns = features.shape[1:3] if self._channels_last else features.shape[2:]
+            return rows, columns
+        length = features.shape[1]
+        if self._prefix is None:  # the first images asked about are square
+            self._prefix = length - math.isqrt(length) ** 2
+        edge = math.sqrt(height * width / (length - self._prefix))
+        rows, columns = round(height / edge), round(width / edge)
+        assert rows * columns == length - self._prefix, "its tokens form no grid"
+        return rows, columns
+
+    @property
+    def _channels_last(self) -> bool:
+        return str(getattr(self.model, "output_fmt", "NCHW")) == "NHWC"
+
+    def _tokens(self, features: Tensor) -> Float[Tensor, "n t d"]:
+        n, image = len(features), self.model.forward_head(features)
+        if features.ndim == 3 and self._prefix:
+            cells = getattr(self.model, "fc_norm", nn.Identity())(features[:, self._prefix :])
+        else:
+            if features.ndim == 3:
+                single = features.flatten(0, 1)[:, None]
+            elif self._channels_last:
+                single = features.flatten(0, 2)[:, None, None]
+            else:
+                single = features.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
+            cells = self.model.forward_head(single).unflatten(0, (n, -1))
+        return torch.cat([image[:, None], cells], dim=1)
+
+    def _attention(self, images: Tensor, queries: slice) -> Float[Tensor, "n h q t"]:
+        if not self.has_attention:
+            raise ValueError(f"timm:{self.name}: {NO_ATTENTION}")
+        seen: list[Tensor] = []
+        block: Any = self.model.blocks[-1]
+        hook = block.attn.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        try:
+            self.model.forward_features(images)
+        finally:
+            hook.remove()
+        q, k, _ = block.attn.qkv(seen[0]).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = block.attn.q_norm(q[:, :, queries]), block.attn.k_norm(k)
+        return (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
+
+
+def _build(name: str, in_channels: int, wishes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model, and those of the `wishes` that the architecture knows."""
+    wishes = dict(wishes)
+    while True:
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_channels, **wishes), wishes
+        except TypeError as error:
+            unknown = [wish for wish in wishes if f"'{wish}'" in str(error)]
+            if not unknown:
+                raise
+            del wishes[unknown[0]]
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"timm:{name} cannot be built for images of {wishes.get('img_size')} pixels and {in_channels} channels "
+                f"({error}); use another size or architecture."
+            ) from error
+
+
+def _shrink_stem(model: Any, name: str) -> None:
+    """A 3x3 convolution of stride 1 in place of 7x7 and stride 2, and no pooling after it."""
+    if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
+        raise ValueError(
+            f"stem 'small' replaces a ResNet's 7x7 convolution and pooling, which timm:{name} does not have; "
+            "leave it out, or use for example timm:resnet18."
+        )
+    old = model.conv1
+    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+
+
+def _has_cls_attention(model: nn.Module) -> bool:
+    if not isinstance(model, TimmViT) or model.cls_token is None or model.global_pool != "token":
+        return False
+    # Not by isinstance: the class has moved between versions of timm, and others that derive from it look differently.
+    return type(getattr(model.blocks[-1], "attn", None)).__name__ == "Attention"
