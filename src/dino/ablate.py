@@ -96,7 +96,9 @@ class Ablation:
         if other := [name for name in missing if not self.begun_as_wanted(name)]:
             raise ValueError(f"{self.folder} holds '{other[0]}' with other options or data; choose another --out.")
         (self.folder / "rows").mkdir(parents=True, exist_ok=True)
-        self.console.print(f"{self.table.title}: {len(self.runs)} rows, {len(results)} finished; in {self.folder}")
+        self.console.print(
+            f"{self.table.title}: {len(self.runs)} rows, {len(results)} finished; in {self.folder}", soft_wrap=True
+        )
         slots: SimpleQueue[str] = SimpleQueue()
         places = self._places()
         for place in places:

@@ -80,9 +80,13 @@ def _run(options: TrainOptions, device: torch.device, terminal: log.Terminal) ->
     distributed.barrier()  # every rank has seen the folder as it was before the main one writes its file list there
     try:
         trainer, held_out = set_up(options, folder, device, terminal)
-    except ValueError:
+    except (ValueError, OSError) as error:
         if fresh and distributed.is_main():  # leave nothing behind (the file list may lie there already)
             shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"--out {folder} cannot be written ({error.strerror or error}); choose another."
+            ) from error
         raise
     complete = trainer.fit()
     if distributed.is_main():

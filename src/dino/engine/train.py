@@ -31,7 +31,7 @@ from dino.engine.checkpoint import CheckpointError, Checkpoints
 from dino.engine.log import Metrics, Quarantine, Terminal
 from dino.engine.monitor import CollapseMonitor
 from dino.method import DINO, Network, Step
-from dino.models import Backbone, Head, create, weights
+from dino.models import Backbone, Head, ImageSizeError, create, weights
 
 Callback = Callable[[DINO], dict[str, float]]  # measures the method between steps; runs on the main rank
 
@@ -97,7 +97,10 @@ def build_method(options: TrainOptions) -> DINO:
     torch.manual_seed(options.seed)
 
     def network(drop_path: float, norm_last_layer: bool, predictor: bool) -> Network:
-        backbone = create(**model_arguments(options), drop_path=drop_path)
+        try:
+            backbone = create(**model_arguments(options), drop_path=drop_path)
+        except ImageSizeError as error:
+            raise ValueError(f"views.global_size is {options.views.global_size}: {error}") from error
         check_views(backbone, options.views)
         head = Head(
             backbone.embed_dim,

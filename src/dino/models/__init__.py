@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor, nn
 
 from dino.models.head import Head
-from dino.models.vit import SIZES, VisionTransformer
+from dino.models.vit import SIZES, ImageSizeError, VisionTransformer
 
 if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
 
-__all__ = ["NO_ATTENTION", "SIZES", "Backbone", "Head", "VisionTransformer", "create"]
+__all__ = ["NO_ATTENTION", "SIZES", "Backbone", "Head", "ImageSizeError", "VisionTransformer", "create"]
 
 TIMM = "timm:"  # before the name of an architecture that timm builds
 NO_ATTENTION = (

@@ -27,6 +27,10 @@ SIZES: dict[str, tuple[int, int, int]] = {
 }
 
 
+class ImageSizeError(ValueError):
+    """A backbone cannot take images of this size."""
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drops a residual branch for whole samples, and scales the kept ones by 1 / (1 - rate)."""
 
@@ -170,13 +174,15 @@ class VisionTransformer(nn.Module):
         """Rows and columns of patches in images of this size, pixels.
 
         Raises:
-            ValueError: the size is no multiple of the patch size.
+            ImageSizeError: the size is no multiple of the patch size.
         """
         p = self.patch_size
         if height < p or width < p:
-            raise ValueError(f"images are {height}x{width} pixels, smaller than one patch of {p} pixels; enlarge them.")
+            raise ImageSizeError(
+                f"images are {height}x{width} pixels, smaller than one patch of {p} pixels; enlarge them."
+            )
         if height % p or width % p:
-            raise ValueError(
+            raise ImageSizeError(
                 f"images are {height}x{width} pixels, which is not a multiple of the patch size {p}; "
                 f"use {height // p * p}x{width // p * p} or another patch size."
             )
