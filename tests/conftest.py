@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zlib
@@ -32,6 +33,12 @@ def golden_images(seed: int, *shape: int) -> torch.Tensor:
 def load_golden_weights(module: torch.nn.Module, prefix: str = "") -> None:
     state = {k: torch.from_numpy(golden_weight(prefix + k, tuple(v.shape))) for k, v in module.state_dict().items()}
     module.load_state_dict(state)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Nothing is read from or left in the cache of whoever runs the tests."""
+    os.environ["DINO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

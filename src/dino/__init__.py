@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dino.models import create
     from dino.models.weights import load
 
+__version__ = "0.1.0"
 __all__ = ["create", "load", "train"]
 
 _HOME = {"train": "dino.api", "load": "dino.models.weights", "create": "dino.models"}

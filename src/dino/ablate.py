@@ -25,10 +25,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from dino import config, distributed, recipes, tables
-from dino.api import knn_accuracy, labelled_pair, split_folders
 from dino.config import TrainOptions, known, replace
 from dino.data.loader import spare_cores
 from dino.engine.log import read_metrics
+from dino.eval import knn
+from dino.eval.judge import split_folders
+from dino.eval.options import KnnOptions
 from dino.models import weights
 from dino.tables import Row, Table
 
@@ -164,10 +166,11 @@ class Ablation:
             self.console.print(f"  {name}: failed ({'; '.join(last)}); run the same command again to go on")
             return None
         model = weights.load(run).to(self.device)
-        found = knn_accuracy(model, *labelled_pair(*self.data), self.device, ks=(K,))
+        train, val = self.data
+        found = knn.evaluate(model, KnnOptions(model=str(run), data=train, val=val, k=(K,)), self.device)
         return {
             "options": _plain(self.runs[name]),
-            "knn": found[f"knn{K}_top1"],
+            "knn": found.figures[f"knn{K}_top1"],
             "untrained": next((line[f"knn{K}_top1"] for line in lines if f"knn{K}_top1" in line), None),
             "collapse": collapsed,
             "minutes": (time.monotonic() - before) / 60,

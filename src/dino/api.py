@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,21 +15,17 @@ from dino import config, distributed, recipes
 from dino.config import TrainOptions, flatten, known, replace, to_dict
 from dino.data.loader import ViewBatches, spare_cores
 from dino.data.render import CpuRenderer, DeviceRenderer, crop
-from dino.data.scenes import Scenes
 from dino.data.sources import Source, open_source, split
 from dino.engine import log
 from dino.engine.train import Trainer
-from dino.eval import knn
+from dino.eval.judge import MOST_HELD_OUT, agreeing, open_scenes
 from dino.eval.online import OnlineEvaluation, probe
-from dino.inference.features import extract
-from dino.models import Backbone, weights
+from dino.models import weights
 
 if TYPE_CHECKING:
-    from dino.cli import AttentionOptions, KnnOptions, ReportOptions
+    from dino.cli import AttentionOptions, ReportOptions
 
 T = TypeVar("T")
-
-MOST_HELD_OUT, HELD_OUT_SCENES = 1000, 500
 
 
 def train(
@@ -187,27 +183,13 @@ def prepare(options: TrainOptions, folder: Path) -> None:
 def open_pair(options: TrainOptions, folder: Path | None) -> tuple[Source, Source | None]:
     """Training and held-out images, with the file list cached in the run directory `folder`."""
     spec = options.data.path
-    if spec == "scenes" or spec.startswith("scenes:"):
-        count = spec.partition(":")[2] or "3000"
-        if not count.isdigit() or int(count) < 1:
-            raise ValueError(f"--data {spec}: write scenes:NUMBER with the number of images to draw, e.g. scenes:3000.")
-        return Scenes(int(count)), Scenes(HELD_OUT_SCENES, first=int(count))
+    if (scenes := open_scenes(spec)) is not None:
+        return scenes
     cache = None if folder is None else folder / "files.jsonl"
     source = open_source(spec, options.data.labels, cache, trust_cache=options.resume is not None)
     if options.data.val is not None:
         return agreeing(source, open_source(options.data.val, options.data.labels))
     return split(source, options.data.val_fraction, MOST_HELD_OUT, options.seed)
-
-
-def agreeing(train: Source, test: Source) -> tuple[Source, Source]:
-    """Both, if their class numbers mean the same; numbers are given by each folder on its own."""
-    if train.classes and test.classes and train.classes != test.classes:
-        only = min(set(train.classes) ^ set(test.classes))
-        raise ValueError(
-            f"training and held-out images differ in their classes, for example '{only}'; make them agree, or train "
-            "with --data.labels none."
-        )
-    return train, test
 
 
 def view_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:
@@ -275,61 +257,6 @@ def report(folder: Path, source: Source, held_out: Source | None, device: torch.
 
 def train_command(options: TrainOptions) -> None:
     run(options)
-
-
-def knn_command(options: KnnOptions) -> None:
-    """Print top-1 and top-5 for every k."""
-    device = distributed.start(options.device)
-    model = weights.load(options.model).to(device)
-    pair = labelled_pair(options.data, options.val)
-    result = knn_accuracy(model, *pair, device, options.k, options.temp, options.size)
-    print(f"{options.model}: {result['bank']:.0f} images in the bank, {result['queries']:.0f} classified")
-    print("    k   top-1   top-5")
-    for k in options.k:
-        if f"knn{k}_top1" in result:
-            top5 = result.get(f"knn{k}_top5")
-            print(f"{k:5d}  {result[f'knn{k}_top1']:6.2f}  " + (f"{top5:6.2f}" if top5 is not None else "     -"))
-
-
-def knn_accuracy(
-    model: Backbone,
-    train: Source,
-    test: Source,
-    device: torch.device,
-    ks: Sequence[int] = knn.KS,
-    temp: float = 0.07,
-    size: int | None = None,
-) -> dict[str, float]:
-    """`dino.eval.knn.classify` on the features of two labelled sources, with `bank` and `queries`, their sizes."""
-    size = size or model.image_size
-    bank = extract(model, train, size, device, progress="bank")
-    queries = extract(model, test, size, device, progress="queries")
-    for part, name in ((bank, "training"), (queries, "test")):
-        if part.bad:
-            print(f"{len(part.bad)} {name} images could not be read and were left out, first: {part.bad[0]}")
-    bank_labels = torch.from_numpy(known(train.labels)[bank.indices])
-    labels = torch.from_numpy(known(test.labels)[queries.indices])
-    result = knn.classify(bank.values, bank_labels, queries.values, labels, ks, temp)
-    return result | {"bank": len(bank.values), "queries": len(queries.values)}
-
-
-def split_folders(data: str, val: str | None) -> tuple[str, str | None]:
-    """Training and test folders of `data` where it holds train/ and val/; else itself and what was given."""
-    root = Path(data)
-    if val is None and (root / "train").is_dir() and (root / "val").is_dir():
-        return str(root / "train"), str(root / "val")
-    return data, val
-
-
-def labelled_pair(data: str, val: str | None) -> tuple[Source, Source]:
-    """Labelled training and test images that agree on their classes."""
-    train, val = split_folders(data, val)
-    labels = "auto" if train.partition(":")[0] == "scenes" else "folders"
-    options = replace(TrainOptions(), {"data.path": train, "data.val": val, "data.labels": labels})
-    bank, test = open_pair(options, None)
-    if test is None:
-        raise ValueError(f"--data {data} holds too few images to set some aside; give test images with --val.")
-    return bank, test
 
 
 def attention_command(options: AttentionOptions) -> None:

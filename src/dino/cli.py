@@ -16,25 +16,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from tyro.conf import Positional
 
-from dino import config, recipes
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnnOptions:
-    model: Positional[str]
-    """A run directory."""
-    data: str
-    """Labelled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the test set)."""
-    val: str | None = None
-    """Labelled test images, when they lie elsewhere."""
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours."""
-    temp: float = 0.07
-    """Temperature of the votes exp(cosine / temp)."""
-    size: int | None = None
-    """Edge of the evaluation view, pixels. None: what the model was trained at."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+from dino import __version__, config, recipes
+from dino.eval.options import KnnOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +84,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command("learn from images without labels", config.TrainOptions, "dino.api:train_command"),
-    "eval knn": Command("k-NN accuracy of a run's features", KnnOptions, "dino.api:knn_command"),
+    "eval knn": Command("k-NN accuracy of a run's features", KnnOptions, "dino.eval.knn:command"),
     "ablate": Command("train the rows of one of the paper's tables", AblateOptions, "dino.ablate:ablate_command"),
     "attention": Command("pictures of where the model looks", AttentionOptions, "dino.api:attention_command"),
     "report": Command("write a run's report.html again", ReportOptions, "dino.api:report_command"),
@@ -154,9 +137,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(HELP.format(commands="\n".join(f"  {n:<{width}}  {c.summary}" for n, c in COMMANDS.items())), end="")
         return 0
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"dino {version('dino')}")
+        print(f"dino {__version__}")
         return 0
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]

@@ -273,6 +273,9 @@ class Scenes:
         """'scene-00042': the scene's position in the endless row of its seed."""
         return f"scene-{self.first + self._checked(index):05d}"
 
+    def stamp(self) -> str:
+        return ""  # the fingerprint says it all
+
     def read(self, index: int) -> Array:
         """The scene as uint8 [size, size, 3]."""
         return _draw(self._scene(index), self.size)

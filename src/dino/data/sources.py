@@ -34,6 +34,10 @@ class Source(Protocol):
         """Hex digest of names and labels: which data this is."""
         ...
 
+    def stamp(self) -> str:
+        """Hex digest of what shows that an image's content has changed (sizes and times); looks at every file."""
+        ...
+
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
@@ -65,6 +69,16 @@ class Files:
     def name(self, index: int) -> str:
         return self._names[index]
 
+    def stamp(self) -> str:
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            try:
+                status = os.stat(os.path.join(self.root, self._names[index]))
+                digest.update(b"%d %d;" % (status.st_size, status.st_mtime_ns))
+            except OSError:
+                digest.update(b"gone;")
+        return digest.hexdigest()
+
     def read(self, index: int) -> np.ndarray:
         return decode(os.path.join(self.root, self._names[index]))
 
@@ -83,6 +97,9 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def stamp(self) -> str:
+        return self.source.stamp()
 
     def read(self, index: int) -> np.ndarray:
         return self.source.read(int(self.indices[index]))

@@ -8,6 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino import distributed
+from dino.config import known
+from dino.eval.judge import Judgement, fingerprint, judge, labelled_pair
+from dino.eval.options import KnnOptions
+from dino.inference import cache
+from dino.models import Backbone
+
 KS = (10, 20, 100, 200)
 SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32
 
@@ -52,3 +59,46 @@ def classify(
         if top == 5:
             result[f"knn{k}_top5"] = top5
     return result
+
+
+# ImageNet, k = 20 (tables 2, 8 and the reference's README).
+PAPER = {
+    "vit_small/16": {"knn20_top1": 74.5},
+    "vit_small/8": {"knn20_top1": 78.3},
+    "vit_base/16": {"knn20_top1": 76.1},
+    "vit_base/8": {"knn20_top1": 77.4},
+    "resnet50": {"knn20_top1": 67.5},
+    "xcit_small_12_p16_224": {"knn20_top1": 76.0},
+    "xcit_small_12_p8_224": {"knn20_top1": 77.1},
+    "xcit_medium_24_p16_224": {"knn20_top1": 76.4},
+    "xcit_medium_24_p8_224": {"knn20_top1": 77.9},
+}
+
+
+def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Judgement:
+    """`classify` on [CLS] features of the evaluation view, exact, in float32."""
+    train, test = labelled_pair(options.data, options.val)
+    size, digest = options.size or model.image_size, fingerprint(model)
+    bank = cache.features(model, digest, train, size, device, progress="bank")
+    queries = cache.features(model, digest, test, size, device, progress="queries")
+    for part, name in ((bank, "training"), (queries, "test")):
+        if part.bad and distributed.is_main():
+            print(f"{len(part.bad)} {name} images could not be read and were left out, first: {part.bad[0]}")
+    figures = classify(
+        bank.values.to(device),
+        torch.from_numpy(known(train.labels)[bank.indices]).to(device),
+        queries.values.to(device),
+        torch.from_numpy(known(test.labels)[queries.indices]).to(device),
+        options.k,
+        options.temp,
+    )
+    return Judgement(
+        figures,
+        f"k-NN of [CLS] features at {size} pixels, votes weighted by exp(cosine / {options.temp:g})",
+        {"bank": train.fingerprint, "queries": test.fingerprint},
+        {"images in the bank": len(bank.values), "classified": len(queries.values)},
+    )
+
+
+def command(options: KnnOptions) -> None:
+    judge("knn", options, evaluate, PAPER)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dino import distributed
 from dino.data.decode import BadImage
 from dino.data.loader import spare_cores, start_worker
 from dino.data.render import normalise
@@ -68,6 +69,33 @@ class EvaluationViews(Dataset[tuple[Tensor, list[int], list[tuple[str, str]]]]):
         return torch.from_numpy(stacked)[None], kept, bad
 
 
+Readout = Literal["cls", "average", "gem", "cls+average", "cls+gem", "last4"]
+
+
+def gem(patches: Tensor, power: float = 4.0) -> Tensor:
+    """Generalised mean over patches [n, p, d] -> [n, d], as the reference's copy detection takes it."""
+    return patches.clamp(min=1e-6).pow(power).mean(dim=1).pow(1 / power)
+
+
+def _cls_and(pool: Callable[[Tensor], Tensor]) -> Callable[[Backbone, Tensor], Tensor]:
+    def read(model: Backbone, images: Tensor) -> Tensor:
+        tokens = model.tokens(images)[-1]
+        return torch.cat([tokens[:, 0], pool(tokens[:, 1:])], dim=1)
+
+    return read
+
+
+# Normalised images to features [n, d]: the last [CLS], patches of the last block pooled, both, or the last four [CLS].
+READOUTS: dict[Readout, Callable[[Backbone, Tensor], Tensor]] = {
+    "cls": lambda model, images: model(images),
+    "average": lambda model, images: model.tokens(images)[-1][:, 1:].mean(dim=1),
+    "gem": lambda model, images: gem(model.tokens(images)[-1][:, 1:]),
+    "cls+average": _cls_and(lambda patches: patches.mean(dim=1)),
+    "cls+gem": _cls_and(gem),
+    "last4": lambda model, images: torch.cat([tokens[:, 0] for tokens in model.tokens(images, layers=4)], dim=1),
+}
+
+
 class Features(NamedTuple):
     values: Tensor  # [m, d] float32, on the CPU
     indices: np.ndarray  # [m] positions in the source; fewer than asked for when images were unreadable
@@ -84,26 +112,47 @@ def extract(
     batch_size: int = 128,
     num_workers: int | None = None,
     progress: str | None = None,
+    readout: Readout = "cls",
+    shared: bool = False,
 ) -> Features:
-    """[CLS] features of the images of `source` (those at `indices`), in order, in float32 as the reference does.
+    """Features of the images of `source` (those at `indices`), in order, in float32 as the reference does.
 
     Args:
         size: edge of the evaluation view, pixels.
         progress: a label shows a progress bar on the terminal.
+        readout: what of the model's outputs is the feature.
+        shared: every rank computes its share and gets all of them; all ranks must call this.
     """
     indices = range(len(source)) if indices is None else indices
+    if shared and distributed.world_size() > 1:
+        # Whole batches, so that each is computed as it would be on one rank.
+        starts = range(distributed.rank() * batch_size, len(indices), distributed.world_size() * batch_size)
+        mine = [index for start in starts for index in indices[start : start + batch_size]]
+        part = extract(model, source, size, device, mine, batch_size, num_workers, progress, readout)
+        return _together(distributed.gather(part), indices)
     if num_workers is None:  # starting processes costs more than a few hundred small images
         num_workers = spare_cores() if len(indices) * size**2 > 2e7 and torch.device(device).type == "cuda" else 0
     views = EvaluationViews(source, indices, size, batch_size)
     loader = DataLoader(
         views, batch_size=None, num_workers=num_workers, worker_init_fn=start_worker if num_workers else None
     )
-    values, kept, bad = [torch.zeros(0, model.embed_dim)], [], []
+    values, kept, bad, read = [], [], [], READOUTS[readout]
     show = progress is not None and sys.stderr.isatty()
     batches = track(loader, description=progress, total=len(views), transient=True) if show and progress else loader
     for images, positions, failed in batches:
         if positions:
-            values.append(model(normalise(images.to(device), model.in_channels)).float().cpu())
+            values.append(read(model, normalise(images.to(device), model.in_channels)).float().cpu())
         kept += positions
         bad += failed
-    return Features(torch.cat(values), np.array(kept, dtype=np.int64), bad)
+    return Features(
+        torch.cat(values) if values else torch.zeros(0, model.embed_dim), np.array(kept, dtype=np.int64), bad
+    )
+
+
+def _together(parts: list[Features], indices: Sequence[int]) -> Features:
+    """The ranks' features in the order of `indices`."""
+    place = {index: i for i, index in enumerate(map(int, indices))}
+    kept = np.concatenate([part.indices for part in parts])
+    order = np.argsort([place[index] for index in kept.tolist()], kind="stable")
+    values = torch.cat([part.values for part in parts if len(part.values)] or [parts[0].values])
+    return Features(values[torch.from_numpy(order)], kept[order], [entry for part in parts for entry in part.bad])

@@ -1,0 +1,168 @@
+"""What all evaluations share: the model and its data opened, the figures printed beside the paper's and written down.
+
+An evaluation is a function `evaluate(model, options, device) -> Judgement`, the same from the command line, from
+Python and as a training callback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from dino import __version__, distributed
+from dino.data.scenes import Scenes
+from dino.data.sources import Source, open_source, split
+from dino.eval.options import EvalOptions
+from dino.models import Backbone, VisionTransformer, weights
+from dino.models.vit import SIZES
+
+MOST_HELD_OUT, HELD_OUT_SCENES = 1000, 500
+
+Options = TypeVar("Options", bound=EvalOptions)
+Paper = Mapping[str, Mapping[str, float]]  # model as `paper_name` calls it -> figure -> value
+
+
+class Judgement(NamedTuple):
+    """What an evaluation found."""
+
+    figures: dict[str, float]  # by name; percent unless the name says otherwise
+    protocol: str  # what was done, in a sentence
+    data: dict[str, str]  # part -> fingerprint of its images
+    counts: dict[str, int]  # part -> number of images used
+
+
+def judge(
+    name: str, options: Options, evaluate: Callable[[Backbone, Options, torch.device], Judgement], paper: Paper
+) -> dict[str, Any]:
+    """Run one evaluation from its options; print and write what it found, and return that."""
+    device = distributed.start(options.device)
+    try:
+        model = weights.load(options.model).to(device)
+        found = evaluate(model, options, device)
+        result = {
+            "evaluation": name,
+            "figures": found.figures,
+            "protocol": found.protocol,
+            "images": found.counts,
+            "data": found.data,
+            "model": {"name": options.model, "sha256": fingerprint(model)},
+            "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in ("model", "json", "device")},
+            "version": __version__,
+            "torch": torch.__version__,
+        }
+        if distributed.is_main():
+            print(table(options.model, found, paper.get(paper_name(model), {}), paper_name(model)))
+            if written := _write(options, name, result):
+                print(f"Written: {written}")
+        return result
+    finally:
+        distributed.stop()
+
+
+def table(name: str, found: Judgement, theirs: Mapping[str, float], what: str) -> str:
+    """Figures in lines, with a column of the paper's where it has any for such a model."""
+    counts = ", ".join(f"{count:,} {part}" for part, count in found.counts.items())
+    width = max(map(len, found.figures), default=0)
+    lines = [f"{name}: {counts}", found.protocol]
+    if theirs:
+        lines.append(f"{'':<{width}}    here   paper ({what})")
+    for figure, value in found.figures.items():
+        beside = f"  {theirs[figure]:6.1f}" if figure in theirs else ""
+        lines.append(f"{figure:<{width}}  {value:6.2f}{beside}")
+    return "\n".join(lines)
+
+
+def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | None:
+    if options.json is not None:
+        path = Path(options.json)
+    elif (Path(options.model) / "config.toml").is_file():
+        path = Path(options.model) / "eval" / f"{name}.json"
+    else:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(
+            f"the result cannot be written to {path} ({error.strerror}); choose another --json."
+        ) from error
+    return path
+
+
+def fingerprint(model: Backbone) -> str:
+    """Hex digest of a model's weights."""
+    assert isinstance(model, nn.Module)
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def paper_name(model: Backbone) -> str:
+    """What the paper calls such a model, e.g. "vit_small/16"; "" when it has none."""
+    if isinstance(model, VisionTransformer):
+        sizes = (model.embed_dim, model.depth, model.num_heads)
+        arch = next((name for name, known in SIZES.items() if known == sizes), "")
+        return f"{arch}/{model.patch_size}" if arch else ""
+    return str(getattr(model, "name", ""))
+
+
+# --- labelled data --------------------------------------------------------------------------------------------------
+
+
+def split_folders(data: str, val: str | None) -> tuple[str, str | None]:
+    """Training and test folders of `data` where it holds train/ and val/; else itself and what was given."""
+    root = Path(data)
+    if val is None and (root / "train").is_dir() and (root / "val").is_dir():
+        return str(root / "train"), str(root / "val")
+    return data, val
+
+
+def labelled_pair(data: str, val: str | None) -> tuple[Source, Source]:
+    """Labelled training and test images that agree on their classes.
+
+    Raises:
+        ValueError: there are no class folders, too few images, or the classes differ.
+    """
+    train, val = split_folders(data, val)
+    if (scenes := open_scenes(train)) is not None:
+        return scenes
+    bank = open_source(train, "folders")
+    if val is not None:
+        return agreeing(bank, open_source(val, "folders"))
+    bank, test = split(bank, 0.1, MOST_HELD_OUT, 0)
+    if test is None:
+        raise ValueError(f"--data {data} holds too few images to set some aside; give test images with --val.")
+    return bank, test
+
+
+def open_scenes(spec: str) -> tuple[Scenes, Scenes] | None:
+    """Training and held-out drawn scenes where `spec` is 'scenes' or 'scenes:NUMBER'."""
+    if spec != "scenes" and not spec.startswith("scenes:"):
+        return None
+    count = spec.partition(":")[2] or "3000"
+    if not count.isdigit() or int(count) < 1:
+        raise ValueError(f"--data {spec}: write scenes:NUMBER with the number of images to draw, e.g. scenes:3000.")
+    return Scenes(int(count)), Scenes(HELD_OUT_SCENES, first=int(count))
+
+
+def agreeing(train: Source, test: Source) -> tuple[Source, Source]:
+    """Both, if their class numbers mean the same; numbers are given by each folder on its own."""
+    if train.classes and test.classes and train.classes != test.classes:
+        only = min(set(train.classes) ^ set(test.classes))
+        raise ValueError(
+            f"training and held-out images differ in their classes, for example '{only}'; make them agree, or train "
+            "with --data.labels none."
+        )
+    return train, test

@@ -1,0 +1,78 @@
+"""Features kept on disk, and used again as long as neither the model nor the images have changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dino import distributed
+from dino.data.sources import Source
+from dino.inference.features import Features, Readout, extract
+from dino.models import Backbone
+
+
+def folder() -> Path:
+    return Path(os.environ.get("DINO_CACHE", "~/.cache/dino")).expanduser() / "features"
+
+
+def features(
+    model: Backbone,
+    model_hash: str,
+    source: Source,
+    size: int,
+    device: torch.device,
+    readout: Readout = "cls",
+    progress: str | None = None,
+) -> Features:
+    """`extract` over all ranks, from the cache where it holds just these; every rank gets all of them.
+
+    Args:
+        model_hash: digest of the model's weights.
+        readout: see `dino.inference.features.READOUTS`.
+    """
+    key = [model_hash, source.fingerprint, source.stamp(), str(size), readout, str(len(source))]
+    path = folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+    found = _load(path) if distributed.is_main() else None
+    if distributed.gather(found is not None)[0]:
+        return found if found is not None else known_to_all(path)
+    result = extract(model, source, size, device, readout=readout, shared=True, progress=progress)
+    if distributed.is_main():
+        _save(path, result)
+    distributed.barrier()
+    return result
+
+
+def known_to_all(path: Path) -> Features:
+    found = _load(path)
+    assert found is not None, "the main rank has just read it"
+    return found
+
+
+def _load(path: Path) -> Features | None:
+    try:
+        with safe_open(path, "pt") as file:
+            bad = [(str(name), str(reason)) for name, reason in json.loads(file.metadata()["bad"])]
+            return Features(file.get_tensor("values"), file.get_tensor("indices").numpy(), bad)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _save(path: Path, found: Features) -> None:
+    """All or nothing; a cache that cannot be written is no reason to fail."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"values": found.values, "indices": torch.from_numpy(np.ascontiguousarray(found.indices))}
+        save_file(tensors, temporary, {"bad": json.dumps(found.bad)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError):
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""What evaluations share: results on disk, features that are reused, and two ranks that agree with one."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import dino
+from conftest import TINY, draw_images, run_dino
+from dino.config import TrainOptions, replace
+from dino.data.sources import open_source
+from dino.eval import judge, knn
+from dino.eval.options import KnnOptions
+from dino.inference import cache
+from dino.inference.features import READOUTS, extract
+from dino.models import VisionTransformer
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return VisionTransformer(image_size=32, patch_size=8, dim=24, depth=5, num_heads=2).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("judged")
+    photos = draw_images(root / "photos", 300)
+    options = replace(TrainOptions(), TINY | {"epochs": 1, "report": False})
+    return dino.train(options, data=str(photos), out=str(root / "run")), photos
+
+
+def test_result_is_printed_and_written(trained, tmp_path):
+    run, photos = trained
+    done = run_dino("eval", "knn", run, "--data", photos, "--k", 5, 10)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "eval" / "knn.json").read_text())
+    assert result["figures"].keys() == {"knn5_top1", "knn10_top1"}
+    assert result["images"] == {"images in the bank": 270, "classified": 30}
+    assert result["options"]["k"] == [5, 10]
+    assert len(result["model"]["sha256"]) == 64
+    assert f"knn5_top1   {result['figures']['knn5_top1']:6.2f}" in done.stdout
+    elsewhere = run_dino("eval", "knn", run, "--data", photos, "--k", 5, "--json", tmp_path / "deep" / "r.json")
+    assert elsewhere.returncode == 0
+    assert json.loads((tmp_path / "deep" / "r.json").read_text())["figures"].keys() == {"knn5_top1"}
+
+
+def test_two_ranks_give_the_same_result(trained, tmp_path):
+    run, photos = trained
+    results = []
+    for ranks in (1, 2):
+        file = tmp_path / f"{ranks}.json"
+        environment = os.environ | {"DINO_CACHE": str(tmp_path / f"cache{ranks}")}
+        done = run_dino("eval", "knn", run, "--data", photos, "--json", file, ranks=ranks, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Written") == 1
+        results.append(json.loads(file.read_text()))
+    assert results[0]["figures"] == results[1]["figures"]
+    parts = [sorted((tmp_path / f"cache{ranks}" / "features").iterdir()) for ranks in (1, 2)]
+    assert [p.name for p in parts[0]] == [p.name for p in parts[1]]
+    for one, two in zip(*parts, strict=True):
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_features_are_reused_until_something_changes(model, photos, cache_folder):
+    source = open_source(str(photos), "folders")
+    digest = judge.fingerprint(model)
+
+    def features(size=32, readout="cls"):
+        return cache.features(model, digest, open_source(str(photos), "folders"), size, torch.device("cpu"), readout)
+
+    first = features()
+    np.testing.assert_array_equal(first.values, extract(model, source, 32).values)
+    assert len(list(cache_folder.iterdir())) == 1
+    model.pos_embed.data.zero_()  # under the old digest: only the cache can still know the old features
+    assert torch.equal(features().values, first.values)
+    assert not torch.equal(features(size=24).values, first.values)
+    assert features(readout="cls+gem").values.shape == (24, 48)
+    digest = judge.fingerprint(model)
+    second = features()
+    assert not torch.equal(second.values, first.values)
+    image = next(photos.rglob("*.jpg"))
+    os.utime(image, (1, 1))
+    files = len(list(cache_folder.iterdir()))
+    features()
+    assert len(list(cache_folder.iterdir())) == files + 1
+
+
+def test_a_damaged_or_unwritable_cache_is_no_obstacle(model, photos, cache_folder, monkeypatch):
+    source, digest = open_source(str(photos), "folders"), judge.fingerprint(model)
+    first = cache.features(model, digest, source, 32, torch.device("cpu"))
+    (file,) = cache_folder.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    again = cache.features(model, digest, source, 32, torch.device("cpu"))
+    assert torch.equal(first.values, again.values)
+    (cache_folder.parent.parent / "blocked").write_text("")
+    monkeypatch.setenv("DINO_CACHE", str(cache_folder.parent.parent / "blocked"))
+    assert torch.equal(cache.features(model, digest, source, 32, torch.device("cpu")).values, first.values)
+
+
+def test_readouts_against_plain_code(model):
+    images = torch.randn(3, 3, 32, 32)
+    last = model.tokens(images)[-1]
+    cls, patches = last[:, 0], last[:, 1:]
+    power_mean = (patches.clamp(min=1e-6) ** 4).mean(1) ** 0.25
+    four = torch.cat([t[:, 0] for t in model.tokens(images, 4)], dim=1)
+    expected = {
+        "cls": cls,
+        "average": patches.mean(1),
+        "gem": power_mean,
+        "cls+average": torch.cat([cls, patches.mean(1)], 1),
+        "cls+gem": torch.cat([cls, power_mean], 1),
+        "last4": four,
+    }
+    assert READOUTS.keys() == expected.keys()
+    for name, read in READOUTS.items():
+        torch.testing.assert_close(read(model, images), expected[name])
+
+
+def test_the_same_from_python(trained):
+    run, photos = trained
+    found = knn.evaluate(dino.load(run), KnnOptions(model=str(run), data=str(photos), k=(5,)), torch.device("cpu"))
+    assert 0 <= found.figures["knn5_top1"] <= 100
+
+
+def test_names_of_the_papers_models():
+    with torch.device("meta"):
+        assert judge.paper_name(dino.create("vit_small", patch_size=8)) == "vit_small/8"
+        assert judge.paper_name(dino.create("vit_small", patch_size=8, depth=3)) == ""
+
+
+def test_a_result_that_cannot_be_written_is_said(trained):
+    run, photos = trained
+    done = run_dino("eval", "knn", run, "--data", photos, "--k", 5, "--json", "/proc/no/r.json")
+    assert done.returncode == 2
+    assert "choose another --json" in done.stderr
