@@ -239,7 +239,7 @@ class Trainer:
         key = np.random.SeedSequence([self.options.seed, distributed.rank(), step])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
         optim.set_rates(self.optimizer, self.plan.lr(step), self.plan.weight_decay(step))
-        groups = [normalise(g) for g in self._to_device(batch)]
+        groups = [normalise(g) for g in self.to_device(batch)]
         with parallel.autocast(self.device, self.precision):
             result: Step = self.forward(groups, self.plan.teacher_temp(step))
         self.optimizer.zero_grad(set_to_none=True)
@@ -253,7 +253,7 @@ class Trainer:
         method.update_teacher(self.plan.momentum(step))
         return torch.stack([result.loss.detach(), result.entropy, result.usage, result.centre_norm, grad_norm])
 
-    def _to_device(self, batch: Batch) -> list[Tensor]:
+    def to_device(self, batch: Batch) -> list[Tensor]:
         groups = [g.to(self.device, non_blocking=True) for g in batch.groups]
         return groups if self.colour is None or batch.views is None else self.colour(groups, batch.views)
 

@@ -172,19 +172,7 @@ class VisionTransformer(nn.Module):
         return x + self._positions(height, width)
 
     def _positions(self, height: int, width: int) -> Float[Tensor, "1 t d"]:
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
-        rows, columns = height // self.patch_size, width // self.patch_size
-        if (rows, columns) == (side, side):
-            return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        if self.pos_interp == "offset":
-            # The reference adds 0.1 patch before dividing, and PyTorch then samples at exactly that scale.
-            scale = ((rows + 0.1) / side, (columns + 0.1) / side)
-            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        else:
-            grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=self.pos_interp == "antialias")
-        assert grid.shape[-2:] == (rows, columns)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return resize_positions(self.pos_embed, height // self.patch_size, width // self.patch_size, self.pos_interp)
 
     def _check(self, height: int, width: int) -> None:
         p = self.patch_size
@@ -195,6 +183,24 @@ class VisionTransformer(nn.Module):
                 f"images are {height}x{width} pixels, which is not a multiple of the patch size {p}; "
                 f"use {height // p * p}x{width // p * p} or another patch size."
             )
+
+
+def resize_positions(
+    positions: Float[Tensor, "1 t d"], rows: int, columns: int, how: PositionInterpolation
+) -> Float[Tensor, "1 u d"]:
+    """Positions of a square grid ([CLS] first) for one of rows x columns, by bicubic interpolation."""
+    side = math.isqrt(positions.shape[1] - 1)
+    if (rows, columns) == (side, side):
+        return positions
+    grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if how == "offset":
+        # The reference adds 0.1 patch before dividing, and PyTorch then samples at exactly that scale.
+        scale = ((rows + 0.1) / side, (columns + 0.1) / side)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    else:
+        grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=how == "antialias")
+    assert grid.shape[-2:] == (rows, columns)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 def init_linear(module: nn.Module) -> None:
