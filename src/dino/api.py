@@ -16,14 +16,15 @@ from dino.config import TrainOptions, flatten, known, replace, to_dict
 from dino.data.loader import ViewBatches, spare_cores
 from dino.data.render import CpuRenderer, DeviceRenderer, crop
 from dino.data.sources import Source, open_source, split
-from dino.engine import log
+from dino.engine import log, start
+from dino.engine.checkpoint import Checkpoints
 from dino.engine.train import Trainer
 from dino.eval.judge import MOST_HELD_OUT, agreeing, open_scenes
 from dino.eval.online import OnlineEvaluation, probe
-from dino.models import weights
+from dino.models import export, releases, weights
 
 if TYPE_CHECKING:
-    from dino.cli import AttentionOptions, ReportOptions
+    from dino.cli import AttentionOptions, ConvertOptions, ModelsOptions, ReportOptions
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ def _run(options: TrainOptions, device: torch.device, terminal: log.Terminal) ->
     distributed.barrier()  # every rank has seen the folder as it was before the main one writes its file list there
     try:
         trainer, held_out = set_up(options, folder, device, terminal)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, releases.DownloadError) as error:
         if fresh and distributed.is_main():  # leave nothing behind (the file list may lie there already)
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
@@ -99,7 +100,9 @@ def set_up(
     edge = probe(source)
     # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
     workers = spare_cores(distributed.world_size()) if device.type == "cuda" else int(spare_cores() > 2)
-    resolved = recipes.resolve(options, len(source), edge, device.type == "cuda", workers)
+    found = _in_turn(lambda: starting_weights(options, folder))
+    adopted = options if found is None else start.adopt(options, found)
+    resolved = recipes.resolve(adopted, len(source), edge, device.type == "cuda", workers)
     check(resolved, source)
     chosen = {n: v for n, v in flatten(resolved).items() if flatten(options)[n] is None and v is not None}
     if chosen and options.resume is None:
@@ -108,7 +111,12 @@ def set_up(
     batches = view_batches(resolved, source, device)
     colour = DeviceRenderer(device).colour if device.type == "cuda" else None
     trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, colour)
+    if found is not None:
+        terminal.say(start.initialise(trainer.method, found))
     _in_turn(lambda: prepare(resolved, folder))
+    if found is not None and start.needs_centre(trainer.method, found):
+        globals_only = view_batches(replace(resolved, {"views.num_local": 0}), source, device)
+        terminal.say(f"The centre is the mean over {start.estimate_centre(trainer, globals_only)} global views.")
     if options.resume is not None and trainer.resume():
         terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
     terminal.say(
@@ -121,16 +129,23 @@ def set_up(
 def _in_turn(work: Callable[[], T]) -> T:
     """The main rank first, so that the others find its file list and folder; what it refuses ends all of them."""
     result: list[T] = []
-    refusal = None
+    refusal: Exception | None = None
     if distributed.is_main():
         try:
             result.append(work())
-        except ValueError as error:
-            refusal = str(error)
+        except (ValueError, OSError, releases.DownloadError) as error:
+            refusal = error
     refusal = distributed.gather(refusal)[0]
     if refusal is not None:
-        raise ValueError(refusal)
+        raise refusal
     return result[0] if result else work()
+
+
+def starting_weights(options: TrainOptions, folder: Path) -> weights.Weights | None:
+    """What `options.init` holds; None without it, and for a resumed run that has got beyond its start."""
+    if options.init is None or (options.resume is not None and Checkpoints(folder / "checkpoints").latest()):
+        return None
+    return weights.read(options.init, num_heads=options.model.num_heads)
 
 
 def run_folder(options: TrainOptions) -> Path:
@@ -175,6 +190,7 @@ def prepare(options: TrainOptions, folder: Path) -> None:
         "data.path": d.path if d.path.startswith("scenes") else os.path.abspath(d.path),
         "data.val": None if d.val is None else os.path.abspath(d.val),
         "data.labels": d.labels if d.labels in ("auto", "folders", "none") else os.path.abspath(d.labels),
+        "init": os.path.abspath(options.init) if options.init and os.path.exists(options.init) else options.init,
     }
     recorded = replace(options, paths | {"out": None, "overwrite": False})
     (folder / "config.toml").write_text(tomli_w.dumps(to_dict(recorded)))
@@ -276,6 +292,41 @@ def report_command(options: ReportOptions) -> None:
     set_threads(recorded, device)
     source, held_out = open_pair(recorded, Path(options.run))
     print(report(Path(options.run), source, held_out, device))
+
+
+def models_command(options: ModelsOptions) -> None:
+    """List the reference's releases, or download one and print where it lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if options.name:
+        print(releases.fetch(options.name, options.offline))
+        return
+    table = Table(title=f"Releases of the reference ({releases.LICENCE}, {releases.BASE})", title_justify="left")
+    for name in ("name", "architecture"):
+        table.add_column(name, no_wrap=True)
+    for name in ("MB", "k-NN", "linear"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("licence", "parts (* cached)"):
+        table.add_column(name)
+    for name, release in releases.RELEASES.items():
+        parts = " ".join(part + "*" * (releases.cached(name, part) is not None) for part in release.files)
+        figures = (f"{value:.1f}" if value is not None else "" for value in (release.knn, release.linear))
+        table.add_row(name, release.arch, str(release.megabytes), *figures, releases.LICENCE, parts)
+    Console(width=None if os.isatty(1) else 120).print(table)
+
+
+def convert_command(options: ConvertOptions) -> None:
+    """Write weights in another format."""
+    out = Path(options.out)
+    if out.exists():
+        raise ValueError(f"--out {out} exists already; choose another name, or remove it.")
+    found = weights.read(options.source, options.offline, options.num_heads, only_backbone=options.to == "hf")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    export.FORMATS[options.to](found, out)
+    if found.left_out:
+        print(f"Left out: {', '.join(found.left_out)}.")
+    print(f"{out}: {options.to} of {found.where} ({len(found.backbone())} tensors of the teacher's backbone)")
 
 
 __all__ = ["train"]

@@ -23,7 +23,7 @@ from dino.eval.options import KnnOptions
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
     model: Positional[str]
-    """A run directory."""
+    """A run directory, a release (see `dino models`) or a weight file."""
     images: Positional[tuple[str, ...]]
     """Image files or folders."""
     out: str = "attention"
@@ -71,6 +71,28 @@ class ReportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelsOptions:
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
+    """Download this release ('vits16', 'vits16:full', 'vits16:linear') and print where it lies."""
+    offline: bool = False
+    """Never download; DINO_OFFLINE=1 in the environment means the same for every command."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    source: Positional[str]
+    """A run directory, a release (see `dino models`), a weight file, or a folder of timm or Hugging Face."""
+    to: Literal["reference", "reference-checkpoint", "timm", "hf", "safetensors"]
+    """Format to write; 'timm' and 'hf' are folders, the others files."""
+    out: str
+    """File or folder to write."""
+    num_heads: int | None = None
+    """Attention heads of a ViT of unusual width whose file does not say them."""
+    offline: bool = False
+    """Never download; DINO_OFFLINE=1 in the environment means the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipesOptions:
     name: Annotated[Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
     """Show one recipe as a TOML file to start from."""
@@ -88,6 +110,8 @@ COMMANDS: dict[str, Command] = {
     "ablate": Command("train the rows of one of the paper's tables", AblateOptions, "dino.ablate:ablate_command"),
     "attention": Command("pictures of where the model looks", AttentionOptions, "dino.api:attention_command"),
     "report": Command("write a run's report.html again", ReportOptions, "dino.api:report_command"),
+    "models": Command("list or download the released weights", ModelsOptions, "dino.api:models_command"),
+    "convert": Command("write weights in another format", ConvertOptions, "dino.api:convert_command"),
     "recipes": Command("list the named configurations", RecipesOptions, "dino.cli:show_recipes"),
 }
 
@@ -126,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, ValueError):
             # What is wrong for one rank is wrong for all of them: said once.
             return _complain(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
-        if name in ("TrainingError", "CheckpointError"):
+        if name in ("TrainingError", "CheckpointError", "DownloadError"):
             return _complain(str(error), 1)
         return _complain(f"{name}: {error} (add --debug to see where)", 1)
 

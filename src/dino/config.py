@@ -282,6 +282,8 @@ class TrainOptions:
     """Run directory to write. None: runs/<data name>."""
     resume: str | None = None
     """Run directory to continue; all other options come from its config.toml."""
+    init: str | None = None
+    """Weights to start from: a run directory, a release ('vits16:full', see `dino models`) or a weight file. None: fresh."""
     overwrite: bool = False
     """Delete what is in the run directory first."""
     epochs: int | None = None

@@ -280,7 +280,7 @@ class Trainer:
         key = np.random.SeedSequence([self.options.seed, distributed.rank(), step])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
         optim.set_rates(self.optimizer, self.plan.lr(step), self.plan.weight_decay(step))
-        groups = [normalise(g, self.options.model.in_channels) for g in self._to_device(batch)]
+        groups = [normalise(g, self.options.model.in_channels) for g in self.to_device(batch)]
         with parallel.autocast(self.device, self.precision):
             result: Step = self.forward(groups, self.plan.teacher_temp(step))
         self.optimizer.zero_grad(set_to_none=True)
@@ -294,7 +294,7 @@ class Trainer:
         method.update_teacher(self.plan.momentum(step), (step + 1) % self.plan.steps_per_epoch == 0)
         return {"loss": result.loss.detach(), **result.signs, "grad_norm": grad_norm}
 
-    def _to_device(self, batch: Batch) -> list[Tensor]:
+    def to_device(self, batch: Batch) -> list[Tensor]:
         groups = [g.to(self.device, non_blocking=True) for g in batch.groups]
         return groups if self.colour is None or batch.views is None else self.colour(groups, batch.views)
 

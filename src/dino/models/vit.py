@@ -131,7 +131,8 @@ class VisionTransformer(nn.Module):
         if dim % num_heads:
             raise ValueError(f"width {dim} is not a multiple of num_heads {num_heads}; change one of them.")
         self.embed_dim, self.patch_size, self.num_heads, self.depth = dim, patch_size, num_heads, depth
-        self.image_size, self.in_channels, self.pos_interp = image_size, in_channels, pos_interp
+        self.image_size, self.in_channels = image_size, in_channels
+        self.pos_interp: PositionInterpolation = pos_interp
         self.has_attention = True
         self.grid(image_size, image_size)
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
@@ -203,18 +204,25 @@ class VisionTransformer(nn.Module):
         return x + self._positions(rows, columns)
 
     def _positions(self, rows: int, columns: int) -> Float[Tensor, "1 t d"]:
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
-        if (rows, columns) == (side, side):
-            return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        if self.pos_interp == "offset":
-            # The reference adds 0.1 patch before dividing, and PyTorch then samples at exactly that scale.
-            scale = ((rows + 0.1) / side, (columns + 0.1) / side)
-            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        else:
-            grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=self.pos_interp == "antialias")
-        assert grid.shape[-2:] == (rows, columns)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return resize_positions(self.pos_embed, rows, columns, self.pos_interp)
+
+
+def resize_positions(
+    positions: Float[Tensor, "1 t d"], rows: int, columns: int, how: PositionInterpolation
+) -> Float[Tensor, "1 u d"]:
+    """Positions of a square grid ([CLS] first) for one of rows x columns, by bicubic interpolation."""
+    side = math.isqrt(positions.shape[1] - 1)
+    if (rows, columns) == (side, side):
+        return positions
+    grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if how == "offset":
+        # The reference adds 0.1 patch before dividing, and PyTorch then samples at exactly that scale.
+        scale = ((rows + 0.1) / side, (columns + 0.1) / side)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    else:
+        grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=how == "antialias")
+    assert grid.shape[-2:] == (rows, columns)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -1,23 +1,59 @@
-"""Weight files: a backbone saved with what is needed to rebuild it, and strict loading."""
+"""Weights by name: our run folders, the reference's releases and checkpoints, timm's and Hugging Face's files.
+
+`load` gives a backbone, `read` everything that a file holds: teacher, student, heads, centre, optimiser. Nothing is
+ever unpickled but tensors and plain values, and every key must fit but the classifiers of `formats.TOLERATED`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dino.models import create
+from dino.models import create, formats, pickles, releases
+from dino.models.formats import State
 from dino.models.vit import VisionTransformer
 
 if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
 
 WEIGHTS, CONFIG = "teacher.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds.
+
+    Args:
+        where: its name, for messages.
+        arguments: what `dino.create` builds the backbone from.
+        state: tensors by the names of `dino.method.DINO`: ``(student|teacher).(backbone|head).*`` and ``centre.value``;
+            the teacher's backbone is always among them.
+        left_out: names of what was not taken, all of them tolerated.
+        head: the heads' options, where the file says them.
+        optimizer: the optimiser's state dict as it was saved, if there is one.
+    """
+
+    where: str
+    arguments: dict[str, Any]
+    state: State
+    left_out: tuple[str, ...] = ()
+    head: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+
+    def part(self, prefix: str) -> State:
+        """The tensors whose names begin with `prefix`, without it; {} when there are none."""
+        return {name[len(prefix) :]: value for name, value in self.state.items() if name.startswith(prefix)}
+
+    def backbone(self, role: str = "teacher") -> State:
+        return self.part(f"{role}.backbone.")
 
 
 def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any]) -> None:
@@ -29,27 +65,158 @@ def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any]) -> None:
     (folder / CONFIG).write_text(json.dumps({"model": arguments}, indent=2) + "\n")
 
 
-def load(name: str | os.PathLike[str]) -> VisionTransformer | TimmBackbone:
-    """The backbone of a run directory, in evaluation mode on the CPU; its `image_size` is what it was trained at.
+def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) -> VisionTransformer | TimmBackbone:
+    """The (teacher's) backbone that `name` stands for, in evaluation mode on the CPU.
+
+    Its `image_size` is what it was trained at.
+
+    Args:
+        name: a run directory, a release ('dino_vits16', 'vits16:full'; see `dino models`), a .pth, .pt or .safetensors
+            file, or a folder that timm or Hugging Face's `ViTModel` saved.
+        offline: never download; $DINO_OFFLINE=1 means the same.
+        changes: arguments of `create` that the file cannot say or that shall differ, e.g. ``num_heads=3`` or
+            ``pos_interp="antialias"``.
 
     Raises:
-        ValueError: no such run, no weights in it yet, or weights of another shape.
+        ValueError: no such weights, or weights that do not fit; names the keys and shapes that differ.
+        DownloadError: a release that is neither cached nor to be had.
     """
-    folder = Path(name)
-    if not folder.exists():
-        raise ValueError(f"there is no run or weight file '{name}'; give the --out folder of a training run.")
-    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-        raise ValueError(f"{name} holds no {WEIGHTS} with its {CONFIG}; give the --out folder of a training run.")
+    weights = read(name, offline, changes.get("num_heads"), only_backbone=True)
     try:
-        state = load_file(folder / WEIGHTS)
-        model = create(**json.loads((folder / CONFIG).read_text())["model"])
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} holds damaged weights: {error}. Resume or repeat the run.") from error
-    load_strictly(model, state, str(folder / WEIGHTS))
+        model = create(**weights.arguments | changes)
+    except TypeError as error:
+        raise ValueError(f"{weights.where} cannot be built: {error}; its options are of another version.") from error
+    load_strictly(model, weights.backbone(), weights.where)
     return model.eval().requires_grad_(False)
 
 
-def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
+def read(
+    name: str | os.PathLike[str], offline: bool = False, num_heads: int | None = None, only_backbone: bool = False
+) -> Weights:
+    """Everything that `name` holds; arguments and errors as for `load`.
+
+    Args:
+        num_heads: of a ViT of unusual width whose file does not say it.
+        only_backbone: the rest may be left unread, which is quicker for a run directory.
+    """
+    path = Path(name)
+    if not path.exists():
+        if releases.find(str(name)) is None:
+            raise ValueError(
+                f"there is no run, weight file or release '{name}'; give the --out folder of a training run, a .pth or "
+                ".safetensors file, or a name that `dino models` lists."
+            )
+        path = releases.fetch(str(name), offline)
+    try:
+        return _read_folder(path, only_backbone) if path.is_dir() else _read_file(path, num_heads)
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds damaged weights: {error}. Resume or repeat the run, or copy it again."
+        ) from error
+
+
+def _read_folder(folder: Path, only_backbone: bool) -> Weights:
+    """A run directory, or a folder that timm or Hugging Face saved."""
+    pointer = folder / "checkpoints" / "latest"
+    if not only_backbone and pointer.is_file():
+        return _read_file(pointer.with_name(pointer.read_text().strip()))
+    config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
+    if "model" in config and (folder / WEIGHTS).is_file():
+        state = load_file(folder / WEIGHTS)
+        return Weights(str(folder), config["model"], {f"teacher.backbone.{k}": v for k, v in state.items()})
+    if not config or not (folder / "model.safetensors").is_file():
+        raise ValueError(
+            f"{folder} holds no {WEIGHTS} or model.safetensors with its {CONFIG}; give the --out folder of a training "
+            "run, or a folder that timm or Hugging Face saved."
+        )
+    _check_hf(config, folder)
+    num_heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
+    found = _networks({"teacher": load_file(folder / "model.safetensors")}, str(folder), num_heads)
+    if "pos_interp" in config:  # written by `dino convert`
+        found.arguments["pos_interp"] = config["pos_interp"]
+    return found
+
+
+def _check_hf(config: dict[str, Any], folder: Path) -> None:
+    """Refuse a Hugging Face model that computes something else than our ViT."""
+    if "architecture" in config:  # timm's; its keys say the rest
+        return
+    for key, rule in (("model_type", "vit"), ("hidden_act", "gelu"), ("qkv_bias", True)):
+        if config.get(key, rule if key != "model_type" else None) != rule:
+            raise ValueError(f"{folder / CONFIG} says {key} {config.get(key)}; only {key} {rule} can be read.")
+
+
+def _read_file(path: Path, num_heads: int | None = None) -> Weights:
+    where = str(path)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            said = json.loads((file.metadata() or {}).get("model", "{}"))
+        found = _networks({"teacher": load_file(path)}, where, said.get("num_heads", num_heads))
+        found.arguments.update(said)
+        return found
+    content = pickles.read(path)
+    if isinstance(content, dict) and "method" in content and "options" in content:  # a checkpoint of ours
+        options = content["options"]
+        arguments = {key: value for key, value in options["model"].items() if key != "drop_path"}
+        arguments["image_size"] = options["views"]["global_size"]
+        return Weights(where, arguments, content["method"], head=options["head"], optimizer=content["optimizer"])
+    if isinstance(content, dict) and ("teacher" in content or "student" in content):
+        roles = {role: content[role] for role in ("teacher", "student") if role in content}
+        found = _networks(roles, where, num_heads)
+        known = {"teacher", "student", "optimizer", "dino_loss", "epoch", "args", "fp16_scaler"}
+        if centre := content.get("dino_loss"):
+            found.state["centre.value"] = centre["center"].flatten()
+        left_out = (*found.left_out, *sorted(content.keys() - known))
+        return Weights(where, found.arguments, found.state, left_out, optimizer=content.get("optimizer"))
+    state = content
+    for wrapper in ("state_dict", "model"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    return _networks({"teacher": state}, where, num_heads)
+
+
+def _networks(roles: dict[str, Any], where: str, num_heads: int | None) -> Weights:
+    """The networks of the reference, or bare backbones, by role."""
+    out: State = {}
+    arguments: dict[str, Any] = {}
+    left_out: list[str] = []
+    for role, state in roles.items():
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError(f"{where} holds no state dict (names and tensors); save model.state_dict() instead.")
+        if {name.removeprefix("module.") for name in state} == {"linear.weight", "linear.bias"}:
+            raise ValueError(f"{where} is a linear classifier, not a backbone; read it with read_linear.")
+        backbone, head, ignored = formats.network(state)
+        arguments, backbone = formats.recognise(backbone, where, num_heads)
+        out |= {f"{role}.backbone.{name}": value for name, value in backbone.items()}
+        out |= {f"{role}.head.{name}": value for name, value in head.items()}
+        left_out += ignored
+    if "teacher" not in roles:
+        out |= {name.replace("student.", "teacher.", 1): value for name, value in out.items()}
+    return Weights(where, arguments, out, tuple(left_out))
+
+
+def read_linear(name: str | os.PathLike[str], offline: bool = False) -> tuple[Tensor, Tensor]:
+    """Weight [classes, d] and bias [classes] of a linear classifier of the reference: a file, or e.g. 'vits16:linear'.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    path = Path(name)
+    if not path.exists() and releases.find(str(name)) is not None:
+        path = releases.fetch(str(name), offline)
+    content = pickles.read(path)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    plain = {key.removeprefix("module."): value for key, value in (state or {}).items()}
+    if plain.keys() != {"linear.weight", "linear.bias"}:
+        raise ValueError(f"{path} is no linear classifier; its keys are {', '.join(sorted(plain)[:3]) or 'none'}.")
+    return plain["linear.weight"], plain["linear.bias"]
+
+
+def write_linear(path: str | os.PathLike[str], weight: Tensor, bias: Tensor) -> None:
+    """The inverse of `read_linear`: a file that the reference's linear evaluation reads."""
+    torch.save({"state_dict": {"module.linear.weight": weight, "module.linear.bias": bias}}, path)
+
+
+def load_strictly(module: nn.Module, state: State, where: str) -> None:
     """Load `state` into `module`; every key and shape must agree.
 
     Raises:

@@ -1,0 +1,146 @@
+"""Weights written for others: the inverse of what `dino.models.weights` reads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dino.models import formats
+from dino.models.formats import State
+from dino.models.weights import Weights
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which the evaluation views are normalised by
+
+
+def reference(weights: Weights, out: Path) -> None:
+    """The reference's backbone-only file."""
+    torch.save(formats.to_reference(weights.backbone()), out)
+
+
+def reference_checkpoint(weights: Weights, out: Path) -> None:
+    """The reference's checkpoint of a run: what its training script resumes from and its evaluations take."""
+    if not weights.part("teacher.head."):
+        raise ValueError(f"{weights.where} holds no projection heads; convert it with --to reference instead.")
+    content: dict[str, Any] = {"epoch": 0, "args": _flags(weights)}
+    for role in ("student", "teacher"):
+        backbone, head = formats.to_reference(weights.backbone(role)), weights.part(f"{role}.head.")
+        network = {f"backbone.{k}": v for k, v in backbone.items()} | {f"head.{k}": v for k, v in head.items()}
+        # The reference wraps the student always, and the teacher when there are batch statistics to share.
+        wrapped = role == "student" or any(name.endswith("running_mean") for name in network)
+        content[role] = {f"module.{name}" if wrapped else name: value for name, value in network.items()}
+    if (centre := weights.state.get("centre.value")) is not None:
+        content["dino_loss"] = {"center": centre[None]}
+    if weights.optimizer is not None:
+        content["optimizer"] = weights.optimizer
+    torch.save(content, out)
+
+
+def _flags(weights: Weights) -> argparse.Namespace:
+    sizes, head = weights.arguments, formats.head_options(weights.part("student.head."))
+    return argparse.Namespace(
+        arch=sizes["arch"].removeprefix("timm:"),
+        patch_size=sizes.get("patch_size", 16),
+        out_dim=head["out_dim"],
+        norm_last_layer=head["norm_last_layer"],
+        use_bn_in_head=head["batch_norm"],
+    )
+
+
+def safetensors(weights: Weights, out: Path) -> None:
+    """One file of the backbone in our keys, which are timm's, with the arguments that rebuild it in its header."""
+    _save(weights.backbone(), out, {"model": json.dumps(formats.full_sizes(weights.arguments))})
+
+
+def timm(weights: Weights, out: Path) -> None:
+    """A folder for `timm.create_model("local-dir:FOLDER")`."""
+    sizes = formats.full_sizes(weights.arguments)
+    config: dict[str, Any] = {"architecture": sizes["arch"].removeprefix("timm:"), "num_classes": 0}
+    edge = sizes.get("image_size", 224)
+    if not sizes["arch"].startswith("timm:"):
+        config["architecture"] = "vit_small_patch16_224"  # of which every size is given, so that any ViT fits
+        config["model_args"] = {
+            "img_size": edge,
+            "patch_size": sizes["patch_size"],
+            "embed_dim": sizes["width"],
+            "depth": sizes["depth"],
+            "num_heads": sizes["num_heads"],
+        }
+        config["pos_interp"] = sizes.get("pos_interp", "offset")
+    config["num_features"] = weights.backbone()["norm.weight"].shape[0] if "norm.weight" in weights.backbone() else 0
+    config["pretrained_cfg"] = {
+        "input_size": [3, edge, edge],
+        "mean": MEAN,
+        "std": STD,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "num_classes": 0,
+    }
+    _save_folder(formats.to_timm(weights.backbone()), out, {"config.json": config})
+
+
+def hf(weights: Weights, out: Path) -> None:
+    """A folder for `transformers.ViTModel` and its image processor."""
+    sizes = formats.full_sizes(weights.arguments)
+    if sizes["arch"] not in formats.SIZES:
+        raise ValueError(f"{weights.where} is a {sizes['arch']}; Hugging Face's ViTModel is a ViT only.")
+    edge = sizes["image_size"]
+    config = {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": sizes["width"],
+        "num_hidden_layers": sizes["depth"],
+        "num_attention_heads": sizes["num_heads"],
+        "intermediate_size": 4 * sizes["width"],
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "image_size": edge,
+        "patch_size": sizes["patch_size"],
+        "num_channels": 3,
+        "pos_interp": sizes.get("pos_interp", "offset"),
+    }
+    resized = edge * 256 // 224 if edge >= 128 else edge  # the evaluation view of `dino.inference.features`
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": resized},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": edge, "width": edge},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+    files = {"config.json": config, "preprocessor_config.json": processor}
+    _save_folder(formats.to_hf(weights.backbone()), out, files)
+
+
+def _save_folder(state: State, out: Path, files: dict[str, dict[str, Any]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    _save(state, out / "model.safetensors", {"format": "pt"})
+    for name, content in files.items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _save(state: State, path: Path, metadata: dict[str, str]) -> None:
+    # Parts of one tensor share its memory, which safetensors refuses.
+    save_file({name: value.clone().contiguous() for name, value in state.items()}, path, metadata)
+
+
+FORMATS: dict[str, Callable[[Weights, Path], None]] = {
+    "reference": reference,
+    "reference-checkpoint": reference_checkpoint,
+    "timm": timm,
+    "hf": hf,
+    "safetensors": safetensors,
+}

@@ -1,0 +1,198 @@
+"""State dicts of other homes in our keys and back: pure functions of names and shapes, each the exact inverse of its twin.
+
+Our ViT's keys are the reference's and timm's already. Hugging Face's `ViTModel` names everything otherwise and cuts the
+queries, keys and values apart; the reference's XCiT differs from timm's in its class attention and position projection;
+torchvision's ResNets have timm's keys. A timm backbone is the `model` of an adapter, hence its prefix ``model.``.
+Names that no table knows pass through unchanged, so that strict loading can say which they are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino.models.vit import SIZES
+
+State = dict[str, Tensor]
+Names = dict[str, tuple[str, ...]]  # a name to its counterpart, or to those of its equal parts along the first axis
+
+# The only names that may be left out, and are named when they are: classifiers and poolers on top of a backbone.
+TOLERATED = frozenset(
+    f"{layer}.{leaf}" for layer in ("fc", "head", "classifier", "pooler.dense") for leaf in ("weight", "bias")
+)
+
+_HF = {
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+_HF_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.qkv": "attention.attention.{query,key,value}",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_XCIT_SIZES = {128: "nano", 192: "tiny", 384: "small", 512: "medium", 768: "large"}
+_RESNETS = {(True, 16): 50, (True, 33): 101, (True, 50): 152, (False, 8): 18, (False, 16): 34}  # (bottleneck, blocks)
+
+
+def split(state: State, names: Names) -> State:
+    """Rename, and cut into equal parts what `names` gives several counterparts."""
+    out: State = {}
+    for name, value in state.items():
+        parts = names.get(name, (name,))
+        out |= zip(parts, (value,) if len(parts) == 1 else value.chunk(len(parts)), strict=True)
+    return out
+
+
+def join(state: State, names: Names) -> State:
+    """The inverse of `split`; parts of which one is absent stay as they are."""
+    whole = {name: parts for name, parts in names.items() if all(part in state for part in parts)}
+    taken = {part for parts in whole.values() for part in parts}
+    out = {name: value for name, value in state.items() if name not in taken}
+    return out | {
+        name: state[parts[0]] if len(parts) == 1 else torch.cat([state[p] for p in parts])
+        for name, parts in whole.items()
+    }
+
+
+def hf_names(depth: int) -> Names:
+    """Our ViT's names to those of Hugging Face's `ViTModel`."""
+    names: Names = {
+        "cls_token": ("embeddings.cls_token",),
+        "pos_embed": ("embeddings.position_embeddings",),
+    }
+    layers = dict(_HF)
+    for i in range(depth):
+        layers |= {f"blocks.{i}.{ours}": f"encoder.layer.{i}.{theirs}" for ours, theirs in _HF_BLOCK.items()}
+    for ours, theirs in layers.items():
+        stem, _, parts = theirs.partition("{")
+        for leaf in ("weight", "bias"):
+            names[f"{ours}.{leaf}"] = tuple(f"{stem}{part}.{leaf}" for part in parts.rstrip("}").split(","))
+    return names
+
+
+def xcit_names(state: State) -> Names:
+    """The reference's XCiT names to timm's."""
+    leaves = ("weight", "bias")
+    names: Names = {f"pos_embeder.token_projection.{leaf}": (f"pos_embed.token_projection.{leaf}",) for leaf in leaves}
+    for i in range(_count(state, r"cls_attn_blocks\.(\d+)\.")):
+        for leaf in leaves:
+            stem = f"cls_attn_blocks.{i}.attn."
+            names[f"{stem}qkv.{leaf}"] = tuple(f"{stem}{part}.{leaf}" for part in "qkv")
+    return names
+
+
+def recognise(state: State, where: str, num_heads: int | None = None) -> tuple[dict[str, Any], State]:
+    """A backbone's state dict of any known home: the arguments of `create` that build it, and the state in our keys.
+
+    Args:
+        where: the file, for messages.
+        num_heads: a ViT's attention heads, where they are known.
+
+    Raises:
+        ValueError: no architecture has these keys, or `num_heads` is needed.
+    """
+    if "embeddings.cls_token" in state:
+        state = join(state, hf_names(_count(state, r"encoder\.layer\.(\d+)\.")))
+    state = {name.removeprefix("model."): value for name, value in state.items()}  # our timm adapter's prefix
+    if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
+        return vit_arguments(state, where, num_heads), state
+    if "cls_attn_blocks.0.norm1.weight" in state and "cls_token" in state:
+        state = split(state, xcit_names(state))
+        width, depth = state["cls_token"].shape[-1], _count(state, r"blocks\.(\d+)\.")
+        patch = 16 if "patch_embed.proj.6.0.weight" in state else 8
+        arch = f"timm:xcit_{_XCIT_SIZES.get(width, width)}_{depth}_p{patch}_224"
+    elif "layer1.0.conv1.weight" in state and "conv1.weight" in state:
+        blocks = sum(_count(state, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+        arch = f"timm:resnet{_RESNETS.get(('layer1.0.conv3.weight' in state, blocks), f' of {blocks} blocks')}"
+    else:
+        raise ValueError(
+            f"{where} holds no ViT, XCiT or ResNet backbone: its {len(state)} keys are "
+            f"{', '.join(sorted(state)[:3]) or 'none'}{', ...' if len(state) > 3 else ''}."
+        )
+    return {"arch": arch}, {f"model.{name}": value for name, value in state.items()}
+
+
+def vit_arguments(state: State, where: str, num_heads: int | None) -> dict[str, Any]:
+    """Architecture, sizes and image size of a ViT, read off its shapes.
+
+    Heads leave no trace in shapes: a width of `SIZES` has those of its architecture, any other heads of 64 channels.
+    """
+    cls_token, positions, patches = state["cls_token"], state["pos_embed"], state["patch_embed.proj.weight"]
+    if cls_token.ndim != 3 or positions.ndim != 3 or patches.ndim != 4:
+        raise ValueError(f"{where} is no ViT of this kind: pos_embed is {list(positions.shape)}, expected [1, n, d].")
+    width, depth, patch_size = cls_token.shape[-1], _count(state, r"blocks\.(\d+)\."), patches.shape[-1]
+    usual = ("vit_small", None if width % 64 else width // 64)
+    arch, own_heads = next(((arch, heads) for arch, (w, _, heads) in SIZES.items() if w == width), usual)
+    if num_heads is None and own_heads is None:
+        raise ValueError(f"{where} does not say how many heads share its width of {width}; give num_heads.")
+    return {
+        "arch": arch,
+        "patch_size": patch_size,
+        "image_size": math.isqrt(positions.shape[1] - 1) * patch_size,
+        "width": width,
+        "depth": depth,
+        "num_heads": num_heads or own_heads,
+        "in_channels": patches.shape[1],
+    }
+
+
+def full_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `create` with a ViT's width, depth and heads filled in where they are its architecture's own."""
+    own = zip(("width", "depth", "num_heads"), SIZES.get(arguments["arch"], ()), strict=False)
+    return arguments | {name: arguments.get(name) or value for name, value in own}
+
+
+def to_reference(state: State) -> State:
+    """Our backbone's state with the keys of the reference (its ViT, the XCiT of its hub, torchvision's ResNet)."""
+    state = to_timm(state)
+    return join(state, xcit_names(state))
+
+
+def to_timm(state: State) -> State:
+    return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+def to_hf(state: State) -> State:
+    return split(state, hf_names(_count(state, r"blocks\.(\d+)\.")))
+
+
+def network(state: State) -> tuple[State, State, list[str]]:
+    """One network of the reference, whatever wrapped it: its backbone, its head ({}: none), and what was left out.
+
+    ``module.`` is DistributedDataParallel's, ``backbone.`` the multi-crop wrapper's, ``vit.`` that of Hugging Face's
+    models with a classifier.
+    """
+    plain = {name.removeprefix("module."): value for name, value in state.items()}
+    heads = {name for name in plain if name.startswith(("head.mlp.", "head.last_layer.", "head.predictor."))}
+    backbone = {
+        name.removeprefix("backbone.").removeprefix("vit."): value for name, value in plain.items() if name not in heads
+    }
+    left_out = sorted(backbone.keys() & TOLERATED)
+    head = {name.removeprefix("head."): plain[name] for name in heads}
+    return {name: value for name, value in backbone.items() if name not in TOLERATED}, head, left_out
+
+
+def head_options(head: State) -> dict[str, Any]:
+    """The sizes of a projection head by the names of `dino.config.HeadOptions`."""
+    layers = [value for name, value in head.items() if re.fullmatch(r"mlp\.(\d+\.)?weight", name) and value.ndim == 2]
+    out_dim, bottleneck_dim = head["last_layer.weight_v"].shape
+    return {
+        "out_dim": out_dim,
+        "hidden_dim": layers[0].shape[0],  # of a head of one layer: the bottleneck's, as good as any
+        "bottleneck_dim": bottleneck_dim,
+        "num_layers": len(layers),
+        "batch_norm": any(name.endswith("running_mean") for name in head),
+        "norm_last_layer": bool((head["last_layer.weight_g"] == 1).all()),
+    }
+
+
+def _count(state: State, pattern: str) -> int:
+    """How many blocks of a numbered sequence a state dict has."""
+    return len({match[1] for name in state if (match := re.match(pattern, name))})

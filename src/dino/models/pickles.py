@@ -1,0 +1,52 @@
+"""PyTorch files read without ever running what they say: tensors, plain values and a short list of harmless classes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import pickle
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+_SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a NumPy number from its bytes
+
+# What the reference's checkpoints hold beside tensors: its parsed flags, paths among them, and learning rates that are
+# NumPy numbers. None of these does anything when it is built. NumPy and pathlib have moved theirs since.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    (pathlib.PosixPath, "pathlib.PosixPath"),
+    (pathlib.PosixPath, "pathlib._local.PosixPath"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype("float64")),
+    type(np.dtype("int64")),
+]
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote to `path`, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged, or would build anything beyond tensors, plain values and the classes above.
+    """
+    try:
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old ways of pickling, which the reader can do nothing about
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)|class (\S+) was not", str(error))
+        if asked is None:
+            raise ValueError(f"{path} is damaged or no PyTorch file; download or save it again.") from error
+        raise ValueError(
+            f"{path} asks for {asked[1] or asked[2]}, which weights never need and which could run code; it was not "
+            "read. Get the weights from a source you trust, saved as tensors only."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or no PyTorch file; download or save it again.") from error

@@ -1,0 +1,189 @@
+"""The weights that the paper's authors released: a table, and a cache of what was downloaded from it.
+
+Figures and addresses are those of the reference's README; sizes are those of the tensors. Files come from `BASE` (or
+$DINO_RELEASES, a mirror) into $DINO_CACHE (or ~/.cache/dino). No checksums were published: a file's SHA-256 is recorded
+beside it when it has arrived whole, and checked whenever it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+BASE = "https://dl.fbaipublicfiles.com/dino"
+LICENCE = "Apache-2.0"
+ATTEMPTS, TIMEOUT, CHUNK = 3, 30, 1 << 20
+
+
+class DownloadError(Exception):
+    """A file could not be had; the message says why and how to get it otherwise."""
+
+
+class Release(NamedTuple):
+    arch: str
+    megabytes: int  # of the backbone
+    knn: float | None  # ImageNet top-1 accuracies, percent
+    linear: float | None
+    files: dict[str, str]  # part -> path below BASE
+
+
+def _release(arch: str, megabytes: int, knn: float, linear: float, stem: str) -> Release:
+    folder = f"{stem}_pretrain"
+    files = {
+        "backbone": f"{folder}/{folder}.pth",
+        "full": f"{folder}/{folder}_full_checkpoint.pth",
+        "linear": f"{folder}/{stem}_linearweights.pth",
+    }
+    return Release(arch, megabytes, knn, linear, files)
+
+
+def _single(arch: str, megabytes: int, part: str, path: str) -> Release:
+    return Release(arch, megabytes, None, None, {part: path})
+
+
+_S8_300, _S16_LANDMARKS = "dino_deitsmall8_300ep_pretrain", "dino_vitsmall16_googlelandmark_pretrain"
+
+RELEASES: dict[str, Release] = {
+    "dino_vits16": _release("vit_small/16", 87, 74.5, 77.0, "dino_deitsmall16"),
+    "dino_vits8": _release("vit_small/8", 87, 78.3, 79.7, "dino_deitsmall8"),
+    "dino_vitb16": _release("vit_base/16", 343, 76.1, 78.2, "dino_vitbase16"),
+    "dino_vitb8": _release("vit_base/8", 343, 77.4, 80.1, "dino_vitbase8"),
+    "dino_resnet50": _release("resnet50", 94, 67.5, 75.3, "dino_resnet50"),
+    "dino_xcit_small_12_p16": _release("xcit_small_12/16", 104, 76.0, 77.8, "dino_xcit_small_12_p16"),
+    "dino_xcit_small_12_p8": _release("xcit_small_12/8", 103, 77.1, 79.2, "dino_xcit_small_12_p8"),
+    "dino_xcit_medium_24_p16": _release("xcit_medium_24/16", 336, 76.4, 78.8, "dino_xcit_medium_24_p16"),
+    "dino_xcit_medium_24_p8": _release("xcit_medium_24/8", 335, 77.9, 80.3, "dino_xcit_medium_24_p8"),
+    # Of its evaluations and example runs: attention pictures, landmark retrieval, ResNet-50 of 100 epochs.
+    "dino_vits8_300ep": _single("vit_small/8", 87, "backbone", f"{_S8_300}/{_S8_300}.pth"),
+    "dino_vits16_landmarks": _single("vit_small/16", 87, "backbone", f"{_S16_LANDMARKS}/{_S16_LANDMARKS}.pth"),
+    "dino_resnet50_100ep": _single("resnet50", 94, "full", "example_runs_logs/dino_rn50_checkpoint.pth"),
+}
+
+
+def find(name: str) -> tuple[str, str] | None:
+    """Release and part that `name` stands for, e.g. 'dino_vits16', 'vits16', 'vits16:full', 'vits16:linear'."""
+    release, _, part = name.partition(":")
+    release = release if release.startswith("dino_") else f"dino_{release}"
+    if release not in RELEASES:
+        return None
+    files = RELEASES[release].files
+    part = part or next(iter(files))
+    if part not in files:
+        raise ValueError(f"{release} has no part '{part}'; it has {', '.join(files)}.")
+    return release, part
+
+
+def cached(release: str, part: str) -> Path | None:
+    """The downloaded file, unchecked."""
+    path = _cache() / Path(RELEASES[release].files[part]).name
+    return path if path.is_file() else None
+
+
+def fetch(name: str, offline: bool = False) -> Path:
+    """The file of a release, from the cache or else downloaded; an interrupted download is continued where it stopped.
+
+    Raises:
+        ValueError: no such release.
+        DownloadError: `offline` (or $DINO_OFFLINE=1) and not cached, no network, or damaged on the way or since.
+    """
+    found = find(name)
+    if found is None:
+        raise ValueError(f"there is no release '{name}'; known are {', '.join(RELEASES)}.")
+    release, part = found
+    url = f"{os.environ.get('DINO_RELEASES', BASE).rstrip('/')}/{RELEASES[release].files[part]}"
+    path = _cache() / Path(url).name
+    recorded = path.with_name(path.name + ".sha256")
+    if not path.is_file():
+        if offline or os.environ.get("DINO_OFFLINE", "0") not in ("", "0"):
+            raise DownloadError(f"{name} is not in the cache and downloads are off; put {url} at {path}.")
+        if not url.startswith(("https://", "http://")):
+            raise ValueError(f"$DINO_RELEASES is {url}; give an address that begins with https:// or http://.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recorded.unlink(missing_ok=True)  # of a file that somebody deleted
+        _download(url, path)
+    digest = _sha256(path)
+    if not recorded.is_file():
+        recorded.write_text(f"{digest}  {path.name}\n")
+    elif (first := recorded.read_text().split()[0]) != digest:
+        raise DownloadError(
+            f"{path} has changed since it was downloaded (SHA-256 {digest[:12]}, was {first[:12]}); "
+            "delete it to download it again."
+        )
+    return path
+
+
+def _download(url: str, path: Path) -> None:
+    """`url` to `path`, by way of `path`.part; a cut connection is taken up again `ATTEMPTS` times."""
+    part = path.with_name(path.name + ".part")
+    columns = TextColumn(path.name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("download", total=None)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                total = _continue(url, part, progress, task)
+                if part.stat().st_size == total:
+                    break
+                reason = f"the connection was cut after {part.stat().st_size:,} of {total:,} bytes"
+            except urllib.error.HTTPError as error:
+                if error.code < 500:
+                    raise DownloadError(f"{url} was refused: {error.code} {error.reason}.") from error
+                reason = f"the server answered {error.code} {error.reason}"
+            except (OSError, http.client.HTTPException) as error:
+                reason = str(getattr(error, "reason", error))
+            if attempt == ATTEMPTS:
+                raise DownloadError(
+                    f"{url} could not be downloaded: {reason}; check the network and try again (what has arrived is "
+                    f"kept), or put the file at {path} yourself."
+                )
+    if zipfile.is_zipfile(part) and (bad := zipfile.ZipFile(part).testzip()) is not None:
+        part.unlink()
+        raise DownloadError(f"{url} arrived damaged ({bad} fails its check); it was deleted, try again.")
+    os.replace(part, path)
+
+
+def _continue(url: str, part: Path, progress: Progress, task: TaskID) -> int:
+    """Append to `part` what it lacks of `url`; the size that the whole should have."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing beyond what we have: complete, or of another file
+            raise
+        part.unlink()
+        return _continue(url, part, progress, task)
+    with response, open(part, "ab" if response.status == 206 else "wb") as file:
+        length = response.headers["Content-Length"]
+        total = None if length is None else file.tell() + int(length)
+        progress.update(task, total=total, completed=file.tell())
+        while chunk := response.read(CHUNK):
+            file.write(chunk)
+            progress.advance(task, len(chunk))
+        return file.tell() if total is None else total
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("DINO_CACHE") or Path.home() / ".cache" / "dino")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
