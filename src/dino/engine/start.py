@@ -1,8 +1,8 @@
 """Training that starts from weights: options that follow from them, loading, and the centre where it is missing.
 
 With student, teacher, heads and centre the first loss is that of the run the weights come from. Without the centre the
-teacher's outputs are off by its mean, which one pass over the data restores. Without heads the prototypes are new, the
-loss starts near ln K as in any fresh run, and the centre starts at zero.
+teacher's outputs are off by their mean, which one pass over the data restores. Without heads the prototypes are new and
+the loss starts near ln K; what trained features have in common would still look like a collapse without the centre.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def initialise(method: DINO, start: Weights) -> str:
 
 
 def needs_centre(method: DINO, start: Weights) -> bool:
-    return bool(start.part("teacher.head.")) and "centre.value" not in start.state and method.targets == "centring"
+    known_centre = start.part("teacher.head.") and "centre.value" in start.state
+    return not known_centre and method.targets == "centring"
 
 
 @torch.no_grad()

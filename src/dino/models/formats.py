@@ -175,7 +175,7 @@ def network(state: State) -> tuple[State, State, list[str]]:
         name.removeprefix("backbone.").removeprefix("vit."): value for name, value in plain.items() if name not in heads
     }
     left_out = sorted(backbone.keys() & TOLERATED)
-    head = {name.removeprefix("head."): plain[name] for name in heads}
+    head = {name.removeprefix("head."): value for name, value in plain.items() if name in heads}
     return {name: value for name, value in backbone.items() if name not in TOLERATED}, head, left_out
 
 
