@@ -109,6 +109,24 @@ _RESNET_50_LARS = _RESNET_50 | {
     "optim__clip_grad": 0.0,
 }
 
+# What the paper compares DINO with, as changes to it (Tables 2, 7, 14 and 15).
+NO_MOMENTUM: dict[str, Any] = {"method.teacher": "student", "method.momentum": None}
+BYOL: dict[str, Any] = {
+    "method.loss": "mse",
+    "method.targets": "none",
+    "head.prototypes": False,
+    "head.predictor": True,
+    "head.batch_norm": True,
+}
+MOCO: dict[str, Any] = {
+    "method.loss": "infonce",
+    "method.targets": "none",
+    "method.student_temp": 0.2,
+    "head.prototypes": False,
+}
+SWAV: dict[str, Any] = NO_MOMENTUM | {"method.targets": "sinkhorn"}
+
+
 # What little data needs (docs/experiments.md): crops that agree, a sharp teacher that moves, small batches, many steps.
 _SMALL = {
     "batch_size": 32,
@@ -133,6 +151,14 @@ def _reference(
     ranks = f"--nnodes {nodes} --nproc-per-node 8" if nodes > 1 else "--nproc-per-node 8"
     command = f"torchrun {ranks} -m dino train {name} --data {data}/train"
     return Recipe(about, command, f"{hardware} (reference)", f"{figures} (reference)", _options(**options))
+
+
+def _compared(name: str, about: str, figures: str, changes: dict[str, Any], local: int) -> Recipe:
+    """Another method on the paper's ViT-S/16 and its schedule of 300 epochs."""
+    recipe = _reference(
+        name, about, "16 GPUs", f"ImageNet {figures}", _BOOSTED | {"views__num_local": local, "epochs": 300}, 2
+    )
+    return recipe._replace(options=replace(recipe.options, changes))
 
 
 def _xcit(name: str, options: dict[str, Any], figures: str) -> Recipe:
@@ -248,6 +274,15 @@ RECIPES: dict[str, Recipe] = {
         "ImageNet k-NN 73.3 %, linear 76.0 %",
         _BOOSTED,
         nodes=2,
+    ),
+    "byol_vit_small": _compared(
+        "byol_vit_small", "BYOL as the paper compares it (Table 7).", "k-NN 66.6 %, linear 71.4 %", BYOL, 0
+    ),
+    "mocov2_vit_small": _compared(
+        "mocov2_vit_small", "MoCo-v2 as the paper compares it (Table 7).", "k-NN 62.0 %, linear 71.6 %", MOCO, 0
+    ),
+    "swav_vit_small": _compared(
+        "swav_vit_small", "SwAV as the paper compares it (Table 7).", "k-NN 64.7 %, linear 71.8 %", SWAV, 10
     ),
     "vit_small_800ep": _reference(
         "vit_small_800ep",

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from dino.recipe_table import BYOL, MOCO, NO_MOMENTUM, SWAV
+
 Changes = Mapping[str, Any]
 
 
@@ -33,20 +35,6 @@ class Table(NamedTuple):
 # Mini-runs on small images; --recipe and --epochs replace them.
 TINY_RECIPE, TINY_EPOCHS = "cifar10", 8
 
-_NO_MOMENTUM = {"method.teacher": "student", "method.momentum": None}
-_BYOL = {
-    "method.loss": "mse",
-    "method.targets": "none",
-    "head.prototypes": False,
-    "head.predictor": True,
-    "head.batch_norm": True,
-}
-_MOCO = {
-    "method.loss": "infonce",
-    "method.targets": "none",
-    "method.student_temp": 0.2,
-    "head.prototypes": False,
-}
 _TINY_QUEUE = {"method.queue_size": 2048}
 _SINGLE = {"views.num_local": 0}
 _TEN_CROPS = {"views.num_local": 10}
@@ -67,14 +55,14 @@ TABLES: dict[str, Table] = {
         "Components of DINO, and other methods (Table 7)",
         [
             Row("DINO", {}, 72.8, 76.1),
-            Row("no momentum", _NO_MOMENTUM, 0.1, 0.1),
+            Row("no momentum", NO_MOMENTUM, 0.1, 0.1),
             Row("Sinkhorn-Knopp", {"method.targets": "sinkhorn"}, 72.2, 76.0),
             Row("no multi-crop", _SINGLE, 67.9, 72.5),
             Row("MSE", {"method.loss": "mse"}, 52.6, 62.4),
             Row("predictor", {"head.predictor": True}, 71.8, 75.6),
-            Row("BYOL", _BYOL | _SINGLE, 66.6, 71.4),
-            Row("MoCo-v2", _MOCO | _SINGLE, 62.0, 71.6, _MOCO | _SINGLE | _TINY_QUEUE),
-            Row("SwAV", _NO_MOMENTUM | {"method.targets": "sinkhorn"}, 64.7, 71.8),
+            Row("BYOL", BYOL | _SINGLE, 66.6, 71.4),
+            Row("MoCo-v2", MOCO | _SINGLE, 62.0, 71.6, MOCO | _SINGLE | _TINY_QUEUE),
+            Row("SwAV", SWAV, 64.7, 71.8),
         ],
         paper_base=_TEN_CROPS,
     ),
@@ -84,21 +72,21 @@ TABLES: dict[str, Table] = {
             Row("momentum, centring", {}, None, 76.1),
             Row("momentum, softmax over the batch", {"method.targets": "softmax-batch"}, None, 75.8),
             Row("momentum, Sinkhorn-Knopp", {"method.targets": "sinkhorn"}, None, 76.0),
-            Row("no momentum, centring", _NO_MOMENTUM, None, 0.1),
-            Row("no momentum, softmax over the batch", _NO_MOMENTUM | {"method.targets": "softmax-batch"}, None, 72.2),
-            Row("no momentum, Sinkhorn-Knopp", _NO_MOMENTUM | {"method.targets": "sinkhorn"}, None, 71.8),
+            Row("no momentum, centring", NO_MOMENTUM, None, 0.1),
+            Row("no momentum, softmax over the batch", NO_MOMENTUM | {"method.targets": "softmax-batch"}, None, 72.2),
+            Row("no momentum, Sinkhorn-Knopp", SWAV, None, 71.8),
         ],
         paper_base=_TEN_CROPS,
     ),
     "15": Table(
         "From BYOL and MoCo-v2 to DINO (Table 15)",
         [
-            Row("BYOL", _BYOL | _SINGLE, None, 71.4),
-            Row("BYOL, no predictor", _BYOL | _SINGLE | {"head.predictor": False}, None, 0.1),
-            Row("BYOL, multi-crop", _BYOL, None, 64.8),
+            Row("BYOL", BYOL | _SINGLE, None, 71.4),
+            Row("BYOL, no predictor", BYOL | _SINGLE | {"head.predictor": False}, None, 0.1),
+            Row("BYOL, multi-crop", BYOL, None, 64.8),
             Row("MSE with centring, no multi-crop", {"method.loss": "mse"} | _SINGLE, None, 52.6),
-            Row("MoCo-v2", _MOCO | _SINGLE, None, 71.6, _MOCO | _SINGLE | _TINY_QUEUE),
-            Row("MoCo-v2, multi-crop", _MOCO, None, 73.4, _MOCO | _TINY_QUEUE),
+            Row("MoCo-v2", MOCO | _SINGLE, None, 71.6, MOCO | _SINGLE | _TINY_QUEUE),
+            Row("MoCo-v2, multi-crop", MOCO, None, 73.4, MOCO | _TINY_QUEUE),
             Row("DINO", {}, None, 76.1),
         ],
         paper_base=_TEN_CROPS,
@@ -106,7 +94,7 @@ TABLES: dict[str, Table] = {
     "teacher": Table(
         "What the teacher is (Fig. 6)",
         [
-            Row("student copy", _NO_MOMENTUM, 0.1),
+            Row("student copy", NO_MOMENTUM, 0.1),
             Row("previous iteration", {"method.teacher": "previous-iteration", "method.momentum": None}, 0.1),
             Row("previous epoch", {"method.teacher": "previous-epoch", "method.momentum": None}, 66.6),
             Row("momentum", {}, 72.8),
