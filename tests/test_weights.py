@@ -101,6 +101,15 @@ def test_resnet_and_xcit_come_back_bit_for_bit(name, kind, tmp_path):
     assert dino.load(out).embed_dim == create(f"timm:{name}").embed_dim
 
 
+@pytest.mark.parametrize("kind", ["timm", "safetensors"])
+def test_an_architecture_that_only_timm_knows_says_its_name(kind, tmp_path):
+    state = random_state(create("timm:convnext_atto"), 0)
+    given = Weights("test", {"arch": "timm:convnext_atto"}, {f"teacher.backbone.{k}": v for k, v in state.items()})
+    out = tmp_path / ("file.safetensors" if kind == "safetensors" else "out")
+    export.FORMATS[kind](given, out)
+    assert_same_bits(dino.load(out).state_dict(), state)
+
+
 def test_keys_of_the_references_xcit_are_what_timm_converts_from():
     """timm ships a converter from the authors' XCiT files; ours must be its inverse."""
     model = timm.create_model("xcit_nano_12_p8_224", num_classes=0)

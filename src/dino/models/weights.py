@@ -131,7 +131,12 @@ def _read_folder(folder: Path, only_backbone: bool) -> Weights:
         )
     _check_hf(config, folder)
     num_heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
-    found = _networks({"teacher": load_file(folder / "model.safetensors")}, str(folder), num_heads)
+    state = load_file(folder / "model.safetensors")
+    if "architecture" in config and "pos_embed" not in state:  # no ViT of our kind, so timm builds it
+        backbone, _, left_out = formats.network(state)
+        state = {f"teacher.backbone.model.{name}": value for name, value in backbone.items()}
+        return Weights(str(folder), {"arch": f"timm:{config['architecture']}"}, state, tuple(left_out))
+    found = _networks({"teacher": state}, str(folder), num_heads)
     if "pos_interp" in config:  # written by `dino convert`
         found.arguments["pos_interp"] = config["pos_interp"]
     return found
@@ -151,9 +156,9 @@ def _read_file(path: Path, num_heads: int | None = None) -> Weights:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             said = json.loads((file.metadata() or {}).get("model", "{}"))
-        found = _networks({"teacher": load_file(path)}, where, said.get("num_heads", num_heads))
-        found.arguments.update(said)
-        return found
+        if "arch" in said:  # written by `dino convert`, in our keys
+            return Weights(where, said, {f"teacher.backbone.{name}": value for name, value in load_file(path).items()})
+        return _networks({"teacher": load_file(path)}, where, num_heads)
     content = pickles.read(path)
     if isinstance(content, dict) and "method" in content and "options" in content:  # a checkpoint of ours
         options = content["options"]
