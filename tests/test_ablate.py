@@ -80,7 +80,8 @@ def test_a_table_runs_skips_what_is_finished_and_is_written(photos, tmp_path, re
     assert "other options" in other.stderr
 
 
-def test_interrupted_goes_on(photos, tmp_path, recipe):
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_goes_on(asked, photos, tmp_path, recipe):
     out = tmp_path / "out"
     command = ["ablate", "activation", "--data", photos, "--recipe", recipe, "--epochs", 3, "--out", out, "--no-report"]
     process = subprocess.Popen(dino_command(*map(str, command)), stderr=subprocess.DEVNULL, start_new_session=True)
@@ -88,7 +89,10 @@ def test_interrupted_goes_on(photos, tmp_path, recipe):
     deadline = time.monotonic() + 60
     while not first.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    busy = run_dino(*command)
+    assert busy.returncode == 2
+    assert "another process is writing" in busy.stderr
+    process.send_signal(asked)
     assert process.wait(60) == 130
     assert len(json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}) < 3
     other = run_dino(*["4" if word == 3 else word for word in command])

@@ -124,6 +124,27 @@ def test_an_existing_run_is_refused_unless_overwritten_or_resumed(photos, tmp_pa
     assert run_dino("train", *flags, "--overwrite").returncode == 0
 
 
+def test_a_run_has_one_writer(photos, tmp_path):
+    run = tmp_path / "run"
+    command = dino_command("train", "--data", str(photos), "--out", str(run), *tiny_flags(epochs=2000))
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for flags in (["--resume", run], ["--data", photos, "--out", run, *tiny_flags(), "--overwrite"]):
+            second = run_dino("train", *flags)
+            assert second.returncode == 2
+            assert "another process is writing" in second.stderr
+            assert (run / "config.toml").exists()
+        process.kill()
+        process.wait()
+        assert run_dino("train", "--resume", run, "--stop-after", 1).returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_resume_with_other_mathematics_or_images_is_refused(photos, tmp_path, capsys):
     run = tmp_path / "run"
     assert cli.main(["train", "--data", str(photos), "--out", str(run), *tiny_flags(stop_after=3)]) == 0

@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from rich.console import Console
 from dino import config, distributed, recipes, tables
 from dino.config import TrainOptions, known, replace
 from dino.data.loader import spare_cores
+from dino.engine.checkpoint import LOCK, sole_writer
 from dino.engine.log import read_metrics
 from dino.eval import knn
 from dino.eval.judge import split_folders
@@ -74,7 +76,8 @@ class Ablation:
             ValueError: the folder holds another table or other settings, or no ablation at all.
         """
         if not self.results_file.is_file():
-            if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "rows").is_dir():
+            there = {child.name for child in self.folder.iterdir()} if self.folder.is_dir() else set()
+            if there - {LOCK} and "rows" not in there:
                 raise ValueError(f"{self.folder} is not empty and holds no ablation; choose another --out.")
             return {}
         found = json.loads(self.results_file.read_text())
@@ -89,10 +92,15 @@ class Ablation:
         if not (run / "config.toml").exists():
             return True
         recorded = _plain(config.recorded(str(run)))
-        return all(recorded[key] == value for key, value in _plain(self.runs[name]).items() if value is not None)
+        return all(recorded.get(key) == value for key, value in _plain(self.runs[name]).items())
 
     def work(self) -> dict[str, dict[str, Any]]:
         """Train and judge what is missing, several rows at a time where there are several GPUs or jobs."""
+        self.results()  # refuses a folder of something else before anything is written there
+        with sole_writer(self.folder):
+            return self._work()
+
+    def _work(self) -> dict[str, dict[str, Any]]:
         results = self.results()
         missing = [name for name in self.runs if name not in results]
         if other := [name for name in missing if not self.begun_as_wanted(name)]:
@@ -194,7 +202,7 @@ def _base(recipe: str) -> TrainOptions:
 
 def _plain(options: TrainOptions) -> dict[str, Any]:
     """Options as JSON would give them back, without what may differ from machine to machine."""
-    flat = {k: v for k, v in config.flatten(options).items() if k not in recipes.FREE_ON_RESUME}
+    flat = {k: v for k, v in config.flatten(options).items() if k not in recipes.FREE_ON_RESUME and v is not None}
     return json.loads(json.dumps(flat))
 
 
@@ -259,6 +267,7 @@ def ablate_command(options: AblateOptions) -> int:
     if options.data is None:
         raise ValueError("dino ablate needs images with labels for the k-NN; give them with --data.")
     ablation = Ablation(options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends in order, as Ctrl-C does: rows save themselves
     results = ablation.work()
     rows, folder = rows_of(ablation.table, results), ablation.folder
     (folder / "table.md").write_text(f"{ablation.table.title}, {options.scale} scale\n\n{markdown(rows)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from dino.data.loader import ViewBatches, spare_cores
 from dino.data.render import CpuRenderer, DeviceRenderer, crop
 from dino.data.sources import Source, open_source, split
 from dino.engine import log, start
-from dino.engine.checkpoint import Checkpoints
+from dino.engine.checkpoint import LOCK, Checkpoints, sole_writer
 from dino.engine.train import Trainer
 from dino.eval.judge import MOST_HELD_OUT, agreeing, open_scenes
 from dino.eval.online import OnlineEvaluation, probe
@@ -74,21 +75,30 @@ def set_threads(options: TrainOptions, device: torch.device) -> None:
 def _run(options: TrainOptions, device: torch.device, terminal: log.Terminal) -> Path:
     folder = run_folder(options)
     fresh = not folder.exists()
-    distributed.barrier()  # every rank has seen the folder as it was before the main one writes its file list there
+    distributed.barrier()  # every rank has seen the folder as it was before the main one writes there
+    with contextlib.ExitStack() as held:
+        _in_turn(lambda: held.enter_context(sole_writer(folder)) if distributed.is_main() else None)
+        trainer, held_out = _set_up_or_nothing(options, folder, fresh, device, terminal)
+        complete = trainer.fit()
+        if distributed.is_main():
+            finish(trainer, folder, terminal, complete, held_out, device)
+    return folder
+
+
+def _set_up_or_nothing(
+    options: TrainOptions, folder: Path, fresh: bool, device: torch.device, terminal: log.Terminal
+) -> tuple[Trainer, Source | None]:
+    """`set_up`; what it refuses leaves nothing behind in a `fresh` folder (the file list may lie there already)."""
     try:
-        trainer, held_out = set_up(options, folder, device, terminal)
+        return set_up(options, folder, device, terminal)
     except (ValueError, OSError, releases.DownloadError) as error:
-        if fresh and distributed.is_main():  # leave nothing behind (the file list may lie there already)
+        if fresh and distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
             raise ValueError(
                 f"--out {folder} cannot be written ({error.strerror or error}); choose another."
             ) from error
         raise
-    complete = trainer.fit()
-    if distributed.is_main():
-        finish(trainer, folder, terminal, complete, held_out, device)
-    return folder
 
 
 def set_up(
@@ -156,8 +166,8 @@ def run_folder(options: TrainOptions) -> Path:
     folder = Path(options.out) if options.out is not None else Path("runs") / Path(name).stem
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give a folder to write the run to.")
-    # A start that was killed early leaves at most its file list.
-    if folder.is_dir() and any(child.name != "files.jsonl" for child in folder.iterdir()):
+    # A start that was killed early leaves at most its lock and its file list.
+    if folder.is_dir() and any(child.name not in ("files.jsonl", LOCK) for child in folder.iterdir()):
         # --overwrite deletes what is there, so it must be a run's and not, say, the photos themselves.
         if not (folder / "config.toml").exists():
             raise ValueError(f"{folder} is not empty and holds no run; choose another --out.")
@@ -180,9 +190,8 @@ def prepare(options: TrainOptions, folder: Path) -> None:
     if options.resume is not None or not distributed.is_main():
         return
     if options.overwrite and folder.exists():
-        kept = folder / "files.jsonl"  # just scanned
         for child in folder.iterdir():
-            if child != kept:
+            if child.name not in ("files.jsonl", LOCK):  # just scanned, and held by this process
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     d = options.data

@@ -6,11 +6,16 @@ holds its name) move, and only then are old ones deleted. Files are read with ``
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+LOCK = ".lock"
 
 
 class CheckpointError(Exception):
@@ -61,6 +66,32 @@ class Checkpoints:
             leftover.unlink()
         path = self.latest()
         return None if path is None else read(path)
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold `folder` (made if need be) against other processes.
+
+    The lock is the process's own and ends with it, however it ends; data workers that outlive it hold nothing.
+
+    Raises:
+        ValueError: another process is writing there, or nobody can.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written ({error.strerror or error}); choose another.") from error
+    with open(descriptor, "wb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"another process is writing to {folder}; wait for it, stop it, or choose another --out."
+            ) from error
+        except OSError:
+            pass  # a network file system without locks
+        yield
 
 
 def read(path: Path) -> dict[str, Any]:
