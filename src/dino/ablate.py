@@ -243,14 +243,19 @@ def plot(table: Table, results: dict[str, dict[str, Any]], path: Path, note: str
             result = results.get(name)
             if result is not None:
                 bar = left.barh(name, result["knn"], color="#2a6f97", hatch="///" if result["collapse"] else None)
-                left.bar_label(bar, [f"{result['knn']:.1f}" + (" collapsed" if result["collapse"] else "")], padding=3)
+                left.bar_label(
+                    bar,
+                    [f"{result['knn']:.1f}" + (" collapsed" if result["collapse"] else "")],
+                    padding=3,
+                    bbox={"color": "white", "pad": 0.5},  # the dashed line does not run through it
+                )
             value = theirs[name]
             bar = right.barh(name, value or 0, color="#a9b4c2")
             right.bar_label(bar, ["" if value is None else f"{value:.1f}"], padding=3)
         untrained = [r["untrained"] for r in results.values() if r["untrained"] is not None]
         if untrained:
             left.axvline(untrained[0], color="#c1121f", linewidth=1, linestyle="--", label="untrained")
-            left.legend(frameon=False, loc="lower right")
+            left.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, -0.06))
         left.set_title(f"here ({note}): k-NN, %")
         right.set_title(f"paper (ImageNet, ViT-S/16): {which}, %")
         for axis in (left, right):

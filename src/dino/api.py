@@ -17,7 +17,7 @@ from dino.config import TrainOptions, flatten, known, replace, to_dict
 from dino.data.loader import ViewBatches, spare_cores
 from dino.data.render import CpuRenderer, DeviceRenderer, crop
 from dino.data.sources import Source, open_source, split
-from dino.engine import log, start
+from dino.engine import log, memory, start
 from dino.engine.checkpoint import LOCK, Checkpoints, sole_writer
 from dino.engine.train import Trainer
 from dino.eval.judge import MOST_HELD_OUT, agreeing, open_scenes
@@ -121,6 +121,10 @@ def set_up(
     batches = view_batches(resolved, source, device)
     colour = DeviceRenderer(device).colour if device.type == "cuda" else None
     trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, colour)
+    if resolved.fit is not None:
+        split, needed = distributed.gather(memory.fit(trainer, memory.parse_size(resolved.fit)))[0]
+        trainer.split_steps(split)
+        terminal.say(describe_split(split, needed))
     if found is not None:
         terminal.say(start.initialise(trainer.method, found))
     _in_turn(lambda: prepare(resolved, folder))
@@ -238,6 +242,12 @@ def check(options: TrainOptions, source: Source) -> None:
 def describe(source: Source, spec: str) -> str:
     labels = f", {len(source.classes)} classes for the k-NN monitor" if source.classes else ", no labels (none needed)"
     return f"{spec}: {len(source)} images{labels}."
+
+
+def describe_split(split: memory.Split, needed: float) -> str:
+    parts = f"in {split.parts} parts" if split.parts > 1 else "in one part"
+    again = ", activations recomputed" if split.recompute else ""
+    return f"Fits: each step {parts}{again}, about {needed / 1e9:.2g} GB."
 
 
 def describe_device(device: torch.device) -> str:

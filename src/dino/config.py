@@ -296,6 +296,12 @@ class TrainOptions:
     """Where to compute."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass: 'auto' is bf16 on a GPU that has it, fp32 on a CPU."""
+    fit: str | None = None
+    """Memory of the device to stay within, e.g. 8GB: chooses `accumulate` and `recompute`. The gradients stay the same."""
+    accumulate: int = 1
+    """Parts that a step's images are computed in, one after the other; the same gradients in less memory."""
+    recompute: bool = False
+    """Keep only each block's input for the backward pass: about a third more time, much less memory."""
     threads: int | None = None
     """CPU threads for the arithmetic. None: all cores but one, from four cores on."""
     stop_after: int | None = None
@@ -314,6 +320,7 @@ class TrainOptions:
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; a seed lies in [0, 2**32).")
         _require(self.epochs is None or self.epochs >= 1, f"epochs is {self.epochs}; train at least 1 epoch.")
         _require(self.batch_size is None or self.batch_size >= 1, f"batch_size is {self.batch_size}; use 1 or more.")
+        _require(self.accumulate >= 1, f"accumulate is {self.accumulate}; compute a step in 1 part or more.")
         _require(self.stop_after is None or self.stop_after >= 1, f"stop_after is {self.stop_after}; use 1 or more.")
         _require(
             self.device != "cpu" or self.precision != "fp16",

@@ -6,7 +6,7 @@
         x1, x2 = augment(x), augment(x)           `dino.data` (with multi-crop: 2 global and several local views)
         s1, s2 = gs(x1), gs(x2)                   `Network.forward`: one backbone pass per resolution
         t1, t2 = gt(x1), gt(x2)
-        loss = H(t1, s2)/2 + H(t2, s1)/2          `DINO.forward`: `Centre`, `sharpen`, `cross_entropy`
+        loss = H(t1, s2)/2 + H(t2, s1)/2          `DINO.teach`: `Centre`, `sharpen`; `DINO.learn`: `cross_entropy`
         loss.backward(); update(gs)               the engine: autograd and an optimiser
         gt.params = l*gt.params + (1-l)*gs.params `DINO.update_teacher`
         C = m*C + (1-m)*cat([t1, t2]).mean(dim=0) `Centre.update` (used before it is updated)
@@ -90,11 +90,22 @@ def cross_entropy(
     return (normaliser - variants.pair_products(x, targets)) / (n * g * (v - 1))
 
 
+class Taught(NamedTuple):
+    """What the teacher makes of one batch, on the device."""
+
+    targets: Float[Tensor, "g n k"]  # distributions over prototypes, or vectors for losses on those
+    negatives: Float[Tensor, "m k"] | None  # "infonce" only
+    signs: dict[str, Float[Tensor, ""]]  # what to log and watch; see `DINO.teach`
+
+    def of(self, images: slice) -> "Taught":
+        return self._replace(targets=self.targets[:, images])
+
+
 class Step(NamedTuple):
     """What one step computes, on the device."""
 
     loss: Float[Tensor, ""]
-    signs: dict[str, Float[Tensor, ""]]  # what to log and watch, detached; see `DINO.forward`
+    signs: dict[str, Float[Tensor, ""]]
 
 
 class DINO(nn.Module):
@@ -132,33 +143,51 @@ class DINO(nn.Module):
             self.negatives = variants.Negatives(queue_size, self.out_dim)
 
     def forward(self, groups: list[Tensor], teacher_temp: float) -> Step:
-        """The loss of one batch.
+        """The loss of one batch, and what `teach` says of it.
 
         Args:
             groups: views of equal resolution, view-major [v_r * n, c, s, s]; the first group is the 2 global views.
             teacher_temp: temperature of the teacher at this epoch.
-
-        Returns:
-            The loss, and as signs, in nats: `teacher_entropy` (mean entropy of the targets; KL = loss - entropy,
-            section 5.3), `prototype_usage` (entropy of the mean target: ln K when all prototypes are used alike) and
-            `centre_norm`; for losses on vectors `target_spread` (`dino.variants.spread`).
         """
-        with torch.no_grad():
-            teacher_scores = _at_least_float32(self.teacher(groups[:1]))
-        student_scores = _at_least_float32(self.student(groups))
-        student_scores = student_scores.unflatten(0, (-1, len(teacher_scores) // 2))  # [v, n, k]
+        taught = self.teach(groups[0], teacher_temp)
+        return Step(self.learn(self.student(groups), taught), taught.signs)
+
+    @torch.no_grad()
+    def teach(self, global_views: Float[Tensor, "gn c s s"], temp: float, parts: int = 1) -> Taught:
+        """Targets for the student; moves the centre (or the queue) on, once they are made.
+
+        The signs, in nats: `teacher_entropy` (mean entropy of the targets; KL = loss - entropy, section 5.3),
+        `prototype_usage` (entropy of the mean target: ln K when all prototypes are used alike) and `centre_norm`; for
+        losses on vectors `target_spread` (`dino.variants.spread`).
+
+        Args:
+            parts: how many passes to make of it; the same targets in less memory.
+        """
+        scores = torch.cat([_at_least_float32(self.teacher([views])) for views in global_views.chunk(parts)])
+        negatives = None
         if self.loss == "cross-entropy":
-            probs, entropy = self._distribution(teacher_scores, teacher_temp)
-            loss = cross_entropy(student_scores, probs.unflatten(0, (2, -1)), self.student_temp)
-            usage = torch.special.entr(probs.mean(dim=0)).sum()
+            targets, entropy = self._distribution(scores, temp)
+            usage = torch.special.entr(targets.mean(dim=0)).sum()
             signs = {"teacher_entropy": entropy.mean(), "prototype_usage": usage}
         else:
-            loss = self._vector_loss(student_scores, teacher_scores)
-            signs = {"target_spread": variants.spread(teacher_scores)}
+            targets, signs = scores - self.centre.value, {"target_spread": variants.spread(scores)}
+        if self.loss == "infonce":
+            negatives = self.negatives.values.clone()
+            self.negatives.push(scores)
         if self.targets == "centring":
-            self.centre.update(teacher_scores)
+            self.centre.update(scores)
             signs["centre_norm"] = self.centre.value.norm()
-        return Step(loss, signs)
+        return Taught(targets.unflatten(0, (2, -1)), negatives, signs)
+
+    def learn(self, student_scores: Float[Tensor, "vn k"], taught: Taught) -> Float[Tensor, ""]:
+        """The loss of view-major scores of the images that were `taught`; gradients flow to the student only."""
+        scores = _at_least_float32(student_scores).unflatten(0, (-1, taught.targets.shape[1]))  # [v, n, k]
+        if self.loss == "cross-entropy":
+            return cross_entropy(scores, taught.targets, self.student_temp)
+        if self.loss == "mse":
+            return variants.squared_distance(scores, taught.targets)
+        assert taught.negatives is not None
+        return variants.info_nce(scores, taught.targets, taught.negatives, self.student_temp)
 
     def _distribution(self, scores: Float[Tensor, "gn k"], temp: float) -> tuple[Tensor, Tensor]:
         """Targets [gn, k] and their entropies [gn]."""
@@ -167,14 +196,6 @@ class DINO(nn.Module):
         log_probs = variants.sinkhorn(scores, temp, iterations=3 if self.targets == "sinkhorn" else 1)
         probs = log_probs.exp()
         return probs, -(probs * log_probs).sum(dim=-1)
-
-    def _vector_loss(self, student: Float[Tensor, "v n k"], teacher: Float[Tensor, "gn k"]) -> Float[Tensor, ""]:
-        targets = (teacher - self.centre.value).unflatten(0, (2, -1))
-        if self.loss == "mse":
-            return variants.squared_distance(student, targets)
-        loss = variants.info_nce(student, targets, self.negatives.values.clone(), self.student_temp)
-        self.negatives.push(teacher)
-        return loss
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, epoch_ends: bool = False) -> None:

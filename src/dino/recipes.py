@@ -10,7 +10,10 @@ from dino.config import TrainOptions, flatten, replace
 from dino.recipe_table import RECIPES, Recipe
 
 # Options that change neither the mathematics nor the data, so that a resumed run may have others.
-FREE_ON_RESUME = {"resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"}
+FREE_ON_RESUME = {
+    *("resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"),
+    *("fit", "accumulate", "recompute"),
+}
 
 
 LITTLE_DATA = 50_000  # images below which a run is short of steps rather than of epochs

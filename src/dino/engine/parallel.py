@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino import distributed
-from dino.method import DINO, Step
+from dino.method import DINO
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,12 +43,19 @@ def synchronise_batch_norm(method: DINO) -> None:
     convert_sync_batchnorm(method)
 
 
-def distribute(method: DINO, device: torch.device) -> Callable[[list[Tensor], float], Step]:
-    """The method's forward pass, with gradients averaged over ranks when there are several.
+def distribute(student: nn.Module, device: torch.device) -> nn.Module:
+    """The student's forward pass, with gradients averaged over ranks when there are several.
 
     Ranks hold equal shares of the global batch, so the mean of their gradients is the gradient of the global mean.
     """
     if distributed.world_size() == 1:
-        return method
+        return student
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(student, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def without_sync(student: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[object]:
+    """Gradients stay with their rank while `wanted`: in all parts of a step but the last."""
+    if wanted and isinstance(student, DistributedDataParallel):
+        return student.no_sync()
+    return contextlib.nullcontext()

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino import distributed, schedules
 from dino.config import TrainOptions, ViewOptions, known, to_dict
@@ -26,11 +26,11 @@ from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.render import normalise
 from dino.data.sources import Source
 from dino.data.views import Views
-from dino.engine import optim, parallel
+from dino.engine import memory, optim, parallel
 from dino.engine.checkpoint import CheckpointError, Checkpoints
 from dino.engine.log import Metrics, Quarantine, Terminal
 from dino.engine.monitor import CollapseMonitor
-from dino.method import DINO, Network, Step
+from dino.method import DINO, Network
 from dino.models import Backbone, Head, ImageSizeError, create, weights
 
 Callback = Callable[[DINO], dict[str, float]]  # measures the method between steps; runs on the main rank
@@ -150,6 +150,8 @@ class Trainer:
         self.plan = Plan(options, batches.steps_per_epoch)
         self.precision = parallel.choose_precision(options.precision, device)
         self.method = build_method(options).to(device)
+        self.student: nn.Module = self.method.student
+        self.split_steps(memory.Split(options.accumulate, options.recompute))
         self._share_batch_norm()
         self.optimizer = optim.create(options.optim, self.method.student)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
@@ -162,6 +164,16 @@ class Trainer:
         self.status = ""
         self._pending: list[dict[str, Tensor]] = []
         self._bad: list[tuple[str, str]] = []
+
+    def split_steps(self, split: memory.Split) -> None:
+        """Compute steps so from now on."""
+        if split.parts > 1 and parallel.has_batch_norm(self.method):
+            raise ValueError(
+                f"accumulate is {split.parts}, but this model has BatchNorm, whose statistics are of all images of a step; "
+                "use --recompute instead, or a smaller --batch-size."
+            )
+        self.split = split
+        self.method.student.backbone.set_grad_checkpointing(split.recompute)  # pyright: ignore[reportCallIssue]
 
     def _share_batch_norm(self) -> None:
         if distributed.world_size() == 1 or not parallel.has_batch_norm(self.method):
@@ -217,7 +229,7 @@ class Trainer:
         """Train to the end, `stop_after`, or a signal; True when the run is complete."""
         total = self.plan.total
         stop = min(total, self.options.stop_after or total)
-        self.forward = parallel.distribute(self.method, self.device)
+        self.student = parallel.distribute(self.method.student, self.device)
         self.metrics = Metrics(self.run, self.step, self.options.log.tensorboard) if distributed.is_main() else None
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.terminal.start(self.step, total)
@@ -281,10 +293,8 @@ class Trainer:
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
         optim.set_rates(self.optimizer, self.plan.lr(step), self.plan.weight_decay(step))
         groups = [normalise(g, self.options.model.in_channels) for g in self.to_device(batch)]
-        with parallel.autocast(self.device, self.precision):
-            result: Step = self.forward(groups, self.plan.teacher_temp(step))
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(result.loss).backward()
+        loss, signs = self.gradients(groups, self.plan.teacher_temp(step))
         self.scaler.unscale_(self.optimizer)
         grad_norm = optim.clip_per_parameter_(method.student.parameters(), self.options.optim.clip_grad)
         if step < self.plan.steps(self.options.optim.freeze_last_layer):
@@ -292,7 +302,23 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         method.update_teacher(self.plan.momentum(step), (step + 1) % self.plan.steps_per_epoch == 0)
-        return {"loss": result.loss.detach(), **result.signs, "grad_norm": grad_norm}
+        return {"loss": loss, **signs, "grad_norm": grad_norm}
+
+    def gradients(self, groups: list[Tensor], teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its (scaled) gradients, in parts where memory is short; teacher and centre once a step."""
+        images = len(groups[0]) // 2
+        parts = memory.parts_of(images, self.split.parts)
+        with parallel.autocast(self.device, self.precision):
+            taught = self.method.teach(groups[0], teacher_temp, len(parts))
+        losses = []
+        for part in parts:
+            with parallel.without_sync(self.student, part != parts[-1]):
+                with parallel.autocast(self.device, self.precision):
+                    scores = self.student(memory.views_of(groups, part, images))
+                    loss = self.method.learn(scores, taught.of(part)) * ((part.stop - part.start) / images)
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum(), taught.signs
 
     def to_device(self, batch: Batch) -> list[Tensor]:
         groups = [g.to(self.device, non_blocking=True) for g in batch.groups]

@@ -43,6 +43,7 @@ class Backbone(Protocol):
     def grid(self, height: int, width: int) -> tuple[int, int]: ...  # rows and columns of cells; ValueError: cannot
     def attention(self, images: Tensor) -> Tensor: ...  # [n, heads, tokens, tokens]; ValueError: has none
     def cls_attention(self, images: Tensor) -> Tensor: ...  # [n, heads, cells]; ValueError: has none
+    def set_grad_checkpointing(self, enable: bool = True) -> None: ...  # recompute activations in the backward pass
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
 

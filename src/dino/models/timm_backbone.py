@@ -72,6 +72,10 @@ class TimmBackbone(nn.Module):
         """The feature that a classifier would see: the normed [CLS] token or the pooled last map."""
         return self.model.forward_head(self.model.forward_features(images))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """See `VisionTransformer.set_grad_checkpointing`."""
+        self.model.set_grad_checkpointing(enable)
+
     def tokens(self, images: Float[Tensor, "n c height width"], layers: int = 1) -> list[Float[Tensor, "n t d"]]:
         """The image's feature, then those of its cells row by row, normed; of the last `layers` blocks, oldest first.
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 PositionInterpolation = Literal["offset", "size", "antialias"]
 
@@ -134,6 +135,7 @@ class VisionTransformer(nn.Module):
         self.image_size, self.in_channels = image_size, in_channels
         self.pos_interp: PositionInterpolation = pos_interp
         self.has_attention = True
+        self.recompute = False
         self.grid(image_size, image_size)
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -149,8 +151,12 @@ class VisionTransformer(nn.Module):
         """The normed [CLS] feature."""
         x = self._embed(images)
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
         return self.norm(self.blocks[-1](x, only_cls=True))[:, 0]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass, and compute the block again there: less memory, more time."""
+        self.recompute = enable
 
     def tokens(self, images: Float[Tensor, "n c height width"], layers: int = 1) -> list[Float[Tensor, "n t d"]]:
         """Normed tokens ([CLS] first) after each of the last `layers` blocks, oldest first."""

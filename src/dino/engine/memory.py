@@ -1,0 +1,172 @@
+"""A step in parts: the same gradients in less memory (gradient accumulation, recomputed activations, `--fit`)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import resource
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from dino.config import known
+from dino.engine import parallel
+
+if TYPE_CHECKING:
+    from dino.engine.train import Trainer
+
+MARGIN = 1.1  # kernels' workspaces and fragmentation
+OVERHEAD = 2  # images' worth of time that a part costs beside its images; recomputing costs a third of all
+
+
+class Split(NamedTuple):
+    """How a step is computed."""
+
+    parts: int
+    recompute: bool
+
+
+def parts_of(images: int, parts: int) -> list[slice]:
+    """`images` in at most `parts` runs whose lengths differ by one at most."""
+    bounds = [images * i // parts for i in range(parts + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a]
+
+
+def views_of(groups: Sequence[Tensor], images: slice, total: int) -> list[Tensor]:
+    """The views of some of the `total` images in view-major groups, view-major again."""
+    return [group.unflatten(0, (-1, total))[:, images].flatten(0, 1) for group in groups]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "8GB", "500 MB" or "7.5GiB".
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([MG])(i?)B", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"fit is {text!r}; write an amount of memory such as 8GB or 500MB.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** {"M": 2, "G": 3}[match[2].upper()])
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of tensors that are made within it and alive at the same time, on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)}
+        result = func(*args, **(kwargs or {}))
+
+        def see(tensor: Tensor) -> None:
+            storage = tensor.untyped_storage()
+            if storage not in self._known and storage._cdata not in given:
+                self._known.add(storage)
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._gone, storage.nbytes())
+
+        tree_map_only(Tensor, see, result)
+        return result
+
+    def _gone(self, count: int) -> None:
+        self.alive -= count
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Bytes that `work` has alive at most, beyond what there was before."""
+    with Peak() as mode:
+        work()
+    return mode.peak
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
+
+
+def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
+    """How to compute the steps of `trainer` within `limit` bytes, found by trying parts of a few images; and the bytes
+    that takes.
+
+    Raises:
+        ValueError: there is no way.
+    """
+    options, method, device = trainer.options, trainer.method, trainer.device
+    images = trainer.batches.batch_size // trainer.batches.world_size
+    sizes = [(2, known(options.views.global_size)), (options.views.num_local, known(options.views.local_size))]
+    pixels = [(v, options.model.in_channels, s, s) for v, s in sizes if v]
+    # Beside the parts: pixels as bytes and as floats; scores, logarithms and targets of two views; the optimiser.
+    of_image = sum(5 * math.prod(shape) for shape in pixels) + 24 * method.out_dim
+    learnt = sum(p.numel() * p.element_size() for p in method.student.parameters() if p.requires_grad)
+    fixed = learnt * (2 if options.optim.name == "adamw" else 1) + images * of_image
+    few = min(2, images)
+    buffers = [buffer.clone() for buffer in method.buffers()]
+    before = trainer.split
+
+    def of_part(count: int, recompute: bool) -> int:
+        trainer.split_steps(Split(1, recompute))
+        groups = [torch.zeros(v * count, *shape, device=device) for v, *shape in pixels]
+        return peak(lambda: trainer.gradients(groups, known(options.method.teacher_temp)))
+
+    try:
+        for p in filter(lambda p: p.requires_grad, method.student.parameters()):
+            p.grad = torch.zeros_like(p)  # there throughout, so that they do not count as a part's
+        # Two counts make a line each: what a part costs however small, and what an image adds.
+        lines = {}
+        for recompute in (False, True):
+            low, high = of_part(few, recompute), of_part(2 * few, recompute)
+            lines[recompute] = (2 * low - high, (high - low) / few)
+        fixed += in_use(device)  # now, with what the trial has left behind
+        return choose(limit, images, fixed, lines, parts_allowed=not parallel.has_batch_norm(method))
+    finally:
+        trainer.split_steps(before)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        for buffer, value in zip(method.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+
+
+def choose(
+    limit: int, images: int, fixed: float, lines: dict[bool, tuple[float, float]], parts_allowed: bool
+) -> tuple[Split, float]:
+    """The fastest way to compute a step of `images` that stays within `limit` bytes, and the bytes it needs.
+
+    Args:
+        fixed: bytes whatever the way.
+        lines: bytes that a part takes however small, and per image; without and with recomputed activations.
+        parts_allowed: False where images must stay together.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def needed(split: Split) -> float:
+        base, per_image = lines[split.recompute]
+        return fixed + MARGIN * max(0, base + per_image * -(-images // split.parts))
+
+    def seconds(split: Split) -> float:
+        return (images + OVERHEAD * split.parts) * (4 / 3 if split.recompute else 1)
+
+    counts = sorted({-(-images // size) for size in range(1, images + 1)}) if parts_allowed else [1]
+    ways = sorted((Split(parts, r) for parts in counts for r in (False, True)), key=seconds)
+    fitting = next((way for way in ways if needed(way) <= limit), None)
+    if fitting is None:
+        least = min(map(needed, ways)) / 1e9
+        raise ValueError(
+            f"even in the smallest parts a step needs about {least:.2g} GB, more than --fit allows; use a smaller model, "
+            "smaller or fewer views, or a smaller --batch-size."
+        )
+    return fitting, needed(fitting)

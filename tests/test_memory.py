@@ -1,0 +1,204 @@
+"""A step in parts and with recomputed activations has the same gradients; `--fit` keeps to what it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import TINY, draw_images, run_dino, tiny_flags
+from dino.api import view_batches
+from dino.config import TrainOptions, replace
+from dino.data.sources import open_source
+from dino.engine import memory
+from dino.engine.log import Terminal, read_metrics
+from dino.engine.memory import Split
+from dino.engine.train import Trainer
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("images"))
+
+
+def trainer(images: Path, folder: Path, **changes: Any) -> Trainer:
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    options = replace(
+        TrainOptions(), TINY | {"data.path": str(images), "batch_size": 6, "model.drop_path": 0.0} | named
+    )
+    source = open_source(str(images), "none")
+    batches = view_batches(options, source, torch.device("cpu"))
+    return Trainer(options, folder / "run", source, batches, torch.device("cpu"), Terminal(False))
+
+
+def views(subject: Trainer) -> list[torch.Tensor]:
+    o, torch_seed = subject.options.views, 3
+    torch.manual_seed(torch_seed)
+    dtype = next(subject.method.parameters()).dtype
+    return [torch.randn(v * 6, 3, s, s, dtype=dtype) for v, s in ((2, o.global_size), (o.num_local, o.local_size)) if v]
+
+
+def state_and_gradients(subject: Trainer, split: Split) -> tuple[float, dict[str, torch.Tensor]]:
+    subject.split_steps(split)
+    subject.optimizer.zero_grad()
+    loss, signs = subject.gradients(views(subject), 0.05)
+    found = {f"grad {n}": p.grad for n, p in subject.method.student.named_parameters() if p.grad is not None}
+    return loss.item(), found | {f"after {n}": b.clone() for n, b in subject.method.named_buffers()} | signs
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dino": {},
+    "no multi-crop": {"views.num_local": 0},
+    "sinkhorn": {"method.targets": "sinkhorn"},
+    "byol": {"method.loss": "mse", "method.targets": "none", "head.prototypes": False, "head.predictor": True},
+    "mocov2": {"method.loss": "infonce", "method.targets": "none", "head.prototypes": False, "method.queue_size": 24},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("split", [Split(2, False), Split(4, False), Split(6, True), Split(1, True)], ids=str)
+def test_gradients_are_those_of_the_whole_step(name, split, images, tmp_path):
+    """In float64 to rounding: loss, every gradient, and the centre or queue moved once."""
+    results = []
+    for way in (Split(1, False), split):
+        subject = trainer(images, tmp_path, **VARIANTS[name])
+        subject.method.double()
+        results.append(state_and_gradients(subject, way))
+    (loss, whole), (split_loss, parts) = results
+    assert split_loss == pytest.approx(loss, rel=1e-12)
+    assert whole.keys() == parts.keys()
+    assert any(key.startswith("grad") for key in whole)
+    for key in whole:
+        torch.testing.assert_close(parts[key], whole[key], rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_recomputed_blocks_drop_the_same_samples(images, tmp_path):
+    """Stochastic depth draws once: the backward pass repeats what the forward pass dropped."""
+    found = []
+    for recompute in (False, True):
+        subject = trainer(images, tmp_path, model__drop_path=0.5, model__depth=4)
+        subject.split_steps(Split(1, recompute))
+        groups = views(subject)
+        torch.manual_seed(0)
+        subject.gradients(groups, 0.05)
+        found.append([p.grad for p in subject.method.student.parameters() if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+FIXED = ("model.patch_size", "model.width", "model.depth", "model.num_heads")
+
+
+def test_a_timm_backbone_recomputes_too(images, tmp_path):
+    results = []
+    for recompute in (False, True):
+        changes: dict[str, Any] = {"model.arch": "timm:vit_tiny_patch16_224", "views.local_size": 16}
+        subject = trainer(images, tmp_path, **changes, **dict.fromkeys(FIXED))
+        results.append(state_and_gradients(subject, Split(1, recompute)))
+    (loss, whole), (again, parts) = results
+    assert again == pytest.approx(loss, rel=1e-5)
+    for key in (key for key in whole if key.startswith("grad")):
+        torch.testing.assert_close(parts[key], whole[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_batch_norm_keeps_a_step_whole(images, tmp_path):
+    with pytest.raises(ValueError, match="accumulate is 2, but this model has BatchNorm"):
+        trainer(images, tmp_path, accumulate=2, head__batch_norm=True)
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_parts_cover_every_image_once_and_evenly(images, parts):
+    found = memory.parts_of(images, parts)
+    assert [i for part in found for i in range(images)[part]] == list(range(images))
+    sizes = [part.stop - part.start for part in found]
+    assert len(found) == min(images, parts)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_views_of_a_part_stay_view_major():
+    group = torch.arange(2 * 5).float()[:, None, None, None].expand(10, 3, 2, 2)  # view v of image i is 5 v + i
+    (part,) = memory.views_of([group], slice(1, 3), 5)
+    assert part[:, 0, 0, 0].tolist() == [1, 2, 6, 7]
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GB", 8e9), ("1.5 gb", 1.5e9), ("500MB", 5e8), ("2GiB", 2**31)])
+def test_sizes_are_read(text, size):
+    assert memory.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["8", "GB", "-1GB", "0GB", "much"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(ValueError, match="write an amount of memory such as 8GB"):
+        memory.parse_size(text)
+
+
+def test_peak_counts_what_is_alive_at_once():
+    kilo = lambda: torch.zeros(256)  # noqa: E731
+
+    def work() -> None:
+        a = kilo()
+        for _ in range(5):
+            b = kilo() + a  # two new ones, and `a` and the last `b` beside them
+        a.add_(b)
+        b.view(16, 16)
+
+    assert memory.peak(work) == 4 * 1024
+
+
+def test_peak_sees_what_recomputing_saves(images, tmp_path):
+    subject = trainer(images, tmp_path, model__depth=12)
+    found = [
+        memory.peak(lambda s=split: state_and_gradients(subject, s)) for split in (Split(1, False), Split(1, True))
+    ]
+    assert found[1] < 0.6 * found[0]
+
+
+def test_the_fastest_way_that_fits_is_chosen():
+    lines = {False: (0.0, 100.0), True: (0.0, 20.0)}
+    ways = [memory.choose(limit, 16, 50.0, lines, parts_allowed=True)[0] for limit in (2000, 1000, 410, 150, 80)]
+    assert ways == [Split(1, False), Split(2, False), Split(1, True), Split(4, True), Split(16, True)]
+    assert memory.choose(500, 16, 50.0, lines, parts_allowed=False)[0] == Split(1, True)
+    for limit in (2000, 1000, 410, 150, 80):
+        assert memory.choose(limit, 16, 50.0, lines, parts_allowed=True)[1] <= limit
+    with pytest.raises(ValueError, match="even in the smallest parts a step needs about"):
+        memory.choose(60, 16, 50.0, lines, parts_allowed=True)
+
+
+def test_fit_leaves_the_run_as_it_was(images, tmp_path):
+    """The trial moves neither centre nor weights, and what it chooses is less than the whole step."""
+    subject = trainer(images, tmp_path, model__depth=8)
+    before = {k: v.clone() for k, v in subject.method.state_dict().items()}
+    _, whole = memory.fit(subject, 10**12)
+    assert subject.split == Split(1, False)
+    for key, value in subject.method.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=key)
+    assert all(p.grad is None for p in subject.method.student.parameters())
+    assert whole > sum(p.numel() * 4 for p in subject.method.parameters())
+
+
+def test_parts_on_two_ranks_equal_the_whole_on_one(photos, tmp_path):
+    flags = tiny_flags(epochs=2, log__every=1, model__drop_path=0.0)
+    for name, ranks, more in (("whole", 1, []), ("parts", 2, ["--accumulate", 2, "--recompute"])):
+        done = run_dino("train", "--data", photos, "--out", tmp_path / name, *flags, *more, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    a, b = ([x for x in read_metrics(tmp_path / n / "metrics.jsonl") if "loss" in x] for n in ("whole", "parts"))
+    assert len(a) == len(b) >= 10
+    for x, y in zip(a, b, strict=True):
+        for key in ("loss", "grad_norm", "teacher_entropy", "centre_norm"):
+            assert y[key] == pytest.approx(x[key], rel=1e-4), key
+
+
+def test_fit_from_the_command_line(photos, tmp_path):
+    flags = ["--data", photos, "--out", tmp_path / "run", *tiny_flags(epochs=1)]
+    for size, said in (("lots", "write an amount of memory such as 8GB"), ("10MB", "more than --fit allows")):
+        done = run_dino("train", *flags, "--fit", size)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert not (tmp_path / "run").exists()
+    done = run_dino("train", *flags, "--fit", "50GB")
+    assert done.returncode == 0
+    assert "Fits: each step in one part, about" in done.stderr
