@@ -1,0 +1,201 @@
+"""Landmark retrieval on revisited Oxford and Paris (paper table 3).
+
+The benchmark is of Radenović et al. 2018: per query an Easy, a Medium and a Hard set of images to find, and images
+that count neither way ("junk").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dino.data.decode import BadImage
+from dino.data.listing import Names
+from dino.data.sources import Files, Source
+from dino.eval.judge import Judgement, judge
+from dino.eval.options import RetrievalOptions
+from dino.eval.ranking import comparable, mean_precisions
+from dino.inference.features import shrink
+from dino.models import Backbone
+
+# --- ground truth ---------------------------------------------------------------------------------------------------
+
+LAYOUT = "expected are DATA/gnd_roxford5k.pkl (or another gnd_NAME.pkl) and DATA/jpg/NAME.jpg"
+_NUMPY = {
+    (module, name)
+    for package in ("numpy.core", "numpy._core")
+    for module, name in ((f"{package}.multiarray", "_reconstruct"), (f"{package}.multiarray", "scalar"))
+} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings, numbers and NumPy arrays; a pickle can name any function, and no other is run."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) not in _NUMPY:
+            raise pickle.UnpicklingError(f"it wants to run {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+class GroundTruth(NamedTuple):
+    name: str  # "roxford5k"
+    folder: Path  # of the images
+    database: list[str]
+    queries: list[str]
+    boxes: list[tuple[float, ...]]  # left, top, right, bottom of what is asked for in each query image, pixels
+    easy: list[list[int]]  # positions in the database, for each query
+    hard: list[list[int]]
+    junk: list[list[int]]
+
+
+def read_ground_truth(data: str) -> GroundTruth:
+    """The ground truth in a folder, or in a .pkl file.
+
+    Raises:
+        ValueError: the folder is laid out otherwise, or the file is not of the published form.
+    """
+    path = Path(data)
+    if path.is_dir():
+        found = sorted(path.glob("gnd_*.pkl"))
+        if len(found) != 1:
+            what = f"several: give one of them, e.g. --data {found[0]}" if found else f"none; {LAYOUT}"
+            raise ValueError(f"--data {data} must hold one ground truth, gnd_NAME.pkl, and holds {what}.")
+        path = found[0]
+    if not path.is_file() or path.suffix != ".pkl":
+        raise ValueError(f"--data {data} is neither a folder nor a .pkl file; {LAYOUT}.")
+    try:
+        truth = _parse(path, _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load())
+    except Exception as error:  # a damaged pickle fails in many ways
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{path} is no ground truth of the revisited benchmarks ({reason}): a dict of imlist, qimlist and gnd, with "
+            "easy, hard, junk and bbx for each query."
+        ) from error
+    names = {*truth.database, *truth.queries}
+    if missing := sorted(name for name in names if not (truth.folder / f"{name}.jpg").is_file()):
+        raise ValueError(
+            f"{len(missing)} of the {len(names)} images that {path} names are missing, first "
+            f"{truth.folder / missing[0]}.jpg; {LAYOUT}."
+        )
+    return truth
+
+
+def _parse(path: Path, content: Any) -> GroundTruth:
+    database, queries = ([str(name) for name in content[key]] for key in ("imlist", "qimlist"))
+    entries = list(content["gnd"])
+    if len(entries) != len(queries) or not entries:
+        raise ValueError(f"it has {len(queries)} queries but {len(entries)} entries in gnd")
+    if any(not name or "\0" in name for name in database + queries):
+        raise ValueError("an image has no proper name")
+    lists = {key: [[int(i) for i in entry[key]] for entry in entries] for key in ("easy", "hard", "junk")}
+    if any(not 0 <= i < len(database) for rows in lists.values() for row in rows for i in row):
+        raise ValueError(f"a position lies outside its {len(database)} images")
+    boxes = [tuple(float(x) for x in entry["bbx"]) for entry in entries]
+    if any(len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]) for box in boxes):
+        raise ValueError("a bbx is not left, top, right, bottom")
+    return GroundTruth(path.stem.removeprefix("gnd_"), path.parent / "jpg", database, queries, boxes, **lists)
+
+
+class Photos(Files):
+    """The images NAME.jpg of a folder in the order of `names`.
+
+    With `boxes`, each is cut to its own and made smaller by what would bring the whole image's longer side to `size`.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], boxes: Sequence[tuple[float, ...]] = (), size: int = 0):
+        super().__init__(
+            str(folder), Names(b"".join(os.fsencode(f"{n}.jpg") + b"\0" for n in names)), (), None, "listed"
+        )
+        self.boxes, self.size = boxes, size
+        if boxes:
+            self.fingerprint = hashlib.sha256(f"{self.fingerprint} {size} {boxes}".encode()).hexdigest()
+
+    def read(self, index: int) -> np.ndarray:
+        image = super().read(index)
+        if not self.boxes:
+            return image
+        height, width = image.shape[:2]
+        left, top, right, bottom = (max(round(x), 0) for x in self.boxes[index])
+        part = image[top:bottom, left:right]
+        if not part.size:
+            raise BadImage(f"the box {self.boxes[index]} lies outside its {width} x {height} pixels")
+        return shrink(part, max(1, round(self.size * max(part.shape[:2]) / max(height, width))))
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+KS = (1, 5, 10)
+PUBLISHED = {"roxford5k": (224, False), "rparis6k": (512, True)}  # size and whether at three scales
+# Table 3, pre-trained on ImageNet. (On Google Landmarks v2 ViT-S/16 has 51.5, 24.3, 75.3 and 51.6.)
+PAPER = {
+    "vit_small/16": {
+        "roxford5k_medium_map": 41.8,
+        "roxford5k_hard_map": 13.7,
+        "rparis6k_medium_map": 63.1,
+        "rparis6k_hard_map": 34.4,
+    },
+    "resnet50": {
+        "roxford5k_medium_map": 35.4,
+        "roxford5k_hard_map": 11.1,
+        "rparis6k_medium_map": 55.9,
+        "rparis6k_hard_map": 27.5,
+    },
+}
+
+
+def score(
+    rankings: np.ndarray, easy: list[list[int]], hard: list[list[int]], junk: list[list[int]]
+) -> dict[str, float]:
+    """Figures of the three protocols in percent; {} for one in which no query has anything to find.
+
+    Easy finds the easy images and ignores the hard, Medium finds both, Hard finds the hard and ignores the easy.
+    """
+    both = [a + b for a, b in zip(easy, hard, strict=True)]
+    without_hard = [a + b for a, b in zip(junk, hard, strict=True)]
+    without_easy = [a + b for a, b in zip(junk, easy, strict=True)]
+    sets = {"easy": (easy, without_hard), "medium": (both, junk), "hard": (hard, without_easy)}
+    return {
+        f"{name}_{figure}": value
+        for name, (relevant, ignored) in sets.items()
+        for figure, value in mean_precisions(rankings, relevant, ignored, KS).items()
+    }
+
+
+def evaluate(model: Backbone, options: RetrievalOptions, device: torch.device) -> Judgement:
+    """`score` of a ranking by the cosine of [CLS] features, exact, in float32."""
+    truth = read_ground_truth(options.data)
+    size, multiscale = PUBLISHED.get(truth.name, (model.image_size, True))
+    size = options.size or size
+    multiscale = multiscale if options.multiscale is None else options.multiscale
+    cropped = options.protocol == "fixed"
+    sources: dict[str, Source] = {
+        "database": Photos(truth.folder, truth.database),
+        "queries": Photos(truth.folder, truth.queries, truth.boxes if cropped else (), size),
+    }
+    readout = "three scales" if multiscale else "any size"
+    features, whitened = comparable(model, options, device, size, readout, "shrunk", sources)
+    similarity = features["queries"] @ features["database"].T
+    rankings = similarity.argsort(dim=1, descending=True, stable=True).cpu().numpy()
+    figures = score(rankings, truth.easy, truth.hard, truth.junk)
+    if not figures:
+        raise ValueError(f"no query of {options.data} has an easy or a hard image to find; check the ground truth.")
+    scales = "at 1, 1/sqrt(2) and 1/2 of" if multiscale else "at"
+    return Judgement(
+        {f"{truth.name}_{name}": value for name, value in figures.items()},
+        f"{options.protocol} protocol: cosine of [CLS] features {scales} {size} pixels (longer side), queries "
+        f"{'cropped to their boxes' if cropped else 'whole'}{whitened}",
+        {part: source.fingerprint for part, source in sources.items()},
+        {"images in the database": len(truth.database), "queries": len(truth.queries)},
+    )
+
+
+def command(options: RetrievalOptions) -> None:
+    judge("retrieval", options, evaluate, PAPER)
