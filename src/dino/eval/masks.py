@@ -2,98 +2,65 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.progress import track
-from torch import Tensor
 
 from dino import distributed
 from dino.data.decode import BadImage
 from dino.data.labels import text
-from dino.data.listing import Names
 from dino.data.render import normalise
-from dino.data.scenes import Scenes
-from dino.data.sources import Files, open_source
-from dino.eval.judge import Judgement, judge, open_scenes
+from dino.data.sources import Files, listed, open_source
+from dino.eval.judge import Judgement, judge
 from dino.eval.options import MasksOptions
 from dino.inference.attention import cls_attention, enlarge, fit, jaccard, mass_mask
 from dino.models import NO_ATTENTION, Backbone
 
-SIZE, SIZE_OF_SMALL = 480, 2  # pixels; models made for fewer than 128 get so many times their own size
-UNSEEN = 10**6  # position of the first drawn scene: behind those that a run is trained on
+SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
 LAYOUT = (
     "expected are DATA/JPEGImages/NAME.jpg, DATA/SegmentationObject/NAME.png (or SegmentationClass) and "
     "DATA/ImageSets/Segmentation/val.txt"
 )
 
 
-class Outlined(Protocol):
-    """Images with their objects outlined, by position."""
+def open_pair(options: MasksOptions) -> tuple[Files, Files]:
+    """Images, and at the same positions their mask files.
 
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-    def name(self, index: int) -> str: ...
-    def read(self, index: int, size: int, patch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image [h, w, 3] uint8 of `fit` and its objects, bool [k, h, w]. BadImage or ValueError: not usable."""
-        ...
-
-
-class DrawnScenes:
-    """Scenes with their four things as one object."""
-
-    def __init__(self, scenes: Scenes):
-        self.scenes, self.fingerprint = scenes, scenes.fingerprint
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def name(self, index: int) -> str:
-        return self.scenes.name(index)
-
-    def read(self, index: int, size: int, patch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        scenes = self.scenes.at(size // patch_size * patch_size)
-        return scenes.read(index), scenes.mask(index)[None]
-
-
-class MaskFiles:
-    """Images of `source`, each with the mask file at its position."""
-
-    def __init__(self, source: Files, masks: list[Path]):
-        self.source, self.masks = source, masks
-        digest = hashlib.sha256(source.fingerprint.encode())
-        digest.update("\0".join(path.name for path in masks).encode("utf-8", "surrogateescape"))
-        self.fingerprint = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def read(self, index: int, size: int, patch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        image, indices = self.source.read(index), object_indices(self.masks[index])
-        if indices.shape != image.shape[:2]:
-            (h, w), (height, width) = indices.shape, image.shape[:2]
-            raise ValueError(f"its mask is {w} x {h} pixels and the image {width} x {height}; make them agree")
-        indices = fit(indices, size, patch_size, Image.Resampling.NEAREST)
-        objects = [i for i in np.unique(indices) if i not in (0, 255)]
-        return fit(image, size, patch_size), indices == np.array(objects, np.uint8)[:, None, None]
+    Raises:
+        ValueError: folders are not laid out as they should be, or a mask is missing.
+    """
+    if options.data is None:
+        assert options.images is not None
+        assert options.masks is not None
+        images, others = open_source(options.images, "none"), open_source(options.masks, "none")
+        by_stem = {os.path.splitext(others.name(i))[0]: others.name(i) for i in range(len(others))}
+        stems = [os.path.splitext(images.name(i))[0] for i in range(len(images))]
+        if missing := [stem for stem in stems if stem not in by_stem]:
+            raise ValueError(
+                f"{len(missing)} of the {len(stems)} images of {options.images} have no mask of their name in "
+                f"{options.masks}, first {missing[0]}; add the masks or take the images out."
+            )
+        return images, listed(Path(others.root), [by_stem[stem] for stem in stems], options.masks, "a mask to an image")
+    root = Path(options.data)
+    split = root / "ImageSets" / "Segmentation" / "val.txt"
+    folder = next((root / kind for kind in ("SegmentationObject", "SegmentationClass") if (root / kind).is_dir()), None)
+    if folder is None or not split.is_file():
+        raise ValueError(f"--data {root} is not laid out as PASCAL VOC; {LAYOUT}. Other data: --images and --masks.")
+    names = text(str(split)).split()
+    images = listed(root / "JPEGImages", [f"{name}.jpg" for name in names], str(split), LAYOUT)
+    return images, listed(folder, [f"{name}.png" for name in names], str(split), LAYOUT)
 
 
 def object_indices(path: Path) -> np.ndarray:
     """Which object each pixel of a mask file belongs to, uint8 [h, w]; 0: none, 255: unknown.
 
     Raises:
-        BadImage: it cannot be read.
-        ValueError: a grey image that is no mask.
+        BadImage: it cannot be read, or is a grey image that is no mask.
     """
     try:
         with Image.open(path, formats=("PNG", "BMP", "GIF", "TIFF", "JPEG", "WEBP")) as image:
@@ -104,57 +71,29 @@ def object_indices(path: Path) -> np.ndarray:
         raise BadImage(f"its mask {path.name} cannot be read ({type(error).__name__})") from error
     brightest = int(grey.max())
     if 1 < brightest < 128:
-        raise ValueError(
-            f"its mask {path.name} is a grey image of values up to {brightest}; write objects as 255 and the rest as 0, "
-            "or number them in a palette PNG"
+        raise BadImage(
+            f"its mask {path.name} is a grey image of values up to {brightest}; write objects as 255 and the rest as "
+            "0, or number them in a palette PNG"
         )
     return (grey > (127 if brightest > 1 else 0)).astype(np.uint8)
 
 
-def open_data(options: MasksOptions) -> Outlined:
-    """Images and outlines of the options.
+def read_pair(image: np.ndarray, indices: np.ndarray, size: int, patch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image [h, w, 3] and its objects, bool [k, h, w], both brought to whole patches by `fit`.
 
     Raises:
-        ValueError: folders are not laid out as they should be.
+        ValueError: they differ in size, or are smaller than a patch.
     """
-    if options.data is None:
-        assert options.images is not None
-        assert options.masks is not None
-        source, others = open_source(options.images, "none"), open_source(options.masks, "none")
-        by_stem = {Path(others.name(i)).stem: Path(others.root, others.name(i)) for i in range(len(others))}
-        stems = [Path(source.name(i)).stem for i in range(len(source))]
-        if missing := [stem for stem in stems if stem not in by_stem]:
-            raise ValueError(
-                f"{len(missing)} of the {len(stems)} images of {options.images} have no mask of their name in "
-                f"{options.masks}, first {missing[0]}; add the masks or take the images out."
-            )
-        return MaskFiles(source, [by_stem[stem] for stem in stems])
-    if (scenes := open_scenes(options.data)) is not None:
-        return DrawnScenes(Scenes(len(scenes[0]), first=UNSEEN))
-    root = Path(options.data)
-    listed = root / "ImageSets" / "Segmentation" / "val.txt"
-    folder = next((root / kind for kind in ("SegmentationObject", "SegmentationClass") if (root / kind).is_dir()), None)
-    if folder is None or not listed.is_file():
-        raise ValueError(
-            f"--data {root} is not laid out as PASCAL VOC; {LAYOUT}. Other data: --images and --masks, or scenes:500."
-        )
-    names = text(str(listed)).split()
-    masks = [folder / f"{name}.png" for name in names]
-    photos = [root / "JPEGImages" / f"{name}.jpg" for name in names]
-    if missing := [path for path in photos + masks if not path.is_file()] or ([] if names else [listed]):
-        raise ValueError(f"{len(missing)} files that {listed} calls for are missing, first {missing[0]}; {LAYOUT}.")
-    blob = b"".join(f"{name}.jpg".encode() + b"\0" for name in names)
-    return MaskFiles(Files(str(root / "JPEGImages"), Names(blob), (), None, "listed"), masks)
-
-
-class Overlap(NamedTuple):
-    index: int
-    heads: list[list[float]]  # Jaccard index of each object with each head's mask; none where nothing is outlined
-    problem: str = ""  # why the image was left out
+    if indices.shape != image.shape[:2]:
+        (h, w), (height, width) = indices.shape, image.shape[:2]
+        raise ValueError(f"its mask is {w} x {h} pixels and the image {width} x {height}; make them agree")
+    indices = fit(indices, size, patch_size, Image.Resampling.NEAREST)
+    objects = [i for i in np.unique(indices) if i not in (0, 255)]
+    return fit(image, size, patch_size), indices == np.array(objects, np.uint8)[:, None, None]
 
 
 @torch.no_grad()
-def overlap(model: Backbone, image: np.ndarray, objects: np.ndarray, mass: float, device: torch.device) -> Tensor:
+def overlap(model: Backbone, image: np.ndarray, objects: np.ndarray, mass: float, device: torch.device) -> np.ndarray:
     """Jaccard index of each object with the mask of each head [k, heads].
 
     Args:
@@ -163,25 +102,8 @@ def overlap(model: Backbone, image: np.ndarray, objects: np.ndarray, mass: float
     """
     pixels = torch.from_numpy(np.array(image))[None, None].to(device)
     attention = cls_attention(model, normalise(pixels, model.in_channels)).float()
-    masks = enlarge(mass_mask(attention, mass), (objects.shape[1], objects.shape[2]))[0] > 0
-    truth = torch.from_numpy(objects).to(device)
-    return torch.stack([jaccard(masks, one) for one in truth]).cpu()
-
-
-def overlaps(
-    model: Backbone, data: Outlined, size: int, mass: float, device: torch.device, indices: Iterable[int]
-) -> list[Overlap]:
-    """`overlap` for the images at `indices`; an image that cannot be used is named."""
-    results = []
-    for index in indices:
-        try:
-            image, objects = data.read(index, size, model.patch_size)
-        except (BadImage, ValueError) as error:
-            results.append(Overlap(index, [], str(error)))
-            continue
-        found = overlap(model, image, objects, mass, device).tolist() if len(objects) else []
-        results.append(Overlap(index, found))
-    return results
+    masks = enlarge(mass_mask(attention, mass), (objects.shape[1], objects.shape[2])) > 0
+    return jaccard(masks, torch.from_numpy(objects)[:, None].to(device)).cpu().numpy()
 
 
 # Figure 4: PASCAL VOC 2012.
@@ -192,25 +114,36 @@ def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Ju
     """The head that fits an object best, and the mean of heads; averaged over an image's objects, then over images."""
     if not model.has_attention:
         raise ValueError(NO_ATTENTION)
-    size = options.size or (SIZE if model.image_size >= 128 else SIZE_OF_SMALL * model.image_size)
+    size = options.size or min(SIZE, SIZE * model.image_size // 224)
     if size < model.patch_size:
         raise ValueError(f"--size is {size}, smaller than one patch of {model.patch_size} pixels; use a larger one.")
-    data = open_data(options)
-    # Batches of one: images differ in size. Every rank takes its share, and the order does not matter.
-    mine = range(distributed.rank(), len(data), distributed.world_size())
+    images, masks = open_pair(options)
+
+    def look(index: int) -> np.ndarray | str:
+        """`overlap` at one position, or why that cannot be."""
+        try:
+            indices = object_indices(Path(masks.root, masks.name(index)))
+            image, objects = read_pair(images.read(index), indices, size, model.patch_size)
+        except (BadImage, ValueError) as error:
+            return str(error)
+        return overlap(model, image, objects, options.mass, device)
+
+    # One by one: images differ in size. Every rank takes its share.
+    mine = range(distributed.rank(), len(images), distributed.world_size())
     show = distributed.is_main() and sys.stderr.isatty()
-    shares = distributed.gather(
-        overlaps(model, data, size, options.mass, device, track(mine, "attention", transient=True) if show else mine)
-    )
-    results = sorted(result for share in shares for result in share)
-    bad = [result for result in results if result.problem]
-    used = [np.array(result.heads) for result in results if result.heads]
-    if bad and distributed.is_main():
-        print(f"{len(bad)} images were left out, first {data.name(bad[0].index)}: {bad[0].problem}")
+    shares = distributed.gather({i: look(i) for i in (track(mine, "attention", transient=True) if show else mine)})
+    found = dict(sorted(pair for share in shares for pair in share.items()))
+    if bad := [(i, reason) for i, reason in found.items() if isinstance(reason, str)]:
+        raise ValueError(
+            f"{len(bad)} of the {len(found)} images cannot be used, first {images.name(bad[0][0])} ({bad[0][1]}); repair "
+            "or remove them, every image counts."
+        )
+    used = [heads for heads in found.values() if len(heads)]
     if not used:
-        reason = f"the first, {data.name(bad[0].index)}: {bad[0].problem}" if bad else "no mask holds an object"
-        raise ValueError(f"none of the {len(data)} images can be used ({reason}); check the images and masks.")
-    prefix = "voc_" if options.data is not None and not isinstance(data, DrawnScenes) else ""
+        raise ValueError(
+            f"none of the {len(found)} masks holds an object; objects are white, or palette indices 1 to 254."
+        )
+    prefix = "voc_" if options.data is not None else ""
     return Judgement(
         {
             f"{prefix}jaccard_best_head": 100 * float(np.mean([heads.max(axis=1).mean() for heads in used])),
@@ -218,8 +151,8 @@ def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Ju
         },
         f"Jaccard index of objects and the patches that hold {100 * options.mass:g} % of a head's last-block attention, "
         f"shorter side {size} pixels",
-        {"images": data.fingerprint},
-        {"images": len(used), "objects": sum(map(len, used))},
+        {"images": images.fingerprint, "masks": masks.fingerprint},
+        {"images": len(used), "objects": sum(map(len, used)), "images without an object": len(found) - len(used)},
     )
 
 

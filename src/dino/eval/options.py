@@ -88,7 +88,7 @@ class CopydetectOptions(RankingOptions):
 class MasksOptions(EvalOptions):
     data: str | None = None
     """PASCAL VOC: a folder DATA with DATA/JPEGImages/, DATA/SegmentationObject/ (or DATA/SegmentationClass/) and
-    DATA/ImageSets/Segmentation/val.txt. Or scenes:NUMBER, for so many drawn scenes that no run is trained on."""
+    DATA/ImageSets/Segmentation/val.txt."""
     images: str | None = None
     """Instead of --data: a folder of images, with --masks."""
     masks: str | None = None
@@ -99,6 +99,6 @@ class MasksOptions(EvalOptions):
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.images is None) or (self.images is None) != (self.masks is None):
-            raise ValueError("give either --data with the VOC folder or scenes:NUMBER, or --images and --masks.")
+            raise ValueError("give either --data with the VOC folder, or --images and --masks.")
         if not 0 < self.mass <= 1:
             raise ValueError(f"mass is {self.mass}; the share of attention to keep lies above 0 and up to 1.")

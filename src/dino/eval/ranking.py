@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino import distributed
 from dino.data.sources import Source, open_source
 from dino.eval.judge import fingerprint
 from dino.eval.options import RankingOptions
 from dino.inference import cache
-from dino.inference.features import Features, Readout, View
+from dino.inference.features import Readout, View
 from dino.models import Backbone
 
 
@@ -93,34 +92,31 @@ def comparable(
     readout: Readout,
     view: View,
     sources: dict[str, Source],
-) -> tuple[dict[str, Tensor], str]:
-    """Unit features of the `sources`, whitened if asked for, on the device; and the words for that.
+) -> tuple[dict[str, Tensor], str, dict[str, str]]:
+    """Unit features of the `sources`, whitened if asked for, on the device; the words for that; and fingerprints.
 
     Raises:
         ValueError: an image cannot be read, or there is nothing to learn a whitening from.
     """
-    digest = fingerprint(model)
-
-    def described(source: Source, part: str) -> Features:
-        return cache.features(model, digest, source, size, device, readout, part, view)
-
-    whitening, words = None, ""
     if options.whiten is not None:
-        learnt = described(open_source(options.whiten, "none"), "whitening")
-        if learnt.bad and distributed.is_main():
-            print(f"{len(learnt.bad)} images to learn the whitening from could not be read and were left out.")
-        if len(learnt.values) < 2:
-            raise ValueError(f"--whiten {options.whiten} holds fewer than 2 images that can be read; give more.")
-        whitening = learn_whitening(learnt.values, centred=options.protocol == "fixed")
-        words = f", whitened by a PCA of {len(learnt.values):,} other images"
-    features = {}
+        sources = sources | {"whitening": open_source(options.whiten, "none")}
+    digest, words, features = fingerprint(model), "", {}
     for part, source in sources.items():
-        found = described(source, part)
+        found = cache.features(model, digest, source, size, device, readout, part, view)
         if found.bad:  # without it the figures would mean something else
             raise ValueError(
                 f"{len(found.bad)} of the {len(source)} images ({part}) cannot be read, first {found.bad[0][0]} "
                 f"({found.bad[0][1]}); replace or remove them, every image counts."
             )
-        values = whitening(found.values) if whitening else found.values
-        features[part] = F.normalize(values, dim=1).to(device)
-    return features, words
+        features[part] = found.values
+    if options.whiten is not None:
+        learnt = features.pop("whitening")
+        if len(learnt) < 2:
+            raise ValueError(
+                f"--whiten {options.whiten} holds one image; give as many as the features are wide, or more."
+            )
+        whitening = learn_whitening(learnt, centred=options.protocol == "fixed")
+        features = {part: whitening(values) for part, values in features.items()}
+        words = f", whitened by a PCA of {len(learnt):,} other images"
+    unit = {part: F.normalize(values, dim=1).to(device) for part, values in features.items()}
+    return unit, words, {part: source.fingerprint for part, source in sources.items()}

@@ -7,9 +7,6 @@ that count neither way ("junk").
 from __future__ import annotations
 
 import hashlib
-import io
-import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,37 +15,23 @@ import numpy as np
 import torch
 
 from dino.data.decode import BadImage
-from dino.data.listing import Names
-from dino.data.sources import Files, Source
+from dino.data.sources import Source, Subset, listed
 from dino.eval.judge import Judgement, judge
 from dino.eval.options import RetrievalOptions
 from dino.eval.ranking import comparable, mean_precisions
 from dino.inference.features import shrink
-from dino.models import Backbone
+from dino.models import Backbone, pickles
 
 # --- ground truth ---------------------------------------------------------------------------------------------------
 
 LAYOUT = "expected are DATA/gnd_roxford5k.pkl (or another gnd_NAME.pkl) and DATA/jpg/NAME.jpg"
-_NUMPY = {
-    (module, name)
-    for package in ("numpy.core", "numpy._core")
-    for module, name in ((f"{package}.multiarray", "_reconstruct"), (f"{package}.multiarray", "scalar"))
-} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings, numbers and NumPy arrays; a pickle can name any function, and no other is run."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) not in _NUMPY:
-            raise pickle.UnpicklingError(f"it wants to run {module_name}.{global_name}")
-        return super().find_class(module_name, global_name)
 
 
 class GroundTruth(NamedTuple):
+    path: str
     name: str  # "roxford5k"
     folder: Path  # of the images
-    database: list[str]
+    database: list[str]  # file names
     queries: list[str]
     boxes: list[tuple[float, ...]]  # left, top, right, bottom of what is asked for in each query image, pixels
     easy: list[list[int]]  # positions in the database, for each query
@@ -72,28 +55,21 @@ def read_ground_truth(data: str) -> GroundTruth:
     if not path.is_file() or path.suffix != ".pkl":
         raise ValueError(f"--data {data} is neither a folder nor a .pkl file; {LAYOUT}.")
     try:
-        truth = _parse(path, _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load())
+        return _parse(path, pickles.read_plain(path))
     except Exception as error:  # a damaged pickle fails in many ways
         reason = str(error) or type(error).__name__
         raise ValueError(
             f"{path} is no ground truth of the revisited benchmarks ({reason}): a dict of imlist, qimlist and gnd, with "
             "easy, hard, junk and bbx for each query."
         ) from error
-    names = {*truth.database, *truth.queries}
-    if missing := sorted(name for name in names if not (truth.folder / f"{name}.jpg").is_file()):
-        raise ValueError(
-            f"{len(missing)} of the {len(names)} images that {path} names are missing, first "
-            f"{truth.folder / missing[0]}.jpg; {LAYOUT}."
-        )
-    return truth
 
 
 def _parse(path: Path, content: Any) -> GroundTruth:
-    database, queries = ([str(name) for name in content[key]] for key in ("imlist", "qimlist"))
+    database, queries = ([f"{name}.jpg" for name in content[key]] for key in ("imlist", "qimlist"))
     entries = list(content["gnd"])
     if len(entries) != len(queries) or not entries:
         raise ValueError(f"it has {len(queries)} queries but {len(entries)} entries in gnd")
-    if any(not name or "\0" in name for name in database + queries):
+    if any("\0" in name for name in database + queries):
         raise ValueError("an image has no proper name")
     lists = {key: [[int(i) for i in entry[key]] for entry in entries] for key in ("easy", "hard", "junk")}
     if any(not 0 <= i < len(database) for rows in lists.values() for row in rows for i in row):
@@ -101,27 +77,20 @@ def _parse(path: Path, content: Any) -> GroundTruth:
     boxes = [tuple(float(x) for x in entry["bbx"]) for entry in entries]
     if any(len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]) for box in boxes):
         raise ValueError("a bbx is not left, top, right, bottom")
-    return GroundTruth(path.stem.removeprefix("gnd_"), path.parent / "jpg", database, queries, boxes, **lists)
+    name, folder = path.stem.removeprefix("gnd_"), path.parent / "jpg"
+    return GroundTruth(str(path), name, folder, database, queries, boxes, **lists)
 
 
-class Photos(Files):
-    """The images NAME.jpg of a folder in the order of `names`.
+class Cropped(Subset):
+    """The images of `whole`, each cut to its box and made as much smaller as `size` for its whole longer side asks."""
 
-    With `boxes`, each is cut to its own and made smaller by what would bring the whole image's longer side to `size`.
-    """
-
-    def __init__(self, folder: Path, names: Sequence[str], boxes: Sequence[tuple[float, ...]] = (), size: int = 0):
-        super().__init__(
-            str(folder), Names(b"".join(os.fsencode(f"{n}.jpg") + b"\0" for n in names)), (), None, "listed"
-        )
+    def __init__(self, whole: Source, boxes: Sequence[tuple[float, ...]], size: int):
+        super().__init__(whole, np.arange(len(whole)))
         self.boxes, self.size = boxes, size
-        if boxes:
-            self.fingerprint = hashlib.sha256(f"{self.fingerprint} {size} {boxes}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(f"{whole.fingerprint} {size} {boxes}".encode()).hexdigest()
 
     def read(self, index: int) -> np.ndarray:
         image = super().read(index)
-        if not self.boxes:
-            return image
         height, width = image.shape[:2]
         left, top, right, bottom = (max(round(x), 0) for x in self.boxes[index])
         part = image[top:bottom, left:right]
@@ -175,13 +144,12 @@ def evaluate(model: Backbone, options: RetrievalOptions, device: torch.device) -
     size, multiscale = PUBLISHED.get(truth.name, (model.image_size, True))
     size = options.size or size
     multiscale = multiscale if options.multiscale is None else options.multiscale
-    cropped = options.protocol == "fixed"
-    sources: dict[str, Source] = {
-        "database": Photos(truth.folder, truth.database),
-        "queries": Photos(truth.folder, truth.queries, truth.boxes if cropped else (), size),
-    }
+    database, queries = (listed(truth.folder, part, truth.path, LAYOUT) for part in (truth.database, truth.queries))
+    if cropped := options.protocol == "fixed":
+        queries = Cropped(queries, truth.boxes, size)
     readout = "three scales" if multiscale else "any size"
-    features, whitened = comparable(model, options, device, size, readout, "shrunk", sources)
+    sources: dict[str, Source] = {"database": database, "queries": queries}
+    features, whitened, data = comparable(model, options, device, size, readout, "shrunk", sources)
     similarity = features["queries"] @ features["database"].T
     rankings = similarity.argsort(dim=1, descending=True, stable=True).cpu().numpy()
     figures = score(rankings, truth.easy, truth.hard, truth.junk)
@@ -192,7 +160,7 @@ def evaluate(model: Backbone, options: RetrievalOptions, device: torch.device) -
         {f"{truth.name}_{name}": value for name, value in figures.items()},
         f"{options.protocol} protocol: cosine of [CLS] features {scales} {size} pixels (longer side), queries "
         f"{'cropped to their boxes' if cropped else 'whole'}{whitened}",
-        {part: source.fingerprint for part, source in sources.items()},
+        data,
         {"images in the database": len(truth.database), "queries": len(truth.queries)},
     )
 

@@ -115,14 +115,15 @@ def _cls_and(pool: Callable[[Tensor], Tensor]) -> Callable[[Backbone, Tensor], T
 
 def _whole_patches(model: Backbone, images: Tensor) -> Tensor:
     """Images cut on the right and below where the model needs whole patches, as the reference's convolution does."""
-    height, width, patch = *images.shape[-2:], model.patch_size
+    (height, width), patch = images.shape[-2:], model.patch_size
+    if min(height, width) < patch:  # a narrow image at a small scale
+        height, width = max(height, patch), max(width, patch)
+        images = F.interpolate(images, (height, width), mode="bilinear")
     try:
         model.grid(height, width)
     except ValueError:
-        if min(height, width) < patch:
-            images = F.interpolate(images, (max(height, patch), max(width, patch)), mode="bilinear")
-        height, width = (max(edge // patch, 1) * patch for edge in (height, width))
-    return images[..., :height, :width]
+        return images[..., : height // patch * patch, : width // patch * patch]
+    return images
 
 
 def _mean_over(scales: tuple[float, ...]) -> Callable[[Backbone, Tensor], Tensor]:
