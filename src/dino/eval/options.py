@@ -61,9 +61,9 @@ class RetrievalOptions(RankingOptions):
     data: str
     """Folder DATA with one ground truth, DATA/gnd_roxford5k.pkl, DATA/gnd_rparis6k.pkl or any gnd_NAME.pkl of that
     form, and its images DATA/jpg/NAME.jpg; or such a .pkl file with jpg/ beside it."""
-    multiscale: bool | None = None
-    """Mean of the features at 1, 1/sqrt(2) and 1/2 of the size. None: as published, not for Oxford at 224 pixels, and
-    for Paris at 512 pixels and all others. --size is that of the longer side."""
+    scales: Literal[1, 3] | None = None
+    """1, or 3 for the mean of the features at 1, 1/sqrt(2) and 1/2 of --size (that of the longer side). None: as
+    published, 1 for Oxford (at 224 pixels), and 3 for Paris (at 512 pixels) and all others."""
 
 
 @dataclass(frozen=True, kw_only=True)

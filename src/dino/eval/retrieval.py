@@ -102,7 +102,7 @@ class Cropped(Subset):
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 KS = (1, 5, 10)
-PUBLISHED = {"roxford5k": (224, False), "rparis6k": (512, True)}  # size and whether at three scales
+PUBLISHED = {"roxford5k": (224, 1), "rparis6k": (512, 3)}  # size and number of scales
 # Table 3, pre-trained on ImageNet. (On Google Landmarks v2 ViT-S/16 has 51.5, 24.3, 75.3 and 51.6.)
 PAPER = {
     "vit_small/16": {
@@ -141,13 +141,12 @@ def score(
 def evaluate(model: Backbone, options: RetrievalOptions, device: torch.device) -> Judgement:
     """`score` of a ranking by the cosine of [CLS] features, exact, in float32."""
     truth = read_ground_truth(options.data)
-    size, multiscale = PUBLISHED.get(truth.name, (model.image_size, True))
-    size = options.size or size
-    multiscale = multiscale if options.multiscale is None else options.multiscale
+    size, scales = PUBLISHED.get(truth.name, (model.image_size, 3))
+    size, scales = options.size or size, options.scales or scales
     database, queries = (listed(truth.folder, part, truth.path, LAYOUT) for part in (truth.database, truth.queries))
     if cropped := options.protocol == "fixed":
         queries = Cropped(queries, truth.boxes, size)
-    readout = "three scales" if multiscale else "any size"
+    readout = "three scales" if scales == 3 else "any size"
     sources: dict[str, Source] = {"database": database, "queries": queries}
     features, whitened, data = comparable(model, options, device, size, readout, "shrunk", sources)
     similarity = features["queries"] @ features["database"].T
@@ -155,11 +154,10 @@ def evaluate(model: Backbone, options: RetrievalOptions, device: torch.device) -
     figures = score(rankings, truth.easy, truth.hard, truth.junk)
     if not figures:
         raise ValueError(f"no query of {options.data} has an easy or a hard image to find; check the ground truth.")
-    scales = "at 1, 1/sqrt(2) and 1/2 of" if multiscale else "at"
     return Judgement(
         {f"{truth.name}_{name}": value for name, value in figures.items()},
-        f"{options.protocol} protocol: cosine of [CLS] features {scales} {size} pixels (longer side), queries "
-        f"{'cropped to their boxes' if cropped else 'whole'}{whitened}",
+        f"{options.protocol} protocol: cosine of [CLS] features at {'1, 1/sqrt(2) and 1/2 of ' * (scales == 3)}{size} "
+        f"pixels (longer side), queries {'cropped to their boxes' if cropped else 'whole'}{whitened}",
         data,
         {"images in the database": len(truth.database), "queries": len(truth.queries)},
     )
