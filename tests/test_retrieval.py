@@ -86,7 +86,9 @@ def test_command_line(saved_model, tmp_path):
     assert plain["data"].keys() == {"database", "queries"}
     assert "fixed protocol: cosine of [CLS] features at 1, 1/sqrt(2) and 1/2 of 32 pixels" in plain["protocol"]
     more = ["--protocol", "original", "--whiten", tmp_path / "others", "--scales", 1, "--size", 40]
-    other = ranks_agree("eval", "retrieval", saved_model, "--data", data / "gnd_tiny.pkl", *more)
+    more += ["--json", tmp_path / "other.json"]
+    assert main([*map(str, ["eval", "retrieval", saved_model, "--data", data / "gnd_tiny.pkl", *more])]) == 0
+    other = json.loads((tmp_path / "other.json").read_text())
     assert other["data"].keys() == {"database", "queries", "whitening"}
     assert other["protocol"].endswith(
         "features at 40 pixels (longer side), queries whole, whitened by a PCA of 30 other images"
