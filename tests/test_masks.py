@@ -14,7 +14,9 @@ from conftest import ranks_agree
 from dino.cli import main
 from dino.data.decode import BadImage
 from dino.data.render import normalise
+from dino.data.scenes import Scenes
 from dino.eval import masks
+from dino.eval.online import scene_masks
 from dino.eval.options import MasksOptions
 from dino.inference.attention import cls_attention
 
@@ -104,6 +106,18 @@ def test_folder_pair_and_means_over_objects_then_images(model, tmp_path):
         (tmp_path / "images" / f"{i}.jpg").unlink()
     with pytest.raises(ValueError, match="none of the 1 masks holds an object"):
         masks.evaluate(model, MasksOptions(model="", **pair), CPU)
+
+
+def test_agrees_with_the_training_monitor_on_drawn_scenes(model, tmp_path):
+    scenes = Scenes(6)
+    large = scenes.at(64)
+    for i in range(6):
+        for kind, pixels in (("images", large.read(i)), ("masks", large.mask(i).astype(np.uint8) * 255)):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / kind / f"{i}.png")
+    pair = {"images": str(tmp_path / "images"), "masks": str(tmp_path / "masks")}
+    found = masks.evaluate(model, MasksOptions(model="", size=64, **pair), CPU).figures
+    assert found == pytest.approx(scene_masks(model, scenes, 32, CPU), rel=1e-5)
 
 
 @pytest.mark.parametrize(("values", "objects"), [((0, 1), 1), ((0, 255), 1), ((0, 200, 60), 1), ((0, 0), 0)])
