@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +64,18 @@ def draw_images(folder: Path, count: int = 24, classes: int = 3, seed: int = 0) 
         path = folder / f"class{i % classes}" / f"{i:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory) -> Path:
+    """A folder with an untrained ViT of 32 pixels and patches of 8."""
+    import dino
+    from dino.models import weights
+
+    folder, arguments = tmp_path_factory.mktemp("model"), {"arch": "vit_nano", "patch_size": 8, "image_size": 32}
+    torch.manual_seed(0)
+    weights.save(folder, dino.create(**arguments), arguments)
     return folder
 
 
@@ -121,6 +136,23 @@ def dino_command(*arguments: object, ranks: int = 1) -> list[str]:
 
 def run_dino(*arguments: object, ranks: int = 1, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(dino_command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=300, **options)
+
+
+def ranks_agree(*arguments: object) -> dict[str, Any]:
+    """The --json of a command, on which one rank, two ranks, and one again that finds all features kept agree."""
+    results, written = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks, cache in ((1, "one"), (2, "two"), (1, "one")):
+            file, environment = Path(folder, "result.json"), os.environ | {"DINO_CACHE": str(Path(folder, cache))}
+            done = run_dino(*arguments, "--json", file, ranks=ranks, env=environment)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("Written") == 1
+            results.append(json.loads(file.read_text()))
+            written.append({p.name: p.stat().st_mtime_ns for p in Path(folder, cache).rglob("*.safetensors")})
+    assert results[0] == results[1] == results[2]
+    assert written[0].keys() == written[1].keys()
+    assert written[0] == written[2]
+    return results[0]
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:

@@ -14,8 +14,8 @@ from conftest import TINY, draw_images, run_dino
 from dino.config import TrainOptions, replace
 from dino.data.decode import decode
 from dino.data.render import normalise
-from dino.inference.attention import cls_attention, enlarge, jaccard, mass_mask, pca_colours
-from dino.report.pictures import fit, look, names, write_attention
+from dino.inference.attention import cls_attention, enlarge, fit, jaccard, mass_mask, pca_colours
+from dino.report.pictures import look, names, write_attention
 
 CPU = torch.device("cpu")
 

@@ -8,6 +8,8 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
 import dino
@@ -17,7 +19,7 @@ from dino.data.sources import open_source
 from dino.eval import judge, knn
 from dino.eval.options import KnnOptions
 from dino.inference import cache
-from dino.inference.features import READOUTS, extract
+from dino.inference.features import READOUTS, VIEWS, extract
 from dino.models import VisionTransformer
 
 
@@ -116,6 +118,7 @@ def test_readouts_against_plain_code(model):
     last = model.tokens(images)[-1]
     cls, patches = last[:, 0], last[:, 1:]
     power_mean = (patches.clamp(min=1e-6) ** 4).mean(1) ** 0.25
+    scales = (images, *(F.interpolate(images, scale_factor=s, mode="bilinear") for s in (2**-0.5, 0.5)))
     four = torch.cat([t[:, 0] for t in model.tokens(images, 4)], dim=1)
     expected = {
         "cls": cls,
@@ -124,10 +127,40 @@ def test_readouts_against_plain_code(model):
         "cls+average": torch.cat([cls, patches.mean(1)], 1),
         "cls+gem": torch.cat([cls, power_mean], 1),
         "last4": four,
+        "any size": cls,
+        "three scales": sum(model(scaled[..., :side, :side]) for scaled, side in zip(scales, (32, 16, 16), strict=True))
+        / 3,
     }
     assert READOUTS.keys() == expected.keys()
     for name, read in READOUTS.items():
         torch.testing.assert_close(read(model, images), expected[name])
+
+
+def test_any_size_is_cut_to_whole_patches_and_no_less_than_one(model):
+    images = torch.randn(2, 3, 37, 47)
+    torch.testing.assert_close(READOUTS["any size"](model, images), model(images[..., :32, :40]))
+    assert READOUTS["three scales"](model, torch.randn(1, 3, 9, 40)).isfinite().all()
+
+
+def test_views_by_hand():
+    image = np.zeros((60, 90, 3), np.uint8)
+    image[:30] = 255
+    shapes = {name: view(image, 45).shape for name, view in VIEWS.items()}
+    assert shapes == {"centre": (45, 45, 3), "stretched": (45, 45, 3), "shrunk": (30, 45, 3)}
+    assert np.array_equal(VIEWS["shrunk"](image, 200), image)  # never enlarged
+    assert VIEWS["stretched"](image, 30)[:14].min() > 200 > 50 > VIEWS["stretched"](image, 30)[16:].max()
+
+
+def test_images_of_several_shapes_keep_their_order(model, tmp_path):
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(32, 40), (32, 40), (40, 32), (32, 40), (8, 70)]):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    source = open_source(str(tmp_path), "none")
+    together = extract(model, source, 64, readout="any size", view="shrunk")
+    assert together.indices.tolist() == list(range(5))
+    for i in range(5):
+        alone = extract(model, source, 64, indices=[i], readout="any size", view="shrunk")
+        torch.testing.assert_close(together.values[i], alone.values[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_same_from_python(trained):

@@ -146,3 +146,21 @@ def open_source(spec: str, labels: str = "auto", cache: Path | None = None, trus
     names, listing = recorded(path, cache, trust_cache)
     classes, indices = label(labels, names.split(), path, root)
     return Files(root, names, classes, indices, listing)
+
+
+def listed(folder: Path, names: Sequence[str], by: str, layout: str) -> Files:
+    """The images `names` of a folder, in that order.
+
+    Args:
+        by: what names them; layout: what should lie where. Both for the error.
+
+    Raises:
+        ValueError: one is missing, or none is named.
+    """
+    if not names:
+        raise ValueError(f"{by} names no image; {layout}.")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(
+            f"{len(missing)} of the {len(names)} files that {by} names are missing, first {folder / missing[0]}; {layout}."
+        )
+    return Files(str(folder), Names(b"".join(os.fsencode(name) + b"\0" for name in names)), (), None, "listed")

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from dino.models import Backbone
+
+
+def fit(
+    image: np.ndarray, size: int, patch_size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """`image` [h, w] or [h, w, 3] with its shorter side at `size` pixels, trimmed evenly to whole patches; the aspect
+    ratio stays.
+
+    Raises:
+        ValueError: the image is smaller than a patch.
+    """
+    assert size >= patch_size
+    height, width = image.shape[:2]
+    if min(height, width) < patch_size:
+        raise ValueError(f"it is {width} x {height} pixels, smaller than one patch of {patch_size}; use a larger one.")
+    scale = size / min(height, width)
+    height, width = round(height * scale), round(width * scale)
+    resized = np.asarray(Image.fromarray(image).resize((width, height), resample))
+    top, left = height % patch_size // 2, width % patch_size // 2
+    return resized[top : top + height // patch_size * patch_size, left : left + width // patch_size * patch_size]
 
 
 @torch.no_grad()

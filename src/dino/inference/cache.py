@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from dino import distributed
 from dino.data.sources import Source
-from dino.inference.features import Features, Readout, extract
+from dino.inference.features import Features, Readout, View, extract
 from dino.models import Backbone
 
 
@@ -31,19 +31,20 @@ def features(
     device: torch.device,
     readout: Readout = "cls",
     progress: str | None = None,
+    view: View = "centre",
 ) -> Features:
     """`extract` over all ranks, from the cache where it holds just these; every rank gets all of them.
 
     Args:
         model_hash: digest of the model's weights.
-        readout: see `dino.inference.features.READOUTS`.
+        readout, view: see `READOUTS` and `VIEWS` of `dino.inference.features`.
     """
-    key = [model_hash, source.fingerprint, source.stamp(), str(size), readout, str(len(source))]
+    key = [model_hash, source.fingerprint, source.stamp(), str(size), view, readout, str(len(source))]
     path = folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     found = _load(path) if distributed.is_main() else None
     if distributed.gather(found is not None)[0]:
         return found if found is not None else known_to_all(path)
-    result = extract(model, source, size, device, readout=readout, shared=True, progress=progress)
+    result = extract(model, source, size, device, readout=readout, shared=True, progress=progress, view=view)
     if distributed.is_main():
         _save(path, result)
     distributed.barrier()

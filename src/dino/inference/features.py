@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
@@ -42,34 +44,60 @@ def preprocess(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
+def stretch(image: np.ndarray, size: int) -> np.ndarray:
+    """The whole image as a square, its aspect ratio ignored, by bicubic."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def shrink(image: np.ndarray, size: int) -> np.ndarray:
+    """The whole image with its longer side at `size` at most, its aspect ratio kept; a smaller image stays as it is."""
+    small = Image.fromarray(image)
+    small.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(small)
+
+
+View = Literal["centre", "stretched", "shrunk"]
+
+# An image [h, w, 3] uint8 and a size to what the model is shown of it.
+VIEWS: dict[View, Callable[[np.ndarray, int], np.ndarray]] = {
+    "centre": preprocess,
+    "stretched": stretch,
+    "shrunk": shrink,
+}
+
+
 def spread(total: int, most: int) -> Sequence[int]:
     """At most `most` evenly spaced positions of `total`."""
     return range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
 
 
-class EvaluationViews(Dataset[tuple[Tensor, list[int], list[tuple[str, str]]]]):
-    """Batches of evaluation views with the positions they come from; unreadable images are left out and named."""
+class EvaluationViews(Dataset[tuple[list[Tensor], list[int], list[tuple[str, str]]]]):
+    """Batches of views with the positions they come from; unreadable images are left out and named.
 
-    def __init__(self, source: Source, indices: Sequence[int], size: int, batch_size: int):
+    A batch is in parts: images in a row whose views have one shape.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int], size: int, batch_size: int, view: View):
         self.source, self.indices, self.size, self.batch_size = source, indices, size, batch_size
+        self.view = VIEWS[view]
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
-    def __getitem__(self, item: int) -> tuple[Tensor, list[int], list[tuple[str, str]]]:
+    def __getitem__(self, item: int) -> tuple[list[Tensor], list[int], list[tuple[str, str]]]:
         chosen = self.indices[item * self.batch_size : (item + 1) * self.batch_size]
         images, kept, bad = [], [], []
         for index in map(int, chosen):
             try:
-                images.append(preprocess(self.source.read(index), self.size))
+                images.append(self.view(self.source.read(index), self.size))
                 kept.append(index)
             except BadImage as error:
                 bad.append((self.source.name(index), error.reason))
-        stacked = np.stack(images) if images else np.zeros((0, self.size, self.size, 3), np.uint8)
-        return torch.from_numpy(stacked)[None], kept, bad
+        parts = [torch.from_numpy(np.stack(list(part)))[None] for _, part in groupby(images, lambda i: i.shape)]
+        return parts, kept, bad
 
 
-Readout = Literal["cls", "average", "gem", "cls+average", "cls+gem", "last4"]
+Readout = Literal["cls", "average", "gem", "cls+average", "cls+gem", "last4", "any size", "three scales"]
 
 
 def gem(patches: Tensor, power: float = 4.0) -> Tensor:
@@ -85,7 +113,32 @@ def _cls_and(pool: Callable[[Tensor], Tensor]) -> Callable[[Backbone, Tensor], T
     return read
 
 
-# Normalised images to features [n, d]: the last [CLS], patches of the last block pooled, both, or the last four [CLS].
+def _whole_patches(model: Backbone, images: Tensor) -> Tensor:
+    """Images cut on the right and below where the model needs whole patches, as the reference's convolution does."""
+    (height, width), patch = images.shape[-2:], model.patch_size
+    if min(height, width) < patch:  # a narrow image at a small scale
+        height, width = max(height, patch), max(width, patch)
+        images = F.interpolate(images, (height, width), mode="bilinear")
+    try:
+        model.grid(height, width)
+    except ValueError:
+        return images[..., : height // patch * patch, : width // patch * patch]
+    return images
+
+
+def _mean_over(scales: tuple[float, ...]) -> Callable[[Backbone, Tensor], Tensor]:
+    def read(model: Backbone, images: Tensor) -> Tensor:
+        features = []
+        for scale in scales:
+            scaled = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
+            features.append(model(_whole_patches(model, scaled)))
+        return torch.stack(features).mean(dim=0)
+
+    return read
+
+
+# Normalised images to features [n, d]: the last [CLS], patches of the last block pooled, both, the last four [CLS], or
+# the last [CLS] of images of any size, as they are or as the mean over three scales (the reference's retrieval).
 READOUTS: dict[Readout, Callable[[Backbone, Tensor], Tensor]] = {
     "cls": lambda model, images: model(images),
     "average": lambda model, images: model.tokens(images)[-1][:, 1:].mean(dim=1),
@@ -93,6 +146,8 @@ READOUTS: dict[Readout, Callable[[Backbone, Tensor], Tensor]] = {
     "cls+average": _cls_and(lambda patches: patches.mean(dim=1)),
     "cls+gem": _cls_and(gem),
     "last4": lambda model, images: torch.cat([tokens[:, 0] for tokens in model.tokens(images, layers=4)], dim=1),
+    "any size": _mean_over((1,)),
+    "three scales": _mean_over((1, 2**-0.5, 0.5)),
 }
 
 
@@ -109,39 +164,43 @@ def extract(
     size: int,
     device: torch.device | str = "cpu",
     indices: Sequence[int] | None = None,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     num_workers: int | None = None,
     progress: str | None = None,
     readout: Readout = "cls",
     shared: bool = False,
+    view: View = "centre",
 ) -> Features:
     """Features of the images of `source` (those at `indices`), in order, in float32 as the reference does.
 
     Args:
         size: edge of the evaluation view, pixels.
+        batch_size: images at a time. None: 128, fewer of more than 224 pixels.
         progress: a label shows a progress bar on the terminal.
         readout: what of the model's outputs is the feature.
         shared: every rank computes its share and gets all of them; all ranks must call this.
+        view: how an image is brought to that size, see `VIEWS`.
     """
+    if batch_size is None:
+        batch_size = max(1, min(128, 128 * 224**2 // size**2))
     indices = range(len(source)) if indices is None else indices
     if shared and distributed.world_size() > 1:
         # Whole batches, so that each is computed as it would be on one rank.
         starts = range(distributed.rank() * batch_size, len(indices), distributed.world_size() * batch_size)
         mine = [index for start in starts for index in indices[start : start + batch_size]]
-        part = extract(model, source, size, device, mine, batch_size, num_workers, progress, readout)
+        part = extract(model, source, size, device, mine, batch_size, num_workers, progress, readout, view=view)
         return _together(distributed.gather(part), indices)
     if num_workers is None:  # starting processes costs more than a few hundred small images
         num_workers = spare_cores() if len(indices) * size**2 > 2e7 and torch.device(device).type == "cuda" else 0
-    views = EvaluationViews(source, indices, size, batch_size)
+    views = EvaluationViews(source, indices, size, batch_size, view)
     loader = DataLoader(
         views, batch_size=None, num_workers=num_workers, worker_init_fn=start_worker if num_workers else None
     )
     values, kept, bad, read = [], [], [], READOUTS[readout]
     show = progress is not None and sys.stderr.isatty()
     batches = track(loader, description=progress, total=len(views), transient=True) if show and progress else loader
-    for images, positions, failed in batches:
-        if positions:
-            values.append(read(model, normalise(images.to(device), model.in_channels)).float().cpu())
+    for parts, positions, failed in batches:
+        values += [read(model, normalise(part.to(device), model.in_channels)).float().cpu() for part in parts]
         kept += positions
         bad += failed
     return Features(

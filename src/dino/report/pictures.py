@@ -26,7 +26,7 @@ from torch import Tensor
 from dino.data.decode import BadImage, decode
 from dino.data.render import normalise
 from dino.data.sources import open_source
-from dino.inference.attention import cls_attention, enlarge, mass_mask
+from dino.inference.attention import cls_attention, enlarge, fit, mass_mask
 from dino.models import NO_ATTENTION, Backbone
 
 MOST_PATCHES = 2**15  # of one image; the work grows with their square, and here a CPU needs minutes
@@ -41,23 +41,6 @@ class Look(NamedTuple):
     maps: list[np.ndarray]
     overlays: list[np.ndarray]
     masks: Tensor  # bool [heads + 1, h, w], on the CPU
-
-
-def fit(image: np.ndarray, size: int, patch_size: int) -> np.ndarray:
-    """`image` with its shorter side at `size` pixels, trimmed evenly to whole patches; the aspect ratio stays.
-
-    Raises:
-        ValueError: the image is smaller than a patch.
-    """
-    assert size >= patch_size
-    height, width = image.shape[:2]
-    if min(height, width) < patch_size:
-        raise ValueError(f"it is {width} x {height} pixels, smaller than one patch of {patch_size}; use a larger one.")
-    scale = size / min(height, width)
-    height, width = round(height * scale), round(width * scale)
-    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-    top, left = height % patch_size // 2, width % patch_size // 2
-    return resized[top : top + height // patch_size * patch_size, left : left + width // patch_size * patch_size]
 
 
 def look(model: Backbone, image: np.ndarray, mass: float, device: torch.device | str) -> Look:

@@ -1,0 +1,137 @@
+"""Copy detection: which original does an edited copy come from, among distractors (paper table 4)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino.data.sources import Source, open_source, subset
+from dino.eval.judge import Judgement, judge
+from dino.eval.options import CopydetectOptions
+from dino.eval.ranking import average_precision, comparable
+from dino.models import Backbone
+
+SIZE = 320  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
+TOP = 20  # ranks that the reference looks at
+AT_ONCE = 1024  # copies, so that memory stays bounded
+BLOCKS = ("strong", "jpegqual", "crops")
+LAYOUT = "expected are DATA/original/ and at least one of DATA/strong/, DATA/jpegqual/N/ and DATA/crops/N/"
+
+
+def positions(copies: Tensor, originals: Tensor, distractors: Tensor, owners: Tensor) -> np.ndarray:
+    """Where each copy's original stands in the ranking of all originals and distractors, counted from 0.
+
+    Images that are as near as the original stand before it, so a model that sees no difference finds nothing.
+
+    Args:
+        copies, originals, distractors: unit features, an image to a row.
+        owners: index of each copy's original [n].
+    """
+    database, found = torch.cat([originals, distractors]), []
+    for part, owner in zip(copies.split(AT_ONCE), owners.split(AT_ONCE), strict=True):
+        similarity = part @ database.T
+        found.append((similarity >= similarity.gather(1, owner[:, None])).sum(dim=1) - 1)
+    return torch.cat(found).cpu().numpy()
+
+
+def score(found: np.ndarray, blocks: Sequence[str], top: int | None) -> dict[str, float]:
+    """Mean average precision of each block of copies in percent, originals below the `top` ranks taken as not found."""
+    precisions = [average_precision(np.array([p] if top is None or p < top else [], int), 1) for p in found.tolist()]
+    figures = {}
+    for block in sorted(set(blocks), key=lambda name: (not name.startswith("strong"), name)):
+        figures[f"{block}_map"] = 100 * float(
+            np.mean([p for p, of in zip(precisions, blocks, strict=True) if of == block])
+        )
+    return figures
+
+
+def belongs(name: str, stems: dict[str, int]) -> int | None:
+    """The original whose stem a copy's stem is, or starts with before an '_' (the longest such)."""
+    words = Path(name).stem.split("_")
+    candidates = ("_".join(words[:n]) for n in range(len(words), 0, -1))
+    return next((stems[stem] for stem in candidates if stem in stems), None)
+
+
+def matched(originals: Source, copies: Source, characters: int | None, where: str) -> list[int]:
+    """Index of each copy's original, by name: the first `characters` agree, or else as `belongs` has it.
+
+    Raises:
+        ValueError: two originals have one name, or a copy belongs to none.
+    """
+    stems: dict[str, int] = {}
+    for i in range(len(originals)):
+        stem = Path(originals.name(i)).stem[:characters]
+        if stem in stems:
+            raise ValueError(
+                f"the originals {originals.name(stems[stem])} and {originals.name(i)} are both '{stem}' to their "
+                "copies; rename one."
+            )
+        stems[stem] = i
+    owners = []
+    for i in range(len(copies)):
+        name = copies.name(i)
+        owner = belongs(name, stems) if characters is None else stems.get(Path(name).stem[:characters])
+        if owner is None:
+            raise ValueError(f"the copy {name} of {where} belongs to no original by its name; rename or remove it.")
+        owners.append(owner)
+    return owners
+
+
+def open_pair(options: CopydetectOptions) -> tuple[Source, Source, list[int], list[str]]:
+    """Originals, copies, and of each copy its original's index and its block.
+
+    Raises:
+        ValueError: folders or names are not as they should be.
+    """
+    if options.data is None:
+        assert options.originals is not None
+        assert options.copies is not None
+        originals, copies = open_source(options.originals, "none"), open_source(options.copies, "none")
+        owners = matched(originals, copies, None, options.copies)
+        return originals, copies, owners, [os.path.dirname(copies.name(i)) or "copies" for i in range(len(copies))]
+    root = Path(options.data)
+    if not (root / "original").is_dir() or not any((root / block).is_dir() for block in BLOCKS):
+        raise ValueError(f"--data {root} is not laid out as Copydays; {LAYOUT}. Other data: --originals and --copies.")
+    everything = open_source(options.data, "none")
+    mine = [i for i in range(len(everything)) if everything.name(i).split("/")[0] in BLOCKS]
+    if not mine:
+        raise ValueError(f"--data {root} holds no copies; {LAYOUT}.")
+    originals, copies = open_source(str(root / "original"), "none"), subset(everything, mine)
+    blocks = [os.path.dirname(copies.name(i)) for i in range(len(copies))]
+    return originals, copies, matched(originals, copies, 4, options.data), blocks
+
+
+# Table 4, with 10,000 distractors; ViT-B/16 at 224 pixels.
+PAPER = {"vit_base/16": {"strong_map": 81.7}, "vit_base/8": {"strong_map": 85.5}}
+
+
+def evaluate(model: Backbone, options: CopydetectOptions, device: torch.device) -> Judgement:
+    """Mean average precision by the cosine of [CLS] and GeM-pooled patch features (p = 4), exact, in float32."""
+    originals, copies, owners, blocks = open_pair(options)
+    size = options.size or min(SIZE, SIZE * model.image_size // 224) // model.patch_size * model.patch_size
+    model.grid(size, size)  # refuses before any work
+    sources = {"originals": originals, "copies": copies}
+    if options.distractors is not None:
+        sources["distractors"] = open_source(options.distractors, "none")
+    features, whitened, data = comparable(model, options, device, size, "cls+gem", "stretched", sources)
+    bank = features["originals"]
+    found = positions(
+        features["copies"], bank, features.get("distractors", bank[:0]), torch.tensor(owners, device=device)
+    )
+    top = TOP if options.protocol == "original" else None
+    return Judgement(
+        score(found, blocks, top),
+        f"{options.protocol} protocol: cosine of [CLS] and GeM features at {size} x {size} pixels{whitened}, average "
+        f"precision on {'the whole ranking' if top is None else f'the first {top} ranks'}",
+        data,
+        {part: len(source) for part, source in sources.items()},
+    )
+
+
+def command(options: CopydetectOptions) -> None:
+    judge("copydetect", options, evaluate, PAPER)

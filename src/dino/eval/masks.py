@@ -1,0 +1,160 @@
+"""Overlap of attention masks with objects (paper figure 4): does [CLS] look where the things are?"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
+
+from dino import distributed
+from dino.data.decode import BadImage
+from dino.data.labels import text
+from dino.data.render import normalise
+from dino.data.sources import Files, listed, open_source
+from dino.eval.judge import Judgement, judge
+from dino.eval.options import MasksOptions
+from dino.inference.attention import cls_attention, enlarge, fit, jaccard, mass_mask
+from dino.models import NO_ATTENTION, Backbone
+
+SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
+LAYOUT = (
+    "expected are DATA/JPEGImages/NAME.jpg, DATA/SegmentationObject/NAME.png (or SegmentationClass) and "
+    "DATA/ImageSets/Segmentation/val.txt"
+)
+
+
+def open_pair(options: MasksOptions) -> tuple[Files, Files]:
+    """Images, and at the same positions their mask files.
+
+    Raises:
+        ValueError: folders are not laid out as they should be, or a mask is missing.
+    """
+    if options.data is None:
+        assert options.images is not None
+        assert options.masks is not None
+        images, others = open_source(options.images, "none"), open_source(options.masks, "none")
+        by_stem = {os.path.splitext(others.name(i))[0]: others.name(i) for i in range(len(others))}
+        stems = [os.path.splitext(images.name(i))[0] for i in range(len(images))]
+        if missing := [stem for stem in stems if stem not in by_stem]:
+            raise ValueError(
+                f"{len(missing)} of the {len(stems)} images of {options.images} have no mask of their name in "
+                f"{options.masks}, first {missing[0]}; add the masks or take the images out."
+            )
+        return images, listed(Path(others.root), [by_stem[stem] for stem in stems], options.masks, "a mask to an image")
+    root = Path(options.data)
+    split = root / "ImageSets" / "Segmentation" / "val.txt"
+    folder = next((root / kind for kind in ("SegmentationObject", "SegmentationClass") if (root / kind).is_dir()), None)
+    if folder is None or not split.is_file():
+        raise ValueError(f"--data {root} is not laid out as PASCAL VOC; {LAYOUT}. Other data: --images and --masks.")
+    names = text(str(split)).split()
+    images = listed(root / "JPEGImages", [f"{name}.jpg" for name in names], str(split), LAYOUT)
+    return images, listed(folder, [f"{name}.png" for name in names], str(split), LAYOUT)
+
+
+def object_indices(path: Path) -> np.ndarray:
+    """Which object each pixel of a mask file belongs to, uint8 [h, w]; 0: none, 255: unknown.
+
+    Raises:
+        BadImage: it cannot be read, or is a grey image that is no mask.
+    """
+    try:
+        with Image.open(path, formats=("PNG", "BMP", "GIF", "TIFF", "JPEG", "WEBP")) as image:
+            if image.mode == "P":
+                return np.array(image)
+            grey = np.array(image.convert("L"))
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        raise BadImage(f"its mask {path.name} cannot be read ({type(error).__name__})") from error
+    brightest = int(grey.max())
+    if 1 < brightest < 128:
+        raise BadImage(
+            f"its mask {path.name} is a grey image of values up to {brightest}; write objects as 255 and the rest as "
+            "0, or number them in a palette PNG"
+        )
+    return (grey > (127 if brightest > 1 else 0)).astype(np.uint8)
+
+
+def read_pair(image: np.ndarray, indices: np.ndarray, size: int, patch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image [h, w, 3] and its objects, bool [k, h, w], both brought to whole patches by `fit`.
+
+    Raises:
+        ValueError: they differ in size, or are smaller than a patch.
+    """
+    if indices.shape != image.shape[:2]:
+        (h, w), (height, width) = indices.shape, image.shape[:2]
+        raise ValueError(f"its mask is {w} x {h} pixels and the image {width} x {height}; make them agree")
+    indices = fit(indices, size, patch_size, Image.Resampling.NEAREST)
+    objects = [i for i in np.unique(indices) if i not in (0, 255)]
+    return fit(image, size, patch_size), indices == np.array(objects, np.uint8)[:, None, None]
+
+
+@torch.no_grad()
+def overlap(model: Backbone, image: np.ndarray, objects: np.ndarray, mass: float, device: torch.device) -> np.ndarray:
+    """Jaccard index of each object with the mask of each head [k, heads].
+
+    Args:
+        image: [h, w, 3] uint8 of whole patches; objects: bool [k, h, w].
+        mass: share of a head's attention that its mask keeps.
+    """
+    pixels = torch.from_numpy(np.array(image))[None, None].to(device)
+    attention = cls_attention(model, normalise(pixels, model.in_channels)).float()
+    masks = enlarge(mass_mask(attention, mass), (objects.shape[1], objects.shape[2])) > 0
+    return jaccard(masks, torch.from_numpy(objects)[:, None].to(device)).cpu().numpy()
+
+
+# Figure 4: PASCAL VOC 2012.
+PAPER = {"vit_small/16": {"voc_jaccard_best_head": 45.9}}
+
+
+def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Judgement:
+    """The head that fits an object best, and the mean of heads; averaged over an image's objects, then over images."""
+    if not model.has_attention:
+        raise ValueError(NO_ATTENTION)
+    size = options.size or min(SIZE, SIZE * model.image_size // 224)
+    if size < model.patch_size:
+        raise ValueError(f"--size is {size}, smaller than one patch of {model.patch_size} pixels; use a larger one.")
+    images, masks = open_pair(options)
+
+    def look(index: int) -> np.ndarray | str:
+        """`overlap` at one position, or why that cannot be."""
+        try:
+            indices = object_indices(Path(masks.root, masks.name(index)))
+            image, objects = read_pair(images.read(index), indices, size, model.patch_size)
+        except (BadImage, ValueError) as error:
+            return str(error)
+        return overlap(model, image, objects, options.mass, device)
+
+    # One by one: images differ in size. Every rank takes its share.
+    mine = range(distributed.rank(), len(images), distributed.world_size())
+    show = distributed.is_main() and sys.stderr.isatty()
+    shares = distributed.gather({i: look(i) for i in (track(mine, "attention", transient=True) if show else mine)})
+    found = dict(sorted(pair for share in shares for pair in share.items()))
+    if bad := [(i, reason) for i, reason in found.items() if isinstance(reason, str)]:
+        raise ValueError(
+            f"{len(bad)} of the {len(found)} images cannot be used, first {images.name(bad[0][0])} ({bad[0][1]}); repair "
+            "or remove them, every image counts."
+        )
+    used = [heads for heads in found.values() if len(heads)]
+    if not used:
+        raise ValueError(
+            f"none of the {len(found)} masks holds an object; objects are white, or palette indices 1 to 254."
+        )
+    prefix = "voc_" if options.data is not None else ""
+    return Judgement(
+        {
+            f"{prefix}jaccard_best_head": 100 * float(np.mean([heads.max(axis=1).mean() for heads in used])),
+            f"{prefix}jaccard_mean_head": 100 * float(np.mean([heads.mean() for heads in used])),
+        },
+        f"Jaccard index of objects and the patches that hold {100 * options.mass:g} % of a head's last-block attention, "
+        f"shorter side {size} pixels",
+        {"images": images.fingerprint, "masks": masks.fingerprint},
+        {"images": len(used), "objects": sum(map(len, used)), "images without an object": len(found) - len(used)},
+    )
+
+
+def command(options: MasksOptions) -> None:
+    judge("masks", options, evaluate, PAPER)

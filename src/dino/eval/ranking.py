@@ -1,0 +1,122 @@
+"""Ranking a database by its likeness to queries: average precision, whitening, comparable features.
+
+Shared by retrieval and copy detection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino.data.sources import Source, open_source
+from dino.eval.judge import fingerprint
+from dino.eval.options import RankingOptions
+from dino.inference import cache
+from dino.inference.features import Readout, View
+from dino.models import Backbone
+
+
+def average_precision(positions: np.ndarray, total: int) -> float:
+    """Area under the precision-recall curve by trapezoids, from 0 to 1.
+
+    Args:
+        positions: where in the ranking the relevant images stand, ascending, counted from 0.
+        total: how many relevant images there are; those not among `positions` were not found.
+    """
+    found = np.arange(len(positions))
+    before = np.where(positions > 0, found / np.maximum(positions, 1), 1.0)  # precision just before a find
+    after = (found + 1) / (positions + 1)
+    return float((before + after).sum() / 2 / total)
+
+
+def mean_precisions(
+    rankings: np.ndarray, relevant: Sequence[Sequence[int]], junk: Sequence[Sequence[int]], ks: Sequence[int]
+) -> dict[str, float]:
+    """Means over queries, in percent: {"map": ..., "mp1": ..., ...}; {} when no query has anything to find.
+
+    Precision at k is taken at the last relevant position where that comes before k, as the benchmark does.
+
+    Args:
+        rankings: database indices of each query, best first [q, m].
+        relevant, junk: database indices to find and to leave out, for each query. Those with none to find are left out.
+        ks: depths of the mean precisions.
+    """
+    rows = []
+    for ranking, wanted, ignored in zip(rankings, relevant, junk, strict=True):
+        if not len(wanted):
+            continue
+        positions = np.flatnonzero(np.isin(ranking, wanted))
+        positions -= np.searchsorted(np.flatnonzero(np.isin(ranking, ignored)), positions)
+        depths = [min(k, positions[-1] + 1) for k in ks]
+        at = [(positions < depth).sum() / depth for depth in depths]
+        rows.append([average_precision(positions, len(wanted)), *at])
+    if not rows:
+        return {}
+    return dict(zip(["map", *(f"mp{k}" for k in ks)], (100 * np.mean(rows, axis=0)).tolist(), strict=True))
+
+
+class Whitening(NamedTuple):
+    """PCA that gives every direction the same variance: features [n, d] become (features - mean) @ projection."""
+
+    mean: Tensor  # [d] float64
+    projection: Tensor  # [d, d] float64, largest variance first
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return ((features.double() - self.mean) @ self.projection).float()
+
+
+def learn_whitening(features: Tensor, centred: bool) -> Whitening:
+    """A whitening learnt from features [n, d].
+
+    Args:
+        centred: take the covariance of the centred features. The reference does not, though it centres what it projects.
+    """
+    features = features.double()
+    mean = features.mean(dim=0)
+    around = features - mean if centred else features
+    variances, directions = torch.linalg.eigh(around.T @ around / len(features))
+    variances, directions = variances.flip(0), directions.flip(1)
+    return Whitening(mean, directions / variances.clamp(min=1e-5 * variances[0]).sqrt())
+
+
+def comparable(
+    model: Backbone,
+    options: RankingOptions,
+    device: torch.device,
+    size: int,
+    readout: Readout,
+    view: View,
+    sources: dict[str, Source],
+) -> tuple[dict[str, Tensor], str, dict[str, str]]:
+    """Unit features of the `sources`, whitened if asked for, on the device; the words for that; and fingerprints.
+
+    Raises:
+        ValueError: an image cannot be read, or there is nothing to learn a whitening from.
+    """
+    if options.whiten is not None:
+        sources = sources | {"whitening": open_source(options.whiten, "none")}
+    digest, words, features = fingerprint(model), "", {}
+    for part, source in sources.items():
+        found = cache.features(model, digest, source, size, device, readout, part, view)
+        if found.bad:  # without it the figures would mean something else
+            raise ValueError(
+                f"{len(found.bad)} of the {len(source)} images ({part}) cannot be read, first {found.bad[0][0]} "
+                f"({found.bad[0][1]}); replace or remove them, every image counts."
+            )
+        features[part] = found.values
+    if options.whiten is not None:
+        learnt = features.pop("whitening")
+        if len(learnt) < 2:
+            raise ValueError(
+                f"--whiten {options.whiten} holds one image; give as many as the features are wide, or more."
+            )
+        whitening = learn_whitening(learnt, centred=options.protocol == "fixed")
+        features = {part: whitening(values) for part, values in features.items()}
+        words = f", whitened by a PCA of {len(learnt):,} other images"
+    unit = {part: F.normalize(values, dim=1).to(device) for part, values in features.items()}
+    return unit, words, {part: source.fingerprint for part, source in sources.items()}
