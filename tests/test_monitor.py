@@ -43,6 +43,18 @@ def test_names_the_dominated_collapse():
     assert "centring" in said[0]
 
 
+def test_names_targets_that_are_the_same_for_all_images_and_wander():
+    """As a student that is its own teacher does: the entropy swings, and never differs from the mean target's."""
+    monitor = CollapseMonitor(1024)
+    said = []
+    for step, entropy in zip(range(10, 400, 10), [LIMIT, 0.2, 5.6, 4.2, 1.4, 3.1] * 7, strict=False):
+        said += [monitor.look(step, signs(entropy, 1.5, entropy + 1e-6))]
+    assert [bool(text) for text in said[:6]] == [False] * 5 + [True]
+    assert "all images have the same target" in str(said[5])
+    assert not any(said[6:])
+    assert drive(CollapseMonitor(1024, images=2), range(10, 400, 10), 3.0, 1.5, 3.0) == []
+
+
 def test_speaks_within_200_steps():
     monitor = CollapseMonitor(1024)
     steps = [s for s in range(10, 400, 10) if monitor.look(s, signs(1e-4, 1e-4, 1e-3))]

@@ -36,6 +36,8 @@ class Table(NamedTuple):
 TINY_RECIPE, TINY_EPOCHS = "cifar10", 8
 
 _TINY_QUEUE = {"method.queue_size": 2048}
+# One pass of normalisation over a batch of 32 lets a student that is its own teacher drift at the tiny recipe's rate.
+_BATCH = NO_MOMENTUM | {"method.targets": "softmax-batch"}
 _SINGLE = {"views.num_local": 0}
 _TEN_CROPS = {"views.num_local": 10}
 
@@ -73,7 +75,7 @@ TABLES: dict[str, Table] = {
             Row("momentum, softmax over the batch", {"method.targets": "softmax-batch"}, None, 75.8),
             Row("momentum, Sinkhorn-Knopp", {"method.targets": "sinkhorn"}, None, 76.0),
             Row("no momentum, centring", NO_MOMENTUM, None, 0.1),
-            Row("no momentum, softmax over the batch", NO_MOMENTUM | {"method.targets": "softmax-batch"}, None, 72.2),
+            Row("no momentum, softmax over the batch", _BATCH, None, 72.2, _BATCH | {"optim.lr": 2e-3}),
             Row("no momentum, Sinkhorn-Knopp", SWAV, None, 71.8),
         ],
         paper_base=_TEN_CROPS,
