@@ -127,6 +127,7 @@ def test_readouts_against_plain_code(model):
         "cls+average": torch.cat([cls, patches.mean(1)], 1),
         "cls+gem": torch.cat([cls, power_mean], 1),
         "last4": four,
+        "last4+average": torch.cat([four, patches.mean(1)], 1),
         "any size": cls,
         "three scales": sum(model(scaled[..., :side, :side]) for scaled, side in zip(scales, (32, 16, 16), strict=True))
         / 3,

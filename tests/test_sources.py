@@ -143,7 +143,7 @@ def test_labels_of_folders(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "albums")).labels is None
     assert open_source(str(make(tmp_path / "one", "cat/1.png", "cat/2.png"))).labels is None
     make(tmp_path / "flat", "1.png")
-    assert "lies in a sub-folder; use 'auto' or 'none'" in message(tmp_path / "flat", "folders")
+    assert "lies in a sub-folder that names its class" in message(tmp_path / "flat", "folders")
 
 
 CSV_ROWS = "a/x.png,10\ndata/c.png,9\ngone.png,9\n"  # relative to the images' folder, to the CSV, missing

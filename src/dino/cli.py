@@ -17,7 +17,15 @@ import tyro
 from tyro.conf import Positional
 
 from dino import __version__, config, recipes
-from dino.eval.options import CopydetectOptions, KnnOptions, MasksOptions, RetrievalOptions
+from dino.eval.options import (
+    CopydetectOptions,
+    FinetuneOptions,
+    KnnOptions,
+    LinearOptions,
+    LowshotOptions,
+    MasksOptions,
+    RetrievalOptions,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +115,9 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "train": Command("learn from images without labels", config.TrainOptions, "dino.api:train_command"),
     "eval knn": Command("k-NN accuracy of a run's features", KnnOptions, "dino.eval.knn:command"),
+    "eval linear": Command("linear classification of frozen features", LinearOptions, "dino.eval.linear:command"),
+    "eval lowshot": Command("a few labels: logistic regression, k-NN", LowshotOptions, "dino.eval.lowshot:command"),
+    "eval finetune": Command("train it on labels, end to end", FinetuneOptions, "dino.eval.finetune:command"),
     "eval retrieval": Command("landmark retrieval, Oxford and Paris", RetrievalOptions, "dino.eval.retrieval:command"),
     "eval copydetect": Command("find the originals of copies", CopydetectOptions, "dino.eval.copydetect:command"),
     "eval masks": Command("overlap of attention with objects", MasksOptions, "dino.eval.masks:command"),

@@ -29,7 +29,10 @@ def label(labels: str, names: list[str], path: str, root: str) -> tuple[tuple[st
     if labels == "auto" and (len(found) < 2 or len(names) < 2 * len(found) or found & {None, "", ".."}):
         return (), None
     if found == {None}:
-        raise ValueError(f"labels is 'folders' but no image of '{path}' lies in a sub-folder; use 'auto' or 'none'.")
+        raise ValueError(
+            f"no image of '{path}' lies in a sub-folder that names its class; write CLASS/image.jpg there (to train "
+            "without classes, use labels 'auto' or 'none')."
+        )
     return _number(heads)
 
 

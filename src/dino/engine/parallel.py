@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino import distributed
-from dino.method import DINO
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,11 +35,11 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
-def synchronise_batch_norm(method: DINO) -> None:
-    """BatchNorm over the views of all GPUs, in both networks, as in the reference; in place, same parameters and keys."""
+def synchronise_batch_norm(module: nn.Module) -> None:
+    """BatchNorm over the images of all GPUs, in both networks, as in the reference; in place, same parameters and keys."""
     from timm.layers.norm_act import convert_sync_batchnorm  # PyTorch's would lose the activation in some of timm's
 
-    convert_sync_batchnorm(method)
+    convert_sync_batchnorm(module)
 
 
 def distribute(student: nn.Module, device: torch.device) -> nn.Module:

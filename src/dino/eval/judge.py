@@ -12,15 +12,20 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dino import __version__, distributed
+from dino.config import known
 from dino.data.scenes import Scenes
-from dino.data.sources import Source, open_source, split
+from dino.data.sources import Source, open_source, split, subset
+from dino.data.torchvision_sets import TORCHVISION, torchvision_pair
 from dino.eval.options import EvalOptions
+from dino.inference.features import Features
 from dino.models import Backbone, VisionTransformer, weights
 from dino.models.vit import SIZES
 
@@ -37,6 +42,7 @@ class Judgement(NamedTuple):
     protocol: str  # what was done, in a sentence
     data: dict[str, str]  # part -> fingerprint of its images
     counts: dict[str, int]  # part -> number of images used
+    details: Mapping[str, Any] = MappingProxyType({})  # what the result file holds beside the figures
 
 
 def judge(
@@ -52,6 +58,7 @@ def judge(
             "figures": found.figures,
             "protocol": found.protocol,
             "images": found.counts,
+            **found.details,
             "data": found.data,
             "model": {"name": options.model, "sha256": fingerprint(model)},
             "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in ("model", "json", "device")},
@@ -80,12 +87,30 @@ def table(name: str, found: Judgement, theirs: Mapping[str, float], what: str) -
     return "\n".join(lines)
 
 
-def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | None:
+def result_path(options: EvalOptions, name: str) -> Path | None:
+    """Where the result of evaluation `name` goes; None: nowhere."""
     if options.json is not None:
-        path = Path(options.json)
-    elif (Path(options.model) / "config.toml").is_file():
-        path = Path(options.model) / "eval" / f"{name}.json"
-    else:
+        return Path(options.json)
+    if (Path(options.model) / "config.toml").is_file():
+        return Path(options.model) / "eval" / f"{name}.json"
+    return None
+
+
+def work_folder(options: EvalOptions, name: str) -> Path:
+    """Where an evaluation that trains keeps its checkpoints: beside the result, under its name.
+
+    Raises:
+        ValueError: there is no such place.
+    """
+    path = result_path(options, name)
+    if path is None:
+        raise ValueError(f"{options.model} is no run directory; give --json FILE, beside which checkpoints can lie.")
+    return path.with_suffix(".training")
+
+
+def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | None:
+    path = result_path(options, name)
+    if path is None:
         return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,13 +163,48 @@ def labelled_pair(data: str, val: str | None) -> tuple[Source, Source]:
     train, val = split_folders(data, val)
     if (scenes := open_scenes(train)) is not None:
         return scenes
-    bank = open_source(train, "folders")
+    if train.startswith(TORCHVISION):
+        return torchvision_pair(train)
+    bank = open_labelled(train)
+    if len(bank.classes) < 2:
+        raise ValueError(
+            f"--data {data} has one class only, '{''.join(bank.classes)}'; give a folder of two classes or more, or one with "
+            "such folders train/ and val/."
+        )
     if val is not None:
-        return agreeing(bank, open_source(val, "folders"))
+        return agreeing(bank, open_labelled(val))
     bank, test = split(bank, 0.1, MOST_HELD_OUT, 0)
     if test is None:
         raise ValueError(f"--data {data} holds too few images to set some aside; give test images with --val.")
     return bank, test
+
+
+def open_labelled(path: str) -> Source:
+    """The images of a folder that lie in one of its class folders."""
+    source = open_source(path, "folders")
+    labels = known(source.labels)
+    if (labels >= 0).all():
+        return source
+    if distributed.is_main():
+        print(f"{(labels < 0).sum()} images of {path} lie in no class folder and are left out.")
+    return subset(source, np.flatnonzero(labels >= 0))
+
+
+def labels_of(source: Source, found: Features, what: str) -> Tensor:
+    """[m] int64, of the images that could be read; the others are counted and one is named.
+
+    Raises:
+        ValueError: none could be read.
+    """
+    say_bad(found.bad, what)
+    if not len(found.indices):
+        raise ValueError(f"none of the {len(source)} {what} images can be read; check the data folder.")
+    return torch.from_numpy(known(source.labels)[found.indices])
+
+
+def say_bad(bad: list[tuple[str, str]], what: str) -> None:
+    if bad and distributed.is_main():
+        print(f"{len(bad)} {what} images could not be read, first: {bad[0][0]} ({bad[0][1]})")
 
 
 def open_scenes(spec: str) -> tuple[Scenes, Scenes] | None:

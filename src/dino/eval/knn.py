@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino import distributed
-from dino.config import known
-from dino.eval.judge import Judgement, fingerprint, judge, labelled_pair
+from dino.eval.judge import Judgement, fingerprint, judge, labelled_pair, labels_of
 from dino.eval.options import KnnOptions
 from dino.inference import cache
 from dino.models import Backbone
@@ -81,14 +79,11 @@ def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Judg
     size, digest = options.size or model.image_size, fingerprint(model)
     bank = cache.features(model, digest, train, size, device, progress="bank")
     queries = cache.features(model, digest, test, size, device, progress="queries")
-    for part, name in ((bank, "training"), (queries, "test")):
-        if part.bad and distributed.is_main():
-            print(f"{len(part.bad)} {name} images could not be read and were left out, first: {part.bad[0]}")
     figures = classify(
         bank.values.to(device),
-        torch.from_numpy(known(train.labels)[bank.indices]).to(device),
+        labels_of(train, bank, "training").to(device),
         queries.values.to(device),
-        torch.from_numpy(known(test.labels)[queries.indices]).to(device),
+        labels_of(test, queries, "test").to(device),
         options.k,
         options.temp,
     )

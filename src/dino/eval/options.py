@@ -27,7 +27,8 @@ class LabelledOptions(EvalOptions):
     """For evaluations that classify."""
 
     data: str
-    """Labelled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the test set)."""
+    """Labelled images: DATA/train/CLASS/image.jpg and DATA/val/CLASS/image.jpg; or DATA/CLASS/image.jpg, a tenth of
+    which becomes the test set; or torchvision:NAME:FOLDER, a data set whose files are there already."""
     val: str | None = None
     """Labelled test images, when they lie elsewhere."""
 
@@ -102,3 +103,121 @@ class MasksOptions(EvalOptions):
             raise ValueError("give either --data with the VOC folder, or --images and --masks.")
         if not 0 < self.mass <= 1:
             raise ValueError(f"mass is {self.mass}; the share of attention to keep lies above 0 and up to 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedOptions(LabelledOptions):
+    """For evaluations that train."""
+
+    seed: int = 0
+    """Of splits, orders, first weights and augmentations."""
+    num_workers: int | None = None
+    """Processes that read images. None: the spare cores beside a GPU, none on a CPU."""
+    checkpoint_minutes: float = 10.0
+    """Between checkpoints, which lie beside the result; the same command goes on after an interruption, to the bit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions(TrainedOptions):
+    mode: Literal["fast", "paper"] = "fast"
+    """'fast': sweep on features of the evaluation view, kept on disk. 'paper': crops and flips, 100 epochs of forwards."""
+    protocol: Literal["default", "original"] = "default"
+    """'original' (paper mode): report the best epoch on the test images, as the reference does, not the last."""
+    readout: tuple[Literal["cls", "average", "last4", "cls+average"], ...] | None = None
+    """Features to classify. None: in fast mode all that the model has, in paper mode the paper's for its size."""
+    lr: tuple[float, ...] | None = None
+    """Learning rates per 256 images. None: seven from 0.001 to 1 in fast mode, 0.001 in paper mode."""
+    weight_decay: tuple[float, ...] | None = None
+    """None: 0, 1e-5 and 1e-4 in fast mode, 0 in paper mode."""
+    epochs: int = 100
+    """Cosine decay to 0 over these, from epoch to epoch."""
+    batch_size: int = 1024
+    """Images per step, over all ranks."""
+    held_out: float = 0.1
+    """Share of each class of the training images that chooses where there is more than one classifier."""
+
+    def __post_init__(self) -> None:
+        if self.protocol == "original" and self.mode != "paper":
+            raise ValueError("protocol 'original' differs from the default only in paper mode; add --mode paper.")
+        for name, values in (("lr", self.lr), ("readout", self.readout), ("weight-decay", self.weight_decay)):
+            if values is not None and not values:
+                raise ValueError(f"--{name} is empty; give at least one value.")
+        if min(self.lr or (1.0,)) <= 0 or min(self.weight_decay or (0.0,)) < 0:
+            raise ValueError("learning rates must be above 0 and weight decays not below.")
+        if self.mode == "paper" and len(self.readout or ()) > 1:
+            raise ValueError("paper mode classifies one readout; give one, or use --mode fast.")
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError("epochs and batch_size must be at least 1.")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; it is a share between 0 and 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowshotOptions(LabelledOptions):
+    percent: tuple[float, ...] = (1.0, 10.0)
+    """Shares of each class of the training images, drawn from the seed, at least one image of each; 100: all."""
+    list: tuple[str, ...] = ()
+    """Files with a name of an image per line, e.g. ImageNet's published 1 % and 10 % lists, in place of drawn shares."""
+    c: float | None = None
+    """Inverse strength of the L2 penalty, sum of losses + |W|^2 / 2C. None: chosen by cross-validation."""
+    folds: int = 5
+    """Of the cross-validation."""
+    k: int = 20
+    """Neighbours of the k-NN beside it."""
+    seed: int = 0
+    """Of the drawn shares."""
+
+    def __post_init__(self) -> None:
+        if not self.list and (not self.percent or not 0 < min(self.percent) <= max(self.percent) <= 100):
+            raise ValueError(f"percent is {self.percent}; give shares above 0 and up to 100.")
+        if self.c is not None and self.c <= 0:
+            raise ValueError(f"c is {self.c}; it must be above 0.")
+        if self.folds < 2 or self.k < 1:
+            raise ValueError("folds must be at least 2 and k at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TrainedOptions):
+    recipe: Literal["cifar10", "cifar100", "flowers", "cars", "inat18", "inat19", "imagenet"] = "imagenet"
+    """Where what is not given comes from; docs/evaluations.md lists them with what is known of each."""
+    epochs: int | None = None
+    batch_size: int | None = None
+    """Images per step, over all ranks."""
+    lr: float | None = None
+    """Peak learning rate per 512 images."""
+    min_lr: float | None = None
+    warmup_epochs: int | None = None
+    weight_decay: float | None = None
+    layer_decay: float | None = None
+    """The learning rate of a block is this times that of the next one; 1: all alike."""
+    drop_path: float | None = None
+    """Stochastic depth of the last block, of our own ViTs."""
+    mixup: float | None = None
+    """Of its Beta distribution; 0: none. With CutMix, each step takes one of them at random."""
+    cutmix: float | None = None
+    smoothing: float | None = None
+    """Of labels."""
+    rand_augment: str | None = None
+    """timm's name of an augmentation policy, '' for none."""
+    erasing: float | None = None
+    """Probability of random erasing."""
+    repeats: int | None = None
+    """Copies of an image in a batch."""
+    head_scale: float | None = None
+    """Factor on the new classifier's first weights."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward pass; auto: bf16 on GPUs that have it."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "repeats", "lr", "layer_decay"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+        for name in ("drop_path", "smoothing", "erasing"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; it lies in [0, 1).")
+        for name in ("min_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix", "head_scale"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; it must not be negative.")

@@ -97,7 +97,9 @@ class EvaluationViews(Dataset[tuple[list[Tensor], list[int], list[tuple[str, str
         return parts, kept, bad
 
 
-Readout = Literal["cls", "average", "gem", "cls+average", "cls+gem", "last4", "any size", "three scales"]
+Readout = Literal[
+    "cls", "average", "gem", "cls+average", "cls+gem", "last4", "last4+average", "any size", "three scales"
+]
 
 
 def gem(patches: Tensor, power: float = 4.0) -> Tensor:
@@ -111,6 +113,11 @@ def _cls_and(pool: Callable[[Tensor], Tensor]) -> Callable[[Backbone, Tensor], T
         return torch.cat([tokens[:, 0], pool(tokens[:, 1:])], dim=1)
 
     return read
+
+
+def _last4_and_average(model: Backbone, images: Tensor) -> Tensor:
+    blocks = model.tokens(images, layers=4)
+    return torch.cat([*(tokens[:, 0] for tokens in blocks), blocks[-1][:, 1:].mean(dim=1)], dim=1)
 
 
 def _whole_patches(model: Backbone, images: Tensor) -> Tensor:
@@ -146,6 +153,7 @@ READOUTS: dict[Readout, Callable[[Backbone, Tensor], Tensor]] = {
     "cls+average": _cls_and(lambda patches: patches.mean(dim=1)),
     "cls+gem": _cls_and(gem),
     "last4": lambda model, images: torch.cat([tokens[:, 0] for tokens in model.tokens(images, layers=4)], dim=1),
+    "last4+average": _last4_and_average,
     "any size": _mean_over((1,)),
     "three scales": _mean_over((1, 2**-0.5, 0.5)),
 }

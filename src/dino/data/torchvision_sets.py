@@ -1,0 +1,79 @@
+"""Data sets that torchvision reads, already on the disk: `torchvision:NAME:FOLDER`. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from dino.data.decode import BadImage
+from dino.data.sources import Source
+
+TORCHVISION = "torchvision:"
+
+# name -> (arguments of each part of the training set, arguments of the test set, where the labels lie)
+_SETS: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str]] = {
+    "CIFAR10": (({"train": True},), {"train": False}, "targets"),
+    "CIFAR100": (({"train": True},), {"train": False}, "targets"),
+    # Papers on transfer train on both of its small parts: 2,040 images.
+    "Flowers102": (({"split": "train"}, {"split": "val"}), {"split": "test"}, "_labels"),
+    "StanfordCars": (({"split": "train"},), {"split": "test"}, "_samples"),
+    "ImageNet": (({"split": "train"},), {"split": "val"}, "targets"),
+}
+
+
+class TorchvisionSet:
+    """A `Source` of one or several parts of a torchvision data set, one after the other."""
+
+    def __init__(self, name: str, root: str, parts: list[Any], labels_in: str):
+        self.parts, self.offsets = parts, np.cumsum([0, *map(len, parts)])
+        values = [getattr(part, labels_in) for part in parts]
+        flat = [entry[1] if labels_in == "_samples" else entry for value in values for entry in value]
+        self.labels = np.array(flat, np.int64)
+        known = getattr(parts[0], "classes", None) or range(int(self.labels.max()) + 1)
+        self.classes = tuple(str(entry) for entry in known)
+        digest = hashlib.sha256(json.dumps([name, *map(repr, parts)]).replace(root, "").encode())
+        digest.update(self.labels.astype("<i8").tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def stamp(self) -> str:
+        return self.fingerprint  # published sets do not change
+
+    def read(self, index: int) -> np.ndarray:
+        part = int(np.searchsorted(self.offsets, index, side="right")) - 1
+        try:
+            image, _ = self.parts[part][index - int(self.offsets[part])]
+            return np.array(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise BadImage(f"damaged ({error})") from error
+
+
+def torchvision_pair(spec: str) -> tuple[Source, Source]:
+    """Training and test images of 'torchvision:NAME:FOLDER'.
+
+    Raises:
+        ValueError: an unknown name, or its files do not lie in the folder.
+    """
+    from torchvision import datasets
+
+    name, _, root = spec.removeprefix(TORCHVISION).partition(":")
+    if name not in _SETS or not root:
+        raise ValueError(f"--data {spec}: write torchvision:NAME:FOLDER with one of the names {', '.join(_SETS)}.")
+    train, test, labels_in = _SETS[name]
+    try:
+        parts = [getattr(datasets, name)(root, **arguments) for arguments in (*train, test)]
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"--data {spec}: torchvision finds no complete {name} there ({reason}); nothing is downloaded, so put its "
+            "files where torchvision expects them."
+        ) from error
+    return TorchvisionSet(name, root, parts[:-1], labels_in), TorchvisionSet(name, root, parts[-1:], labels_in)

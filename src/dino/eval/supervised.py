@@ -1,0 +1,223 @@
+"""What evaluations that train on labels share: keyed batches, a loop that resumes to the bit, splits, accuracies."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dino import distributed
+from dino.config import known
+from dino.data.decode import BadImage
+from dino.data.loader import epoch_order, spare_cores, start_worker
+from dino.data.sources import Source
+from dino.engine.checkpoint import Checkpoints
+from dino.engine.log import Terminal
+from dino.eval.judge import result_path, say_bad
+from dino.eval.options import EvalOptions
+
+Transform = Callable[[Image.Image], Tensor]  # may draw from the global generators, which are seeded for each image
+
+
+class Batch(NamedTuple):
+    images: Tensor  # this rank's share [n, 3, size, size]
+    labels: Tensor  # [n] int64
+    total: int  # images in the batch of all ranks
+    bad: list[tuple[str, str]]  # images of this rank that could not be read, and why; others stand in
+
+
+class LabelledBatches(Dataset[Batch]):
+    """Item s is this rank's share of the batch of step s, a function of (seed, s) alone.
+
+    Args:
+        size: edge of the images that `transform` returns, pixels.
+        repeats: copies of an image within a batch, each with its own augmentation (repeated augmentation, as DeiT's:
+            an epoch still counts as many samples as there are images).
+        group: ranks take whole runs of so many samples, within which they may be mixed.
+        drop_last: leave out the last batch of an epoch where it is smaller.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        size: int,
+        batch_size: int,
+        seed: int,
+        repeats: int = 1,
+        group: int = 1,
+        drop_last: bool = False,
+    ):
+        self.source, self.transform, self.size, self.seed = source, transform, size, seed
+        self.batch_size, self.repeats, self.group = min(batch_size, len(source)), repeats, group
+        self.steps_per_epoch = len(source) // self.batch_size if drop_last else -(-len(source) // self.batch_size)
+        self.rank, self.ranks = distributed.rank(), distributed.world_size()
+        self.labels = known(source.labels)
+
+    def samples(self, step: int) -> tuple[list[tuple[int, int]], int]:
+        """(image, copy) of this rank's samples at `step`, and how many all ranks have."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.seed, epoch, len(self.source))
+        start = batch * self.batch_size
+        positions = np.arange(start, min(start + self.batch_size, len(order)))
+        # Copies lie apart, so that they are not mixed with each other.
+        positions = positions[np.argsort(positions % self.repeats, kind="stable")]
+        groups = np.array_split(np.arange(-(-len(positions) // self.group)), self.ranks)[self.rank]
+        mine = positions[groups[0] * self.group : (groups[-1] + 1) * self.group] if len(groups) else positions[:0]
+        return [(int(order[p // self.repeats]), int(p % self.repeats)) for p in mine], len(positions)
+
+    def __getitem__(self, step: int) -> Batch:
+        samples, count = self.samples(step)
+        images, labels, bad = [], [], []
+        for index, copy in samples:
+            image, position = self._read(index, bad)
+            seed_all(self.seed, step // self.steps_per_epoch, index, copy)
+            images.append(self.transform(Image.fromarray(image)))
+            labels.append(int(self.labels[position]))
+        stacked = torch.stack(images) if images else torch.zeros(0, 3, self.size, self.size)
+        return Batch(stacked, torch.tensor(labels, dtype=torch.int64), count, bad)
+
+    def _read(self, index: int, bad: list[tuple[str, str]]) -> tuple[np.ndarray, int]:
+        """The image at `index`, or the next readable one after it, and its position; `bad` gets those passed over."""
+        for offset in range(len(self.source)):
+            position = (index + offset) % len(self.source)
+            try:
+                return self.source.read(position), position
+            except BadImage as error:
+                bad.append((self.source.name(position), error.reason))
+        raise ValueError(f"none of the {len(self.source)} training images can be read; check the data folder.")
+
+
+def seed_all(*key: int) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch, from which the libraries' augmentations draw."""
+    words = np.random.SeedSequence(key).generate_state(3, np.uint32).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.manual_seed(words[2])
+
+
+class Trainee(Protocol):
+    def step(self, step: int, batch: Batch) -> Tensor: ...  # one step of training; its loss, for the progress line
+    def epoch_end(self, epoch: int) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def train(
+    trainee: Trainee,
+    batches: LabelledBatches,
+    epochs: int,
+    folder: Path,
+    identity: Mapping[str, Any],
+    minutes: float,
+    device: torch.device,
+    num_workers: int | None,
+) -> None:
+    """Train to the end, from the newest checkpoint in `folder` where there is one: the same bits as without a break.
+
+    Args:
+        identity: what the result depends on; a checkpoint made with another one is refused.
+        minutes: between checkpoints.
+
+    Raises:
+        ValueError: `folder` holds the checkpoint of another training.
+    """
+    checkpoints, terminal = Checkpoints(folder, keep=1), Terminal(distributed.is_main())
+    identity, start = json.loads(json.dumps(identity)), 0
+    if (state := checkpoints.load()) is not None:
+        if state["identity"] != identity:
+            changed = [key for key in identity if state["identity"].get(key) != identity[key]]
+            raise ValueError(
+                f"{folder} holds a training with another {' and '.join(changed)}; repeat its command to go on with it, "
+                "delete the folder, or choose another --json."
+            )
+        trainee.load_state_dict(state["trainee"])
+        start = state["step"]
+        terminal.say(f"Resuming after step {start} of {epochs * batches.steps_per_epoch}.")
+    distributed.barrier()  # all ranks have read the checkpoint before the main one writes the next
+    total, saved = epochs * batches.steps_per_epoch, time.monotonic()
+    if num_workers is None:
+        num_workers = spare_cores(distributed.world_size()) if device.type == "cuda" else 0
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start, total),
+        num_workers=num_workers,
+        worker_init_fn=start_worker if num_workers else None,
+        pin_memory=device.type == "cuda",
+    )
+    bad: dict[str, str] = {}
+    terminal.start(start, total)
+    try:
+        for step, batch in enumerate(loader, start):
+            bad |= dict(batch.bad)
+            loss = trainee.step(step, batch._replace(images=batch.images.to(device), labels=batch.labels.to(device)))
+            done, per_epoch = step + 1, batches.steps_per_epoch
+            epoch_ends = done % per_epoch == 0
+            if epoch_ends:
+                trainee.epoch_end(step // per_epoch)
+            if distributed.is_main() and (done == total or time.monotonic() - saved >= 60 * minutes):
+                checkpoints.save(done, {"step": done, "trainee": trainee.state_dict(), "identity": identity})
+                saved = time.monotonic()
+            if epoch_ends or done % 50 == 0:
+                status = f"loss {loss.item():.4f}"
+                terminal.update(done, f"{1 + step // per_epoch}/{epochs}", status)
+                if epoch_ends and not terminal.live:
+                    terminal.say(f"epoch {1 + step // per_epoch}/{epochs}  {status}")
+    finally:
+        terminal.stop()
+    say_bad([entry for part in distributed.gather(bad) for entry in part.items()], "training")
+
+
+def per_class(labels: np.ndarray, share: float, seed: int, least: int = 1) -> np.ndarray:
+    """Positions of a share of each class, rounded but at least `least`, in order; a larger share contains a smaller."""
+    draws = np.random.Philox(key=np.array([seed, int.from_bytes(b"classes")], np.uint64)).random_raw(len(labels))
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        chosen.append(members[np.argsort(draws[members], kind="stable")][: max(least, round(share * len(members)))])
+    return np.sort(np.concatenate(chosen))
+
+
+def accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1, top-5 (of five classes or more) and the mean of the classes' own top-1, in percent.
+
+    Args:
+        scores: [n, classes]; labels: [n].
+    """
+    top = min(5, scores.shape[1])
+    ranked = scores.topk(top, dim=1).indices == labels[:, None]
+    result = {"top1": 100 * ranked[:, 0].double().mean().item()}
+    if top == 5:
+        result["top5"] = 100 * ranked.any(dim=1).double().mean().item()
+    right = torch.bincount(labels[ranked[:, 0]], minlength=scores.shape[1])
+    present = torch.bincount(labels, minlength=scores.shape[1])
+    result["class_mean"] = 100 * (right[present > 0] / present[present > 0]).double().mean().item()
+    return result
+
+
+def save_weights(
+    options: EvalOptions, name: str, state: Mapping[str, Tensor], classes: tuple[str, ...], **about: str
+) -> None:
+    """Write what was trained beside the result, if that has a place, with its classes' names."""
+    path = result_path(options, name)
+    if path is None or not distributed.is_main():
+        return
+    file = path.with_suffix(".safetensors")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {key: value.cpu().contiguous() for key, value in state.items()}
+        save_file(tensors, file, about | {"classes": "\n".join(classes)})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the weights cannot be written to {file} ({error}); choose another --json.") from error

@@ -1,0 +1,123 @@
+"""Many linear classifiers trained at once on the same features, each as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dino import distributed, schedules
+from dino.data.loader import epoch_order
+from dino.engine.log import Terminal
+from dino.eval.options import LinearOptions
+from dino.inference.features import Readout
+
+SCORES_AT_ONCE = 2**26  # 256 MB of float32
+
+
+class Sweep:
+    """Linear classifiers side by side, one for each readout, learning rate and decay, as one matrix per readout.
+
+    Each is trained as if it were alone, by SGD of momentum 0.9 from weights N(0, 0.01) and biases 0, the same for all
+    of a readout.
+
+    Args:
+        columns: readout -> its columns of the features.
+        rates: learning rates per step of the batch at hand; decays: of the L2 penalty, on the bias too.
+        sum_: over the ranks, where each steps on a share of the batch only.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[Readout, tuple[int, int]],
+        rates: Sequence[float],
+        decays: Sequence[float],
+        num_classes: int,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        sum_: Callable[[Tensor], Tensor] = lambda share: share,
+    ):
+        self.sum_ = sum_
+        self.columns, self.num_classes = columns, num_classes
+        self.points = [(rate, decay) for rate in rates for decay in decays]
+
+        def side_by_side(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device).repeat_interleave(num_classes)
+
+        self.rates = side_by_side([rate for rate, _ in self.points])
+        self.decays = side_by_side([decay for _, decay in self.points])
+        self.weights: dict[Readout, Tensor] = {}  # [columns + 1, classifiers * classes]; the last row is the bias
+        for name, (first, last) in columns.items():
+            draws = torch.Generator().manual_seed(seed)
+            first_weights = torch.zeros(last - first + 1, num_classes)
+            first_weights[:-1].normal_(0, 0.01, generator=draws)
+            self.weights[name] = first_weights.to(device, dtype).repeat(1, len(self.points))
+        self.momenta = {name: torch.zeros_like(w) for name, w in self.weights.items()}
+
+    def scores(self, name: Readout, features: Tensor) -> Tensor:
+        """[n, classifiers, classes] of features [n, all columns]."""
+        first, last = self.columns[name]
+        w = self.weights[name]
+        return torch.addmm(w[-1], features[:, first:last], w[:-1]).unflatten(1, (len(self.points), self.num_classes))
+
+    @torch.no_grad()
+    def step(self, features: Tensor, labels: Tensor, count: int, scale: float) -> Tensor:
+        """One step of all classifiers on this rank's share of `count` images; the least mean loss among them.
+
+        Args:
+            scale: what share of their learning rates the schedule has left.
+        """
+        best = features.new_full((), torch.inf)
+        rows = torch.arange(len(labels), device=labels.device)
+        for name, (first, last) in self.columns.items():
+            log_p = self.scores(name, features).log_softmax(dim=-1)
+            loss = self.sum_(-log_p[rows, :, labels].sum(dim=0) / count)
+            best = torch.minimum(best, loss.nan_to_num(torch.inf).min())
+            # The gradient of softmax cross-entropy in closed form: no graph to keep.
+            residual = log_p.exp_()
+            residual[rows, :, labels] -= 1
+            flat = residual.flatten(1) / count
+            gradient = torch.cat([features[:, first:last].T @ flat, flat.sum(dim=0, keepdim=True)])
+            w, momentum = self.weights[name], self.momenta[name]
+            momentum.mul_(0.9).add_(self.sum_(gradient)).add_(self.decays * w)
+            w.sub_(scale * self.rates * momentum)
+        return best
+
+    @torch.no_grad()
+    def top1(self, name: Readout, features: Tensor, labels: Tensor, device: torch.device) -> list[float]:
+        """Accuracy of each classifier of a readout, percent."""
+        hits = torch.zeros(len(self.points), device=device)
+        for rows in _chunks(len(features), len(self.points) * self.num_classes):
+            predicted = self.scores(name, features[rows].to(device)).argmax(dim=-1)
+            hits += (predicted == labels[rows].to(device)[:, None]).sum(dim=0)
+        return (100 * hits.double() / len(features)).tolist()
+
+    def head(self, name: Readout, point: int) -> dict[str, Tensor]:
+        """One classifier as the weights of a linear layer: weight [classes, columns], bias [classes]."""
+        chosen = self.weights[name].unflatten(1, (len(self.points), self.num_classes))[:, point].cpu()
+        return {"weight": chosen[:-1].T.contiguous(), "bias": chosen[-1].clone()}
+
+
+def _chunks(count: int, width: int) -> Iterator[slice]:
+    rows = max(1, SCORES_AT_ONCE // width)
+    return (slice(start, start + rows) for start in range(0, count, rows))
+
+
+def fit(sweep: Sweep, features: Tensor, labels: Tensor, options: LinearOptions, device: torch.device, say: str) -> None:
+    """Train all classifiers on features [n, d] that are kept in memory; every rank does the same, to the bit."""
+    batch = min(options.batch_size, len(features))
+    terminal = Terminal(distributed.is_main())
+    terminal.start(0, options.epochs)
+    try:
+        for epoch in range(options.epochs):
+            order = torch.from_numpy(epoch_order(options.seed, epoch, len(features)))
+            scale = schedules.cosine(epoch, options.epochs, 1.0, 0.0)
+            loss = None
+            for rows in order.split(batch):
+                loss = sweep.step(features[rows].to(device), labels[rows].to(device), len(rows), scale)
+            if terminal.live and loss is not None:
+                terminal.update(epoch + 1, f"{epoch + 1}/{options.epochs}", f"{say}, loss {loss.item():.4f}")
+    finally:
+        terminal.stop()
