@@ -14,6 +14,7 @@ import tomli_w
 from conftest import TINY, dino_command, run_dino
 from dino import recipes, tables
 from dino.config import TrainOptions, replace, to_dict
+from dino.engine.checkpoint import sole_writer
 
 
 @pytest.fixture
@@ -89,9 +90,6 @@ def test_interrupted_goes_on(asked, photos, tmp_path, recipe):
     deadline = time.monotonic() + 60
     while not first.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    busy = run_dino(*command)
-    assert busy.returncode == 2
-    assert "another process is writing" in busy.stderr
     process.send_signal(asked)
     assert process.wait(60) == 130
     assert len(json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else {}) < 3
@@ -101,6 +99,13 @@ def test_interrupted_goes_on(asked, photos, tmp_path, recipe):
     done = run_dino(*command)
     assert done.returncode == 0, done.stderr
     assert len(json.loads((out / "results.json").read_text())) == 3
+
+
+def test_an_ablation_has_one_writer(photos, tmp_path, recipe):
+    with sole_writer(tmp_path / "out"):
+        busy = run_dino("ablate", "activation", "--data", photos, "--recipe", recipe, "--out", tmp_path / "out")
+    assert busy.returncode == 2
+    assert "another process is writing" in busy.stderr
 
 
 def test_kind_to_mistakes(photos, tmp_path, recipe):

@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dino
-from conftest import TINY, draw_images, run_dino
+from conftest import TINY, draw_images, run_dino, tiny_flags
 from dino.config import TrainOptions, replace
 from dino.data.sources import open_source
+from dino.engine.log import read_metrics
 from dino.eval import judge, knn
 from dino.eval.options import KnnOptions
 from dino.inference import cache
@@ -181,3 +182,35 @@ def test_a_result_that_cannot_be_written_is_said(trained):
     done = run_dino("eval", "knn", run, "--data", photos, "--k", 5, "--json", "/proc/no/r.json")
     assert done.returncode == 2
     assert "choose another --json" in done.stderr
+
+
+EXTRA = ["knn --data {0} --k 5", "lowshot --data {0} --percent 100 --k 3 --c 10"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluations_as_training_callbacks(ranks, photos, tmp_path):
+    """What a run measures of its last model is what the command finds; on two ranks as on one."""
+    wanted = [text.format(photos) for text in EXTRA]
+    run, environment = tmp_path / "run", os.environ | {"DINO_CACHE": str(tmp_path / "cache")}
+    flags = ["--data", photos, "--out", run, *tiny_flags(epochs=1), "--log.evaluate", *wanted]
+    done = run_dino("train", *flags, ranks=ranks, env=environment)
+    assert done.returncode == 0, done.stderr
+    measured = [line for line in read_metrics(run / "metrics.jsonl") if "knn/knn5_top1" in line]
+    assert [line["step"] for line in measured] == [0, measured[-1]["step"]]
+    assert not (tmp_path / "cache").exists()  # models in training are not looked at twice
+    model = dino.load(run)
+    found = dino.evaluate("knn", model, data=str(photos), k=(5,)).figures
+    found |= dino.evaluate("lowshot", str(run), data=str(photos), percent=(100,), k=3, c=10).figures
+    assert {name.partition("/")[2]: value for name, value in measured[-1].items() if "/" in name} == pytest.approx(
+        found
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("kn --data x", "Did you mean 'knn'?"), ("", "there is no evaluation ''"), ("knn", "--data")]
+)
+def test_callbacks_that_cannot_be_are_refused_before_training(text, said, photos, tmp_path):
+    done = run_dino("train", "--data", photos, "--out", tmp_path / "run", *tiny_flags(), "--log.evaluate", text)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "run").exists()

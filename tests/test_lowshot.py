@@ -16,7 +16,6 @@ from conftest import TINY, draw_images, run_dino
 from dino import cli
 from dino.config import TrainOptions, replace
 from dino.data.sources import open_source
-from dino.engine.log import read_metrics
 from dino.eval import knn, lowshot
 from dino.eval.judge import labelled_pair
 from dino.inference.features import extract
@@ -163,21 +162,6 @@ def test_fewer_images_than_neighbours(trained, capsys):
     run, photos = trained
     assert command(run, "--data", photos) == 2
     assert "k is 20, but 1% of the training images are 3; lower --k or take more" in capsys.readouterr().err
-
-
-def test_as_a_training_callback(photos, tmp_path, monkeypatch):
-    options = lowshot.LowshotOptions(model="", data=str(photos), percent=(100,), k=3, c=10)
-
-    def callback(method):
-        return lowshot.evaluate(method.teacher.backbone, options, torch.device("cpu")).figures
-
-    monkeypatch.setattr("dino.api.OnlineEvaluation", lambda *_: callback)
-    run = dino.train(replace(TrainOptions(), TINY | {"epochs": 1}), data=str(photos), out=str(tmp_path / "run"))
-    last = read_metrics(run / "metrics.jsonl")[-1]
-    assert (
-        last["logistic_100%_top1"]
-        == lowshot.evaluate(dino.load(run), options, torch.device("cpu")).figures["logistic_100%_top1"]
-    )
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dino.api import train
+    from dino.eval.judge import evaluate
     from dino.models import create
     from dino.models.weights import load
 
 __version__ = "0.1.0"
-__all__ = ["create", "load", "train"]
+__all__ = ["create", "evaluate", "load", "train"]
 
-_HOME = {"train": "dino.api", "load": "dino.models.weights", "create": "dino.models"}
+_HOME = {"train": "dino.api", "load": "dino.models.weights", "create": "dino.models", "evaluate": "dino.eval.judge"}
 
 
 def __getattr__(name: str) -> Any:

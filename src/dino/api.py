@@ -20,6 +20,7 @@ from dino.data.sources import Source, open_source, split
 from dino.engine import log, memory, start
 from dino.engine.checkpoint import LOCK, Checkpoints, sole_writer
 from dino.engine.train import Trainer
+from dino.eval import judge
 from dino.eval.judge import MOST_HELD_OUT, agreeing, open_scenes
 from dino.eval.online import OnlineEvaluation, probe
 from dino.models import export, releases, weights
@@ -117,7 +118,8 @@ def set_up(
     chosen = {n: v for n, v in flatten(resolved).items() if flatten(options)[n] is None and v is not None}
     if chosen and options.resume is None:
         terminal.say(f"Chosen for {len(source)} images: " + ", ".join(f"{n} {v}" for n, v in chosen.items()))
-    callback = OnlineEvaluation(source, held_out, known(resolved.views.global_size), device)
+    more = [judge.Callback.parse(text, folder) for text in resolved.log.evaluate]
+    callback = OnlineEvaluation(source, held_out, known(resolved.views.global_size), device, more)
     batches = view_batches(resolved, source, device)
     colour = DeviceRenderer(device).colour if device.type == "cuda" else None
     trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, colour)

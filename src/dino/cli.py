@@ -17,15 +17,7 @@ import tyro
 from tyro.conf import Positional
 
 from dino import __version__, config, recipes
-from dino.eval.options import (
-    CopydetectOptions,
-    FinetuneOptions,
-    KnnOptions,
-    LinearOptions,
-    LowshotOptions,
-    MasksOptions,
-    RetrievalOptions,
-)
+from dino.eval.options import EVALUATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +106,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command("learn from images without labels", config.TrainOptions, "dino.api:train_command"),
-    "eval knn": Command("k-NN accuracy of a run's features", KnnOptions, "dino.eval.knn:command"),
-    "eval linear": Command("linear classification of frozen features", LinearOptions, "dino.eval.linear:command"),
-    "eval lowshot": Command("a few labels: logistic regression, k-NN", LowshotOptions, "dino.eval.lowshot:command"),
-    "eval finetune": Command("train it on labels, end to end", FinetuneOptions, "dino.eval.finetune:command"),
-    "eval retrieval": Command("landmark retrieval, Oxford and Paris", RetrievalOptions, "dino.eval.retrieval:command"),
-    "eval copydetect": Command("find the originals of copies", CopydetectOptions, "dino.eval.copydetect:command"),
-    "eval masks": Command("overlap of attention with objects", MasksOptions, "dino.eval.masks:command"),
+    **{f"eval {name}": Command(what, kind, "dino.eval.judge:command") for name, (what, kind) in EVALUATIONS.items()},
     "ablate": Command("train the rows of one of the paper's tables", AblateOptions, "dino.ablate:ablate_command"),
     "attention": Command("pictures of where the model looks", AttentionOptions, "dino.api:attention_command"),
     "report": Command("write a run's report.html again", ReportOptions, "dino.api:report_command"),

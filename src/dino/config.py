@@ -263,6 +263,8 @@ class LogOptions:
     """Steps between log lines; metrics leave the device only then."""
     knn_every: float = 1
     """Epochs between k-NN and feature-health checks. 0: only before and after training."""
+    evaluate: tuple[str, ...] = ()
+    """Evaluations to make then, each as one word: "knn --data labelled/ --k 20", see `dino eval NAME --help`."""
     checkpoint_minutes: float = 10
     """Minutes between checkpoints; one is also written after every epoch."""
     keep: int = 2

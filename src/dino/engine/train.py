@@ -33,7 +33,7 @@ from dino.engine.monitor import CollapseMonitor
 from dino.method import DINO, Network
 from dino.models import Backbone, Head, ImageSizeError, create, weights
 
-Callback = Callable[[DINO], dict[str, float]]  # measures the method between steps; runs on the main rank
+Callback = Callable[[DINO, int], dict[str, float]]  # measures the method after so many steps; all ranks call it
 
 
 class TrainingError(Exception):
@@ -371,14 +371,15 @@ class Trainer:
             self.terminal.say(f"epoch {epoch}/{self.options.epochs}  step {self.step}  {status}")
 
     def _measure(self) -> None:
-        """Let the callback look at the method; the other ranks wait."""
-        if self.callback is not None and distributed.is_main():
-            self.method.eval()
-            values = self.callback(self.method)
-            self.method.train()
-            if values and self.metrics is not None:
-                self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)
-            self.knn = {"k-NN": values["knn20_top1"]} if "knn20_top1" in values else {}
+        """Let the callback look at the method."""
+        if self.callback is None:
+            return
+        self.method.eval()
+        values = self.callback(self.method, self.step)
+        self.method.train()
+        if values and self.metrics is not None:
+            self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)
+        self.knn = {"k-NN": values["knn20_top1"]} if "knn20_top1" in values else {}
         distributed.barrier()
 
     def _check_quarantine(self, force: bool = False) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dino.data.sources import Source, open_source, subset
-from dino.eval.judge import Judgement, judge
+from dino.eval.judge import Judgement
 from dino.eval.options import CopydetectOptions
 from dino.eval.ranking import average_precision, comparable
 from dino.models import Backbone
@@ -131,7 +131,3 @@ def evaluate(model: Backbone, options: CopydetectOptions, device: torch.device) 
         data,
         {part: len(source) for part, source in sources.items()},
     )
-
-
-def command(options: CopydetectOptions) -> None:
-    judge("copydetect", options, evaluate, PAPER)

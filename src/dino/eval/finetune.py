@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from dino import distributed
 from dino.engine import parallel
-from dino.eval.judge import Judgement, fingerprint, judge, labelled_pair, labels_of, work_folder
+from dino.eval.judge import Judgement, fingerprint, labelled_pair, labels_of, work_folder
 from dino.eval.options import FinetuneOptions
 from dino.eval.supervised import Batch, LabelledBatches, accuracies, save_weights, seed_all, train
 from dino.inference.features import extract
@@ -285,7 +285,3 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
         {"training images": len(train_on), "test images": len(wanted)},
         {"recipe": dataclasses.asdict(recipe), "precision": precision},
     )
-
-
-def command(options: FinetuneOptions) -> None:
-    judge("finetune", options, evaluate, PAPER)

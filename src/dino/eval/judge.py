@@ -1,22 +1,26 @@
 """What all evaluations share: the model and its data opened, the figures printed beside the paper's and written down.
 
-An evaluation is a function `evaluate(model, options, device) -> Judgement`, the same from the command line, from
-Python and as a training callback.
+An evaluation is a module with `evaluate(model, options, device) -> Judgement`, the same from the command line, from
+Python and as a training callback, and `PAPER`: model as `paper_name` calls it -> figure -> value.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
+import importlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor, nn
 
 from dino import __version__, distributed
@@ -24,15 +28,13 @@ from dino.config import known
 from dino.data.scenes import Scenes
 from dino.data.sources import Source, open_source, split, subset
 from dino.data.torchvision_sets import TORCHVISION, torchvision_pair
-from dino.eval.options import EvalOptions
+from dino.eval.options import EVALUATIONS, EvalOptions
+from dino.inference import cache
 from dino.inference.features import Features
 from dino.models import Backbone, VisionTransformer, weights
 from dino.models.vit import SIZES
 
 MOST_HELD_OUT, HELD_OUT_SCENES = 1000, 500
-
-Options = TypeVar("Options", bound=EvalOptions)
-Paper = Mapping[str, Mapping[str, float]]  # model as `paper_name` calls it -> figure -> value
 
 
 class Judgement(NamedTuple):
@@ -45,14 +47,78 @@ class Judgement(NamedTuple):
     details: Mapping[str, Any] = MappingProxyType({})  # what the result file holds beside the figures
 
 
-def judge(
-    name: str, options: Options, evaluate: Callable[[Backbone, Options, torch.device], Judgement], paper: Paper
-) -> dict[str, Any]:
-    """Run one evaluation from its options; print and write what it found, and return that."""
+def evaluate(name: str, model: str | Backbone, **options: Any) -> Judgement:
+    """Evaluate a model from Python: ``dino.evaluate("knn", "runs/a", data="photos", k=(20,))``.
+
+    Args:
+        name: as in ``dino eval NAME``.
+        model: a run directory, weight file, release, or a model; a model is evaluated where it lies.
+        options: those of ``dino eval NAME --help``.
+
+    Raises:
+        ValueError: no such evaluation, or its data or options are unusable.
+    """
+    wanted = options_of(name)(model=model if isinstance(model, str) else "model", **options)
+    if isinstance(model, str):
+        return _work(wanted, name, weights.load(model).to(distributed.start(wanted.device)))
+    return _work(wanted, name, model)
+
+
+def options_of(name: str) -> type[EvalOptions]:
+    if name not in EVALUATIONS:
+        near = difflib.get_close_matches(name, EVALUATIONS, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"there is no evaluation '{name}'; known are {', '.join(EVALUATIONS)}.{hint}")
+    return EVALUATIONS[name][1]
+
+
+def _work(options: EvalOptions, name: str, model: Backbone) -> Judgement:
+    return _module(name).evaluate(model, options, next(model.parameters()).device)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"dino.eval.{name}")
+
+
+class Callback(NamedTuple):
+    """An evaluation that looks at a model in training; all ranks call it."""
+
+    name: str
+    options: EvalOptions
+    run: Path
+
+    @classmethod
+    def parse(cls, text: str, run: Path) -> Callback:
+        """From what would follow ``dino eval``, without the model: "knn --data photos --k 20".
+
+        Raises:
+            ValueError: there is no such evaluation, or it has no such options.
+        """
+        name, *flags = shlex.split(text) or [""]
+        kind = options_of(name)
+        try:
+            options = tyro.cli(kind, args=[str(run), *flags], prog=f"--log.evaluate '{name} ...'")
+        except SystemExit as stop:  # it has said why
+            raise ValueError(f"--log.evaluate '{text}' is not understood; see `dino eval {name} --help`.") from stop
+        return cls(name, options, run)
+
+    def __call__(self, model: Backbone, step: int) -> dict[str, float]:
+        """Figures as ``NAME/figure``; what else it writes goes to eval/step-STEP of the run."""
+        options = dataclasses.replace(
+            self.options, json=str(self.run / "eval" / f"step-{step:08d}" / f"{self.name}.json")
+        )
+        with cache.unused():  # no model is looked at twice
+            found = _work(options, self.name, model)
+        return {f"{self.name}/{figure}": value for figure, value in found.figures.items()}
+
+
+def command(options: EvalOptions) -> None:
+    """Run an evaluation; print and write what it found."""
+    name = next(name for name, (_, kind) in EVALUATIONS.items() if kind is type(options))
     device = distributed.start(options.device)
     try:
         model = weights.load(options.model).to(device)
-        found = evaluate(model, options, device)
+        found = _work(options, name, model)
         result = {
             "evaluation": name,
             "figures": found.figures,
@@ -66,10 +132,10 @@ def judge(
             "torch": torch.__version__,
         }
         if distributed.is_main():
-            print(table(options.model, found, paper.get(paper_name(model), {}), paper_name(model)))
+            called = paper_name(model)
+            print(table(options.model, found, _module(name).PAPER.get(called, {}), called))
             if written := _write(options, name, result):
                 print(f"Written: {written}")
-        return result
     finally:
         distributed.stop()
 

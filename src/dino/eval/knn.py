@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.eval.judge import Judgement, fingerprint, judge, labelled_pair, labels_of
+from dino.eval.judge import Judgement, fingerprint, labelled_pair, labels_of
 from dino.eval.options import KnnOptions
 from dino.inference import cache
 from dino.models import Backbone
@@ -93,7 +93,3 @@ def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Judg
         {"bank": train.fingerprint, "queries": test.fingerprint},
         {"images in the bank": len(bank.values), "classified": len(queries.values)},
     )
-
-
-def command(options: KnnOptions) -> None:
-    judge("knn", options, evaluate, PAPER)

@@ -15,7 +15,7 @@ from dino import distributed, schedules
 from dino.config import known
 from dino.data.render import normalise
 from dino.data.sources import Source, subset
-from dino.eval.judge import Judgement, fingerprint, judge, labelled_pair, labels_of, work_folder
+from dino.eval.judge import Judgement, fingerprint, labelled_pair, labels_of, work_folder
 from dino.eval.options import LinearOptions
 from dino.eval.supervised import Batch, LabelledBatches, accuracies, per_class, save_weights, train
 from dino.eval.sweep import Sweep, fit
@@ -210,7 +210,3 @@ PAPER = {
 def evaluate(model: Backbone, options: LinearOptions, device: torch.device) -> Judgement:
     train_on, test = labelled_pair(options.data, options.val)
     return (fast if options.mode == "fast" else paper)(model, options, train_on, test, device)
-
-
-def command(options: LinearOptions) -> None:
-    judge("linear", options, evaluate, PAPER)

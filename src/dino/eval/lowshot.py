@@ -14,7 +14,7 @@ from dino.config import known
 from dino.data.labels import text
 from dino.data.sources import Source
 from dino.eval import knn
-from dino.eval.judge import Judgement, fingerprint, judge, labelled_pair, labels_of
+from dino.eval.judge import Judgement, fingerprint, labelled_pair, labels_of
 from dino.eval.options import LowshotOptions
 from dino.eval.supervised import accuracies, per_class
 from dino.inference import cache
@@ -176,7 +176,3 @@ def subsets(train: Source, options: LowshotOptions) -> dict[str, np.ndarray]:
         return named
     labels = known(train.labels)
     return {f"{percent:g}%": per_class(labels, percent / 100, options.seed) for percent in options.percent}
-
-
-def command(options: LowshotOptions) -> None:
-    judge("lowshot", options, evaluate, PAPER)

@@ -16,7 +16,7 @@ from dino.data.decode import BadImage
 from dino.data.labels import text
 from dino.data.render import normalise
 from dino.data.sources import Files, listed, open_source
-from dino.eval.judge import Judgement, judge
+from dino.eval.judge import Judgement
 from dino.eval.options import MasksOptions
 from dino.inference.attention import cls_attention, enlarge, fit, jaccard, mass_mask
 from dino.models import NO_ATTENTION, Backbone
@@ -154,7 +154,3 @@ def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Ju
         {"images": images.fingerprint, "masks": masks.fingerprint},
         {"images": len(used), "objects": sum(map(len, used)), "images without an object": len(found) - len(used)},
     )
-
-
-def command(options: MasksOptions) -> None:
-    judge("masks", options, evaluate, PAPER)

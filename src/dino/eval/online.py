@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from dino import distributed
 from dino.config import known
 from dino.data.decode import BadImage
 from dino.data.render import normalise
 from dino.data.scenes import Scenes
 from dino.data.sources import Source
 from dino.engine.monitor import feature_health
-from dino.eval import knn
+from dino.eval import judge, knn
 from dino.inference.attention import cls_attention, enlarge, jaccard, mass_mask
 from dino.inference.features import extract, preprocess, spread
 from dino.method import DINO
@@ -28,15 +31,29 @@ class OnlineEvaluation:
         train: the k-NN's labelled bank comes from here (evenly spaced, at most 5000 images).
         held_out: what is classified; None measures label-free health on training images.
         size: edge of the evaluation view, pixels.
+        more: evaluations to make beside, over all ranks.
     """
 
-    def __init__(self, train: Source, held_out: Source | None, size: int, device: torch.device):
-        self.train, self.held_out, self.size, self.device = train, held_out, size, device
+    def __init__(
+        self,
+        train: Source,
+        held_out: Source | None,
+        size: int,
+        device: torch.device,
+        more: Sequence[judge.Callback] = (),
+    ):
+        self.train, self.held_out, self.size, self.device, self.more = train, held_out, size, device, more
         self.labelled = held_out is not None and train.labels is not None and held_out.labels is not None
         self.pixels_done = False
 
-    def __call__(self, method: DINO) -> dict[str, float]:
+    def __call__(self, method: DINO, step: int) -> dict[str, float]:
         backbone: Backbone = method.teacher.backbone  # pyright: ignore[reportAssignmentType]
+        result = self._monitor(backbone) if distributed.is_main() else {}
+        for evaluation in self.more:
+            result |= evaluation(backbone, step)
+        return result
+
+    def _monitor(self, backbone: Backbone) -> dict[str, float]:
         shown = self.held_out if self.held_out is not None else self.train
         queries = extract(backbone, shown, self.size, self.device, spread(len(shown), QUERIES))
         result = feature_health(queries.values) if len(queries.values) > 1 else {}

@@ -221,3 +221,15 @@ class FinetuneOptions(TrainedOptions):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} is {value}; it must not be negative.")
+
+
+# Name -> what it measures and its options; the rest is `PAPER` and `evaluate` of the module dino.eval.NAME.
+EVALUATIONS: dict[str, tuple[str, type[EvalOptions]]] = {
+    "knn": ("k-NN accuracy of a run's features", KnnOptions),
+    "linear": ("linear classification of frozen features", LinearOptions),
+    "lowshot": ("a few labels: logistic regression, k-NN", LowshotOptions),
+    "finetune": ("train it on labels, end to end", FinetuneOptions),
+    "retrieval": ("landmark retrieval, Oxford and Paris", RetrievalOptions),
+    "copydetect": ("find the originals of copies", CopydetectOptions),
+    "masks": ("overlap of attention with objects", MasksOptions),
+}

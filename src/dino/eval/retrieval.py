@@ -16,7 +16,7 @@ import torch
 
 from dino.data.decode import BadImage
 from dino.data.sources import Source, Subset, listed
-from dino.eval.judge import Judgement, judge
+from dino.eval.judge import Judgement
 from dino.eval.options import RetrievalOptions
 from dino.eval.ranking import comparable, mean_precisions
 from dino.inference.features import shrink
@@ -161,7 +161,3 @@ def evaluate(model: Backbone, options: RetrievalOptions, device: torch.device) -
         data,
         {"images in the database": len(truth.database), "queries": len(truth.queries)},
     )
-
-
-def command(options: RetrievalOptions) -> None:
-    judge("retrieval", options, evaluate, PAPER)

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,21 @@ from dino.data.sources import Source
 from dino.inference.features import Features, Readout, View, extract
 from dino.models import Backbone
 
+_in_use = ContextVar("cache in use", default=True)
+
 
 def folder() -> Path:
     return Path(os.environ.get("DINO_CACHE", "~/.cache/dino")).expanduser() / "features"
+
+
+@contextlib.contextmanager
+def unused() -> Iterator[None]:
+    """Neither read nor write features within it."""
+    token = _in_use.set(False)
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
 
 
 def features(
@@ -39,6 +53,8 @@ def features(
         model_hash: digest of the model's weights.
         readout, view: see `READOUTS` and `VIEWS` of `dino.inference.features`.
     """
+    if not _in_use.get():
+        return extract(model, source, size, device, readout=readout, shared=True, progress=progress, view=view)
     key = [model_hash, source.fingerprint, source.stamp(), str(size), view, readout, str(len(source))]
     path = folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     found = _load(path) if distributed.is_main() else None
