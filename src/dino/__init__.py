@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dino.api import train
+    from dino.api import export, train
     from dino.models import create
     from dino.models.weights import load
 
 __version__ = "0.1.0"
-__all__ = ["create", "load", "train"]
+__all__ = ["create", "export", "load", "train"]
 
-_HOME = {"train": "dino.api", "load": "dino.models.weights", "create": "dino.models"}
+_HOME = {"train": "dino.api", "export": "dino.api", "load": "dino.models.weights", "create": "dino.models"}
 
 
 def __getattr__(name: str) -> Any:
