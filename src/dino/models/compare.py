@@ -83,7 +83,8 @@ def compare(found: Weights, to: str, out: Path) -> list[Difference]:
 def sentence(differences: list[Difference], to: str) -> str:
     """The largest of all and each; and what is left of them where only the interpolation of positions differs."""
     each = {f"{seen.height}x{seen.width}": seen.largest if seen.own is None else seen.own for seen in differences}
-    text = f"{max(each.values()):.1e} ({', '.join(f'{value:.1e} at {size}' for size, value in each.items())})"
+    scale = max(seen.scale for seen in differences)
+    text = f"{max(each.values()):.1e} in numbers up to {scale:.3g} ({', '.join(f'{value:.1e} at {size}' for size, value in each.items())})"
     if to in THEIR_WAY and any(seen.own is not None for seen in differences):
         left = max(seen.largest for seen in differences)
         text += f", as {to} interpolates positions its own way; with pos_interp='{THEIR_WAY[to]}' here too: {left:.1e}"

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from dino.models import Backbone, VisionTransformer, formats
+from dino.models import VisionTransformer, formats
 from dino.models.formats import State
 from dino.models.weights import Weights, build
 
@@ -151,9 +151,9 @@ def _save(state: State, path: Path, metadata: dict[str, str]) -> None:
 class Outputs(nn.Module):
     """What a graph gives: the features of normalised images [n, d], and their tokens [n, 1 + cells, d]."""
 
-    def __init__(self, model: Backbone):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: Any = model  # a `Backbone`
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.model.tokens(images)[-1]
@@ -189,14 +189,17 @@ def _program(weights: Weights) -> ExportedProgram:
     cells = max(2, model.image_size // patch)
     images = torch.zeros(2, model.in_channels, (cells + 1) * patch, (cells + 2) * patch)
     try:
+        if any(hasattr(module, "window_size") for module in model.modules()):
+            raise ValueError("its attention is cut into windows, over which tracing takes for ever")
         with _silence():
             return torch.export.export(
                 Outputs(model), (images,), dynamic_shapes={"images": {0: Dim("number"), 2: height, 3: width}}
             )
     except Exception as error:  # there are a thousand architectures, and each fails in its own way
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"{weights.where} ({weights.arguments['arch']}) cannot be written as one graph for all image sizes "
-            f"({(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}); its weights can, e.g. --to timm."
+            f"({reason}); its weights can, e.g. with --to safetensors."
         ) from error
 
 

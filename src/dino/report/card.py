@@ -13,21 +13,31 @@ from dino.models import releases
 
 USE = {
     "hf": """\
+import transformers
+
 processor = transformers.AutoImageProcessor.from_pretrained("{out}")
 model = transformers.AutoModel.from_pretrained("{out}", add_pooling_layer=False)
 tokens = model(**processor(image, return_tensors="pt"), interpolate_pos_encoding=True).last_hidden_state
 features = tokens[:, 0]""",
     "timm": """\
+import timm
+
 model = timm.create_model("local-dir:{out}", pretrained=True).eval()
 features = model(images)""",
     "onnx": """\
+import onnxruntime
+
 session = onnxruntime.InferenceSession("{out}")
 features, tokens = session.run(None, {{"images": images}})""",
     "torch-export": """\
+import torch
+
 model = torch.export.load("{out}").module()
 features, tokens = model(images)""",
 }
 OURS = """\
+import dino
+
 model = dino.load("{out}")
 features, tokens = model(images), model.tokens(images)[-1]"""
 INPUT = (
