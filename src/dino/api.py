@@ -351,12 +351,11 @@ def export(
     try:
         (FORMATS | GRAPHS)[to](found, path)
         differences = compare.compare(found, to, path)
-        for seen in differences:
-            if not seen.largest <= compare.TOLERANCE * seen.scale:
-                raise RuntimeError(
-                    f"{to} of {model} gives other numbers than the model for images of {seen.height}x{seen.width}: "
-                    f"{seen.largest:.1e} at most, of {seen.scale:.1e}; nothing was written."
-                )
+        if wrong := [seen.size for seen in differences if not seen.alike <= compare.TOLERANCE * seen.scale]:
+            raise RuntimeError(
+                f"{to} of {model} gives other numbers than the model for images of {' and '.join(wrong)}: "
+                f"{compare.sentence(differences, to)}; nothing was written."
+            )
         backbone = weights.build(found)
         facts = {
             "architecture": ", ".join(f"{k} {v}" for k, v in found.arguments.items() if v is not None),

@@ -25,17 +25,12 @@ Opened = Callable[[Tensor], tuple[Tensor, ...]]  # normalised images to features
 
 
 class Difference(NamedTuple):
-    """The largest between what an export and the model give for images of one size.
+    """The largest between what an export and the model give for images of one size (height x width)."""
 
-    Args:
-        own: the same if the model interpolates positions in its own way and not in the other library's; None: alike.
-    """
-
-    height: int
-    width: int
+    size: str
     largest: float
-    scale: float  # the largest number the model gives
-    own: float | None
+    alike: float  # the same where the model interpolates positions as the other library does
+    scale: float  # the largest number that the model gives
 
 
 def require(to: str, out: Path) -> None:
@@ -60,40 +55,29 @@ def compare(found: Weights, to: str, out: Path) -> list[Difference]:
         ValueError: the file cannot be opened again.
     """
     own = weights.build(found)
-    eager = own
-    if isinstance(own, VisionTransformer) and own.pos_interp != (way := THEIR_WAY.get(to, own.pos_interp)):
-        eager = weights.build(found, pos_interp=way)
+    way = THEIR_WAY.get(to) if isinstance(own, VisionTransformer) else None
+    models = [Outputs(own), Outputs(weights.build(found, pos_interp=way) if way else own)]
     opened, patch = OPEN.get(to, _ours)(out, found), own.patch_size
-    cells, generator = max(2, own.image_size // patch), torch.Generator().manual_seed(0)
-    differences = []
+    cells, generator, differences = max(2, own.image_size // patch), torch.Generator().manual_seed(0), []
     for number, rows, columns in ((2, cells, cells), (1, cells + 3, cells), (3, max(2, cells // 2), cells + 1)):
         images = torch.randn(number, own.in_channels, rows * patch, columns * patch, generator=generator)
-        given, expected = opened(images), Outputs(eager)(images)
-        differences.append(
-            Difference(
-                *images.shape[2:],
-                largest=_largest(given, expected),
-                scale=max(value.abs().max().item() for value in expected),
-                own=None if eager is own else _largest(given, Outputs(own)(images)),
-            )
+        given, expected = opened(images), [model(images) for model in models]
+        largest, alike = (
+            max((a - b).abs().max().item() for a, b in zip(given, each, strict=False)) for each in expected
         )
+        scale = max(value.abs().max().item() for value in expected[0])
+        differences.append(Difference(f"{rows * patch}x{columns * patch}", largest, alike, scale))
     return differences
 
 
 def sentence(differences: list[Difference], to: str) -> str:
     """The largest of all and each; and what is left of them where only the interpolation of positions differs."""
-    each = {f"{seen.height}x{seen.width}": seen.largest if seen.own is None else seen.own for seen in differences}
-    scale = max(seen.scale for seen in differences)
-    text = f"{max(each.values()):.1e} in numbers up to {scale:.3g} ({', '.join(f'{value:.1e} at {size}' for size, value in each.items())})"
-    if to in THEIR_WAY and any(seen.own is not None for seen in differences):
-        left = max(seen.largest for seen in differences)
-        text += f", as {to} interpolates positions its own way; with pos_interp='{THEIR_WAY[to]}' here too: {left:.1e}"
+    _, largest, alike, scale = map(max, zip(*differences, strict=True))
+    each = ", ".join(f"{seen.largest:.1e} at {seen.size}" for seen in differences)
+    text = f"{largest:.1e} in numbers up to {scale:.3g} ({each})"
+    if largest != alike:
+        text += f", as {to} interpolates positions its own way; with pos_interp='{THEIR_WAY[to]}' here too: {alike:.1e}"
     return text
-
-
-def _largest(given: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    pairs = zip(given, expected, strict=False)
-    return max((a - b).abs().max().item() for a, b in pairs)
 
 
 def _ours(out: Path, found: Weights) -> Opened:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +166,7 @@ def torch_export(weights: Weights, out: Path) -> None:
 def onnx(weights: Weights, out: Path) -> None:
     """An ONNX graph: `images` to `features` and `tokens`; number, height and width of the images are left open."""
     program = _program(weights)
-    with _silence():
+    with warnings.catch_warnings(action="ignore"):
         graph = torch.onnx.export(program, input_names=["images"], output_names=["features", "tokens"], verbose=False)
     assert graph is not None
     names = ({0: "number", 2: "height", 3: "width"}, {0: "number"}, {0: "number", 1: "tokens"})
@@ -181,17 +179,14 @@ def onnx(weights: Weights, out: Path) -> None:
 
 def _program(weights: Weights) -> ExportedProgram:
     model = build(weights)
-    patch = model.patch_size
-    if isinstance(model, VisionTransformer):
-        height, width = patch * Dim("rows"), patch * Dim("columns")
-    else:
-        height, width = Dim.AUTO, Dim.AUTO
+    patch, ours = model.patch_size, isinstance(model, VisionTransformer)
+    height, width = (patch * Dim("rows"), patch * Dim("columns")) if ours else (Dim.AUTO, Dim.AUTO)
     cells = max(2, model.image_size // patch)
     images = torch.zeros(2, model.in_channels, (cells + 1) * patch, (cells + 2) * patch)
     try:
         if any(hasattr(module, "window_size") for module in model.modules()):
             raise ValueError("its attention is cut into windows, over which tracing takes for ever")
-        with _silence():
+        with warnings.catch_warnings(action="ignore"):
             return torch.export.export(
                 Outputs(model), (images,), dynamic_shapes={"images": {0: Dim("number"), 2: height, 3: width}}
             )
@@ -201,14 +196,6 @@ def _program(weights: Weights) -> ExportedProgram:
             f"{weights.where} ({weights.arguments['arch']}) cannot be written as one graph for all image sizes "
             f"({reason}); its weights can, e.g. with --to safetensors."
         ) from error
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The exporters talk of their own insides, to whoever listens."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 # Weights, which `dino.models.weights.read` takes back, and graphs, which hold the arithmetic too.

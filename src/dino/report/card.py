@@ -56,26 +56,29 @@ def card(name: str, to: str, out: Path, facts: dict[str, str], digest: str) -> s
         digest: SHA-256 of the model's weights; evaluations of other weights are left out.
     """
     release = releases.find(name) if not Path(name).exists() else None
-    head = {"library_name": {"hf": "transformers", "timm": "timm"}.get(to, "dino"), "tags": "[dino, self-supervised]"}
-    if to in ("hf", "timm"):
-        head["pipeline_tag"] = "image-feature-extraction"
-    if release:
-        head["license"] = releases.LICENCE.lower()
+    library = to if to == "timm" else "transformers" if to == "hf" else "dino"
+    head = [
+        "---",
+        f"library_name: {library}",
+        "tags: [dino, self-supervised]",
+        "pipeline_tag: image-feature-extraction",
+    ]
     figures: list[tuple[str, ...]] = []
     training = []
     if release:
+        head.append(f"license: {releases.LICENCE.lower()}")
         published = releases.RELEASES[release[0]]
-        facts |= {"trained by": f"the authors of the paper ({release[0]}, licence {releases.LICENCE})"}
+        facts = facts | {"trained by": f"the authors of the paper ({release[0]}, licence {releases.LICENCE})"}
         pairs = (("k-NN", published.knn), ("linear", published.linear))
         figures = [("published", f"{k}, ImageNet top-1", f"{v:.1f}", "") for k, v in pairs if v is not None]
     elif (Path(name) / "config.toml").is_file():
         trained, figures = _run(Path(name), digest)
-        facts |= trained
+        facts = facts | trained
         options = (Path(name) / "config.toml").read_text()
         training = ["## Training options", f"```toml\n{options.strip()}\n```"]
     table = [("figure of", "what", "value", "data fingerprint"), ("---",) * 4, *figures]
     parts = [
-        "---\n" + "\n".join(f"{key}: {value}" for key, value in head.items()) + "\n---",
+        "\n".join([*head, "---"]),
         f"# {Path(name).name}",
         f"Trained without labels by DINO (Caron et al. 2021), written as `{to}` by dino {__version__}.",
         _table([("", ""), ("---", "---"), *facts.items(), ("SHA-256 of the weights", f"`{digest}`")]),
@@ -103,7 +106,7 @@ def _run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple[str, ...
     ]
     for path in sorted((folder / "eval").glob("*.json")):
         found = json.loads(path.read_text())
-        if found["model"]["sha256"] == digest:
+        if found.get("model", {}).get("sha256") == digest:
             data = ", ".join(f"{part} `{value[:12]}`" for part, value in found["data"].items())
             figures += [(found["evaluation"], name, f"{value:.4g}", data) for name, value in found["figures"].items()]
     return facts, figures
