@@ -6,15 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dino.api import train
+    from dino.api import export, train
     from dino.eval.judge import evaluate
     from dino.models import create
     from dino.models.weights import load
 
 __version__ = "0.1.0"
-__all__ = ["create", "evaluate", "load", "train"]
+__all__ = ["create", "evaluate", "export", "load", "train"]
 
-_HOME = {"train": "dino.api", "load": "dino.models.weights", "create": "dino.models", "evaluate": "dino.eval.judge"}
+_HOME = {
+    "create": "dino.models",
+    "evaluate": "dino.eval.judge",
+    "export": "dino.api",
+    "load": "dino.models.weights",
+    "train": "dino.api",
+}
 
 
 def __getattr__(name: str) -> Any:

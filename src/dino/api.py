@@ -21,12 +21,14 @@ from dino.engine import log, memory, start
 from dino.engine.checkpoint import LOCK, Checkpoints, sole_writer
 from dino.engine.train import Trainer
 from dino.eval import judge
-from dino.eval.judge import MOST_HELD_OUT, agreeing, open_scenes
+from dino.eval.judge import MOST_HELD_OUT, agreeing, fingerprint, open_scenes
 from dino.eval.online import OnlineEvaluation, probe
-from dino.models import export, releases, weights
+from dino.models import compare, releases, weights
+from dino.models.export import FORMATS, GRAPHS
+from dino.report import card
 
 if TYPE_CHECKING:
-    from dino.cli import AttentionOptions, ConvertOptions, ModelsOptions, ReportOptions
+    from dino.cli import AttentionOptions, ExportOptions, ModelsOptions, ReportOptions
 
 T = TypeVar("T")
 
@@ -337,17 +339,53 @@ def models_command(options: ModelsOptions) -> None:
     Console(width=None if os.isatty(1) else 120).print(table)
 
 
-def convert_command(options: ConvertOptions) -> None:
-    """Write weights in another format."""
-    out = Path(options.out)
-    if out.exists():
+def export(
+    model: str, to: str, out: str, num_heads: int | None = None, offline: bool = False
+) -> list[compare.Difference]:
+    """Write a model for others, with its card, and compare what was written with the model itself.
+
+    Args:
+        model: as `dino.load` takes it.
+        to: a format: a key of `FORMATS` or `GRAPHS` of `dino.models.export`.
+        out: file or folder to write; the card is its README.md, or lies beside it.
+        num_heads, offline: as for `dino.load`.
+
+    Raises:
+        ValueError: the model cannot be written so, or a package is missing.
+        RuntimeError: what was written computes something else. In all cases nothing is left at `out`.
+    """
+    path = Path(out)
+    if path.exists():
         raise ValueError(f"--out {out} exists already; choose another name, or remove it.")
-    found = weights.read(options.source, options.offline, options.num_heads, only_backbone=options.to == "hf")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    export.FORMATS[options.to](found, out)
-    if found.left_out:
-        print(f"Left out: {', '.join(found.left_out)}.")
-    print(f"{out}: {options.to} of {found.where} ({len(found.backbone())} tensors of the teacher's backbone)")
+    compare.require(to, path)
+    found = weights.read(model, offline, num_heads, only_backbone=to != "reference-checkpoint")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        (FORMATS | GRAPHS)[to](found, path)
+        differences = compare.compare(found, to, path)
+        if wrong := [seen.size for seen in differences if not seen.alike <= compare.TOLERANCE * seen.scale]:
+            raise RuntimeError(
+                f"{to} of {model} gives other numbers than the model for images of {' and '.join(wrong)}: "
+                f"{compare.sentence(differences, to)}; nothing was written."
+            )
+        backbone = weights.build(found)
+        facts = {
+            "architecture": ", ".join(f"{k} {v}" for k, v in found.arguments.items() if v is not None),
+            "parameters": f"{sum(p.numel() for p in backbone.parameters()):,}",
+            "largest difference from the model that was exported": compare.sentence(differences, to),
+        }
+        text = card.card(model, to, path, facts, fingerprint(backbone))
+        (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
+    except BaseException:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+    return differences
 
 
-__all__ = ["train"]
+def export_command(options: ExportOptions) -> None:
+    differences = export(options.model, options.to, options.out, options.num_heads, options.offline)
+    print(f"{options.out}: {options.to} of {options.model}")
+    print(f"Largest difference from the model itself: {compare.sentence(differences, options.to)}")
+
+
+__all__ = ["export", "train"]

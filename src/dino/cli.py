@@ -79,13 +79,13 @@ class ModelsOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    source: Positional[str]
+class ExportOptions:
+    model: Positional[str]
     """A run directory, a release (see `dino models`), a weight file, or a folder of timm or Hugging Face."""
-    to: Literal["reference", "reference-checkpoint", "timm", "hf", "safetensors"]
-    """Format to write; 'timm' and 'hf' are folders, the others files."""
+    to: Literal["onnx", "torch-export", "safetensors", "hf", "timm", "reference", "reference-checkpoint"]
+    """Format to write; 'timm' and 'hf' are folders, the others files. Each is opened again and compared with the model."""
     out: str
-    """File or folder to write."""
+    """File or folder to write; a model card goes into it as README.md, or beside it."""
     num_heads: int | None = None
     """Attention heads of a ViT of unusual width whose file does not say them."""
     offline: bool = False
@@ -111,7 +111,8 @@ COMMANDS: dict[str, Command] = {
     "attention": Command("pictures of where the model looks", AttentionOptions, "dino.api:attention_command"),
     "report": Command("write a run's report.html again", ReportOptions, "dino.api:report_command"),
     "models": Command("list or download the released weights", ModelsOptions, "dino.api:models_command"),
-    "convert": Command("write weights in another format", ConvertOptions, "dino.api:convert_command"),
+    "export": Command("write a model for other libraries and runtimes", ExportOptions, "dino.api:export_command"),
+    "convert": Command("another name of export", ExportOptions, "dino.api:export_command"),
     "recipes": Command("list the named configurations", RecipesOptions, "dino.cli:show_recipes"),
 }
 

@@ -1,19 +1,22 @@
-"""Weights written for others: the inverse of what `dino.models.weights` reads."""
+"""Models written for others: weights, the inverse of what `dino.models.weights` reads, and graphs for other runtimes."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
-from dino.models import formats
+from dino.models import VisionTransformer, formats
 from dino.models.formats import State
-from dino.models.weights import Weights
+from dino.models.weights import Weights, build
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which the evaluation views are normalised by
 
@@ -60,6 +63,11 @@ def safetensors(weights: Weights, out: Path) -> None:
 def timm(weights: Weights, out: Path) -> None:
     """A folder for `timm.create_model("local-dir:FOLDER")`."""
     sizes = formats.full_sizes(weights.arguments)
+    if sizes.get("stem", "default") != "default":
+        raise ValueError(
+            f"{weights.where} has stem '{sizes['stem']}', which timm's folders cannot say; use safetensors."
+        )
+    channels = sizes.get("in_channels", 3)
     config: dict[str, Any] = {"architecture": sizes["arch"].removeprefix("timm:"), "num_classes": 0}
     edge = sizes.get("image_size", 224)
     if not sizes["arch"].startswith("timm:"):
@@ -70,11 +78,12 @@ def timm(weights: Weights, out: Path) -> None:
             "embed_dim": sizes["width"],
             "depth": sizes["depth"],
             "num_heads": sizes["num_heads"],
+            "in_chans": channels,
         }
         config["pos_interp"] = sizes.get("pos_interp", "offset")
     config["num_features"] = weights.backbone()["norm.weight"].shape[0] if "norm.weight" in weights.backbone() else 0
     config["pretrained_cfg"] = {
-        "input_size": [3, edge, edge],
+        "input_size": [channels, edge, edge],
         "mean": MEAN,
         "std": STD,
         "interpolation": "bicubic",
@@ -89,7 +98,7 @@ def hf(weights: Weights, out: Path) -> None:
     sizes = formats.full_sizes(weights.arguments)
     if sizes["arch"] not in formats.SIZES:
         raise ValueError(f"{weights.where} is a {sizes['arch']}; Hugging Face's ViTModel is a ViT only.")
-    edge = sizes["image_size"]
+    edge, channels = sizes["image_size"], sizes.get("in_channels", 3)
     config = {
         "architectures": ["ViTModel"],
         "model_type": "vit",
@@ -104,7 +113,7 @@ def hf(weights: Weights, out: Path) -> None:
         "qkv_bias": True,
         "image_size": edge,
         "patch_size": sizes["patch_size"],
-        "num_channels": 3,
+        "num_channels": channels,
         "pos_interp": sizes.get("pos_interp", "offset"),
     }
     resized = edge * 256 // 224 if edge >= 128 else edge  # the evaluation view of `dino.inference.features`
@@ -121,7 +130,7 @@ def hf(weights: Weights, out: Path) -> None:
         "image_mean": MEAN,
         "image_std": STD,
     }
-    files = {"config.json": config, "preprocessor_config.json": processor}
+    files = {"config.json": config} | ({"preprocessor_config.json": processor} if channels == 3 else {})
     _save_folder(formats.to_hf(weights.backbone()), out, files)
 
 
@@ -137,6 +146,59 @@ def _save(state: State, path: Path, metadata: dict[str, str]) -> None:
     save_file({name: value.clone().contiguous() for name, value in state.items()}, path, metadata)
 
 
+class Outputs(nn.Module):
+    """What a graph gives: the features of normalised images [n, d], and their tokens [n, 1 + cells, d]."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model: Any = model  # a `Backbone`
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.model.tokens(images)[-1]
+        return tokens[:, 0], tokens
+
+
+def torch_export(weights: Weights, out: Path) -> None:
+    """A program for `torch.export.load`, of any number of images of any size that the model takes."""
+    torch.export.save(_program(weights), out)
+
+
+def onnx(weights: Weights, out: Path) -> None:
+    """An ONNX graph: `images` to `features` and `tokens`; number, height and width of the images are left open."""
+    program = _program(weights)
+    with warnings.catch_warnings(action="ignore"):
+        graph = torch.onnx.export(program, input_names=["images"], output_names=["features", "tokens"], verbose=False)
+    assert graph is not None
+    names = ({0: "number", 2: "height", 3: "width"}, {0: "number"}, {0: "number", 1: "tokens"})
+    for value, named in zip([*graph.model.graph.inputs, *graph.model.graph.outputs], names, strict=True):
+        assert value.shape is not None
+        for axis, name in named.items():
+            value.shape[axis] = name
+    graph.save(out)
+
+
+def _program(weights: Weights) -> ExportedProgram:
+    model = build(weights)
+    patch, ours = model.patch_size, isinstance(model, VisionTransformer)
+    height, width = (patch * Dim("rows"), patch * Dim("columns")) if ours else (Dim.AUTO, Dim.AUTO)
+    cells = max(2, model.image_size // patch)
+    images = torch.zeros(2, model.in_channels, (cells + 1) * patch, (cells + 2) * patch)
+    try:
+        if any(hasattr(module, "window_size") for module in model.modules()):
+            raise ValueError("its attention is cut into windows, over which tracing takes for ever")
+        with warnings.catch_warnings(action="ignore"):
+            return torch.export.export(
+                Outputs(model), (images,), dynamic_shapes={"images": {0: Dim("number"), 2: height, 3: width}}
+            )
+    except Exception as error:  # there are a thousand architectures, and each fails in its own way
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{weights.where} ({weights.arguments['arch']}) cannot be written as one graph for all image sizes "
+            f"({reason}); its weights can, e.g. with --to safetensors."
+        ) from error
+
+
+# Weights, which `dino.models.weights.read` takes back, and graphs, which hold the arithmetic too.
 FORMATS: dict[str, Callable[[Weights, Path], None]] = {
     "reference": reference,
     "reference-checkpoint": reference_checkpoint,
@@ -144,3 +206,4 @@ FORMATS: dict[str, Callable[[Weights, Path], None]] = {
     "hf": hf,
     "safetensors": safetensors,
 }
+GRAPHS: dict[str, Callable[[Weights, Path], None]] = {"onnx": onnx, "torch-export": torch_export}

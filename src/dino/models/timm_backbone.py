@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dino.models import NO_ATTENTION
 
 # Asked of every architecture; one that does not know an option is built without it.
-_WISHES: dict[str, Any] = {
+WISHES: dict[str, Any] = {
     "dynamic_img_size": True,  # views of several sizes: ViTs
     "strict_img_size": False,  # the same: Swin
     "zero_init_last": False,  # residual branches start as torchvision's, which the reference trains
@@ -56,7 +56,7 @@ class TimmBackbone(nn.Module):
             hint = f" Did you mean timm:{near[0]}?" if near else ""
             raise ValueError(f"timm has no architecture '{name}'.{hint}")
         self.name, self.image_size, self.in_channels = name, image_size, in_channels
-        self.model, taken = _build(name, in_channels, _WISHES | {"img_size": image_size, "drop_path_rate": drop_path})
+        self.model, taken = build(name, in_channels, WISHES | {"img_size": image_size, "drop_path_rate": drop_path})
         if drop_path and "drop_path_rate" not in taken:
             raise ValueError(f"drop_path is {drop_path}, but timm:{name} has no stochastic depth; use 0.")
         if stem == "small":
@@ -150,7 +150,7 @@ class TimmBackbone(nn.Module):
         return str(getattr(self.model, "output_fmt", "NCHW")) == "NHWC"
 
     def _tokens(self, features: Tensor) -> Float[Tensor, "n t d"]:
-        n, image = len(features), self.model.forward_head(features)
+        n, image = features.shape[0], self.model.forward_head(features)
         if features.ndim == 3 and self._prefix:
             cells = getattr(self.model, "fc_norm", nn.Identity())(features[:, self._prefix :])
         else:
@@ -178,12 +178,13 @@ class TimmBackbone(nn.Module):
         return (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
 
 
-def _build(name: str, in_channels: int, wishes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model, and those of the `wishes` that the architecture knows."""
+def build(name: str, in_channels: int, wishes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """timm's model `name`, and those of the `wishes` that the architecture knows."""
     wishes = dict(wishes)
     while True:
         try:
-            return timm.create_model(name, pretrained=False, num_classes=0, in_chans=in_channels, **wishes), wishes
+            fixed = {"pretrained": False, "num_classes": 0, "in_chans": in_channels}
+            return timm.create_model(name, **fixed | wishes), wishes
         except TypeError as error:
             unknown = [wish for wish in wishes if f"'{wish}'" in str(error)]
             if not unknown:

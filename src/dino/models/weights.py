@@ -81,7 +81,11 @@ def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) ->
         ValueError: no such weights, or weights that do not fit; names the keys and shapes that differ.
         DownloadError: a release that is neither cached nor to be had.
     """
-    weights = read(name, offline, changes.get("num_heads"), only_backbone=True)
+    return build(read(name, offline, changes.get("num_heads"), only_backbone=True), **changes)
+
+
+def build(weights: Weights, **changes: Any) -> VisionTransformer | TimmBackbone:
+    """The (teacher's) backbone that `weights` hold; arguments and errors as for `load`."""
     try:
         model = create(**weights.arguments | changes)
     except TypeError as error:
@@ -137,7 +141,7 @@ def _read_folder(folder: Path, only_backbone: bool) -> Weights:
         state = {f"teacher.backbone.model.{name}": value for name, value in backbone.items()}
         return Weights(str(folder), {"arch": f"timm:{config['architecture']}"}, state, tuple(left_out))
     found = _networks({"teacher": state}, str(folder), num_heads)
-    if "pos_interp" in config:  # written by `dino convert`
+    if "pos_interp" in config:  # written by `dino export`
         found.arguments["pos_interp"] = config["pos_interp"]
     return found
 
@@ -156,7 +160,7 @@ def _read_file(path: Path, num_heads: int | None = None) -> Weights:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             said = json.loads((file.metadata() or {}).get("model", "{}"))
-        if "arch" in said:  # written by `dino convert`, in our keys
+        if "arch" in said:  # written by `dino export`, in our keys
             return Weights(where, said, {f"teacher.backbone.{name}": value for name, value in load_file(path).items()})
         return _networks({"teacher": load_file(path)}, where, num_heads)
     content = pickles.read(path)
