@@ -8,18 +8,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dino.api import export, train
     from dino.eval.judge import evaluate
+    from dino.inference.attention import finer_patches
     from dino.models import create
     from dino.models.weights import load
+    from dino.report.pictures import attention_maps, match_patches, pca_colours, video_frames
 
 __version__ = "0.1.0"
-__all__ = ["create", "evaluate", "export", "load", "train"]
+__all__ = ["attention_maps", "create", "evaluate", "export", "finer_patches", "load", "match_patches", "pca_colours"]
+__all__ += ["train", "video_frames"]
 
 _HOME = {
+    "attention_maps": "dino.report.pictures",
     "create": "dino.models",
     "evaluate": "dino.eval.judge",
     "export": "dino.api",
+    "finer_patches": "dino.inference.attention",
     "load": "dino.models.weights",
+    "match_patches": "dino.report.pictures",
+    "pca_colours": "dino.report.pictures",
     "train": "dino.api",
+    "video_frames": "dino.report.pictures",
 }
 
 

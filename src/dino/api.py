@@ -28,7 +28,7 @@ from dino.models.export import FORMATS, GRAPHS
 from dino.report import card
 
 if TYPE_CHECKING:
-    from dino.cli import AttentionOptions, ExportOptions, ModelsOptions, ReportOptions
+    from dino.cli import ExportOptions, ModelsOptions, ReportOptions
 
 T = TypeVar("T")
 
@@ -296,16 +296,6 @@ def report(folder: Path, source: Source, held_out: Source | None, device: torch.
 
 def train_command(options: TrainOptions) -> None:
     run(options)
-
-
-def attention_command(options: AttentionOptions) -> None:
-    from dino.report.pictures import write_attention
-
-    device = distributed.start(options.device)
-    model = weights.load(options.model).to(device)
-    size = options.size or 2 * model.image_size
-    for path in write_attention(model, options.images, Path(options.out), size, options.mass, device):
-        print(path)
 
 
 def report_command(options: ReportOptions) -> None:

@@ -18,22 +18,7 @@ from tyro.conf import Positional
 
 from dino import __version__, config, recipes
 from dino.eval.options import EVALUATIONS
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionOptions:
-    model: Positional[str]
-    """A run directory, a release (see `dino models`) or a weight file."""
-    images: Positional[tuple[str, ...]]
-    """Image files or folders."""
-    out: str = "attention"
-    """Folder to write the pictures to."""
-    size: int | None = None
-    """Edge the image's shorter side is resized to, pixels. None: twice what the model was trained at."""
-    mass: float = 0.6
-    """Share of the attention that the mask keeps."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+from dino.report import options as looks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +93,12 @@ COMMANDS: dict[str, Command] = {
     "train": Command("learn from images without labels", config.TrainOptions, "dino.api:train_command"),
     **{f"eval {name}": Command(what, kind, "dino.eval.judge:command") for name, (what, kind) in EVALUATIONS.items()},
     "ablate": Command("train the rows of one of the paper's tables", AblateOptions, "dino.ablate:ablate_command"),
-    "attention": Command("pictures of where the model looks", AttentionOptions, "dino.api:attention_command"),
+    "attention": Command("pictures of where the model looks", looks.AttentionOptions, "dino.report.look:attention"),
+    "pca": Command("features of patches as colours", looks.PcaOptions, "dino.report.look:pca"),
+    "match": Command("corresponding patches of two images", looks.MatchOptions, "dino.report.look:match"),
+    "video": Command("attention, masks or colours over a clip", looks.VideoOptions, "dino.report.look:video"),
+    "figure tsne": Command("a map of classes (t-SNE)", looks.TsneOptions, "dino.figures:tsne"),
+    "figure neighbours": Command("where k-NN is right and wrong", looks.NeighboursOptions, "dino.figures:neighbours"),
     "report": Command("write a run's report.html again", ReportOptions, "dino.api:report_command"),
     "models": Command("list or download the released weights", ModelsOptions, "dino.api:models_command"),
     "export": Command("write a model for other libraries and runtimes", ExportOptions, "dino.api:export_command"),

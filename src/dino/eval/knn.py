@@ -44,11 +44,12 @@ def classify(
     for start in range(0, len(queries), chunk):
         stop = start + chunk
         similarity, nearest = (queries[start:stop] @ bank.T).topk(max(ks), dim=1)
-        weights, votes_for = (similarity / temp).exp(), bank_labels[nearest]
+        voters = bank_labels[nearest]
         for row, k in enumerate(ks):
-            votes = weights.new_zeros(len(weights), num_classes)
-            votes.scatter_add_(1, votes_for[:, :k], weights[:, :k])
-            right = votes.topk(top, dim=1).indices == labels[start:stop, None]
+            right = (
+                votes(similarity[:, :k], voters[:, :k], num_classes, temp).topk(top, dim=1).indices
+                == labels[start:stop, None]
+            )
             hits[row] += torch.stack([right[:, 0].sum(), right.sum()]).cpu()
     share = (100 * hits / len(queries)).tolist()
     result = {}
@@ -57,6 +58,11 @@ def classify(
         if top == 5:
             result[f"knn{k}_top5"] = top5
     return result
+
+
+def votes(similarity: Tensor, labels: Tensor, num_classes: int, temp: float = 0.07) -> Tensor:
+    """What the k nearest of n queries vote for: [n, classes] from their cosines and labels [n, k] each."""
+    return similarity.new_zeros(len(labels), num_classes).scatter_add_(1, labels, (similarity / temp).exp())
 
 
 # ImageNet, k = 20 (tables 2, 8 and the reference's README).

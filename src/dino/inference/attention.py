@@ -1,6 +1,8 @@
-"""Where the model looks: [CLS] attention of the last block per head, its 60 %-mass masks, and patch-feature colours."""
+"""Where the model looks: [CLS] attention of the last block per head, its 60 %-mass masks, on finer patches if need be."""
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dino.models import Backbone
+from dino.models import Backbone, VisionTransformer
 
 
 def fit(
@@ -64,20 +66,24 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps.float(), size, mode="nearest")
 
 
-@torch.no_grad()
-def pca_colours(model: Backbone, images: Tensor) -> Tensor:
-    """Features of the batch's cells on their three main axes, as colours in [0, 1] [n, rows, columns, 3].
+def finer_patches(model: Backbone, stride: int) -> Backbone:
+    """A copy of a ViT that cuts its patches every `stride` pixels, so that they overlap and maps are finer.
 
-    One basis for the batch: like features have like colours across its images.
+    The image is padded with its mean so that a patch is centred on each square of `stride` pixels; positions are
+    interpolated to that grid.
+
+    Raises:
+        ValueError: not one of our own ViTs, or patches cannot be centred so.
     """
-    patches = model.tokens(images)[-1][:, 1:].float()
-    flat = patches.flatten(0, 1)
-    flat = flat - flat.mean(dim=0)
-    _, _, axes = torch.linalg.svd(flat, full_matrices=False)
-    colours = flat @ axes[:3].T
-    colours = F.pad(colours, (0, 3 - colours.shape[1]))  # one or two patches have fewer axes
-    # An axis has no sign of its own; the same data should give the same colours.
-    colours = torch.where(colours.pow(3).sum(dim=0) < 0, -colours, colours)
-    low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
-    colours = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    return colours.view(len(images), *model.grid(*images.shape[-2:]), 3)
+    if not isinstance(model, VisionTransformer):
+        raise ValueError("only our own ViTs (and the releases) can overlap their patches; leave --stride out.")
+    patch = model.patch_size
+    if not 0 < stride < patch or (patch - stride) % 2:
+        raise ValueError(
+            f"--stride is {stride}; it must be less than the patch size {patch} by an even number, e.g. {patch // 2}."
+        )
+    finer = copy.deepcopy(model)
+    finer.patch_size = stride  # the edge of a cell, for whoever asks
+    finer.patch_embed.proj.stride = stride, stride
+    finer.patch_embed.proj.padding = (patch - stride) // 2, (patch - stride) // 2
+    return finer

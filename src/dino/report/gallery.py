@@ -25,10 +25,10 @@ from dino.data.render import CpuRenderer, normalise
 from dino.data.scenes import Scenes
 from dino.data.sources import Source
 from dino.data.views import Views, draw_views
-from dino.inference.attention import jaccard, pca_colours
+from dino.inference.attention import jaccard
 from dino.inference.features import extract, preprocess, spread
 from dino.models import NO_ATTENTION, Backbone
-from dino.report.pictures import MOST_PATCHES, Look, look
+from dino.report.pictures import MOST_PATCHES, Look, attention_maps, pca_colours, to_bytes
 from dino.report.run import Run
 
 SHOWN, VIEWED, NEIGHBOURS = 6, 4, 6
@@ -87,7 +87,7 @@ class Gallery:
         for picture in self.pictures:
             pixels = preprocess(picture.pixels if scenes is None else scenes.read(picture.position), size)
             truth = None if scenes is None else torch.from_numpy(scenes.mask(picture.position))
-            rows.append(self._looks(picture, look(self.model, pixels, MASS, self.device), truth))
+            rows.append(self._looks(picture, attention_maps(self.model, pixels, size, MASS), truth))
         side = size // self.model.patch_size
         intro = (
             f"Self-attention of the [CLS] token over {side} &times; {side} patches in the last block, head by head: bright "
@@ -121,11 +121,10 @@ class Gallery:
         size = self._close_size()
         scenes = self._scenes(size)
         squares = [preprocess(p.pixels if scenes is None else scenes.read(p.position), size) for p in self.pictures]
-        colours = pca_colours(self.model, self._normalised(squares))
         pairs = ""
-        for picture, square, colour in zip(self.pictures, squares, colours.cpu().numpy(), strict=True):
-            patches = image((255 * colour + 0.5).astype(np.uint8), "patch features as colours", "pixels")
-            pairs += f'<figure class="pair">{image(square, self._name(picture))}{patches}</figure>'
+        for picture, shown in zip(self.pictures, pca_colours(self.model, squares, size), strict=True):
+            patches = image(to_bytes(shown.colours), "patch features as colours", "pixels")
+            pairs += f'<figure class="pair">{image(shown.image, self._name(picture))}{patches}</figure>'
         return (
             "<p>The features of all patches on their three main axes, as red, green and blue. One basis for all images, "
             "so the same colour means the same kind of patch anywhere. Good features give objects a colour of their own "
@@ -146,18 +145,10 @@ class Gallery:
         nearest = similarity.topk(min(NEIGHBOURS, len(bank.indices)), dim=1)
         rows, same, judged = "", 0, 0
         for picture, square, likeness, places in zip(self.pictures, squares, *nearest, strict=True):
-            tiles, wanted = tile(square, self._caption(picture), "whole"), _label(self.shown, picture.position)
-            for value, position in zip(likeness.tolist(), bank.indices[places.numpy()].tolist(), strict=True):
-                if value < -1:
-                    continue
-                label = _label(self.source, position)
-                known_both = wanted is not None and label is not None
-                judged, same = judged + known_both, same + (known_both and label == wanted)
-                mark = ("same" if label == wanted else "other") if known_both else ""
-                sign = {"same": "&#10003; ", "other": "", "": ""}[mark]
-                text = f"{sign}{escape(label or '')} <span>{value:.2f}</span>"
-                tiles += tile(preprocess(self.source.read(position), size), text, mark, self.source.name(position))
-            rows += f'<div class="row seven">{tiles}</div>'
+            wanted, positions = label_of(self.shown, picture.position), bank.indices[places.numpy()].tolist()
+            found = [pair for pair in zip(likeness.tolist(), positions, strict=True) if pair[0] >= -1]
+            row, ticks = neighbour_row(square, self._caption(picture), wanted, self.source, found)
+            rows, judged, same = rows + row, judged + len(ticks), same + sum(ticks)
         what = "held-out images" if self.held_out else "training images"
         score = f" Here {same} of {judged} share the query's class, marked with a tick." if judged else ""
         return (
@@ -224,7 +215,7 @@ class Gallery:
         return self.shown.name(picture.position)
 
     def _caption(self, picture: Picture) -> str:
-        label = _label(self.shown, picture.position)
+        label = label_of(self.shown, picture.position)
         return escape(self._name(picture).rpartition("/")[2] if label is None else label)
 
 
@@ -250,10 +241,31 @@ def choose(source: Source, most: int) -> list[Picture]:
     return sorted(pictures)
 
 
-def _label(source: Source, index: int) -> str | None:
+def label_of(source: Source, index: int) -> str | None:
     if source.labels is None or source.labels[index] < 0:
         return None
     return source.classes[source.labels[index]]
+
+
+def neighbour_row(
+    square: np.ndarray, caption: str, wanted: str | None, source: Source, found: Sequence[tuple[float, int]]
+) -> tuple[str, list[bool]]:
+    """A query and the images of `source` found for it, as HTML; and which of those with a label share the query's.
+
+    Args:
+        square: the query, [s, s, 3] uint8; caption: HTML beneath it; wanted: its label.
+        found: cosine and position in `source` of each.
+    """
+    tiles, ticks = tile(square, caption, "whole"), []
+    for value, position in found:
+        label = label_of(source, position)
+        mark = ""
+        if wanted is not None and label is not None:
+            ticks.append(label == wanted)
+            mark = "same" if label == wanted else "other"
+        text = f"{'&#10003; ' * (mark == 'same')}{escape(label or '')} <span>{value:.2f}</span>"
+        tiles += tile(preprocess(source.read(position), len(square)), text, mark, source.name(position))
+    return f'<div class="row seven">{tiles}</div>', ticks
 
 
 def uri(pixels: np.ndarray) -> str:

@@ -51,18 +51,21 @@ def write(folder: Path, source: Source, held_out: Source | None, device: torch.d
 
 
 def page(run: Run, model: Backbone, source: Source, sections: dict[str, str]) -> str:
-    name = run.folder.resolve().name
+    return document(run.folder.resolve().name, "DINO pre-training", facts(run, model, source), sections)
+
+
+def document(title: str, kicker: str, top: str, sections: dict[str, str]) -> str:
+    """A whole page from the HTML `top` under its title and of its `sections`, by title."""
     style = resources.files("dino.report").joinpath("style.css").read_text(encoding="utf-8")
-    links = "".join(f'<a href="#s{i}">{escape(title)}</a>' for i, title in enumerate(sections))
+    links = "".join(f'<a href="#s{i}">{escape(name)}</a>' for i, name in enumerate(sections))
     body = "".join(
-        f'<section id="s{i}"><h2>{escape(title)}</h2>{html}</section>'
-        for i, (title, html) in enumerate(sections.items())
+        f'<section id="s{i}"><h2>{escape(name)}</h2>{html}</section>' for i, (name, html) in enumerate(sections.items())
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)} - DINO report</title><style>{style}</style></head><body>"
-        f'<header><p class="kicker">DINO pre-training</p><h1>{escape(name)}</h1>{facts(run, model, source)}'
+        f"<title>{escape(title)} - {kicker}</title><style>{style}</style></head><body>"
+        f'<header><p class="kicker">{kicker}</p><h1>{escape(title)}</h1>{top}'
         f"<nav>{links}</nav></header><main>{body}</main><footer><p>{ABOUT}</p></footer></body></html>\n"
     )
 

@@ -1,73 +1,255 @@
-"""Pictures of where a model looks: the maps and masks of each head, for the report and as files of their own.
+"""Pictures of what a model sees, as arrays and as figures: where each head looks, which patches are alike, and where.
 
-The picture of a map shows each patch as a square of its own (nothing is smoothed), black where a head does not look
-and bright where it looks most. A mask keeps the picture where most of a head's attention lies and dims the rest.
+An image is a path or an array [h, w, 3] uint8. The picture of a map shows each patch as a square of its own (nothing is
+smoothed), black where a head does not look and bright where it looks most. A mask keeps the picture where most of a
+head's attention lies and dims the rest.
 """
 
 from __future__ import annotations
 
+import colorsys
 import math
-import os
-import sys
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from dino.data.decode import BadImage, decode
-from dino.data.render import normalise
-from dino.data.sources import open_source
 from dino.inference.attention import cls_attention, enlarge, fit, mass_mask
+from dino.inference.features import spread
+from dino.inference.patches import BASIS_IMAGES, Basis, as_input, main_axes, mutual_nearest, patch_features
+from dino.inference.video import Clip, Frame
 from dino.models import NO_ATTENTION, Backbone
 
 MOST_PATCHES = 2**15  # of one image; the work grows with their square, and here a CPU needs minutes
-GUTTER = 6  # pixels between the pictures of a sheet
-PATIENCE = 2  # seconds before there is a progress bar
+GUTTER = 6  # pixels between the pictures of a figure
 
 
-class Look(NamedTuple):
-    """One image and where the model looks in it; pictures are [h, w, 3] uint8, a head each and their mean last."""
-
-    image: np.ndarray
-    maps: list[np.ndarray]
-    overlays: list[np.ndarray]
-    masks: Tensor  # bool [heads + 1, h, w], on the CPU
-
-
-def look(model: Backbone, image: np.ndarray, mass: float, device: torch.device | str) -> Look:
-    """Where [CLS] looks in `image` [h, w, 3] uint8, whose sides are multiples of the patch size.
+def chosen_size(model: Backbone, size: int | None) -> int:
+    """Edge of an image's shorter side, pixels: `size`, or twice what the model was trained at.
 
     Raises:
-        ValueError: the image has more patches than time should be spent on.
+        ValueError: no whole number of patches.
     """
-    height, width = image.shape[:2]
-    patches = math.prod(model.grid(height, width))
-    if patches > MOST_PATCHES:
+    patch = model.patch_size
+    if size is not None and (size < patch or size % patch):
         raise ValueError(
-            f"at {width} x {height} pixels it has {patches:,} patches, more than {MOST_PATCHES:,}, which would take "
-            "very long; use a smaller --size."
+            f"--size is {size}, not a multiple of the patch size {patch}; use {max(1, size // patch) * patch}."
         )
-    pixels = torch.from_numpy(np.array(image))[None, None].to(device)
-    attention = cls_attention(model, normalise(pixels, model.in_channels)).float().cpu()[0]
-    attention = torch.cat([attention, attention.mean(dim=0, keepdim=True)])
-    maps = enlarge(attention[None], (height, width))[0]
-    masks = enlarge(mass_mask(attention, mass)[None], (height, width))[0] > 0
-    return Look(image, [heat(m.numpy()) for m in maps], [dim_outside(image, m.numpy()) for m in masks], masks)
+    return size or 2 * model.image_size // patch * patch
+
+
+def fitted(model: Backbone, image: str | Path | np.ndarray, size: int | None = None) -> np.ndarray:
+    """`image` as the pictures show it: its shorter side at `size` pixels, trimmed to whole patches.
+
+    Raises:
+        ValueError: it cannot be read, is smaller than a patch, or has more patches than time should be spent on.
+    """
+    size = chosen_size(model, size)
+    try:
+        pixels = fit(image if isinstance(image, np.ndarray) else decode(image), size, model.patch_size)
+        height, width = pixels.shape[:2]
+        if (patches := math.prod(model.grid(height, width))) > MOST_PATCHES:
+            raise ValueError(
+                f"at {width} x {height} pixels it has {patches:,} patches, more than {MOST_PATCHES:,}, which would take "
+                "very long; use a smaller --size."
+            )
+    except (BadImage, ValueError) as error:
+        what = "an image" if isinstance(image, np.ndarray) else image
+        raise ValueError(f"{what} cannot be shown: {error}") from error
+    return pixels
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look:
+    """One image and where [CLS] looks in it, in the last block."""
+
+    image: np.ndarray  # [h, w, 3] uint8, of whole patches
+    attention: Tensor  # float32 [heads + 1, rows, columns], on the CPU: every head's, and their mean last
+    mass: float  # share of the attention that masks keep
+
+    @property
+    def masks(self) -> Tensor:
+        """The fewest patches that hold `mass` of the attention, bool [heads + 1, h, w]."""
+        return enlarge(mass_mask(self.attention, self.mass)[None], self.image.shape[:2])[0] > 0
+
+    @property
+    def maps(self) -> list[np.ndarray]:
+        """Attention as colours, heads + 1 of [h, w, 3] uint8."""
+        return [large(heat(m.numpy()), self.image) for m in self.attention]
+
+    @property
+    def overlays(self) -> list[np.ndarray]:
+        """The image within each mask, heads + 1 of [h, w, 3] uint8."""
+        return [dim_outside(self.image, m.numpy()) for m in self.masks]
+
+    def only(self, head: int | None) -> Look:
+        """The same with that head's attention alone, or with the mean's where it is None."""
+        heads = len(self.attention) - 1
+        if head is not None and not 0 <= head < heads:
+            raise ValueError(f"--head is {head}; this model has heads 0 to {heads - 1}.")
+        chosen = heads if head is None else head
+        return Look(self.image, self.attention[chosen : chosen + 1], self.mass)
+
+    def figure(self) -> Image.Image:
+        """All in a row: the image, the heads' maps and their mean, with the masks beneath."""
+        return mosaic([[self.image, *self.maps], [f"{100 * self.mass:g} % of the\nattention", *self.overlays]])
+
+
+def attention_maps(model: Backbone, image: str | Path | np.ndarray, size: int | None = None, mass: float = 0.6) -> Look:
+    """Where [CLS] looks in `image` with each head (paper Figs. 1, 3 and 8-10).
+
+    Args:
+        size: edge the image's shorter side is resized to, pixels. None: twice what the model was trained at.
+        mass: share of the attention that masks keep.
+
+    Raises:
+        ValueError: the model has no such attention, or the image cannot be shown.
+    """
+    if not model.has_attention:
+        raise ValueError(NO_ATTENTION)
+    pixels = fitted(model, image, size)
+    attention = cls_attention(model, as_input(model, pixels)).float().cpu()[0]
+    return Look(pixels, torch.cat([attention, attention.mean(dim=0, keepdim=True)]), mass)
+
+
+def panel(looks: Sequence[Look]) -> Image.Image:
+    """Rows of images, columns of heads and their mean; images of one size make the neatest."""
+    return mosaic([[look.image, *look.maps] for look in looks])
+
+
+# --- patch features ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """One image and the features of its patches as colours: like features have like colours."""
+
+    image: np.ndarray  # [h, w, 3] uint8, of whole patches
+    colours: np.ndarray  # float32 [rows, columns, 3] in [0, 1]
+
+    @property
+    def picture(self) -> np.ndarray:
+        return large(to_bytes(self.colours), self.image)
+
+    def figure(self) -> Image.Image:
+        return mosaic([[self.image, self.picture]], ["image", "patch features"])
+
+
+def pca_colours(
+    model: Backbone, images: Sequence[str | Path | np.ndarray], size: int | None = None
+) -> Iterator[Coloured]:
+    """The images one after the other, their patch features on three main axes that all of them share.
+
+    Args:
+        images: those that cannot be shown end it; the axes are of evenly spaced ones, BASIS_IMAGES at most.
+        size: see `attention_maps`.
+    """
+    some = (images[i] for i in spread(len(images), BASIS_IMAGES))
+    basis = main_axes(model, (fitted(model, image, size) for image in some))
+    yield from (coloured(model, fitted(model, image, size), basis) for image in images)
+
+
+def coloured(model: Backbone, pixels: np.ndarray, basis: Basis) -> Coloured:
+    """`pixels` [h, w, 3] uint8 of whole patches on the axes of `basis`."""
+    colours = basis.colours(patch_features(model, pixels))
+    return Coloured(pixels, colours.view(*model.grid(*pixels.shape[:2]), 3).numpy())
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Patches of two images that are each other's nearest, most alike first."""
+
+    images: tuple[np.ndarray, np.ndarray]  # [h, w, 3] uint8 each, of whole patches
+    points: np.ndarray  # float [k, 2, 2]: of each pair the centre in both images, as x and y, pixels
+    cosine: np.ndarray  # float32 [k]
+
+    def figure(self, most: int = 50) -> Image.Image:
+        """The images side by side, with lines between the `most` pairs that are most alike."""
+        (height, width, _), (other, _, _) = (image.shape for image in self.images)
+        page = Image.new("RGB", (width + GUTTER + self.images[1].shape[1], max(height, other)), "white")
+        page.paste(Image.fromarray(self.images[0]))
+        page.paste(Image.fromarray(self.images[1]), (width + GUTTER, 0))
+        draw, thick = ImageDraw.Draw(page), max(1, height // 250)
+        for (x, y), (u, v) in self.points[:most]:
+            colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb((x / width + y / height) / 2, 0.9, 1.0))
+            draw.line([(x, y), (u + width + GUTTER, v)], colour, thick)
+            for left, top in ((x, y), (u + width + GUTTER, v)):
+                draw.circle((left, top), 2.5 * thick, colour, "white")
+        return page
+
+
+def match_patches(
+    model: Backbone, a: str | Path | np.ndarray, b: str | Path | np.ndarray, size: int | None = None
+) -> Matches:
+    """Patches of `a` and `b` that correspond: of all in the other image each has the most similar feature (cosine)."""
+    images = fitted(model, a, size), fitted(model, b, size)
+    pairs, cosine = mutual_nearest(*(patch_features(model, image) for image in images))
+    points = []
+    for image, cells in zip(images, pairs.T.numpy(), strict=True):
+        height, width = image.shape[:2]
+        rows, columns = model.grid(height, width)
+        points.append((np.stack([cells % columns, cells // columns], axis=1) + 0.5) * (width / columns, height / rows))
+    return Matches(images, np.stack(points, axis=1), cosine.numpy())
+
+
+# --- video ---------------------------------------------------------------------------------------------------------
+
+
+def video_frames(
+    model: Backbone,
+    clip: str | Clip,
+    show: Literal["attention", "mask", "pca"] = "attention",
+    size: int | None = None,
+    head: int | None = None,
+    mass: float = 0.6,
+) -> Iterator[tuple[Frame, Frame]]:
+    """Each frame of `clip`, fitted to whole patches, and its picture; `dino.inference.video.write_video` takes them.
+
+    Args:
+        clip: a video file, an animated GIF, or a folder of frames.
+        show: a map of attention, the image within its mask, or patch features as colours, on one basis for the clip.
+        head: whose attention. None: the mean of all.
+        size, mass: see `attention_maps`.
+    """
+    clip = Clip(clip) if isinstance(clip, str) else clip
+    basis = None
+    if show == "pca":
+        basis = main_axes(model, (fitted(model, frame, size) for frame in clip.sample(BASIS_IMAGES)))
+    for seconds, frame in clip:
+        if basis is not None:
+            shown = coloured(model, fitted(model, frame, size), basis)
+            yield Frame(seconds, shown.image), Frame(seconds, shown.picture)
+            continue
+        look = attention_maps(model, frame, size, mass).only(head)
+        (picture,) = look.maps if show == "attention" else look.overlays
+        yield Frame(seconds, look.image), Frame(seconds, picture)
+
+
+# --- drawing -------------------------------------------------------------------------------------------------------
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """A map [h, w] of numbers from 0 up as colours, [h, w, 3] uint8."""
-    share = values / max(float(values.max()), 1e-12)
-    return (colormaps["inferno"](share)[..., :3] * 255 + 0.5).astype(np.uint8)
+    """A map [rows, columns] of numbers from 0 up as colours, [rows, columns, 3] uint8."""
+    return to_bytes(colormaps["inferno"](values / max(float(values.max()), 1e-12))[..., :3])
+
+
+def to_bytes(colours: np.ndarray) -> np.ndarray:
+    return (colours * 255 + 0.5).astype(np.uint8)
+
+
+def large(cells: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Colours of cells [rows, columns, 3] as a picture of the size of `image`, each a rectangle."""
+    return np.asarray(Image.fromarray(cells).resize(image.shape[1::-1], Image.Resampling.NEAREST))
 
 
 def dim_outside(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -76,121 +258,25 @@ def dim_outside(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask[..., None], image, shade).astype(np.uint8)
 
 
-def sheet(shown: Look, mass: float) -> Image.Image:
-    """All of one `Look` in a row: the image, the heads' maps and their mean, with the masks beneath."""
-    height, width = shown.image.shape[:2]
-    heads = len(shown.maps) - 1
+def mosaic(rows: Sequence[Sequence[np.ndarray | str]], titles: Sequence[str] | None = None) -> Image.Image:
+    """Rows of pictures [h, w, 3] uint8 (or texts) under the columns' titles. None: an image, its heads, their mean."""
+    titles = titles or ["image", *(f"head {j}" for j in range(len(rows[0]) - 2)), "mean"]
+    pictures = [[cell for cell in row if not isinstance(cell, str)] for row in rows]
+    width = max(cell.shape[1] for row in pictures for cell in row)
+    heights = [max(cell.shape[0] for cell in row) for row in pictures]
     label = max(12, width // 14)
     font = ImageFont.load_default(label)
-    size = GUTTER + (heads + 2) * (width + GUTTER), GUTTER + label + 2 * (GUTTER + height) + GUTTER
+    size = GUTTER + len(titles) * (width + GUTTER), label + sum(heights) + (len(rows) + 2) * GUTTER
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
-    titles = ["image", *(f"head {j}" for j in range(heads)), "mean"]
     for column, title in enumerate(titles):
         left, top = GUTTER + column * (width + GUTTER), GUTTER
         draw.text((left, top), title, "black", font)
         top += label + GUTTER
-        upper = shown.image if column == 0 else shown.maps[column - 1]
-        page.paste(Image.fromarray(upper), (left, top))
-        top += height + GUTTER
-        if column:
-            page.paste(Image.fromarray(shown.overlays[column - 1]), (left, top))
-        else:
-            draw.text((left, top), f"{100 * mass:g} % of the\nattention", "black", font)
+        for row, height in zip(rows, heights, strict=True):
+            if isinstance(cell := row[column], str):
+                draw.text((left, top), cell, "black", font)
+            else:
+                page.paste(Image.fromarray(cell), (left, top))
+            top += height + GUTTER
     return page
-
-
-def write_attention(
-    model: Backbone, images: Sequence[str], out: Path, size: int, mass: float, device: torch.device | str
-) -> list[Path]:
-    """Write `NAME-attention.png` (`sheet`) and `NAME-head0.png`, ... (maps) for each image; return the files.
-
-    NAME is the image's own, with as much of its path as it takes to tell the images apart.
-
-    Args:
-        images: image files, and folders or lists of them. What cannot be read in a folder is skipped and named.
-        size: edge the image's shorter side is resized to, pixels.
-        mass: share of the attention that the masks keep.
-
-    Raises:
-        ValueError: an image is missing, unreadable or too small, or `out` cannot be written.
-    """
-    mass_mask(torch.ones(1, 1), mass)  # refuses a wrong share before any work
-    if not model.has_attention:
-        raise ValueError(NO_ATTENTION)
-    if size % model.patch_size:
-        raise ValueError(f"--size is {size}, not a multiple of the patch size {model.patch_size}.")
-    files = list(_expand(images))
-    written: list[Path] = []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for (path, given), name in zip(_watched(files), names([path for path, _ in files]), strict=True):
-            try:
-                shown = look(model, fit(decode(path), size, model.patch_size), mass, device)
-            except (BadImage, ValueError) as error:
-                if given or len(files) == 1:
-                    raise ValueError(f"{path} cannot be shown: {error}") from error
-                print(f"Skipped {path}: {error}", file=sys.stderr)
-                continue
-            written += _save(shown, out, name, mass)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror or error}); choose another --out.") from error
-    if not written:
-        raise ValueError(f"none of the {len(files)} images in {', '.join(images)} can be read.")
-    return written
-
-
-def _save(shown: Look, out: Path, name: str, mass: float) -> list[Path]:
-    pictures = {"attention": sheet(shown, mass)}
-    pictures |= {f"head{j}": Image.fromarray(picture) for j, picture in enumerate(shown.maps[:-1])}
-    paths = []
-    for kind, picture in pictures.items():
-        paths.append(out / f"{name}-{kind}.png")
-        picture.save(paths[-1])
-    return paths
-
-
-def _expand(images: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Each image once, as an absolute path, and whether it was named itself rather than found in a folder."""
-    found: dict[str, bool] = {}
-    for spec in images:
-        path = os.path.abspath(os.path.expanduser(spec))
-        if os.path.isdir(path) or path.lower().endswith((".txt", ".csv")):
-            source = open_source(spec, labels="none")
-            for i in range(len(source)):
-                found.setdefault(os.path.normpath(os.path.join(source.root, source.name(i))), False)
-        elif not os.path.exists(path):
-            raise ValueError(f"there is no image '{spec}'; check the path.")
-        else:
-            found[path] = True
-    if not found:
-        raise ValueError("no image was given; name image files or folders.")
-    yield from found.items()
-
-
-def names(paths: Sequence[str]) -> list[str]:
-    """A different name for each of the absolute `paths`: the stem, or with folders, or with the suffix too."""
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    relative = [os.path.relpath(path, root).replace(os.sep, "-") for path in paths]
-    levels = [[Path(path).stem for path in paths], [os.path.splitext(name)[0] for name in relative], relative]
-    chosen = levels[0]
-    for level in levels[1:]:
-        count = Counter(name.lower() for name in chosen)  # some file systems do not tell cases apart
-        chosen = [new if count[old.lower()] > 1 else old for old, new in zip(chosen, level, strict=True)]
-    count = Counter(name.lower() for name in chosen)
-    return [f"{name}-{i}" if count[name.lower()] > 1 else name for i, name in enumerate(chosen)]
-
-
-def _watched(files: list[tuple[str, bool]]) -> Iterable[tuple[str, bool]]:
-    """`files`, with a progress bar on the terminal once they have taken a while."""
-    bar = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    task, started = bar.add_task("attention", total=len(files)), time.monotonic()
-    try:
-        for done, file in enumerate(files):
-            if time.monotonic() - started > PATIENCE:
-                bar.start()
-            bar.update(task, completed=done)
-            yield file
-    finally:
-        if bar.live.is_started:
-            bar.stop()

@@ -1,0 +1,106 @@
+"""Figures for a model and labelled images: the paper's map of classes, and pages of right and wrong neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dino import distributed
+from dino.data.sources import Source
+from dino.eval.judge import fingerprint, labelled_pair, labels_of, open_labelled, split_folders
+from dino.eval.knn import votes
+from dino.inference import cache
+from dino.inference.features import preprocess, spread
+from dino.models import weights
+from dino.report.gallery import EDGE, NEIGHBOURS, label_of, neighbour_row
+from dino.report.look import writable
+from dino.report.options import NeighboursOptions, TsneOptions
+from dino.report.page import document
+
+QUERIES_AT_ONCE = 64
+
+
+def labelled_features(options: TsneOptions, **sources: Source) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
+    """[CLS] features [m, d] of length 1, labels [m] and positions [m] of the readable images of each source."""
+    model = weights.load(options.model).to(device := distributed.start(options.device))
+    size, digest = options.size or model.image_size, fingerprint(model)
+    for what, source in sources.items():
+        found = cache.features(model, digest, source, size, device, progress=what)
+        yield F.normalize(found.values, dim=1), labels_of(source, found, what), found.indices
+
+
+def class_map(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each class's mean feature in two dimensions, by t-SNE (appendix, "class representation").
+
+    Args:
+        features: [n, d]; labels: [n].
+
+    Returns:
+        Classes that have an image [c], and their points [c, 2].
+
+    Raises:
+        ValueError: scikit-learn is missing, or there are fewer than three classes.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ValueError("t-SNE needs scikit-learn; install it with: pip install 'dino[figures]'") from error
+    sums = torch.zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
+    present = torch.unique(labels)
+    if len(present) < 3:
+        raise ValueError(f"a map of classes needs at least 3 of them, but there are {len(present)}.")
+    means = F.normalize(sums[present], dim=1).numpy()
+    perplexity = min(30.0, (len(present) - 1) / 3)
+    return present.numpy(), TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(means)
+
+
+def tsne(options: TsneOptions) -> None:
+    """Write the map of classes: those that lie close have features that are alike."""
+    out = writable(options.out, ".png .svg .pdf")
+    train, val = split_folders(options.data, None)
+    source = open_labelled(val or train)
+    ((features, labels, _),) = labelled_features(options, labelled=source)
+    classes, points = class_map(features, labels, len(source.classes))
+    edge = 5 + 0.6 * len(classes) ** 0.5  # inches
+    figure = Figure((edge, edge), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    axes.scatter(*points.T, s=8)
+    for name, (x, y) in zip((source.classes[c] for c in classes), points, strict=True):
+        axes.annotate(name, (x, y), (3, 3), textcoords="offset points", fontsize=7)
+    figure.savefig(out, dpi=150, bbox_inches="tight")
+    print(f"{out}: {len(classes)} classes, the means of {len(labels)} images")
+
+
+def neighbours(options: NeighboursOptions) -> None:
+    """Write a page of queries that k-NN gets right, and of those that it gets wrong, with their neighbours."""
+    out = writable(options.out, ".html")
+    train, test = labelled_pair(options.data, options.val)
+    (bank, labels, places), (queries, wanted, positions) = labelled_features(options, training=train, test=test)
+    k = min(options.k, len(bank))
+    found = [(part @ bank.T).topk(k, dim=1) for part in queries.split(QUERIES_AT_ONCE)]
+    cosines, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
+    right = votes(cosines, labels[nearest], len(train.classes)).argmax(dim=1) == wanted
+    score = f"{100 * right.float().mean():.1f} % of {len(right)} queries"
+    sections = {}
+    for title, chosen in (("Right", right), ("Wrong", ~right)):
+        all_such = torch.nonzero(chosen)[:, 0].tolist()
+        rows = ""
+        for i in (all_such[j] for j in spread(len(all_such), options.rows)):
+            query, label = test.read(at := int(positions[i])), label_of(test, at)
+            alike = [*zip(cosines[i].tolist(), places[nearest[i].numpy()].tolist(), strict=True)][:NEIGHBOURS]
+            rows += neighbour_row(preprocess(query, EDGE), escape(label or ""), label, train, alike)[0]
+        sections[f"{title}: {len(all_such)} of {len(right)}"] = rows or "<p>None.</p>"
+    top = (
+        f"<p>The {k} nearest of {len(bank):,} labelled images vote for the class of each query (on the left), weighted by "
+        f"exp(cosine / 0.07), and {score} get the right one. Shown are evenly spaced queries and their nearest images; a "
+        "tick marks those of the query's class.</p>"
+    )
+    out.write_text(document(options.model, "Nearest neighbours", top, sections), encoding="utf-8", errors="replace")
+    print(f"{out}: {score} right")

@@ -1,0 +1,75 @@
+"""What the features of patches tell: colours on one basis for many images, and which patches of two images correspond."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino.data.render import normalise
+from dino.inference.features import spread
+from dino.models import Backbone
+
+BASIS_IMAGES, BASIS_PATCHES = 64, 1024  # most images a basis is made from, and most patches of each
+AT_ONCE = 2048  # patches compared with all of the other image
+
+
+def as_input(model: Backbone, image: np.ndarray) -> Tensor:
+    """One image [h, w, 3] uint8 as `model` takes it, on its device."""
+    pixels = torch.from_numpy(np.array(image))[None, None].to(next(model.parameters()).device)
+    return normalise(pixels, model.in_channels)
+
+
+@torch.no_grad()
+def patch_features(model: Backbone, image: np.ndarray) -> Tensor:
+    """Normed features of the cells of `image` [h, w, 3] uint8 after the last block: float32 [cells, d], on the CPU."""
+    return model.tokens(as_input(model, image))[-1][0, 1:].float().cpu()
+
+
+class Basis(NamedTuple):
+    """Three axes of features and the range along each that colours span."""
+
+    mean: Tensor  # [d]
+    axes: Tensor  # [d, 3]
+    low: Tensor  # [3]
+    high: Tensor
+
+    def colours(self, features: Tensor) -> Tensor:
+        """Features [..., d] on the axes, as red, green and blue in [0, 1] [..., 3]."""
+        return (((features - self.mean) @ self.axes - self.low) / (self.high - self.low).clamp(min=1e-6)).clamp(0, 1)
+
+
+def main_axes(model: Backbone, images: Iterable[np.ndarray]) -> Basis:
+    """The three main axes (PCA) of the patches of `images`, taken one by one; give at most BASIS_IMAGES of them."""
+    thinned = []
+    for image in images:
+        features = patch_features(model, image)
+        thinned.append(features[spread(len(features), BASIS_PATCHES)])
+    flat = torch.cat(thinned)
+    mean = flat.mean(dim=0)
+    flat = flat - mean
+    axes = torch.linalg.eigh((flat.T @ flat).double()).eigenvectors[:, -3:].flip(1).float()
+    # An axis has no sign of its own; the same data should give the same colours.
+    axes = torch.where((flat @ axes).pow(3).sum(dim=0) < 0, -axes, axes)
+    return Basis(mean, axes, *(flat @ axes).quantile(torch.tensor([0.02, 0.98]), dim=0))
+
+
+def mutual_nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of features that are each other's nearest by cosine, most alike first.
+
+    Args:
+        a: [m, d]; b: [n, d].
+
+    Returns:
+        Positions in `a` and `b` [k, 2], and cosines [k].
+    """
+    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    forth, back = ((torch.cat([(part @ y.T).argmax(dim=1) for part in x.split(AT_ONCE)])) for x, y in ((a, b), (b, a)))
+    chosen = torch.nonzero(back[forth] == torch.arange(len(a)))[:, 0]
+    pairs = torch.stack([chosen, forth[chosen]], dim=1)
+    cosine, order = (a[pairs[:, 0]] * b[pairs[:, 1]]).sum(dim=1).sort(descending=True, stable=True)
+    return pairs[order], cosine

@@ -1,0 +1,135 @@
+"""Clips in and out: frames of a video, an animated GIF or a folder of images; H.264 that every browser plays."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dino.data.decode import BadImage
+from dino.data.sources import open_source
+
+TICK = Fraction(1, 90_000)  # seconds; the usual clock of video, fine enough for any rate of frames
+
+
+class Frame(NamedTuple):
+    seconds: float  # since the clip's start
+    pixels: np.ndarray  # [h, w, 3] uint8
+
+
+def pyav() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("video needs PyAV; install it with: pip install 'dino[video]'") from error
+    return av
+
+
+class Clip:
+    """The frames of a video file, or of a folder of images in the order of their names, numbers by value.
+
+    It can be gone through again and again, with one frame in memory.
+
+    Args:
+        fps: frames per second of a folder; files say their own.
+
+    Raises:
+        ValueError: it does not exist, is no video, holds no frame, or frames differ in size.
+    """
+
+    def __init__(self, path: str, fps: float = 24.0):
+        if fps <= 0:
+            raise ValueError(f"fps is {fps}; it must be above 0.")
+        self.path, self.fps = path, fps
+        self.folder = open_source(path, "none") if os.path.isdir(path) else None
+        self.total = len(self.folder) if self.folder else self._open().streams.video[0].frames or None  # None: unknown
+
+    def __iter__(self) -> Iterator[Frame]:
+        shape, last = None, -1.0
+        for seconds, pixels in self._images() if self.folder else self._decoded():
+            if shape is not None and shape != pixels.shape:
+                sizes = " and ".join(f"{width} x {height}" for height, width, _ in (shape, pixels.shape))
+                raise ValueError(f"{self.path} has frames of {sizes} pixels; make all of one size.")
+            shape, last = pixels.shape, max(seconds, last + 1e-3)  # damaged clips say that time stands still
+            yield Frame(last, pixels)
+        if shape is None:
+            raise ValueError(f"{self.path} holds no frame that can be read; give another clip.")
+
+    def sample(self, most: int) -> list[np.ndarray]:
+        """At most `most` frames, evenly spaced, though nobody may know how many there are."""
+        kept, step = [], 1
+        for i, frame in enumerate(self):
+            if i % step == 0:
+                kept.append(frame.pixels)
+            if len(kept) > most:
+                kept, step = kept[::2], 2 * step
+        return kept
+
+    def _images(self) -> Iterator[tuple[float, np.ndarray]]:
+        assert self.folder is not None
+        parts = [re.split(r"(\d+)", self.folder.name(i)) for i in range(len(self.folder))]  # text, number, text, ...
+        keys = [[int(part) if odd % 2 else part for odd, part in enumerate(name)] for name in parts]
+        for place, i in enumerate(sorted(range(len(keys)), key=keys.__getitem__)):
+            try:
+                yield place / self.fps, self.folder.read(i)
+            except BadImage as error:
+                print(f"Skipped {self.folder.name(i)}: {error}", file=sys.stderr)
+
+    def _open(self) -> Any:
+        try:
+            container = pyav().open(self.path)
+        except pyav().error.FFmpegError as error:
+            raise ValueError(f"{self.path} cannot be read as a video ({error.strerror}).") from error
+        if not container.streams.video:
+            raise ValueError(
+                f"{self.path} holds no video, only {container.format.long_name}; give a clip with pictures."
+            )
+        return container
+
+    def _decoded(self) -> Iterator[tuple[float, np.ndarray]]:
+        with self._open() as container:
+            stream, start = container.streams.video[0], None
+            stream.thread_type = "AUTO"
+            step, seconds = 1 / float(stream.average_rate or 25), 0.0
+            try:
+                for frame in container.decode(stream):
+                    seconds = seconds + step if frame.time is None else frame.time
+                    start = seconds if start is None else start
+                    # Phones film sideways and say so.
+                    yield seconds - start, np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            except pyav().error.FFmpegError as error:
+                print(f"{self.path} cannot be read beyond {seconds:.1f} s ({error.strerror}).", file=sys.stderr)
+
+
+def write_video(out: Path, frames: Iterable[Frame]) -> int:
+    """Write `frames` of one size as H.264 in MP4, without sound, and return their number; all or nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    av, count = pyav(), 0
+    temporary = out.with_name(f".{out.stem}.{os.getpid()}.mp4")
+    try:
+        with av.open(str(temporary), "w", options={"movflags": "faststart"}) as container:  # plays while it loads
+            stream = container.add_stream("libx264", options={"crf": "18"})
+            stream.pix_fmt, stream.codec_context.time_base = "yuv420p", TICK  # what all browsers know
+            for seconds, pixels in frames:
+                if not count:
+                    stream.height, stream.width = (edge // 2 * 2 for edge in pixels.shape[:2])  # colours are per 2 x 2
+                picture = av.VideoFrame.from_ndarray(
+                    np.ascontiguousarray(pixels[: stream.height, : stream.width]), format="rgb24"
+                )
+                picture.pts, picture.time_base = round(seconds / TICK), TICK
+                container.mux(stream.encode(picture))
+                count += 1
+            container.mux(stream.encode())
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count

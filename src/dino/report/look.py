@@ -1,0 +1,187 @@
+"""The commands that look at what a model sees: images in, pictures out.
+
+An image of a folder that cannot be shown is skipped and named; one that was given by its own name ends the command.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from dino import distributed
+from dino.data.sources import open_source
+from dino.inference.attention import finer_patches
+from dino.inference.features import spread
+from dino.inference.patches import BASIS_IMAGES, main_axes
+from dino.inference.video import Clip, Frame, write_video
+from dino.models import NO_ATTENTION, Backbone, weights
+from dino.report.options import AttentionOptions, LookOptions, MatchOptions, PcaOptions, VideoOptions
+from dino.report.pictures import attention_maps, chosen_size, coloured, fitted, match_patches, panel, video_frames
+
+T = TypeVar("T")
+
+
+def attention(options: AttentionOptions) -> None:
+    """Write `NAME-attention.png` (all maps and masks) and `NAME-head0.png`, ... for each image; a panel if asked for."""
+    model, rows = opened(options, attention=True), []
+    for stem, pixels in shown(model, options):
+        look = attention_maps(model, pixels, options.size, options.mass)
+        look.figure().save(f"{stem}-attention.png")
+        for j, picture in enumerate(look.maps[:-1]):
+            Image.fromarray(picture).save(f"{stem}-head{j}.png")
+        print(f"{stem}-attention.png")
+        if options.panel:
+            edge = min(pixels.shape[:2])
+            top, left = ((side - edge) // 2 for side in pixels.shape[:2])
+            rows.append(attention_maps(model, pixels[top : top + edge, left : left + edge], options.size))
+    if rows:
+        panel(rows).save(f"{options.out}/panel.png")
+        print(f"{options.out}/panel.png")
+
+
+def pca(options: PcaOptions) -> None:
+    """Write `NAME-pca.png` for each image, on one basis for all of them."""
+    model = opened(options)
+    basis = main_axes(model, (pixels for _, pixels in shown(model, options, BASIS_IMAGES)))
+    for stem, pixels in shown(model, options):
+        coloured(model, pixels, basis).figure().save(f"{stem}-pca.png")
+        print(f"{stem}-pca.png")
+
+
+def match(options: MatchOptions) -> None:
+    """Write one picture of two images with lines between their corresponding patches."""
+    out = writable(options.out, ".png .jpg .webp", (options.a, options.b))
+    found = match_patches(opened(options), options.a, options.b, options.size)
+    found.figure(options.lines).save(out)
+    print(f"{out}: {min(options.lines, len(found.cosine))} of {len(found.cosine)} mutual nearest neighbours")
+
+
+def video(options: VideoOptions) -> None:
+    """Write a clip of what the model sees in each frame of another."""
+    clip = Clip(options.clip, options.fps)
+    name = Path(options.clip).resolve().stem
+    out = writable(options.out or f"{name}-{options.show}.mp4", ".mp4", (options.clip,))
+    model = opened(options, attention=options.show != "pca")
+    frames = video_frames(model, clip, options.show, options.size, options.head, options.mass)
+    pictures = (
+        picture if options.alone else Frame(frame.seconds, np.concatenate([frame.pixels, picture.pixels], axis=1))
+        for frame, picture in watched(frames, clip.total, options.show)
+    )
+    print(f"{out}: {write_video(out, pictures)} frames")
+
+
+# --- what they share -----------------------------------------------------------------------------------------------
+
+
+def opened(options: LookOptions, attention: bool = False) -> Backbone:
+    """The model, on its device and with its patches as the options want them.
+
+    Raises:
+        ValueError: it has no `attention`, or the size does not suit it.
+    """
+    model = weights.load(options.model).to(distributed.start(options.device))
+    if attention and not model.has_attention:
+        raise ValueError(NO_ATTENTION)
+    finer = model if options.stride is None else finer_patches(model, options.stride)
+    chosen_size(finer, options.size)
+    return finer
+
+
+def shown(model: Backbone, options: PcaOptions, most: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """What to call the pictures of each image, less what they show, and its pixels, fitted to whole patches.
+
+    A name is the image's own, with as much of its path as it takes to tell the images apart.
+
+    Args:
+        most: look at this many alone, evenly spaced, and leave it to the next time to name what cannot be shown.
+
+    Raises:
+        ValueError: an image that was named itself cannot be shown, or none can, or the folder cannot be written.
+    """
+    files = list(expand(options.images))
+    stems = [
+        str(writable(f"{options.out}/NAME.png", ".png").with_name(name)) for name in names([path for path, _ in files])
+    ]
+    chosen, done = spread(len(files), most or len(files)), False
+    for i in watched(chosen, len(chosen), "images"):
+        path, given = files[i]
+        try:
+            pixels = fitted(model, path, options.size)
+        except ValueError as error:
+            if given or len(files) == 1:
+                raise
+            if most is None:
+                print(f"Skipped {error}", file=sys.stderr)
+            continue
+        done = True
+        yield stems[i], pixels
+    if not done:
+        raise ValueError(f"none of {len(chosen)} images can be shown, first {files[0][0]}; give others.")
+
+
+def writable(out: str, kinds: str, inputs: Iterable[str] = ()) -> Path:
+    """`out` as a path that can be written, its folder made, before any work is spent.
+
+    Raises:
+        ValueError: it cannot be written, has none of the suffixes `kinds`, or is one of the `inputs`.
+    """
+    path = Path(out)
+    if path.suffix.lower() not in kinds.split():
+        raise ValueError(f"--out is {out}; choose a name that ends in {kinds.replace(' ', ' or ')}.")
+    if any(path.exists() and os.path.exists(given) and path.samefile(given) for given in inputs):
+        raise ValueError(f"--out {out} is the input itself; choose another --out.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror or error}); choose another --out.") from error
+    return path
+
+
+def expand(images: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Each image once, as an absolute path, and whether it was named itself rather than found in a folder."""
+    found: dict[str, bool] = {}
+    for spec in images:
+        path = os.path.abspath(os.path.expanduser(spec))
+        if os.path.isdir(path) or path.lower().endswith((".txt", ".csv")):
+            source = open_source(spec, labels="none")
+            for i in range(len(source)):
+                found.setdefault(os.path.normpath(os.path.join(source.root, source.name(i))), False)
+        elif not os.path.exists(path):
+            raise ValueError(f"there is no image '{spec}'; check the path.")
+        else:
+            found[path] = True
+    if not found:
+        raise ValueError("no image was given; name image files or folders.")
+    yield from found.items()
+
+
+def names(paths: Sequence[str]) -> list[str]:
+    """A different name for each of the absolute `paths`: the stem, or with folders, or with the suffix too."""
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    relative = [os.path.relpath(path, root).replace(os.sep, "-") for path in paths]
+    levels = [[Path(path).stem for path in paths], [os.path.splitext(name)[0] for name in relative], relative]
+    chosen = levels[0]
+    for level in levels[1:]:
+        count = Counter(name.lower() for name in chosen)  # some file systems do not tell cases apart
+        chosen = [new if count[old.lower()] > 1 else old for old, new in zip(chosen, level, strict=True)]
+    count = Counter(name.lower() for name in chosen)
+    return [f"{name}-{i}" if count[name.lower()] > 1 else name for i, name in enumerate(chosen)]
+
+
+def watched(items: Iterable[T], total: int | None, what: str) -> Iterable[T]:
+    """`items`, with a progress bar where a terminal can show it."""
+    return track(items, what, total, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())

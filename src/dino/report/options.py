@@ -1,0 +1,94 @@
+"""Options of the commands that make pictures. The text under a field is its help; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    model: Positional[str]
+    """A run directory, a release (see `dino models`) or a weight file."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookOptions(ModelOptions):
+    size: int | None = None
+    """Edge the image's shorter side is resized to, pixels. None: twice what the model was trained at."""
+    stride: int | None = None
+    """Pixels from a patch to the next, for finer maps of overlapping patches, e.g. 8 of 16. None: side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PcaOptions(LookOptions):
+    images: Positional[tuple[str, ...]]
+    """Image files or folders."""
+    out: str = "looks"
+    """Folder to write the pictures to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions(PcaOptions):
+    mass: float = 0.6
+    """Share of the attention that the mask keeps."""
+    panel: bool = False
+    """Write also all images, cut to squares, into one panel.png: a row each, a column for each head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchOptions(LookOptions):
+    a: Positional[str]
+    """An image."""
+    b: Positional[str]
+    """Another image."""
+    out: str = "match.png"
+    """Picture to write."""
+    lines: int = 50
+    """Most pairs to draw, those that are most alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions(LookOptions):
+    clip: Positional[str]
+    """A video (mp4, mov, webm, gif, ...), or a folder of frames named in their order."""
+    show: Literal["attention", "mask", "pca"] = "attention"
+    """A map of the attention, the picture where most of it lies, or the features of patches as colours."""
+    head: int | None = None
+    """Whose attention. None: the mean of all heads."""
+    mass: float = 0.6
+    """Share of the attention that the mask keeps."""
+    alone: bool = False
+    """Leave out the clip itself, which is shown on the left."""
+    fps: float = 24.0
+    """Frames per second of a folder of frames; videos say their own."""
+    out: str | None = None
+    """Video to write, an .mp4. None: CLIP-SHOW.mp4 in the working directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TsneOptions(ModelOptions):
+    data: str
+    """Labelled images: a folder of classes, or a folder with train/ and val/, of which val/ is used."""
+    size: int | None = None
+    """Edge of the evaluation view, pixels. None: what the model was made for."""
+    out: str = "tsne.png"
+    """Figure to write: .png, .svg or .pdf."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighboursOptions(TsneOptions):
+    data: str
+    """Labelled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the queries)."""
+    val: str | None = None
+    """Labelled queries, when they lie elsewhere."""
+    k: int = 20
+    """Neighbours that vote."""
+    rows: int = 12
+    """Most queries to show of those that are right, and of those that are wrong."""
+    out: str = "neighbours.html"
+    """Page to write."""
