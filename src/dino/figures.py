@@ -36,7 +36,7 @@ def labelled_features(options: TsneOptions, **sources: Source) -> Iterator[tuple
 
 
 def class_map(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each class's mean feature in two dimensions, by t-SNE (appendix, "class representation").
+    """Each class's mean feature in two dimensions, by t-SNE (paper Fig. 11).
 
     Args:
         features: [n, d]; labels: [n].

@@ -14,11 +14,11 @@ from rich.progress import track
 from dino import distributed
 from dino.data.decode import BadImage
 from dino.data.labels import text
-from dino.data.render import normalise
 from dino.data.sources import Files, listed, open_source
 from dino.eval.judge import Judgement
 from dino.eval.options import MasksOptions
 from dino.inference.attention import cls_attention, enlarge, fit, jaccard, mass_mask
+from dino.inference.patches import as_input
 from dino.models import NO_ATTENTION, Backbone
 
 SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
@@ -100,8 +100,7 @@ def overlap(model: Backbone, image: np.ndarray, objects: np.ndarray, mass: float
         image: [h, w, 3] uint8 of whole patches; objects: bool [k, h, w].
         mass: share of a head's attention that its mask keeps.
     """
-    pixels = torch.from_numpy(np.array(image))[None, None].to(device)
-    attention = cls_attention(model, normalise(pixels, model.in_channels)).float()
+    attention = cls_attention(model, as_input(model, image)).float()
     masks = enlarge(mass_mask(attention, mass), (objects.shape[1], objects.shape[2])) > 0
     return jaccard(masks, torch.from_numpy(objects)[:, None].to(device)).cpu().numpy()
 

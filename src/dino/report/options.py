@@ -28,12 +28,14 @@ class LookOptions(ModelOptions):
 class PcaOptions(LookOptions):
     images: Positional[tuple[str, ...]]
     """Image files or folders."""
-    out: str = "looks"
+    out: str = "pca"
     """Folder to write the pictures to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions(PcaOptions):
+    out: str = "attention"
+    """Folder to write the pictures to."""
     mass: float = 0.6
     """Share of the attention that the mask keeps."""
     panel: bool = False
