@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,7 @@ from dino.cli import main
 from dino.data.decode import decode
 from dino.inference.attention import cls_attention
 from dino.inference.patches import as_input, mutual_nearest
-from dino.inference.video import Clip, Frame, write_video
+from dino.inference.video import Clip, Frame, evenly, write_video
 from dino.models import weights
 from dino.report.look import names
 
@@ -263,10 +264,23 @@ def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path, capsys):
     clip = Clip(str(tmp_path), fps=10)
     assert [(frame.seconds, int(frame.pixels[0, 0, 0])) for frame in clip] == [(0, 1), (0.1, 2), (0.2, 10), (0.4, 100)]
     assert "Skipped shot-20.png" in capsys.readouterr().err
-    assert [int(pixels[0, 0, 0]) for pixels in clip.sample(2)] == [1, 10]
+    assert evenly(iter(range(100)), 8) == [0, 16, 32, 48, 64, 80, 96]
+    assert evenly(range(5), 8) == [0, 1, 2, 3, 4]
     Image.new("L", (8, 9)).save(tmp_path / "shot-101.png")
     with pytest.raises(ValueError, match="frames of 8 x 8 and 8 x 9 pixels"):
         list(Clip(str(tmp_path)))
+
+
+def test_clips_that_were_filmed_sideways_are_turned(tmp_path):
+    clip = encode(tmp_path / "clip.mp4", [0.0, 0.1])
+    data, one = clip.read_bytes(), 2**16
+    upright, turned = (struct.pack(">9i", *m, 0, 0, 2**30) for m in ((one, 0, 0, 0, one, 0), (0, one, 0, -one, 0, 0)))
+    at = data.index(upright, data.index(b"tkhd"))  # the picture's matrix, as a phone held upright writes it
+    clip.write_bytes(data[:at] + turned + data[at + len(turned) :])
+    _, frame = Clip(clip)
+    assert frame.pixels.shape == (64, 48, 3)
+    bright = frame.pixels.min(axis=2) > 150
+    assert [(w.min(), w.max() + 1) for w in np.nonzero(bright)] == [(8, 24), (16, 32)]
 
 
 @pytest.mark.parametrize("damage", ["cut off", "overwritten"])

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from dino.data.decode import BadImage
 from dino.data.sources import open_source
 
 TICK = Fraction(1, 90_000)  # seconds; the usual clock of video, fine enough for any rate of frames
+
+T = TypeVar("T")
 
 
 class Frame(NamedTuple):
@@ -43,11 +45,11 @@ class Clip:
         ValueError: it does not exist, is no video, holds no frame, or frames differ in size.
     """
 
-    def __init__(self, path: str, fps: float = 24.0):
+    def __init__(self, path: str | Path, fps: float = 24.0):
         if fps <= 0:
             raise ValueError(f"fps is {fps}; it must be above 0.")
-        self.path, self.fps = path, fps
-        self.folder = open_source(path, "none") if os.path.isdir(path) else None
+        self.path, self.fps = str(path), fps
+        self.folder = open_source(self.path, "none") if os.path.isdir(path) else None
         self.total = len(self.folder) if self.folder else self._open().streams.video[0].frames or None  # None: unknown
 
     def __iter__(self) -> Iterator[Frame]:
@@ -60,16 +62,6 @@ class Clip:
             yield Frame(last, pixels)
         if shape is None:
             raise ValueError(f"{self.path} holds no frame that can be read; give another clip.")
-
-    def sample(self, most: int) -> list[np.ndarray]:
-        """At most `most` frames, evenly spaced, though nobody may know how many there are."""
-        kept, step = [], 1
-        for i, frame in enumerate(self):
-            if i % step == 0:
-                kept.append(frame.pixels)
-            if len(kept) > most:
-                kept, step = kept[::2], 2 * step
-        return kept
 
     def _images(self) -> Iterator[tuple[float, np.ndarray]]:
         assert self.folder is not None
@@ -105,6 +97,17 @@ class Clip:
                     yield seconds - start, np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
             except pyav().error.FFmpegError as error:
                 print(f"{self.path} cannot be read beyond {seconds:.1f} s ({error.strerror}).", file=sys.stderr)
+
+
+def evenly(items: Iterable[T], most: int) -> list[T]:
+    """At most `most` of the items, evenly spaced, though nobody may know how many there are."""
+    kept, step = [], 1
+    for i, item in enumerate(items):
+        if i % step == 0:
+            kept.append(item)
+        if len(kept) > most:
+            kept, step = kept[::2], 2 * step
+    return kept
 
 
 def write_video(out: Path, frames: Iterable[Frame]) -> int:

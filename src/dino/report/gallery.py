@@ -104,11 +104,11 @@ class Gallery:
     def _looks(self, picture: Picture, shown: Look, truth: Tensor | None) -> str:
         overlap = None if truth is None else 100 * jaccard(shown.masks, truth[None])
         best = -1 if overlap is None else int(overlap[:-1].argmax())
-        names = [*(f"head {j}" for j in range(len(shown.maps) - 1)), "mean"]
+        names = [*(f"head {j}" for j in range(len(shown.attention) - 1)), "mean"]
         tiles = [tile(shown.image, self._caption(picture), "whole")]
-        for j, name in enumerate(names):
+        for j, (name, lit, overlay) in enumerate(zip(names, shown.maps, shown.overlays, strict=True)):
             text = escape(name) if overlap is None else f"{escape(name)} <b>{overlap[j]:.0f}&nbsp;%</b>"
-            pair = image(shown.maps[j], f"attention, {name}") + image(shown.overlays[j], f"mask, {name}")
+            pair = image(lit, f"attention, {name}") + image(overlay, f"mask, {name}")
             tiles.append(
                 f'<figure class="pair{" best" if j == best else ""}">{pair}<figcaption>{text}</figcaption></figure>'
             )

@@ -24,10 +24,11 @@ from dino.data.decode import BadImage, decode
 from dino.inference.attention import cls_attention, enlarge, fit, mass_mask
 from dino.inference.features import spread
 from dino.inference.patches import BASIS_IMAGES, Basis, as_input, main_axes, mutual_nearest, patch_features
-from dino.inference.video import Clip, Frame
+from dino.inference.video import Clip, Frame, evenly
 from dino.models import NO_ATTENTION, Backbone
 
 MOST_PATCHES = 2**15  # of one image; the work grows with their square, and here a CPU needs minutes
+AnyImage = str | Path | np.ndarray  # a file, or pixels [h, w, 3] uint8
 GUTTER = 6  # pixels between the pictures of a figure
 
 
@@ -45,7 +46,7 @@ def chosen_size(model: Backbone, size: int | None) -> int:
     return size or 2 * model.image_size // patch * patch
 
 
-def fitted(model: Backbone, image: str | Path | np.ndarray, size: int | None = None) -> np.ndarray:
+def fitted(model: Backbone, image: AnyImage, size: int | None = None) -> np.ndarray:
     """`image` as the pictures show it: its shorter side at `size` pixels, trimmed to whole patches.
 
     Raises:
@@ -105,7 +106,7 @@ class Look:
         return mosaic([[self.image, *self.maps], [f"{100 * self.mass:g} % of the\nattention", *self.overlays]])
 
 
-def attention_maps(model: Backbone, image: str | Path | np.ndarray, size: int | None = None, mass: float = 0.6) -> Look:
+def attention_maps(model: Backbone, image: AnyImage, size: int | None = None, mass: float = 0.6) -> Look:
     """Where [CLS] looks in `image` with each head (paper Figs. 1, 3 and 8-10).
 
     Args:
@@ -145,9 +146,7 @@ class Coloured:
         return mosaic([[self.image, self.picture]], ["image", "patch features"])
 
 
-def pca_colours(
-    model: Backbone, images: Sequence[str | Path | np.ndarray], size: int | None = None
-) -> Iterator[Coloured]:
+def pca_colours(model: Backbone, images: Sequence[AnyImage], size: int | None = None) -> Iterator[Coloured]:
     """The images one after the other, their patch features on three main axes that all of them share.
 
     Args:
@@ -188,9 +187,7 @@ class Matches:
         return page
 
 
-def match_patches(
-    model: Backbone, a: str | Path | np.ndarray, b: str | Path | np.ndarray, size: int | None = None
-) -> Matches:
+def match_patches(model: Backbone, a: AnyImage, b: AnyImage, size: int | None = None) -> Matches:
     """Patches of `a` and `b` that correspond: of all in the other image each has the most similar feature (cosine)."""
     images = fitted(model, a, size), fitted(model, b, size)
     pairs, cosine = mutual_nearest(*(patch_features(model, image) for image in images))
@@ -207,7 +204,7 @@ def match_patches(
 
 def video_frames(
     model: Backbone,
-    clip: str | Clip,
+    clip: str | Path | Clip,
     show: Literal["attention", "mask", "pca"] = "attention",
     size: int | None = None,
     head: int | None = None,
@@ -221,10 +218,10 @@ def video_frames(
         head: whose attention. None: the mean of all.
         size, mass: see `attention_maps`.
     """
-    clip = Clip(clip) if isinstance(clip, str) else clip
+    clip = clip if isinstance(clip, Clip) else Clip(clip)
     basis = None
     if show == "pca":
-        basis = main_axes(model, (fitted(model, frame, size) for frame in clip.sample(BASIS_IMAGES)))
+        basis = main_axes(model, evenly((fitted(model, frame, size) for _, frame in clip), BASIS_IMAGES))
     for seconds, frame in clip:
         if basis is not None:
             shown = coloured(model, fitted(model, frame, size), basis)
