@@ -223,6 +223,28 @@ class FinetuneOptions(TrainedOptions):
                 raise ValueError(f"{name} is {value}; it must not be negative.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DavisOptions(EvalOptions):
+    data: str
+    """DAVIS-2017: a folder DATA with DATA/JPEGImages/480p/VIDEO/NUMBER.jpg, DATA/Annotations/480p/VIDEO/NUMBER.png and
+    DATA/ImageSets/2017/val.txt with a VIDEO a line."""
+    out: str | None = None
+    """Folder for the masks, VIDEO/NUMBER.png as the official evaluation reads them. None: eval/davis/ of a run."""
+    queue: int = 7
+    """Frames before this one that labels come from, beside the first."""
+    radius: int = 12
+    """Rows and columns of patches that something may move from frame to frame."""
+    topk: int = 5
+    """Most alike patches whose labels are averaged."""
+    protocol: Literal["fixed", "original"] = "fixed"
+    """'original' repeats the reference's misprint in the normalisation of red (docs/evaluations.md)."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("queue", 0), ("radius", 1), ("topk", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more.")
+
+
 # Name -> what it measures and its options; the rest is `PAPER` and `evaluate` of the module dino.eval.NAME.
 EVALUATIONS: dict[str, tuple[str, type[EvalOptions]]] = {
     "knn": ("k-NN accuracy of a run's features", KnnOptions),
@@ -232,4 +254,5 @@ EVALUATIONS: dict[str, tuple[str, type[EvalOptions]]] = {
     "retrieval": ("landmark retrieval, Oxford and Paris", RetrievalOptions),
     "copydetect": ("find the originals of copies", CopydetectOptions),
     "masks": ("overlap of attention with objects", MasksOptions),
+    "davis": ("follow objects through videos", DavisOptions),
 }
