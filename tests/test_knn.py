@@ -53,3 +53,15 @@ def test_k_above_the_bank_is_left_out_and_too_small_a_bank_refused():
     assert set(knn.classify(x, y, x, y)) == {"knn10_top1"}
     with pytest.raises(ValueError, match="more labelled images"):
         knn.classify(x[:5], y[:5], x, y)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4000), st.integers(1, 12), st.integers(0, 99))
+def test_the_largest_are_those_of_topk(n, m, k, seed):
+    """In runs of columns or not, with a rest that fills no run; ties may be told apart otherwise."""
+    rows = torch.randn(n, m, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
+    k = min(k, m)
+    values, columns = knn.largest(rows, k)
+    torch.testing.assert_close(values, rows.topk(k, dim=1).values, rtol=0, atol=0)
+    torch.testing.assert_close(rows.gather(1, columns), values, rtol=0, atol=0)
+    assert all(len(set(row)) == k for row in columns.tolist())

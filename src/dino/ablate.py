@@ -272,7 +272,8 @@ def ablate_command(options: AblateOptions) -> int:
     if options.data is None:
         raise ValueError("dino ablate needs images with labels for the k-NN; give them with --data.")
     ablation = Ablation(options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends in order, as Ctrl-C does: rows save themselves
+    for asked in (signal.SIGINT, signal.SIGTERM):  # even where a shell's background job ignores them
+        signal.signal(asked, signal.default_int_handler)
     results = ablation.work()
     rows, folder = rows_of(ablation.table, results), ablation.folder
     (folder / "table.md").write_text(f"{ablation.table.title}, {options.scale} scale\n\n{markdown(rows)}")

@@ -71,14 +71,14 @@ class CollapseMonitor:
     def _collapse(self, values: Mapping[str, float]) -> Collapse | None:
         if "target_spread" in values:
             return "point" if values["target_spread"] < POINT_BELOW else None
-        limit = math.log(self.out_dim)
-        if limit - values["teacher_entropy"] < UNIFORM_WITHIN:
-            return "uniform"
-        if max(values["prototype_usage"], values["kl"]) < 0.05 * limit:
-            return "dominated"
+        limit, entropy = math.log(self.out_dim), values["teacher_entropy"]
+        uniform = limit - entropy < UNIFORM_WITHIN
+        dominated = max(values["prototype_usage"], values["kl"]) < 0.05 * limit
         # Of one or two images the targets are meant to be alike.
-        alike = self.images >= 4 and values["prototype_usage"] - values["teacher_entropy"] < SAME_WITHIN
-        return "same" if alike else None
+        same = self.images >= 4 and values["prototype_usage"] - entropy < SAME_WITHIN
+        if not (uniform or dominated or same):
+            return None
+        return "uniform" if entropy > 0.95 * limit else "dominated" if dominated else "same"
 
     def state_dict(self) -> dict[str, object]:
         return {"since": dict(self.since), "reported": self.reported}

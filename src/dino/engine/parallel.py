@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import torch
 from torch import nn
@@ -50,7 +51,9 @@ def distribute(student: nn.Module, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1:
         return student
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(student, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # PyTorch 2.15 has a new name for broadcast_buffers, older ones do not know it
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(student, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def without_sync(student: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[object]:

@@ -15,6 +15,7 @@ from dino.models import Backbone
 
 KS = (10, 20, 100, 200)
 SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32
+RUN = 64  # columns whose maximum is looked at first
 
 
 @torch.no_grad()
@@ -40,10 +41,13 @@ def classify(
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     top = min(5, num_classes)
     hits = torch.zeros(len(ks), 2)
-    chunk = max(1, SIMILARITIES_AT_ONCE // len(bank))
+    chunk = min(max(1, SIMILARITIES_AT_ONCE // len(bank)), len(queries))
+    all_of_them = bank.new_empty(
+        chunk, len(bank)
+    )  # the same memory for every chunk: fresh pages cost as much as a search
     for start in range(0, len(queries), chunk):
-        stop = start + chunk
-        similarity, nearest = (queries[start:stop] @ bank.T).topk(max(ks), dim=1)
+        stop = min(start + chunk, len(queries))
+        similarity, nearest = largest(torch.mm(queries[start:stop], bank.T, out=all_of_them[: stop - start]), max(ks))
         voters = bank_labels[nearest]
         for row, k in enumerate(ks):
             right = (
@@ -58,6 +62,23 @@ def classify(
         if top == 5:
             result[f"knn{k}_top5"] = top5
     return result
+
+
+def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`rows.topk(k, dim=1)` of rows [n, m], faster where m is large.
+
+    The k largest lie in the k runs of columns whose maxima are largest, so only those runs are searched.
+    """
+    m = rows.shape[1] // RUN * RUN
+    if m < 4 * k * RUN:
+        values, columns = rows.topk(k, dim=1)
+        return values, columns
+    runs = rows[:, :m].unflatten(1, (-1, RUN))
+    best = runs.amax(dim=2).topk(k, dim=1, sorted=False).indices  # [n, k]
+    searched = torch.cat([runs.gather(1, best[..., None].expand(-1, -1, RUN)).flatten(1), rows[:, m:]], dim=1)
+    values, where = searched.topk(k, dim=1)
+    in_run = best.gather(1, (where // RUN).clamp(max=k - 1)) * RUN + where % RUN
+    return values, torch.where(where < k * RUN, in_run, where - k * RUN + m)
 
 
 def votes(similarity: Tensor, labels: Tensor, num_classes: int, temp: float = 0.07) -> Tensor:
