@@ -159,3 +159,8 @@ def test_an_export_that_computes_something_else_is_not_kept(run, tmp_path, capsy
     assert cli.main(["export", str(run), "--to", "safetensors", "--out", str(tmp_path / "a.safetensors")]) == 1
     assert "gives other numbers than the model" in capsys.readouterr().err
     assert not list(tmp_path.glob("a.*"))
+
+
+def test_an_output_nobody_can_write_is_one_sentence(saved_model, capsys):
+    assert cli.main(["export", str(saved_model), "--to", "safetensors", "--out", "/proc/none/x.safetensors"]) == 2
+    assert "--out /proc/none/x.safetensors cannot be written" in capsys.readouterr().err

@@ -349,8 +349,8 @@ def export(
         raise ValueError(f"--out {out} exists already; choose another name, or remove it.")
     compare.require(to, path)
     found = weights.read(model, offline, num_heads, only_backbone=to != "reference-checkpoint")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         (FORMATS | GRAPHS)[to](found, path)
         differences = compare.compare(found, to, path)
         if wrong := [seen.size for seen in differences if not seen.alike <= compare.TOLERANCE * seen.scale]:
@@ -366,8 +366,10 @@ def export(
         }
         text = card.card(model, to, path, facts, fingerprint(backbone))
         (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ValueError(f"--out {out} cannot be written ({error.strerror or error}); choose another.") from error
         raise
     return differences
 

@@ -288,7 +288,7 @@ def agreeing(train: Source, test: Source) -> tuple[Source, Source]:
     if train.classes and test.classes and train.classes != test.classes:
         only = min(set(train.classes) ^ set(test.classes))
         raise ValueError(
-            f"training and held-out images differ in their classes, for example '{only}'; make them agree, or train "
-            "with --data.labels none."
+            f"training and held-out images differ in their classes, for example '{only}'; make them agree "
+            "(training also works with --data.labels none)."
         )
     return train, test

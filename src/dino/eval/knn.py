@@ -36,7 +36,7 @@ def classify(
     """
     ks = [k for k in ks if k <= len(bank)] if min(ks) <= len(bank) else []
     if not ks:
-        raise ValueError(f"k-NN needs more labelled images than neighbours, but there are only {len(bank)}.")
+        raise ValueError(f"k-NN needs more labelled images than neighbours, but there are only {len(bank)}; lower --k.")
     num_classes = int(max(bank_labels.max(), labels.max())) + 1
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     top = min(5, num_classes)
