@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
 
 import dino
-from conftest import TINY, assert_same_bits, draw_images, final_state
+from conftest import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
 from dino.config import TrainOptions, replace
 from dino.engine.log import read_metrics
+from dino.engine.train import Trainer
 
 pytestmark = [
     pytest.mark.cuda,
@@ -45,3 +47,47 @@ def test_resume_on_a_gpu_is_exact(tmp_path):
     part = dino.train(options, data=str(images), out=str(tmp_path / "part"), stop_after=7)
     dino.train(replace(options, {"resume": str(part)}))
     assert_same_bits(final_state(whole), final_state(part))
+
+
+def test_compiled_steps_agree_and_are_compiled_once(tmp_path):
+    """In processes of their own: shape checks are on in this one. A recompilation would be an error."""
+    images, losses = draw_images(tmp_path / "images"), []
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        wanted = tiny_flags(device="cuda", precision="fp32", log__every=1, model__drop_path=0.0)
+        environment = os.environ | {"TORCHDYNAMO_ERROR_ON_RECOMPILE": "1"}
+        done = run_dino("train", "--data", images, "--out", tmp_path / name, *wanted, *flags, env=environment)
+        assert done.returncode == 0, done.stderr
+        losses.append([line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_fit_keeps_to_the_memory_given(tmp_path):
+    images = draw_images(tmp_path / "images", 64)
+    wanted = tiny_flags(
+        device="cuda", batch_size=32, views__global_size=128, model__width=192, model__depth=8, epochs=1
+    )
+    peaks = []
+    for name, flags in (("whole", []), ("fit", ["--fit", "300MB"])):
+        done = run_dino("train", "--data", images, "--out", tmp_path / name, *wanted, *flags)
+        assert done.returncode == 0, done.stderr
+        peaks.append(read_metrics(tmp_path / name / "metrics.jsonl")[-2]["peak_memory_gb"])
+    assert peaks[1] < 0.3 < peaks[0]
+
+
+def test_steps_between_logs_wait_for_nothing(tmp_path, monkeypatch):
+    """With CUDA's sync-debug mode on, a step that reads anything back from the device is an error."""
+    images = draw_images(tmp_path / "images")
+    options = replace(TrainOptions(), TINY | {"device": "cuda", "data.num_workers": 2, "log.every": 100})
+    plain = Trainer._train_step
+
+    def watched(self, batch):
+        if self.step < 2:  # allocations and choices of kernels
+            return plain(self, batch)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return plain(self, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    dino.train(options, data=str(images), out=str(tmp_path / "run"))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dino import distributed
+from dino.method import DINO
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,6 +42,12 @@ def synchronise_batch_norm(module: nn.Module) -> None:
     from timm.layers.norm_act import convert_sync_batchnorm  # PyTorch's would lose the activation in some of timm's
 
     convert_sync_batchnorm(module)
+
+
+def compile_networks(method: DINO, backend: str = "inductor") -> None:
+    """Both networks as one graph each, for all resolutions; a step's shapes never change, so nothing is compiled again."""
+    for network in (method.student, method.teacher):
+        network.compile(dynamic=False, backend=backend)
 
 
 def distribute(student: nn.Module, device: torch.device) -> nn.Module:

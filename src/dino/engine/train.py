@@ -229,6 +229,9 @@ class Trainer:
         """Train to the end, `stop_after`, or a signal; True when the run is complete."""
         total = self.plan.total
         stop = min(total, self.options.stop_after or total)
+        if self.options.compile:
+            self.terminal.say("Compiling: the first step takes a minute or more.")
+            parallel.compile_networks(self.method)
         self.student = parallel.distribute(self.method.student, self.device)
         self.metrics = Metrics(self.run, self.step, self.options.log.tensorboard) if distributed.is_main() else None
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}

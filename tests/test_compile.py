@@ -1,0 +1,45 @@
+"""Compiled networks give the same numbers, and are compiled once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+# In a process of its own: shape checks (jaxtyping) are on in this one, and are not to be compiled.
+SCRIPT = """
+import copy
+import torch
+from torch._dynamo.utils import counters
+from dino.engine.parallel import compile_networks
+from dino.method import DINO, Network
+from dino.models import Head, create
+
+torch.manual_seed(0)
+build = lambda rate: Network(create("vit_nano", patch_size=8, image_size=32, depth=2, drop_path=rate), Head(96, 64, 32, 16))
+for rate in (0.0, 0.3):
+    plain = DINO(build(rate), build(0.0))
+    compiled = copy.deepcopy(plain)
+    compile_networks(compiled, backend="eager")
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    counters.clear()
+    for step in range(3):
+        groups = [torch.randn(8, 3, 32, 32), torch.randn(12, 3, 16, 16)]
+        found = []
+        for method in (plain, compiled):
+            method.zero_grad()
+            loss = method(groups, 0.04).loss
+            loss.backward()
+            found.append([loss, *(p.grad for p in method.student.parameters() if p.grad is not None)])
+            method.update_teacher(0.9)
+        for a, b in zip(*found, strict=True):
+            assert rate or (a - b).norm() <= 1e-4 * a.norm() + 1e-6, (step, a.norm(), (a - b).norm())
+        graphs = graphs if step else counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == graphs <= 2, counters["stats"]  # the student's and the teacher's
+    assert not counters["graph_break"], counters["graph_break"]
+print("alike")
+"""
+
+
+def test_compiled_once_with_the_same_gradients():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "alike\n", done.stderr
