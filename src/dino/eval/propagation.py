@@ -1,0 +1,119 @@
+"""Labels carried from frame to frame along the likeness of patch features (paper section 4.2.2, table 5)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from dino.data.render import STD, normalise
+from dino.models import Backbone
+
+TEMPERATURE = 0.1
+TILE = 16  # patches. A tile's similarities with 8 frames at radius 12 take 13 MB, however large the frames are
+
+
+def near(targets: Tensor, sources: Tensor, radius: int) -> Tensor:
+    """Which of the rows (or columns) at positions `sources` lie within `radius` of those at `targets`, bool [t, s]."""
+    return (targets[:, None] - sources).abs() <= radius
+
+
+def propagate(target: Tensor, sources: Tensor, labels: Tensor, radius: int, top_k: int) -> Tensor:
+    """Labels of a frame's patches: the mean of their `top_k` likest source patches' labels, weighted by
+    exp(cosine / 0.1). A patch looks at those at most `radius` rows and columns away, in every source frame; what is as
+    like as the last of the `top_k` counts too.
+
+    A tile of patches is compared with what its patches can see and no more, so there is no matrix of all pairs.
+
+    Args:
+        target: unit features [h, w, d]; sources: unit features [s, h, w, d]; labels: theirs [s, h, w, c].
+
+    Returns:
+        [h, w, c]
+    """
+    height, width, dim = target.shape
+    out = labels.new_empty(height, width, labels.shape[-1])
+    rows, columns = (torch.arange(n, device=target.device) for n in (height, width))
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            tile = slice(top, top + TILE), slice(left, left + TILE)
+            seen = tuple(slice(max(s.start - radius, 0), s.stop + radius) for s in tile)
+            vertical, horizontal = (
+                near(line[a], line[b], radius) for line, a, b in zip((rows, columns), tile, seen, strict=True)
+            )
+            visible = (vertical[:, None, :, None] & horizontal[None, :, None, :]).flatten(2).flatten(0, 1)  # [t, s]
+            similarity = target[tile].reshape(-1, dim) @ sources[:, *seen].reshape(-1, dim).T
+            similarity = similarity.view(len(visible), len(sources), -1).masked_fill_(~visible[:, None], -torch.inf)
+            similarity = similarity.flatten(1)
+            least = similarity.topk(min(top_k, similarity.shape[1])).values[:, -1:]
+            weights = similarity.masked_fill_(similarity < least, -torch.inf).div_(TEMPERATURE).softmax(dim=1)
+            found = weights @ labels[:, *seen].reshape(-1, labels.shape[-1])
+            out[tile] = found.view(out[tile].shape)
+    return out
+
+
+def follow(features: Iterable[Tensor], first: Tensor, queue: int, radius: int, top_k: int) -> Iterator[Tensor]:
+    """Labels of each frame after the first, from the first and the `queue` frames before it.
+
+    Args:
+        features: of each frame in order [h, w, d]; first: labels of the first frame's patches [h, w, c].
+
+    Yields:
+        [h, w, c]
+    """
+    frames = (F.normalize(frame, dim=-1) for frame in features)
+    start, previous = (next(frames), first), deque[tuple[Tensor, Tensor]](maxlen=queue)
+    for frame in frames:
+        sources, labels = (torch.stack(part) for part in zip(start, *previous, strict=True))
+        found = propagate(frame, sources, labels, radius, top_k)
+        previous.append((frame, found))
+        yield found
+
+
+def view_size(height: int, width: int, size: int, patch_size: int) -> tuple[int, int]:
+    """Height and width a frame is looked at: shorter side `size`, aspect kept, both trimmed to whole patches; from 480
+    pixels on the longer one to a multiple of 64, as in the reference."""
+    step = 64 if size >= 480 and 64 % patch_size == 0 else patch_size
+    shorter = size // patch_size * patch_size
+    longer = shorter * max(height, width) // min(height, width) // step * step
+    return (longer, shorter) if height > width else (shorter, longer)
+
+
+@torch.no_grad()
+def patch_features(
+    model: Backbone, image: np.ndarray, view: tuple[int, int], device: torch.device, original: bool = False
+) -> Tensor:
+    """Normed patch features of a frame [h, w, 3] uint8 looked at `view` pixels: [rows, columns, d] float32.
+
+    Args:
+        original: divide red by the reference's 0.228, not by ImageNet's 0.229.
+    """
+    resized = cv2.resize(image, (view[1], view[0]), interpolation=cv2.INTER_LINEAR)
+    pixels = normalise(torch.from_numpy(resized)[None, None].to(device), model.in_channels)
+    if original and model.in_channels == 3:
+        pixels[:, 0] *= STD[0] / 0.228
+    return model.tokens(pixels)[-1][0, 1:].float().unflatten(0, model.grid(*view))
+
+
+def soft(indices: np.ndarray, grid: tuple[int, int], objects: int) -> Tensor:
+    """One-hot labels of patches [rows, columns, 1 + objects] from a mask's indices [h, w], each patch's middle one."""
+    small = np.array(Image.fromarray(indices).resize((grid[1], grid[0]), Image.Resampling.NEAREST))
+    return F.one_hot(torch.from_numpy(small).long(), objects + 1).float()
+
+
+def hard(labels: Tensor, view: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    """Indices of a mask [height, width] uint8 from patches' labels [rows, columns, c].
+
+    Labels are enlarged to `view` pixels, each stretched to [0, 1]; the largest wins, and what wins is brought to `shape`.
+    """
+    maps = F.interpolate(labels.permute(2, 0, 1)[None], view, mode="bilinear", align_corners=False)[0]
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    # A label that is the same everywhere (no background, say) has nothing to stretch.
+    winner = torch.where(high > low, (maps - low) / (high - low), maps).argmax(dim=0).byte().cpu().numpy()
+    return np.asarray(Image.fromarray(winner).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
