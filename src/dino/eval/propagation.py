@@ -16,12 +16,28 @@ from dino.data.render import STD, normalise
 from dino.models import Backbone
 
 TEMPERATURE = 0.1
-TILE = 16  # patches. A tile's similarities with 8 frames at radius 12 take 13 MB, however large the frames are
+TILE = 12  # patches. Similarities of a tile with 8 frames at radius 12 take 6 MB, however large the frames are
 
 
-def near(targets: Tensor, sources: Tensor, radius: int) -> Tensor:
-    """Which of the rows (or columns) at positions `sources` lie within `radius` of those at `targets`, bool [t, s]."""
-    return (targets[:, None] - sources).abs() <= radius
+def neighbourhoods(
+    height: int, width: int, radius: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor]]:
+    """A grid of patches cut into tiles; with each, what its patches see: those within `radius` rows and columns.
+
+    Yields:
+        rows and columns of the tile (t patches); rows and columns of all that it sees (s patches); and which patch sees
+        which, bool [t, s].
+    """
+    rows, columns = (torch.arange(n, device=device) for n in (height, width))
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            tile = slice(top, top + TILE), slice(left, left + TILE)
+            seen = slice(max(top - radius, 0), top + TILE + radius), slice(max(left - radius, 0), left + TILE + radius)
+            vertical, horizontal = (
+                (line[a][:, None] - line[b]).abs() <= radius
+                for line, a, b in zip((rows, columns), tile, seen, strict=True)
+            )
+            yield tile, seen, (vertical[:, None, :, None] & horizontal[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def propagate(target: Tensor, sources: Tensor, labels: Tensor, radius: int, top_k: int) -> Tensor:
@@ -32,29 +48,21 @@ def propagate(target: Tensor, sources: Tensor, labels: Tensor, radius: int, top_
     A tile of patches is compared with what its patches can see and no more, so there is no matrix of all pairs.
 
     Args:
-        target: unit features [h, w, d]; sources: unit features [s, h, w, d]; labels: theirs [s, h, w, c].
+        target: unit features [h, w, d]; sources: unit features [f, h, w, d]; labels: theirs [f, h, w, c].
 
     Returns:
         [h, w, c]
     """
     height, width, dim = target.shape
     out = labels.new_empty(height, width, labels.shape[-1])
-    rows, columns = (torch.arange(n, device=target.device) for n in (height, width))
-    for top in range(0, height, TILE):
-        for left in range(0, width, TILE):
-            tile = slice(top, top + TILE), slice(left, left + TILE)
-            seen = tuple(slice(max(s.start - radius, 0), s.stop + radius) for s in tile)
-            vertical, horizontal = (
-                near(line[a], line[b], radius) for line, a, b in zip((rows, columns), tile, seen, strict=True)
-            )
-            visible = (vertical[:, None, :, None] & horizontal[None, :, None, :]).flatten(2).flatten(0, 1)  # [t, s]
-            similarity = target[tile].reshape(-1, dim) @ sources[:, *seen].reshape(-1, dim).T
-            similarity = similarity.view(len(visible), len(sources), -1).masked_fill_(~visible[:, None], -torch.inf)
-            similarity = similarity.flatten(1)
-            least = similarity.topk(min(top_k, similarity.shape[1])).values[:, -1:]
-            weights = similarity.masked_fill_(similarity < least, -torch.inf).div_(TEMPERATURE).softmax(dim=1)
-            found = weights @ labels[:, *seen].reshape(-1, labels.shape[-1])
-            out[tile] = found.view(out[tile].shape)
+    for tile, seen, visible in neighbourhoods(height, width, radius, target.device):
+        similarity = target[tile].reshape(-1, dim) @ sources[:, *seen].reshape(-1, dim).T
+        similarity = similarity.view(len(visible), len(sources), -1).masked_fill_(~visible[:, None], -torch.inf)
+        similarity = similarity.flatten(1)
+        least = similarity.topk(min(top_k, similarity.shape[1])).values[:, -1:]
+        weights = similarity.masked_fill_(similarity < least, -torch.inf).div_(TEMPERATURE).softmax(dim=1)
+        found = weights @ labels[:, *seen].reshape(-1, labels.shape[-1])
+        out[tile] = found.view(out[tile].shape)
     return out
 
 
