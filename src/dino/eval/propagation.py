@@ -122,6 +122,7 @@ def hard(labels: Tensor, view: tuple[int, int], shape: tuple[int, int]) -> np.nd
     """
     maps = F.interpolate(labels.permute(2, 0, 1)[None], view, mode="bilinear", align_corners=False)[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    # A label that is the same everywhere (no background, say) has nothing to stretch.
-    winner = torch.where(high > low, (maps - low) / (high - low), maps).argmax(dim=0).byte().cpu().numpy()
+    # What is the same everywhere, but not 0, cannot be stretched; it wins (the reference's maximum of its NaNs).
+    stretched = torch.where(high > 0, ((maps - low) / (high - low)).nan_to_num(torch.inf), maps)
+    winner = stretched.argmax(dim=0).byte().cpu().numpy()
     return np.asarray(Image.fromarray(winner).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
