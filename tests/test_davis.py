@@ -110,7 +110,7 @@ def test_masks_from_labels():
     assert set(np.unique(found)) == {0, 2}
     labels[:] = torch.tensor([0.0, 1.0, 0.0])  # an object that fills the frame: nothing to stretch
     assert (propagation.hard(labels, (8, 12), (16, 24)) == 1).all()
-    labels[..., 0], labels[0, 0, 2] = 0.1, 0.9  # two that are the same everywhere: the first of them
+    labels[..., 0], labels[0, 0, 2] = 0.5, 0.25  # two that are the same everywhere: the first of them
     assert (propagation.hard(labels, (8, 12), (16, 24)) == 0).all()
 
 
