@@ -1,12 +1,13 @@
-"""Objects followed through videos: the reference's soft labels, J and F by hand, and clips we draw."""
+"""Objects followed through videos: the reference's labels, J and F counted by hand, and clips that cannot be used."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections import deque
+import math
+import os
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,238 +17,354 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import ranks_agree
+import dino
+from conftest import run_dino
 from dino.cli import main
-from dino.engine.memory import peak
-from dino.eval import davis, propagation
+from dino.eval import davis, judge, propagation
 from dino.eval.options import DavisOptions
 
-PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0] + [7] * (3 * 253)
+CPU = torch.device("cpu")
+SECONDS = {"deadline": None, "max_examples": 40}
 
 
-def unit(seed: int, *shape: int) -> torch.Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+@pytest.fixture(scope="module")
+def model(saved_model):
+    return dino.load(saved_model)
 
 
-def test_soft_labels_are_the_references(golden):
-    """Each frame from the first and the last 7, for 11 frames: within 1e-5."""
-    expected = golden("label_propagation")
-    queue, radius, topk = expected["params"].tolist()
-    features = F.normalize(torch.from_numpy(expected["features"]), dim=-1)
-    first = F.one_hot(torch.from_numpy(expected["first_labels"]), expected["soft_labels"].shape[1]).float()
-    recent: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=queue)
-    for target, soft in zip(features[1:], expected["soft_labels"], strict=True):
-        sources, labels = (torch.stack([x[k] for x in ((features[0], first), *recent)], dim=2) for k in (0, 1))
-        found = propagation.propagate(target, sources, labels, radius, topk)
-        recent.append((target, found))
-        np.testing.assert_allclose(found.permute(2, 0, 1), soft, atol=1e-5)
+# --- propagation ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("tile", [12, 3])
+def test_labels_match_the_reference(golden, monkeypatch, tile):
+    monkeypatch.setattr(propagation, "TILE", tile)
+    g = golden("label_propagation")
+    first = F.one_hot(torch.from_numpy(g["first_labels"]), g["soft_labels"].shape[1]).float()
+    found = list(propagation.follow(torch.from_numpy(g["features"]), first, *map(int, g["params"])))
+    np.testing.assert_allclose(torch.stack(found).permute(0, 3, 1, 2), g["soft_labels"], rtol=0, atol=1e-5)
+
+
+@settings(**SECONDS)
 @given(
-    st.integers(1, 6), st.integers(1, 7), st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(0, 99)
+    st.integers(1, 20), st.integers(1, 20), st.integers(1, 3), st.integers(0, 21), st.integers(1, 9), st.integers(0, 99)
 )
-def test_propagation_is_a_masked_affinity_over_all_pairs(h, w, m, radius, topk, seed):
-    target, sources, labels = unit(seed, h, w, 5), unit(seed + 1, h, w, m, 5), torch.rand(h, w, m, 3)
-    found = propagation.propagate(target, sources, labels, radius, topk)
-    for i in range(h):
-        for j in range(w):
-            near = [
-                (float((target[i, j] @ sources[y, x, k] / 0.1).exp()), labels[y, x, k])
-                for y in range(h)
-                for k in range(m)
-                for x in range(w)
-                if abs(y - i) <= radius and abs(x - j) <= radius
-            ]
-            best = sorted(near, key=lambda pair: -pair[0])[:topk]
-            plain = sum(a * label for a, label in best) / sum(a for a, _ in best)
-            torch.testing.assert_close(found[i, j], plain, rtol=1e-4, atol=1e-5)
+def test_labels_by_hand(height, width, sources, radius, top_k, seed):
+    """Whole numbers on few directions: ties abound, and all that tie with the last count."""
+    rng = np.random.default_rng(seed)
+    features = np.eye(4)[rng.integers(0, 4, (1 + sources, height, width))]
+    labels = rng.random((sources, height, width, 2))
+    found = propagation.propagate(
+        torch.from_numpy(features[0]), torch.from_numpy(features[1:]), torch.from_numpy(labels), radius, top_k
+    ).numpy()
+    for y, x in itertools.islice(itertools.product(range(height), range(width)), seed % 7, None, 7):
+        near = [
+            (float(features[0, y, x] @ features[1 + s, v, u]), labels[s, v, u])
+            for s, v, u in itertools.product(range(sources), range(height), range(width))
+            if abs(v - y) <= radius and abs(u - x) <= radius
+        ]
+        least = sorted((likeness for likeness, _ in near), reverse=True)[:top_k][-1]
+        kept = [(math.exp(likeness / 0.1), label) for likeness, label in near if likeness >= least]
+        expected = sum(weight * label for weight, label in kept) / sum(weight for weight, _ in kept)
+        np.testing.assert_allclose(found[y, x], expected, atol=1e-12)
 
 
-def test_memory_does_not_grow_with_the_frame():
-    held = []
-    for h, w in ((48, 48), (60, 120)):
-        target, sources, labels = unit(0, h, w, 4), unit(1, h, w, 3, 4), torch.rand(h, w, 3, 2)
-        held.append(peak(lambda t=target, s=sources, k=labels: propagation.propagate(t, s, k, 2, 5)) - h * w * 2 * 4)
-    assert held[1] == pytest.approx(held[0], rel=0.1)
-    assert held[1] < 0.02 * 4 * 3 * (60 * 120) ** 2
+def test_a_tile_sees_no_more_the_larger_the_frame():
+    most = propagation.TILE**2 * (propagation.TILE + 2 * 12) ** 2
+    pairs = 0
+    for _, _, visible in propagation.neighbourhoods(200, 300, 12):
+        assert visible.numel() <= most
+        pairs += int(visible.sum())
+    along = [sum(min(n - 1, i + 12) - max(0, i - 12) + 1 for i in range(n)) for n in (200, 300)]
+    assert pairs == along[0] * along[1]
 
 
-def test_harden_stretches_each_class_and_takes_the_largest():
-    soft = torch.zeros(2, 2, 3)
-    soft[..., 0], soft[0, 0, 1] = (
-        0.5,
-        0.1,
-    )  # 0 is the same everywhere, 1 is small but highest for its class, 2 is nowhere
-    assert propagation.harden(soft, 2)[0, 0] == 1
-    assert set(np.unique(propagation.harden(soft, 2))) <= {0, 1}
+def test_frames_are_looked_at_as_the_reference_does():
+    assert propagation.view_size(480, 854, 480, 16) == (480, 832)
+    assert propagation.view_size(1080, 1920, 480, 8) == (480, 832)
+    assert propagation.view_size(910, 480, 480, 16) == (896, 480)
+    assert propagation.view_size(480, 480, 480, 8) == (480, 448)  # 64 divides the side that is no shorter
+    assert propagation.view_size(480, 854, 102, 6) == (102, 180)  # smaller views keep their shape
 
 
-def plain_boundary(mask: np.ndarray) -> set[tuple[int, int]]:
-    h, w = mask.shape
-    edge = set()
-    for y in range(h):
-        for x in range(w):
-            steps = [(0, 1), (1, 0), (1, 1)] if y < h - 1 and x < w - 1 else [(0, 1)] if x < w - 1 else [(1, 0)]
-            if (y, x) != (h - 1, w - 1) and any(mask[y, x] != mask[y + a, x + b] for a, b in steps):
-                edge.add((y, x))
-    return edge
+def test_protocols_differ_in_the_deviation_of_red_alone(model):
+    image = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
+    for original, red in ((False, 0.229), (True, 0.228)):
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+        pixels = (pixels - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([red, 0.224, 0.225])[
+            :, None, None
+        ]
+        expected = model.tokens(pixels)[-1][0, 1:].detach().view(5, 7, -1)
+        found = propagation.patch_features(model, image, (40, 56), CPU, original)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def plain_contour(found: np.ndarray, truth: np.ndarray) -> float:
-    reach = np.ceil(0.008 * np.hypot(*found.shape))
-    ours, theirs = plain_boundary(found), plain_boundary(truth)
-    if not ours or not theirs:
-        return float(bool(ours) == bool(theirs))
-    hit = lambda a, b: sum(any(np.hypot(y - v, x - u) <= reach for v, u in b) for y, x in a) / len(a)  # noqa: E731
-    precision, recall = hit(ours, theirs), hit(theirs, ours)
+def test_masks_from_labels():
+    labels = torch.zeros(2, 3, 3)
+    labels[..., 0], labels[0, 0] = 0.9, torch.tensor([0.6, 0.0, 0.4])
+    # The second object's 0.4 is its most, the background's 0.6 its least; the first object is nowhere.
+    found = propagation.hard(labels, (8, 12), (16, 24))
+    assert found.shape == (16, 24)
+    assert found.dtype == np.uint8
+    assert found[0, 0] == 2
+    assert found[-1, -1] == 0
+    assert set(np.unique(found)) == {0, 2}
+    labels[:] = torch.tensor([0.0, 1.0, 0.0])  # an object that fills the frame: nothing to stretch
+    assert (propagation.hard(labels, (8, 12), (16, 24)) == 1).all()
+    labels[..., 0], labels[0, 0, 2] = 0.5, 0.25  # two that are the same everywhere: the first of them
+    assert (propagation.hard(labels, (8, 12), (16, 24)) == 0).all()
+
+
+# --- measures -------------------------------------------------------------------------------------------------------
+
+
+def plain_region(a: np.ndarray, b: np.ndarray) -> float:
+    pairs = list(zip(a.ravel().tolist(), b.ravel().tolist(), strict=True))
+    either = sum(x or y for x, y in pairs)
+    return sum(x and y for x, y in pairs) / either if either else 1.0
+
+
+def plain_contour(mask: np.ndarray) -> list[tuple[int, int]]:
+    height, width = mask.shape
+    return [
+        (y, x)
+        for y, x in itertools.product(range(height), range(width))
+        if any(
+            mask[y + v, x + u] != mask[y, x] for v, u in ((0, 1), (1, 0), (1, 1)) if y + v < height and x + u < width
+        )
+    ]
+
+
+def plain_boundary(a: np.ndarray, b: np.ndarray) -> float:
+    radius = math.ceil(0.008 * math.sqrt(a.shape[0] ** 2 + a.shape[1] ** 2))
+    one, two = plain_contour(a), plain_contour(b)
+    if not one or not two:
+        return float(one == two)
+    apart = ((np.array(one)[:, None] - np.array(two)) ** 2).sum(-1)
+    precision, recall = (apart.min(axis=1) <= radius**2).mean(), (apart.min(axis=0) <= radius**2).mean()
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(8, 40), st.integers(150, 200), st.integers(0, 999))
-def test_region_and_contour_against_their_definitions(height, width, seed):
+def plain_statistics(values: list[float]) -> list[float]:
+    n = len(values)
+    # Positions 1, 1 + (n - 1) / 4, ... rounded, halves up; a quarter holds both of its ends.
+    ends = [math.floor(1 + (n - 1) * quarter / 4 + 0.5) - 1 for quarter in range(5)]
+    first, last = values[ends[0] : ends[1] + 1], values[ends[3] : ends[4] + 1]
+    mean = lambda x: sum(x) / len(x)  # noqa: E731
+    return [mean(values), mean([v > 0.5 for v in values]), mean(first) - mean(last)]
+
+
+@settings(**SECONDS)
+@given(st.integers(2, 60), st.integers(2, 160), st.sampled_from([0.0, 0.02, 0.4, 1.0]), st.integers(0, 999))
+def test_measures_by_hand(height, width, density, seed):
     rng = np.random.default_rng(seed)
     masks = np.zeros((2, height, width), bool)
     for mask in masks:
-        for _ in range(rng.integers(0, 3)):
-            y, x = rng.integers(height), rng.integers(width)
-            mask[y : y + rng.integers(1, 12), x : x + rng.integers(1, 30)] = True
-    assert propagation.contour(*masks) == pytest.approx(plain_contour(*masks))
-    both, any_ = (masks[0] & masks[1]).sum(), (masks[0] | masks[1]).sum()
-    assert propagation.region(*masks) == pytest.approx(both / any_ if any_ else 1)
+        if rng.random() < 0.8:
+            top, left = rng.integers(0, height), rng.integers(0, width)
+            mask[top : top + rng.integers(1, height), left : left + rng.integers(1, width)] = True
+        mask[rng.random(mask.shape) < density * rng.random()] ^= True
+    assert davis.region(*masks) == pytest.approx(plain_region(*masks), abs=1e-12)
+    assert davis.boundary(*masks) == pytest.approx(plain_boundary(*masks), abs=1e-12)
 
 
-def test_statistics_of_an_object():
-    values = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
-    mean, recall, decay = propagation.mean_recall_decay(values)
-    assert (mean, recall) == (pytest.approx(0.6), pytest.approx(5 / 9))
-    assert decay == pytest.approx(np.mean([1.0, 0.9, 0.8]) - np.mean([0.4, 0.3, 0.2]))  # quarters share their ends
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=300))
+def test_statistics_by_hand(values):
+    assert list(davis.statistics(np.array(values)).values()) == pytest.approx(plain_statistics(values), abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("shape", "patch", "expected"),
-    [
-        ((480, 854), 16, (480, 832)),
-        ((480, 854), 8, (480, 832)),
-        ((1920, 1080), 16, (832, 480)),
-        ((48, 96), 6, (480, 960)),
-    ],
-)
-def test_frames_keep_their_shape_up_to_64_pixels(shape, patch, expected):
-    assert davis.frame_size(*shape, 480, patch) == expected
+def test_an_object_that_is_nowhere():
+    nothing, something = np.zeros((9, 9), bool), np.eye(9) > 0
+    assert (davis.region(nothing, nothing), davis.boundary(nothing, nothing)) == (1, 1)
+    assert (davis.region(nothing, something), davis.boundary(nothing, something)) == (0, 0)
+    assert (davis.region(something, nothing), davis.boundary(something, nothing)) == (0, 0)
 
 
-def test_the_original_protocol_has_the_misprint_in_red():
-    shown = []
-    model: Any = SimpleNamespace(
-        in_channels=3, grid=lambda h, w: (1, 1), tokens=lambda x: shown.append(x.clone()) or [torch.ones(1, 2, 3)]
-    )
-    image = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
-    for protocol in ("fixed", "original"):
-        davis.patches(model, image, protocol, torch.device("cpu"))
-    torch.testing.assert_close(shown[1][:, 0], shown[0][:, 0] * 0.229 / 0.228)
-    torch.testing.assert_close(shown[1][:, 1:], shown[0][:, 1:])
+# --- whole videos ---------------------------------------------------------------------------------------------------
+
+
+def draw_video(root: Path, name: str, objects: int = 2, count: int = 7, seed: int = 0) -> None:
+    """Coloured squares that wander over grey noise."""
+    rng = np.random.default_rng(seed)
+    ground = rng.integers(90, 110, (96, 128, 3))
+    for i in range(count):
+        pixels, indices = ground + rng.integers(-5, 5, ground.shape), np.zeros((96, 128), np.uint8)
+        for k in range(1, objects + 1):
+            box = slice(45 * k - 40, 45 * k - 8), slice(8 + 6 * i, 48 + 6 * i)
+            pixels[box], indices[box] = 40 * rng.random(3) + np.array([[250, 20, 20], [20, 20, 250]])[k % 2] * 0.8, k
+        indices[0, :2] = 255  # unknown
+        for kind, suffix, picture in (
+            ("JPEGImages", "jpg", Image.fromarray(pixels.clip(0, 255).astype(np.uint8))),
+            ("Annotations", "png", Image.fromarray(indices)),
+        ):
+            if kind == "Annotations":
+                picture.putpalette(davis.PALETTE)
+            path = root / kind / "480p" / name / f"{i:05d}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    names = root / "ImageSets" / "2017" / "val.txt"
+    names.parent.mkdir(parents=True, exist_ok=True)
+    with names.open("a") as file:
+        file.write(f"{name}\n")
 
 
 @pytest.fixture
-def videos(tmp_path) -> Path:
-    """Two clips of 7 frames: one with a square, one with a square and a bar, on noise."""
-    root, rng = tmp_path / "davis", np.random.default_rng(0)
-    for name, objects in (("one", 1), ("two", 2)):
-        background = rng.integers(0, 90, (64, 80, 3))
-        for i in range(7):
-            outlined = np.zeros((64, 80), np.uint8)
-            outlined[10:34, 4 + 3 * i : 28 + 3 * i] = 1
-            if objects == 2:
-                outlined[44:60, 10:70] = 2
-            pixels = np.where(
-                outlined[..., None] == 0, background, np.array([[0] * 3, [250, 60, 60], [60, 60, 250]])[outlined]
-            )
-            for kind, ending in (("JPEGImages", "jpg"), ("Annotations", "png")):
-                (root / kind / "480p" / name).mkdir(parents=True, exist_ok=True)
-                image = Image.fromarray((pixels if kind == "JPEGImages" else outlined).astype(np.uint8))
-                if kind == "Annotations":
-                    image.putpalette(PALETTE)
-                image.save(root / kind / "480p" / name / f"{i:05d}.{ending}")
-    (root / "ImageSets" / "2017").mkdir(parents=True)
-    (root / "ImageSets" / "2017" / "val.txt").write_text("one\ntwo\n")
-    return root
+def clips(tmp_path) -> Path:
+    for i, name in enumerate(("apart", "alone", "third")):
+        draw_video(tmp_path / "clips", name, objects=2 - i % 2, seed=i)
+    return tmp_path / "clips"
 
 
-def test_objects_are_followed_written_and_judged(videos, saved_model, tmp_path):
-    out = tmp_path / "masks"
-    result = ranks_agree("eval", "davis", saved_model, "--data", videos, "--out", out, "--size", 64)
-    assert result["images"] == {"videos": 2, "objects": 3}
-    figures = result["figures"]
-    assert figures["jf_mean"] == pytest.approx((figures["j_mean"] + figures["f_mean"]) / 2)
-    assert figures["j_mean"] > 60  # colour alone nearly finds them
-    j = []
-    for name, objects in (("one", 1), ("two", 2)):
-        truth, found = ([], [])
-        for i in range(7):
-            path = out / name / f"{i:05d}.png"
-            with Image.open(path) as image, Image.open(videos / "Annotations" / "480p" / name / path.name) as given:
-                assert image.mode == "P"
-                assert (image.getpalette() or [])[:9] == PALETTE[:9]
-                found.append(np.array(image))
-                truth.append(np.array(given))
-        np.testing.assert_array_equal(found[0], truth[0])
+def masks_of(folder: Path, name: str) -> list[np.ndarray]:
+    found = []
+    for path in sorted((folder / name).glob("*.png")):
+        with Image.open(path) as image:
+            assert image.mode == "P"
+            assert image.getpalette()[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
+            found.append(np.array(image))
+    return found
+
+
+def test_command_line_on_drawn_clips(saved_model, clips, tmp_path):
+    command = ("eval", "davis", saved_model, "--data", clips, "--neighbourhood", 4)
+    results = []
+    for ranks in (1, 2):
+        done = run_dino(*command, "--json", tmp_path / f"{ranks}.json", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Written") == done.stdout.count("Masks: ") == 1
+        results.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
+    assert results[0] == results[1]
+    assert results[0]["images"] == {"videos": 3, "frames": 21, "objects": 5}
+    found, floors = [], []
+    for name, objects in (("apart", 2), ("alone", 1), ("third", 2)):
+        masks, truth = masks_of(tmp_path / "1.masks", name), masks_of(clips / "Annotations" / "480p", name)
+        np.testing.assert_array_equal(masks, masks_of(tmp_path / "2.masks", name))
+        np.testing.assert_array_equal(masks[0] > 0, (truth[0] > 0) & (truth[0] < 255))
         for k in range(1, objects + 1):
-            overlaps = [
-                ((f == k) & (t == k)).sum() / ((f == k) | (t == k)).sum() for f, t in zip(found, truth, strict=True)
-            ]
-            j.append(np.mean(overlaps[1:-1]))  # the first is given, the last is not judged
-    assert figures["j_mean"] == pytest.approx(100 * np.mean(j))
+            pairs = [(masks[i] == k, truth[i] == k) for i in range(1, 6)]  # the first is given, the last left out
+            found.append([plain_statistics([f(*pair) for pair in pairs]) for f in (plain_region, plain_boundary)])
+            floors.append(plain_statistics([plain_region(truth[0] == k, truth[i] == k) for i in range(1, 6)])[0])
+    figures = 100 * np.mean(found, axis=0)
+    expected = dict(zip(("mean", "recall", "decay"), figures[0], strict=True))
+    assert {w: results[0]["figures"][f"j_{w}"] for w in expected} == pytest.approx(expected)
+    expected = dict(zip(("mean", "recall", "decay"), figures[1], strict=True))
+    assert {w: results[0]["figures"][f"f_{w}"] for w in expected} == pytest.approx(expected)
+    assert results[0]["figures"]["jf_mean"] == pytest.approx(figures[:, 0].mean())
+    assert results[0]["objects"]["apart"][1]["f"]["mean"] == pytest.approx(found[1][1][0])
+    assert results[0]["figures"]["j_mean"] > 100 * np.mean(floors) + 10  # it follows them
 
 
-def test_finished_videos_are_not_done_again_unless_something_changed(videos, saved_model, tmp_path, capsys):
-    flags = ["eval", "davis", str(saved_model), "--data", str(videos), "--out", str(tmp_path / "m"), "--size", "64"]
-    assert main(flags) == 0
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "m").rglob("*.png")}
-    (tmp_path / "m" / "two.json").write_text(json.dumps({"stamp": "another"}))
-    assert main(flags) == 0
-    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "m").rglob("*.png")}
-    assert [p.parent.name for p in times if times[p] != after[p]] == ["two"] * 7
-    first = capsys.readouterr().out
-    assert first[: len(first) // 2] == first[len(first) // 2 :]
-    assert main([*flags, "--radius", "1"]) == 0
-    assert all(p.stat().st_mtime_ns != after[p] for p in after)
+def test_finished_videos_are_not_computed_again(saved_model, clips, tmp_path):
+    def run(**options):
+        out = tmp_path / "out"
+        found = judge.evaluate("davis", str(saved_model), data=str(clips), out=str(out), device="cpu", **options)
+        return found.figures, {p.parent.name: p.stat().st_mtime_ns for p in sorted(out.glob("*/00003.png"))}
+
+    def changed(before, after):
+        return {name for name in after if before[name] != after[name]}
+
+    figures, first = run()
+    (tmp_path / "out" / "alone" / "figures.json").unlink()  # as if interrupted in this one
+    again, second = run()
+    assert again == figures
+    assert changed(first, second) == {"alone"}
+    os.utime(clips / "Annotations" / "480p" / "third" / "00000.png", (1, 1))
+    assert changed(second, third := run()[1]) == {"third"}
+    assert changed(third, run(protocol="original")[1]) == {"apart", "alone", "third"}
 
 
-def test_kind_to_what_does_not_fit(videos, saved_model, tmp_path, capsys):
-    flags = ["eval", "davis", str(saved_model), "--out", str(tmp_path / "m"), "--size", "64", "--data"]
-    frames, outlines = (videos / kind / "480p" / "one" for kind in ("JPEGImages", "Annotations"))
-
-    def said(*words: str, data: Path = videos) -> None:
-        assert main([*flags, str(data)]) == 2
-        heard = capsys.readouterr().err
-        assert all(word in heard for word in words), heard
-        assert heard.count("\n") == 1
-
-    said("not laid out as DAVIS-2017", "ImageSets/2017/val.txt", data=tmp_path)
-    Image.fromarray(np.zeros((30, 80), np.uint8)).save(outlines / "00003.png")
-    said("00003.png is 80 x 30 pixels and its frame 80 x 64")
-    (outlines / "00003.png").unlink()
-    said("1 of the 7 files", "00003.png")
-    Image.fromarray(np.zeros((64, 80), np.uint8)).save(outlines / "00003.png")
-    (frames / "00002.jpg").write_bytes(b"no image")
-    said("frame 2 of one cannot be used")
-    (frames / "00002.jpg").unlink()
-    said("not in order: by name 3 follows 1")
-    for path in sorted(frames.glob("*.jpg")):
-        path.rename(frames / f"{int(path.stem) + 8}.jpg")  # 8, 9, 11 ...
-    said("not in order", "leading zeros")
-    for path in list(frames.glob("*.jpg"))[1:]:
-        path.unlink()
-    said("holds 1 frames")
-    (videos / "ImageSets" / "2017" / "val.txt").write_text("two\n")
-    first = videos / "Annotations" / "480p" / "two" / "00000.png"
-    Image.fromarray(np.zeros((64, 80), np.uint8)).save(first)
-    said("outlines no object to follow")
+def test_the_paper_stands_beside_the_whole_validation_set(model, tmp_path):
+    for i in range(30):
+        draw_video(tmp_path / "davis", f"v{i}", objects=2, count=3)
+    draw = tmp_path / "davis" / "Annotations" / "480p" / "v7" / "00000.png"
+    with Image.open(draw) as image:
+        indices = np.array(image)
+    indices[:8, :8] = 3  # the sixty-first object
+    picture = Image.fromarray(indices)
+    picture.putpalette(davis.PALETTE)
+    picture.save(draw)
+    options = DavisOptions(model="-", data=str(tmp_path / "davis"), out=str(tmp_path / "out"), queue=1)
+    found = davis.evaluate(model, options, CPU)
+    assert found.counts == {"videos": 30, "frames": 90, "objects": 61}
+    for theirs in davis.PAPER.values():
+        assert theirs.keys() < found.figures.keys()
+    assert "paper (vit_small/16)" in judge.table("m", found, davis.PAPER["vit_small/16"], "vit_small/16")
 
 
-@pytest.mark.parametrize(("name", "value"), [("queue", -1), ("radius", 0), ("topk", 0)])
-def test_impossible_options(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
-        DavisOptions(model="m", data="d", **{name: value})
+# --- what cannot be used --------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def smaller(path: Path) -> None:
+    with Image.open(path) as image:
+        reduced = image.resize((64, 48))
+    reduced.save(path)
+
+
+def blank(path: Path) -> None:
+    picture = Image.fromarray(np.zeros((96, 128), np.uint8))
+    picture.putpalette(davis.PALETTE)
+    picture.save(path)
+
+
+def renumber(folder: Path) -> None:
+    for i in range(7):
+        (folder / f"{i:05d}.jpg").rename(folder / f"{6 + i}.jpg")
+
+
+FRAMES, TRUTH = Path("JPEGImages", "480p", "apart"), Path("Annotations", "480p", "apart")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda d: shutil.rmtree(d / "ImageSets"), "is not laid out as DAVIS-2017"),
+        (lambda d: (d / davis.LIST).write_text("\n"), "names no video"),
+        (lambda d: shutil.rmtree(d / FRAMES), "apart is missing, a video that"),
+        (lambda d: shutil.rmtree(d / TRUTH), "7 of the 7 files that the frames of apart names are missing"),
+        (lambda d: (d / TRUTH / "00000.png").unlink(), "1 of the 7 files that the frames of apart name"),
+        (lambda d: (d / FRAMES / "00003.jpg").unlink(), "by name 00002.jpg is followed by 00004.jpg"),
+        (lambda d: renumber(d / FRAMES), "by name 12.jpg is followed by 6.jpg"),
+        (lambda d: (d / FRAMES / "00006.jpg").rename(d / FRAMES / "last.jpg"), "last.jpg of video apart is not named"),
+        (lambda d: [(d / FRAMES / f"0000{i}.jpg").unlink() for i in range(1, 7)], "video apart has 1 frame; all but"),
+        (
+            lambda d: smaller(d / TRUTH / "00002.png"),
+            "annotation apart/00002.png is 64 x 48 pixels and the first frame",
+        ),
+        (lambda d: smaller(d / FRAMES / "00002.jpg"), "frame apart/00002.jpg is 64 x 48 pixels and the first frame"),
+        (lambda d: blank(d / TRUTH / "00000.png"), "apart/00000.png of the first frame holds no object"),
+        (lambda d: (d / FRAMES / "00002.jpg").write_bytes(b"GIF"), "00002.jpg cannot be read as an image"),
+        (lambda d: cut(d / FRAMES / "00002.jpg"), "frame apart/00002.jpg cannot be read"),
+        (lambda d: cut(d / TRUTH / "00000.png"), "frame apart/00000: its mask 00000.png cannot be read"),
+    ],
+)
+def test_unusable_videos_are_named(saved_model, clips, tmp_path, capsys, spoil, complaint):
+    spoil(clips)
+    arguments = ["eval", "davis", str(saved_model), "--data", str(clips), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ((), "give --out FOLDER"),
+        (("--out", "out", "--size", "7"), "smaller than one patch of 8"),
+        (("--out", "taken/out"), "masks cannot be written to"),
+    ],
+)
+def test_unusable_options_are_said(saved_model, clips, tmp_path, monkeypatch, capsys, flags, complaint):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").write_text("")
+    assert main(["eval", "davis", str(saved_model), "--data", str(clips), *flags]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [{"queue": -1}, {"neighbourhood": -1}, {"top_k": 0}])
+def test_options_out_of_range(wrong):
+    with pytest.raises(ValueError, match="must not be negative, and top_k must be at least 1"):
+        DavisOptions(model="-", data="-", **wrong)

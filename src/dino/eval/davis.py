@@ -1,252 +1,289 @@
-"""Video object segmentation (paper table 5): the first frame's objects followed by nearest patches, nothing trained."""
+"""Video object segmentation on DAVIS-2017 (paper table 5): the first frame's masks carried through each video by frozen
+features, and region (J) and boundary (F) similarity as the benchmark measures them.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
 import os
 import sys
-from collections import deque
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from rich.progress import track
-from torch import Tensor
 
 from dino import distributed
 from dino.data.decode import BadImage
 from dino.data.labels import text
-from dino.data.render import STD, normalise
 from dino.data.sources import Files, listed
 from dino.eval.judge import Judgement, fingerprint, result_path
 from dino.eval.masks import object_indices
 from dino.eval.options import DavisOptions
-from dino.eval.propagation import contour, harden, mean_recall_decay, propagate, region
+from dino.eval.propagation import follow, hard, patch_features, soft, view_size
 from dino.models import Backbone
 
-SIZE, MULTIPLE = 480, 64  # pixels: the shorter side, and what the longer one is cut to a multiple of
-MISPRINT = 0.228  # the reference divides red by this instead of 0.229
-LAYOUT = (
-    "expected are DATA/JPEGImages/480p/VIDEO/NUMBER.jpg, DATA/Annotations/480p/VIDEO/NUMBER.png and "
-    "DATA/ImageSets/2017/val.txt with a VIDEO a line"
-)
+SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
+LIST = Path("ImageSets", "2017", "val.txt")
+LAYOUT = f"expected are DATA/JPEGImages/480p/VIDEO/00000.jpg, DATA/Annotations/480p/VIDEO/00000.png and DATA/{LIST}"
+TOLERANCE = 0.008  # of the image's diagonal, between boundaries
+# Colour of index i: red takes its bits 0, 3 and 6, highest first, green 1, 4 and 7, blue 2 and 5. As DAVIS's own masks.
+PALETTE = [sum((i >> 3 * j + c & 1) << 7 - j for j in range(3)) for i in range(256) for c in range(3)]
+
+# --- the measures ---------------------------------------------------------------------------------------------------
 
 
-class Clip(NamedTuple):
+def region(mask: np.ndarray, truth: np.ndarray) -> float:
+    """J: intersection over union of masks, bool [h, w]; 1 where both are empty."""
+    either = np.count_nonzero(mask | truth)
+    return np.count_nonzero(mask & truth) / either if either else 1.0
+
+
+def contour(mask: np.ndarray) -> np.ndarray:
+    """Pixels that differ from the one to the right, below, or both, bool [h, w]."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
+
+
+def boundary(mask: np.ndarray, truth: np.ndarray) -> float:
+    """F: harmonic mean of the shares of each mask's contour that lie near the other's; masks are bool [h, w]."""
+    found, expected = contour(mask), contour(truth)
+    if not found.any() or not expected.any():
+        return float(found.any() == expected.any())
+    radius = int(np.ceil(TOLERANCE * np.hypot(*mask.shape)))
+    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    disk = (x * x + y * y <= radius * radius).astype(np.uint8)
+    precision = (cv2.dilate(expected.astype(np.uint8), disk) > 0)[found].mean()
+    recall = (cv2.dilate(found.astype(np.uint8), disk) > 0)[expected].mean()
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def statistics(values: np.ndarray) -> dict[str, float]:
+    """Mean, recall (share above a half) and decay (first quarter less last) of a figure along a video [frames]."""
+    second, _, last = np.floor(np.linspace(0, len(values) - 1, 5)[1:4] + 0.5).astype(int)
+    decay = values[: second + 1].mean() - values[last:].mean()
+    return {"mean": float(values.mean()), "recall": float((values > 0.5).mean()), "decay": float(decay)}
+
+
+# --- the videos -----------------------------------------------------------------------------------------------------
+
+
+class Video(NamedTuple):
     name: str
     frames: Files
-    annotations: Files  # of the same positions
+    masks: Files  # at the same positions
+    objects: int
 
 
-def open_clips(options: DavisOptions) -> list[Clip]:
-    """The listed videos.
-
-    Raises:
-        ValueError: folders are not laid out as they should be, or frames are missing or out of order.
+def open_videos(data: str) -> list[Video]:
+    """Raises:
+    ValueError: the folder is not laid out as it should be, or a video cannot be used.
     """
-    root = Path(options.data)
-    split = root / "ImageSets" / "2017" / "val.txt"
-    if not split.is_file():
-        raise ValueError(f"--data {root} is not laid out as DAVIS-2017; {LAYOUT}.")
-    clips = []
-    for name in text(str(split)).split():
-        folder, outlines = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
-        stems = sorted(path.stem for path in folder.glob("*.jpg")) if folder.is_dir() else []
-        if len(stems) < 3:
-            raise ValueError(
-                f"{folder} holds {len(stems)} frames; a video needs 3 (the first is given, the last not judged)."
-            )
-        if all(stem.isdigit() for stem in stems):
-            numbers = [int(stem) for stem in stems]
-            gap = next((b for a, b in pairwise(numbers) if b != a + 1), None)
-            if gap is not None:
-                raise ValueError(
-                    f"the frames of {folder} are not in order: by name {gap} follows {numbers[numbers.index(gap) - 1]}; "
-                    "number them without gaps, with leading zeros."
-                )
-        by = f"{folder} (an annotation to a frame)"
-        clips.append(
-            Clip(
-                name,
-                listed(folder, [f"{s}.jpg" for s in stems], by, LAYOUT),
-                listed(outlines, [f"{s}.png" for s in stems], by, LAYOUT),
-            )
+    root = Path(data)
+    if not (root / LIST).is_file():
+        raise ValueError(f"--data {root} is not laid out as DAVIS-2017, {root / LIST} is missing; {LAYOUT}.")
+    names = dict.fromkeys(text(str(root / LIST)).split())
+    if not names:
+        raise ValueError(f"{root / LIST} names no video; write one per line.")
+    return [open_video(root, name) for name in names]
+
+
+def open_video(root: Path, name: str) -> Video:
+    images, masks = root / "JPEGImages" / "480p", root / "Annotations" / "480p"
+    if not (images / name).is_dir():
+        raise ValueError(f"{images / name} is missing, a video that {LIST} names; {LAYOUT}.")
+    stems = sorted(path.stem for path in (images / name).glob("*.jpg"))
+    if len(stems) < 3:
+        raise ValueError(
+            f"video {name} has {len(stems)} frame{'s' * (len(stems) != 1)}; all but the first and the last are measured, so "
+            "it needs at least 3."
         )
-    if not clips:
-        raise ValueError(f"{split} names no video; {LAYOUT}.")
-    return clips
+    _check_order(name, stems)
+    frames = listed(images, [f"{name}/{stem}.jpg" for stem in stems], name, LAYOUT)
+    truth = listed(masks, [f"{name}/{stem}.png" for stem in stems], f"the frames of {name}", LAYOUT)
+    sizes = [_size(Path(files.root, files.name(i))) for files in (frames, truth) for i in range(len(stems))]
+    for i, (width, height) in enumerate(sizes):
+        if (width, height) != sizes[0]:
+            files, what = (frames, "frame") if i < len(stems) else (truth, "annotation")
+            raise ValueError(
+                f"{what} {files.name(i % len(stems))} is {width} x {height} pixels and the first frame of the video "
+                f"{sizes[0][0]} x {sizes[0][1]}; make them agree."
+            )
+    objects = _indices(truth, 0).max()
+    if not objects:
+        raise ValueError(
+            f"the annotation {truth.name(0)} of the first frame holds no object; palette indices 1 to 254 are."
+        )
+    return Video(name, frames, truth, int(objects))
 
 
-def frame_size(height: int, width: int, size: int, patch_size: int) -> tuple[int, int]:
-    """Height and width to look at a frame with, pixels: the shorter side `size`, the longer cut to a multiple of 64."""
-    multiple = math.lcm(MULTIPLE, patch_size) if MULTIPLE % patch_size == 0 else patch_size
-    long = int(size * max(height, width) / min(height, width)) // multiple * multiple
-    return (long, size) if height > width else (size, long)
+def _check_order(name: str, stems: list[str]) -> None:
+    if odd := [stem for stem in stems if not stem.isdecimal()]:
+        raise ValueError(
+            f"frame {odd[0]}.jpg of video {name} is not named by a number; name frames 00000.jpg, 00001.jpg, ..."
+        )
+    steps = np.diff([int(stem) for stem in stems])
+    wrong = np.flatnonzero(steps != min((step for step in steps if step > 0), default=1))
+    if len(wrong):
+        raise ValueError(
+            f"frames of video {name} are out of order or missing: by name {stems[wrong[0]]}.jpg is followed by "
+            f"{stems[wrong[0] + 1]}.jpg; number them with leading zeros, in even steps."
+        )
 
 
-@torch.no_grad()
-def patches(model: Backbone, image: np.ndarray, protocol: str, device: torch.device) -> Tensor:
-    """L2-normalised features of the patches of an image [h, w, 3] uint8, of whole patches; [rows, columns, d]."""
-    pixels = normalise(torch.from_numpy(image)[None, None].to(device), model.in_channels)
-    if protocol == "original" and model.in_channels == 3:
-        pixels[:, 0] *= STD[0] / MISPRINT
-    tokens = model.tokens(pixels)[-1][0, 1:].float()
-    return F.normalize(tokens, dim=-1).unflatten(0, model.grid(*image.shape[:2]))
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}); replace it.") from error
 
 
-def follow(
-    model: Backbone, clip: Clip, first: np.ndarray, options: DavisOptions, device: torch.device
-) -> Iterator[np.ndarray]:
-    """Which object each pixel of the frames after the first belongs to, uint8 [h, w]; `first` says it of the first."""
-    size = shown_at(model, options)
-    height, width = first.shape
-    shape = frame_size(height, width, size, model.patch_size)
-    rows, columns = (edge // model.patch_size for edge in shape)
-    small = np.asarray(Image.fromarray(first).resize((columns, rows), Image.Resampling.NEAREST))
-    label = F.one_hot(torch.from_numpy(small.astype(np.int64)), int(first.max()) + 1).float().to(device)
-    recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=options.queue)
-    start: tuple[Tensor, Tensor] | None = None
-    for i in range(len(clip.frames)):
-        image = cv2.resize(clip.frames.read(i), (shape[1], shape[0]))
-        target = patches(model, image, options.protocol, device)
-        if start is None:
-            start = target, label
-            continue
-        known = [start, *recent]
-        sources, labels = (torch.stack([pair[k] for pair in known], dim=2) for k in (0, 1))  # [rows, columns, m, .]
-        soft = propagate(target, sources, labels, options.radius, options.topk)
-        recent.append((target, soft))
-        found = Image.fromarray(harden(soft, model.patch_size))
-        yield np.asarray(found.resize((width, height), Image.Resampling.NEAREST))
+def _indices(masks: Files, index: int) -> np.ndarray:
+    """Object of each pixel, uint8 [h, w]; unknown pixels (255) are background, as the benchmark has it."""
+    try:
+        indices = object_indices(Path(masks.root, masks.name(index)))
+    except BadImage as error:
+        raise ValueError(f"frame {masks.name(index)[:-4]}: {error.reason}.") from error
+    return np.where(indices == 255, 0, indices).astype(np.uint8)
 
 
-def shown_at(model: Backbone, options: DavisOptions) -> int:
-    """The shorter side of a frame, pixels: models made for less than 224 are shown as much less."""
-    size = options.size or min(SIZE, round(SIZE * model.image_size / 224))
-    return max(size // model.patch_size, 1) * model.patch_size
+# --- the evaluation -------------------------------------------------------------------------------------------------
 
 
-def segment(
-    model: Backbone, clip: Clip, options: DavisOptions, out: Path, device: torch.device
-) -> dict[str, list[list[float]]]:
-    """Follow the objects of a clip, write a palette PNG a frame, and judge all but the first and last: J and F by object.
+def segment(model: Backbone, video: Video, options: DavisOptions, device: torch.device) -> Iterator[np.ndarray]:
+    """Masks of a video's frames after the first, uint8 [h, w], frame by frame; memory does not grow with the video.
 
     Raises:
-        ValueError: a frame or annotation cannot be used, or `out` not be written.
+        ValueError: a frame cannot be read.
     """
-    truth = [_truth(clip, i) for i in range(len(clip.annotations))]
-    if (first := truth[0]).max() == 0:
-        raise ValueError(f"{clip.annotations.root}/{clip.annotations.name(0)} outlines no object to follow.")
-    with Image.open(Path(clip.annotations.root, clip.annotations.name(0))) as image:
-        palette = image.getpalette() or [0, 0, 0, *[255] * 765]
-    judged: dict[str, list[list[float]]] = {"j": [], "f": []}
-    objects = range(1, int(first.max()) + 1)
+    first = _indices(video.masks, 0)
+    shape = first.shape[0], first.shape[1]
+    size = options.size or min(SIZE, SIZE * model.image_size // 224)
+    view = view_size(*shape, size, model.patch_size)
+
+    def features() -> Iterator[torch.Tensor]:
+        for index in range(len(video.frames)):
+            try:
+                image = video.frames.read(index)
+            except BadImage as error:
+                raise ValueError(
+                    f"frame {video.frames.name(index)} cannot be read ({error.reason}); replace it."
+                ) from error
+            yield patch_features(model, image, view, device, options.protocol == "original")
+
+    start = soft(first, model.grid(*view), video.objects).to(device)
+    for labels in follow(features(), start, options.queue, options.neighbourhood, options.top_k):
+        yield hard(labels, view, shape)
+
+
+def measure(
+    model: Backbone, digest: str, video: Video, options: DavisOptions, device: torch.device, out: Path
+) -> dict[str, Any]:
+    """Masks of a video written to out/VIDEO/, and J and F of every object and frame [objects, frames - 2].
+
+    They are kept in figures.json beside the masks, written last, and used again while nothing has changed.
+    """
+    folder = out / video.name
+    key = [digest, *(part for files in (video.frames, video.masks) for part in (files.fingerprint, files.stamp()))]
+    key += [str(x) for x in (options.size, options.protocol, options.queue, options.neighbourhood, options.top_k)]
+    done, found = folder / "figures.json", {"of": hashlib.sha256(json.dumps(key).encode()).hexdigest()}
     try:
-        (out / clip.name).mkdir(parents=True, exist_ok=True)
-        _write(first, palette, out / clip.name / clip.annotations.name(0))
-        for i, found in enumerate(follow(model, clip, first, options, device), start=1):
-            _write(found, palette, out / clip.name / clip.annotations.name(i))
-            if i < len(truth) - 1:
-                judged["j"].append([region(found == k, truth[i] == k) for k in objects])
-                judged["f"].append([contour(found == k, truth[i] == k) for k in objects])
-    except BadImage as error:
-        raise ValueError(f"a frame of {clip.frames.root} cannot be used: {error.reason}; repair it.") from error
+        if (kept := json.loads(done.read_text()))["of"] == found["of"]:
+            return kept
+    except (OSError, ValueError, KeyError):
+        pass
+    folder.mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)
+    values: list[list[tuple[float, float]]] = []
+    masks = itertools.chain([_indices(video.masks, 0)], segment(model, video, options, device))
+    if distributed.is_main() and sys.stderr.isatty():
+        masks = track(masks, video.name, len(video.frames), transient=True)
+    for index, mask in enumerate(masks):
+        picture = Image.fromarray(mask)
+        picture.putpalette(PALETTE)
+        picture.save(folder / Path(video.masks.name(index)).name)
+        if 0 < index < len(video.frames) - 1:
+            truth, objects = _indices(video.masks, index), range(1, video.objects + 1)
+            values.append([(region(mask == k, truth == k), boundary(mask == k, truth == k)) for k in objects])
+    found |= dict(zip("jf", np.array(values).transpose(2, 1, 0).tolist(), strict=True))
+    temporary = done.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found) + "\n")
+    os.replace(temporary, done)
+    return found
+
+
+def masks_folder(options: DavisOptions) -> Path:
+    path = result_path(options, "davis")
+    if options.out is None and path is None:
+        raise ValueError(f"{options.model} is no run directory; give --out FOLDER for the masks.")
+    folder = path.with_suffix(".masks") if options.out is None and path else Path(str(options.out))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"the masks cannot be written to {out} ({error.strerror}); choose another --out.") from error
-    return judged
+        raise ValueError(f"masks cannot be written to {folder} ({error.strerror}); choose another --out.") from error
+    return folder
 
 
-def _truth(clip: Clip, index: int) -> np.ndarray:
-    path = Path(clip.annotations.root, clip.annotations.name(index))
-    try:
-        outlined = object_indices(path)
-        height, width = clip.frames.read(index).shape[:2]
-    except BadImage as error:
-        raise ValueError(f"frame {index} of {clip.name} cannot be used: {error.reason}; repair it.") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}.") from error
-    if outlined.shape != (height, width):
-        h, w = outlined.shape
-        raise ValueError(f"{path} is {w} x {h} pixels and its frame {width} x {height}; make them agree.")
-    return np.where(outlined == 255, 0, outlined).astype(np.uint8)
-
-
-def _write(objects: np.ndarray, palette: list[int], path: Path) -> None:
-    image = Image.fromarray(objects)
-    image.putpalette(palette)
-    image.save(path)
-
-
-# Table 5.
+# Table 5: DAVIS-2017, 30 validation videos with 61 objects.
 PAPER = {
-    "vit_small/16": {"jf_mean": 61.8, "j_mean": 60.2, "f_mean": 63.4},
-    "vit_base/16": {"jf_mean": 62.3, "j_mean": 60.7, "f_mean": 63.9},
-    "vit_small/8": {"jf_mean": 69.9, "j_mean": 66.6, "f_mean": 73.1},
-    "vit_base/8": {"jf_mean": 71.4, "j_mean": 67.9, "f_mean": 74.9},
+    "vit_small/16": {"davis2017_jf_mean": 61.8, "davis2017_j_mean": 60.2, "davis2017_f_mean": 63.4},
+    "vit_base/16": {"davis2017_jf_mean": 62.3, "davis2017_j_mean": 60.7, "davis2017_f_mean": 63.9},
+    "vit_small/8": {"davis2017_jf_mean": 69.9, "davis2017_j_mean": 66.6, "davis2017_f_mean": 73.1},
+    "vit_base/8": {"davis2017_jf_mean": 71.4, "davis2017_j_mean": 67.9, "davis2017_f_mean": 74.9},
 }
 
 
 def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Judgement:
-    """J, F and their mean over objects; a clip that was done with the same model and options is not done again."""
-    clips, out = open_clips(options), _folder(options)
-    size = shown_at(model, options)
-    model.grid(size, size)  # refuses before any work
-    settings = [fingerprint(model), size, options.protocol, options.queue, options.radius, options.topk]
-    mine = range(distributed.rank(), len(clips), distributed.world_size())
-    show = distributed.is_main() and sys.stderr.isatty()
-    shares: list[tuple[int, dict[str, list[list[float]]]]] = []
-    for i in track(mine, "videos", transient=True) if show else mine:
-        done, stamp = (
-            out / f"{clips[i].name}.json",
-            _digest([*settings, clips[i].frames.stamp(), clips[i].annotations.stamp()]),
+    """J, F and their mean over all objects; every rank takes its share of the videos."""
+    if options.size is not None and options.size < model.patch_size:
+        raise ValueError(
+            f"--size is {options.size}, smaller than one patch of {model.patch_size} pixels; use a larger one."
         )
-        found = json.loads(done.read_text()) if done.is_file() else {}
-        if found.get("stamp") != stamp:
-            found = {"stamp": stamp, **segment(model, clips[i], options, out, device)}
-            temporary = done.with_suffix(".tmp")
-            temporary.write_text(json.dumps(found))
-            os.replace(temporary, done)
-        shares.append((i, found))
-    results = dict(pair for share in distributed.gather(shares) for pair in share)
-    columns: dict[str, list[tuple[float, float, float]]] = {"j": [], "f": []}
-    by_video: dict[str, dict[str, float]] = {}
-    for i, clip in enumerate(clips):
-        for key, collected in columns.items():
-            objects = [mean_recall_decay(values) for values in np.array(results[i][key]).T]
-            collected += objects
-            by_video.setdefault(clip.name, {})[f"{key}_mean"] = 100 * float(np.mean([o[0] for o in objects]))
-    names = ("mean", "recall", "decay")
-    figures = {
-        f"{key}_{name}": 100 * float(np.mean([o[k] for o in collected]))
-        for key, collected in columns.items()
-        for k, name in enumerate(names)
+    videos, out, digest = open_videos(options.data), masks_folder(options), fingerprint(model)
+
+    def look(video: Video) -> dict[str, Any] | str:
+        """`measure`, or why that cannot be."""
+        try:
+            return measure(model, digest, video, options, device, out)
+        except ValueError as error:
+            return str(error)
+
+    mine = videos[distributed.rank() :: distributed.world_size()]
+    shares = distributed.gather({video.name: look(video) for video in mine})
+    found = {name: result for share in shares for name, result in share.items()}
+    if bad := [name for name in (video.name for video in videos) if isinstance(found[name], str)]:
+        raise ValueError(found[bad[0]])
+    if distributed.is_main():
+        print(f"Masks: {out}")
+    objects = {
+        video.name: [{m: statistics(np.array(values)) for m, values in zip("jf", pair, strict=True)} for pair in pairs]
+        for video in videos
+        for pairs in [zip(found[video.name]["j"], found[video.name]["f"], strict=True)]
     }
-    return Judgement(
-        {"jf_mean": (figures["j_mean"] + figures["f_mean"]) / 2, **figures},
-        f"{options.protocol} protocol: labels of the {options.topk} most alike patches within {options.radius} rows and "
-        f"columns in the first and the last {options.queue} frames, shorter side {size} pixels; masks in {out}",
-        {clip.name: clip.frames.fingerprint for clip in clips},
-        {"videos": len(clips), "objects": len(columns["j"])},
-        {"videos_by_name": by_video},
+    every = list(itertools.chain.from_iterable(objects.values()))
+    prefix = "davis2017_" if (len(videos), len(every)) == (30, 61) else ""
+    figures = {
+        f"{prefix}{m}_{what}": 100 * float(np.mean([one[m][what] for one in every]))
+        for m in "jf"
+        for what in ("mean", "recall", "decay")
+    }
+    both = {f"{prefix}jf_mean": (figures[f"{prefix}j_mean"] + figures[f"{prefix}f_mean"]) / 2}
+    frames, masks = (
+        hashlib.sha256("".join(files.fingerprint for files in part).encode()).hexdigest()
+        for part in ([v.frames for v in videos], [v.masks for v in videos])
     )
-
-
-def _folder(options: DavisOptions) -> Path:
-    if options.out is not None:
-        return Path(options.out)
-    path = result_path(options, "davis")
-    if path is None:
-        raise ValueError(f"{options.model} is no run directory; say with --out where the masks should go.")
-    return path.with_suffix("")
-
-
-def _digest(parts: list[object]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return Judgement(
+        both | figures,
+        f"{options.protocol} protocol: labels propagated from the first and {options.queue} previous frames, "
+        f"{options.top_k} likest patches within {options.neighbourhood} rows and columns",
+        {"frames": frames, "annotations": masks},
+        {"videos": len(videos), "frames": sum(len(v.frames) for v in videos), "objects": len(every)},
+        {"objects": objects},
+    )

@@ -226,23 +226,23 @@ class FinetuneOptions(TrainedOptions):
 @dataclass(frozen=True, kw_only=True)
 class DavisOptions(EvalOptions):
     data: str
-    """DAVIS-2017: a folder DATA with DATA/JPEGImages/480p/VIDEO/NUMBER.jpg, DATA/Annotations/480p/VIDEO/NUMBER.png and
-    DATA/ImageSets/2017/val.txt with a VIDEO a line."""
+    """DAVIS-2017, or videos laid out like it: a folder DATA with DATA/JPEGImages/480p/VIDEO/00000.jpg and so on,
+    DATA/Annotations/480p/VIDEO/00000.png and so on, and DATA/ImageSets/2017/val.txt with a VIDEO per line."""
     out: str | None = None
-    """Folder for the masks, VIDEO/NUMBER.png as the official evaluation reads them. None: eval/davis/ of a run."""
-    queue: int = 7
-    """Frames before this one that labels come from, beside the first."""
-    radius: int = 12
-    """Rows and columns of patches that something may move from frame to frame."""
-    topk: int = 5
-    """Most alike patches whose labels are averaged."""
+    """Folder for the masks, OUT/VIDEO/00000.png; videos finished there are not computed again. None: davis.masks beside
+    the result."""
     protocol: Literal["fixed", "original"] = "fixed"
-    """'original' repeats the reference's misprint in the normalisation of red (docs/evaluations.md)."""
+    """'original' repeats what the reference does otherwise, see docs/evaluations.md."""
+    queue: int = 7
+    """Frames before a frame that labels come from, besides the first."""
+    neighbourhood: int = 12
+    """Rows and columns of patches that a label can move between two frames."""
+    top_k: int = 5
+    """Likest patches that labels are taken from."""
 
     def __post_init__(self) -> None:
-        for name, least in (("queue", 0), ("radius", 1), ("topk", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more.")
+        if self.queue < 0 or self.neighbourhood < 0 or self.top_k < 1:
+            raise ValueError("queue and neighbourhood must not be negative, and top_k must be at least 1.")
 
 
 # Name -> what it measures and its options; the rest is `PAPER` and `evaluate` of the module dino.eval.NAME.
@@ -254,5 +254,5 @@ EVALUATIONS: dict[str, tuple[str, type[EvalOptions]]] = {
     "retrieval": ("landmark retrieval, Oxford and Paris", RetrievalOptions),
     "copydetect": ("find the originals of copies", CopydetectOptions),
     "masks": ("overlap of attention with objects", MasksOptions),
-    "davis": ("follow objects through videos", DavisOptions),
+    "davis": ("objects followed through videos, J and F", DavisOptions),
 }

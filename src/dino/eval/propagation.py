@@ -1,106 +1,128 @@
-"""Labels carried from frame to frame by the likeness of patches, and how well they outline objects (paper table 5)."""
+"""Labels carried from frame to frame along the likeness of patch features (paper section 4.2.2, table 5)."""
 
 from __future__ import annotations
 
-import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
+from dino.data.render import STD, normalise
+from dino.models import Backbone
+
 TEMPERATURE = 0.1
-TILE = 12  # rows and columns of patches that are done at a time
+TILE = 12  # patches. Similarities of a tile with 8 frames at radius 12 take 6 MB, however large the frames are
 
 
-def propagate(
-    target: Float[Tensor, "h w d"],
-    sources: Float[Tensor, "h w m d"],
-    labels: Float[Tensor, "h w m c"],
-    radius: int,
-    topk: int,
-) -> Float[Tensor, "h w c"]:
-    """Soft labels of a frame: of each patch the mean of the labels of its `topk` most alike patches in `m` other frames.
+def neighbourhoods(
+    height: int, width: int, radius: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor]]:
+    """A grid of patches cut into tiles; with each, what its patches see: those within `radius` rows and columns.
 
-    Only patches at most `radius` rows and columns away count; weights are exp(cosine / 0.1). A tile of the frame is done
-    at a time against what is near it, so that m (tile (tile + 2 radius))^2 numbers are held, never (h w)^2.
+    Yields:
+        rows and columns of the tile (t patches); rows and columns of all that it sees (s patches); and which patch sees
+        which, bool [t, s].
+    """
+    rows, columns = (torch.arange(n, device=device) for n in (height, width))
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            tile = slice(top, top + TILE), slice(left, left + TILE)
+            seen = slice(max(top - radius, 0), top + TILE + radius), slice(max(left - radius, 0), left + TILE + radius)
+            vertical, horizontal = (
+                (line[a][:, None] - line[b]).abs() <= radius
+                for line, a, b in zip((rows, columns), tile, seen, strict=True)
+            )
+            yield tile, seen, (vertical[:, None, :, None] & horizontal[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def propagate(target: Tensor, sources: Tensor, labels: Tensor, radius: int, top_k: int) -> Tensor:
+    """Labels of a frame's patches: the mean of their `top_k` likest source patches' labels, weighted by
+    exp(cosine / 0.1). A patch looks at those at most `radius` rows and columns away, in every source frame; what is as
+    like as the last of the `top_k` counts too.
+
+    A tile of patches is compared with what its patches can see and no more, so there is no matrix of all pairs.
 
     Args:
-        target, sources: L2-normalised features.
+        target: unit features [h, w, d]; sources: unit features [f, h, w, d]; labels: theirs [f, h, w, c].
+
+    Returns:
+        [h, w, c]
     """
-    result = target.new_empty(*target.shape[:2], labels.shape[-1])
-    for i, j in itertools.product(range(0, target.shape[0], TILE), range(0, target.shape[1], TILE)):
-        tile, window = zip(
-            *(_reach(at, edge, radius) for at, edge in zip((i, j), target.shape, strict=False)), strict=True
-        )
-        by_row, by_column = (_near(t, w, radius, target) for t, w in zip(tile, window, strict=True))
-        near = (by_row[:, None, :, None] * by_column[None, :, None, :]).flatten(2).flatten(0, 1)  # [patches, places]
-        weights = (target[tile].flatten(0, 1) @ sources[window].flatten(0, 2).T / TEMPERATURE).exp()
-        weights = (weights.unflatten(1, (near.shape[1], -1)) * near[..., None]).flatten(1)
-        least = weights.topk(min(topk, weights.shape[1]), dim=1).values[:, -1:]
-        weights = weights.where(weights >= least, torch.zeros_like(weights))
-        soft = (weights / weights.sum(dim=1, keepdim=True)) @ labels[window].flatten(0, 2)
-        result[tile] = soft.unflatten(0, result[tile].shape[:2])
-    return result
+    height, width, dim = target.shape
+    out = labels.new_empty(height, width, labels.shape[-1])
+    for tile, seen, visible in neighbourhoods(height, width, radius, target.device):
+        similarity = target[tile].reshape(-1, dim) @ sources[:, *seen].reshape(-1, dim).T
+        similarity = similarity.view(len(visible), len(sources), -1).masked_fill_(~visible[:, None], -torch.inf)
+        similarity = similarity.flatten(1)
+        least = similarity.topk(min(top_k, similarity.shape[1])).values[:, -1:]
+        weights = similarity.masked_fill_(similarity < least, -torch.inf).div_(TEMPERATURE).softmax(dim=1)
+        found = weights @ labels[:, *seen].reshape(-1, labels.shape[-1])
+        out[tile] = found.view(out[tile].shape)
+    return out
 
 
-def _reach(start: int, edge: int, radius: int) -> tuple[slice, slice]:
-    """Places of a tile along one axis, and those near any of them."""
-    stop = min(start + TILE, edge)
-    return slice(start, stop), slice(max(0, start - radius), min(stop + radius, edge))
+def follow(features: Iterable[Tensor], first: Tensor, queue: int, radius: int, top_k: int) -> Iterator[Tensor]:
+    """Labels of each frame after the first, from the first and the `queue` frames before it.
+
+    Args:
+        features: of each frame in order [h, w, d]; first: labels of the first frame's patches [h, w, c].
+
+    Yields:
+        [h, w, c]
+    """
+    frames = (F.normalize(frame, dim=-1) for frame in features)
+    start, previous = (next(frames), first), deque[tuple[Tensor, Tensor]](maxlen=queue)
+    for frame in frames:
+        sources, labels = (torch.stack(part) for part in zip(start, *previous, strict=True))
+        found = propagate(frame, sources, labels, radius, top_k)
+        previous.append((frame, found))
+        yield found
 
 
-def _near(tile: slice, window: slice, radius: int, like: Tensor) -> Tensor:
-    """1 where a place of the window is near one of the tile, else 0; [tile, window]."""
-    places = [torch.arange(part.start, part.stop, device=like.device) for part in (tile, window)]
-    return ((places[0][:, None] - places[1]).abs() <= radius).to(like.dtype)
+def view_size(height: int, width: int, size: int, patch_size: int) -> tuple[int, int]:
+    """Height and width a frame is looked at: shorter side `size`, aspect kept, both trimmed to whole patches; from 480
+    pixels on the longer one to a multiple of 64, as in the reference."""
+    step = 64 if size >= 480 and 64 % patch_size == 0 else patch_size
+    shorter = size // patch_size * patch_size
+    longer = shorter * max(height, width) // min(height, width) // step * step
+    return (longer, shorter) if height > width else (shorter, longer)
 
 
-def harden(soft: Float[Tensor, "h w c"], patch_size: int) -> np.ndarray:
-    """The class of each pixel, uint8 [h * patch, w * patch]: labels enlarged, each class stretched to [0, 1], the largest."""
-    large = F.interpolate(soft.permute(2, 0, 1)[None], scale_factor=patch_size, mode="bilinear", align_corners=False)[0]
-    flat = large.flatten(1)
-    low = flat.min(dim=1, keepdim=True).values
-    span = flat.max(dim=1, keepdim=True).values - low
-    stretched = torch.where(flat.amax(dim=1, keepdim=True) > 0, (flat - low) / span, flat)
-    return stretched.nan_to_num().view_as(large).argmax(dim=0).to(torch.uint8).cpu().numpy()
+@torch.no_grad()
+def patch_features(
+    model: Backbone, image: np.ndarray, view: tuple[int, int], device: torch.device, original: bool = False
+) -> Tensor:
+    """Normed patch features of a frame [h, w, 3] uint8 looked at `view` pixels: [rows, columns, d] float32.
+
+    Args:
+        original: divide red by the reference's 0.228, not by ImageNet's 0.229.
+    """
+    resized = cv2.resize(image, (view[1], view[0]), interpolation=cv2.INTER_LINEAR)
+    pixels = normalise(torch.from_numpy(resized)[None, None].to(device), model.in_channels)
+    if original and model.in_channels == 3:
+        pixels[:, 0] *= STD[0] / 0.228
+    return model.tokens(pixels)[-1][0, 1:].float().unflatten(0, model.grid(*view))
 
 
-def region(found: np.ndarray, truth: np.ndarray) -> float:
-    """J: intersection over union of two masks, bool [h, w]; 1 when both are empty."""
-    union = np.count_nonzero(found | truth)
-    return np.count_nonzero(found & truth) / union if union else 1.0
+def soft(indices: np.ndarray, grid: tuple[int, int], objects: int) -> Tensor:
+    """One-hot labels of patches [rows, columns, 1 + objects] from a mask's indices [h, w], each patch's middle one."""
+    small = np.array(Image.fromarray(indices).resize((grid[1], grid[0]), Image.Resampling.NEAREST))
+    return F.one_hot(torch.from_numpy(small).long(), objects + 1).float()
 
 
-def boundary(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a mask, bool [h, w], that differ from their right, lower or lower right neighbour."""
-    inside = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-    here, right, below, diagonal = inside[:-1, :-1], inside[:-1, 1:], inside[1:, :-1], inside[1:, 1:]
-    edge = (here ^ right) | (here ^ below)
-    # The last row and column look along themselves only.
-    edge[:-1, :-1] |= (here ^ diagonal)[:-1, :-1]
-    return edge
+def hard(labels: Tensor, view: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+    """Indices of a mask [height, width] uint8 from patches' labels [rows, columns, c].
 
-
-def contour(found: np.ndarray, truth: np.ndarray) -> float:
-    """F: harmonic mean of the shares of either boundary that lies within 0.8 % of the diagonal of the other."""
-    reach = int(np.ceil(0.008 * np.hypot(*found.shape)))
-    offset = np.arange(-reach, reach + 1)
-    disk = (offset[:, None] ** 2 + offset**2 <= reach**2).astype(np.uint8)
-    ours, theirs = boundary(found), boundary(truth)
-    if not ours.any() or not theirs.any():
-        return float(ours.any() == theirs.any())
-    precision, recall = (
-        np.count_nonzero(a & (cv2.dilate(b.astype(np.uint8), disk) > 0)) / np.count_nonzero(a)
-        for a, b in ((ours, theirs), (theirs, ours))
-    )
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def mean_recall_decay(values: np.ndarray) -> tuple[float, float, float]:
-    """Over the frames of an object: the mean, the share above one half, and the first quarter's mean less the last's."""
-    bounds = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
-    first, last = values[: bounds[1] + 1], values[bounds[3] :]
-    return float(values.mean()), float((values > 0.5).mean()), float(first.mean() - last.mean())
+    Labels are enlarged to `view` pixels, each stretched to [0, 1]; the largest wins, and what wins is brought to `shape`.
+    """
+    maps = F.interpolate(labels.permute(2, 0, 1)[None], view, mode="bilinear", align_corners=False)[0]
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    # What is the same everywhere, but not 0, cannot be stretched; it wins (the reference's maximum of its NaNs).
+    stretched = torch.where(high > 0, ((maps - low) / (high - low)).nan_to_num(torch.inf), maps)
+    winner = stretched.argmax(dim=0).byte().cpu().numpy()
+    return np.asarray(Image.fromarray(winner).resize((shape[1], shape[0]), Image.Resampling.NEAREST))
