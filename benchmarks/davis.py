@@ -9,18 +9,11 @@ Ratios: peer time / our time; memory is what either has alive at most, counted t
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import harness
 from dino.engine.memory import peak
 from dino.eval.propagation import TEMPERATURE, TILE, _near, _reach, propagate
 
@@ -54,22 +47,11 @@ def plain_propagate(target: Tensor, sources: Tensor, labels: Tensor, mask: Tenso
     return (affinity / affinity.sum(dim=1, keepdim=True)) @ labels.flatten(0, 1)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "davis-cpu")
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--dim", type=int, default=384)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's choice")
-    parser.add_argument("--json", type=Path, default=None)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = harness.parse(parser)
     h, w = 480 // options.patch, 832 // options.patch
     torch.manual_seed(0)
     frames = F.normalize(torch.randn(SOURCES, h, w, options.dim), dim=-1)
@@ -78,39 +60,30 @@ def main() -> None:
     ours_in = (target, frames.permute(1, 2, 0, 3).contiguous(), labels.permute(1, 2, 0, 3).contiguous())
     plain_in = (target.flatten(0, 1), frames.flatten(1, 2), labels.flatten(1, 2))
     mask = plain_mask(h, w)
-    build, carry = [], []
-    for _ in range(options.pairs):
-        build.append((seconds(lambda: our_neighbourhood(h, w)), seconds(lambda: plain_mask(h, w))))
-        carry.append(
-            (seconds(lambda: propagate(*ours_in, RADIUS, TOPK)), seconds(lambda: plain_propagate(*plain_in, mask)))
-        )
+    turns = {
+        "neighbourhood, ours": lambda: our_neighbourhood(h, w),
+        "neighbourhood, plain": lambda: plain_mask(h, w),
+        "frame, ours": lambda: propagate(*ours_in, RADIUS, TOPK),
+        "frame, plain": lambda: plain_propagate(*plain_in, mask),
+    }
+    took = harness.alternate(turns, options.pairs)
     difference = (propagate(*ours_in, RADIUS, TOPK).flatten(0, 1) - plain_propagate(*plain_in, mask)).abs().max().item()
     assert difference < 1e-4, difference
-    memory = [peak(lambda: propagate(*ours_in, RADIUS, TOPK)), peak(lambda: plain_propagate(*plain_in, mask))]
-    ratios = [b / a for a, b in carry]
+    memory = [peak(turns["frame, ours"]), peak(turns["frame, plain"])]
     result = {
         "what": "label propagation, plain / ours",
         "peer": "the reference's way written plainly",
         "patches": [h, w],
         "sources": SOURCES,
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "neighbourhood_ours_seconds": statistics.median(a for a, _ in build),
-        "neighbourhood_plain_seconds": statistics.median(b for _, b in build),
-        "neighbourhood_ratio": statistics.median(b / a for a, b in build),
-        "frame_ours_seconds": statistics.median(a for a, _ in carry),
-        "frame_plain_seconds": statistics.median(b for _, b in carry),
-        "frame_ratio_median": statistics.median(ratios),
-        "frame_ratio_min": min(ratios),
-        "frame_ratio_max": max(ratios),
-        "memory_ours_mb": memory[0] / 1e6,
-        "memory_plain_mb": (memory[1] + mask.numel() * 4) / 1e6,
+        "seconds": {name: harness.spread(times) for name, times in took.items()},
+        "neighbourhood_ratio": harness.ratio(took["neighbourhood, plain"], took["neighbourhood, ours"]),
+        "frame_ratio": harness.ratio(took["frame, plain"], took["frame, ours"]),
+        "bytes_ours": memory[0],
+        "bytes_plain": memory[1] + mask.numel() * 4,
         "largest_difference": difference,
     }
-    print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    harness.write(result, options.json)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)
