@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test format clean
+.PHONY: demo test bench format clean
 
 demo: $(STAMP)  ## train on the built-in scenes and write runs/demo/report.html
 	$(BIN)/dino train demo --out runs/demo --overwrite
@@ -14,6 +14,17 @@ test: $(STAMP)  ## every check: format, lint, types, import layers, tests
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n auto --dist worksteal
+
+BENCH_DATA ?=
+BENCH := $(BIN)/python benchmarks
+
+bench: $(STAMP)  ## every benchmark, short; BENCH_DATA=folder for real JPEGs; JSON in benchmarks/results/
+	$(BENCH)/views.py --num 32 --pairs 3 $(if $(BENCH_DATA),--images "$(BENCH_DATA)")
+	$(BENCH)/step.py --batch 2 --pairs 3
+	$(BENCH)/memory.py
+	$(BENCH)/knn.py --bank 50000 --queries 2000 --pairs 3
+	$(BENCH)/davis.py --pairs 3
+	! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BENCH)/gpu.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .

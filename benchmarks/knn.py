@@ -9,18 +9,11 @@ with a plain product and topk, as the reference does chunk by chunk.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import harness
 from dino.eval import knn
 
 CLASSES, EDGE = 1000, 4096
@@ -38,62 +31,38 @@ def plain(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) ->
     return {"knn20_top1": 100 * right / len(queries)}
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "knn-cpu")
     parser.add_argument("--bank", type=int, default=200_000)
     parser.add_argument("--queries", type=int, default=4000)
     parser.add_argument("--dim", type=int, default=384)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's choice")
-    parser.add_argument("--json", type=Path, default=None)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = harness.parse(parser)
     torch.manual_seed(0)
     bank, queries = torch.randn(options.bank, options.dim), torch.randn(options.queries, options.dim)
     labels, truth = torch.randint(CLASSES, (options.bank,)), torch.randint(CLASSES, (options.queries,))
     square, flops = torch.randn(EDGE, EDGE), 2 * options.bank * options.queries * options.dim
-    assert (
-        abs(
-            knn.classify(bank, labels, queries, truth)["knn20_top1"] - plain(bank, labels, queries, truth)["knn20_top1"]
-        )
-        < 0.2
-    )
-    rates, shares, ratios = [], [], []
-    for _ in range(options.rounds):
-        before = seconds(lambda: square @ square)
-        ours = seconds(lambda: knn.classify(bank, labels, queries, truth))
-        after = seconds(lambda: square @ square)
-        peer = seconds(lambda: plain(bank, labels, queries, truth))
-        rates.append(2 * EDGE**3 / statistics.mean((before, after)))
-        shares.append(flops / ours / rates[-1])
-        ratios.append(peer / ours)
+    given = (bank, labels, queries, truth)
+    assert abs(knn.classify(*given)["knn20_top1"] - plain(*given)["knn20_top1"]) < 0.2
+    turns = {
+        "product before": lambda: square @ square,
+        "ours": lambda: knn.classify(*given),
+        "product after": lambda: square @ square,
+        "plain": lambda: plain(*given),
+    }
+    took = harness.alternate(turns, options.pairs)
+    rates = [4 * EDGE**3 / (a + b) for a, b in zip(took["product before"], took["product after"], strict=True)]
     result = {
         "what": "k-NN classification: share of the matrix-product rate; plain / ours",
         "peer": "the reference's way written plainly, k = 20 only (ours: 10, 20, 100, 200)",
         "bank": options.bank,
         "queries": options.queries,
         "dim": options.dim,
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "matrix_product_gflops_per_second": statistics.median(rates) / 1e9,
-        "share_of_rate_median": statistics.median(shares),
-        "share_of_rate_min": min(shares),
-        "share_of_rate_max": max(shares),
-        "ratio_median": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        "matrix_product_gflops_per_second": harness.spread([rate / 1e9 for rate in rates]),
+        "share_of_matrix_product": harness.spread([flops / t / r for t, r in zip(took["ours"], rates, strict=True)]),
+        "ratio": harness.ratio(took["plain"], took["ours"]),
     }
-    print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    harness.write(result, options.json)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -9,22 +9,18 @@ parameters for clipping, AdamW and the teacher, as the reference does. Ratios fi
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import harness
+from dino.bench import matrix_rate
 from dino.config import OptimOptions
-from dino.engine import optim
+from dino.engine import optim, parallel
 from dino.method import DINO, Network
 from dino.models import Head, create
 from dino.models.vit import Attention, Block, VisionTransformer
@@ -64,37 +60,65 @@ def plain_copy(method: DINO) -> DINO:
     return plain
 
 
-def our_step(method: DINO, optimizer: torch.optim.Optimizer, groups: list[Tensor]) -> float:
-    result = method(groups, 0.04)
-    optimizer.zero_grad(set_to_none=True)
-    result.loss.backward()
-    optim.clip_per_parameter_(method.student.parameters(), 3.0)
-    optimizer.step()
-    method.update_teacher(0.996)
-    return result.loss.item()
+class Side:
+    """A method with what a step of it needs."""
+
+    def __init__(self, method: DINO, optimizer: torch.optim.Optimizer, device: torch.device, precision: str):
+        self.method, self.optimizer, self.device, self.precision = method.to(device), optimizer, device, precision
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        optim.set_rates(optimizer, 1e-4, 0.04)
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+
+    def update(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
-def plain_step(method: DINO, optimizer: torch.optim.Optimizer, groups: list[Tensor]) -> float:
-    with torch.no_grad():
-        teacher = method.teacher(groups[:1])
-    student = (method.student(groups) / 0.1).chunk(sum(len(g) for g in groups) // (len(groups[0]) // 2))
-    targets = ((teacher - method.centre.value) / 0.04).softmax(dim=-1).chunk(2)
-    terms = [
-        -(q * F.log_softmax(s, dim=-1)).sum(dim=-1).mean()
-        for i, q in enumerate(targets)
-        for v, s in enumerate(student)
-        if v != i
-    ]
-    loss = torch.stack(terms).mean()
-    method.centre.value.mul_(0.9).add_(0.1 * teacher.mean(dim=0))
-    optimizer.zero_grad()
-    loss.backward()
+def our_loss(side: Side, groups: list[Tensor]) -> Tensor:
+    with parallel.autocast(side.device, side.precision):
+        return side.method(groups, 0.04).loss
+
+
+def our_step(side: Side, groups: list[Tensor]) -> float:
+    loss = our_loss(side, groups)
+    side.optimizer.zero_grad(set_to_none=True)
+    side.backward(loss)
+    optim.clip_per_parameter_(side.method.student.parameters(), 3.0)
+    side.update()
+    side.method.update_teacher(0.996)
+    return loss.item()
+
+
+def plain_loss(side: Side, groups: list[Tensor]) -> Tensor:
+    method = side.method
+    with parallel.autocast(side.device, side.precision):
+        with torch.no_grad():
+            teacher = method.teacher(groups[:1])
+        student = (method.student(groups) / 0.1).chunk(sum(len(g) for g in groups) // (len(groups[0]) // 2))
+        targets = ((teacher - method.centre.value) / 0.04).softmax(dim=-1).chunk(2)
+        terms = [
+            -(q * F.log_softmax(s, dim=-1)).sum(dim=-1).mean()
+            for i, q in enumerate(targets)
+            for v, s in enumerate(student)
+            if v != i
+        ]
+        method.centre.value.mul_(0.9).add_(0.1 * teacher.mean(dim=0))
+        return torch.stack(terms).mean()
+
+
+def plain_step(side: Side, groups: list[Tensor]) -> float:
+    loss, method = plain_loss(side, groups), side.method
+    side.optimizer.zero_grad()
+    side.backward(loss)
     for p in method.student.parameters():
         if p.grad is not None:
             coefficient = 3.0 / (p.grad.norm() + 1e-6)
             if coefficient < 1:
                 p.grad.mul_(coefficient)
-    optimizer.step()
+    side.update()
     with torch.no_grad():
         for t, s in zip(method.teacher.parameters(), method.student.parameters(), strict=True):
             t.mul_(0.996).add_((1 - 0.996) * s)
@@ -107,60 +131,75 @@ def build(arch: str, prototypes: int) -> DINO:
     return DINO(student, teacher)
 
 
-def timed(step: Callable[..., float], *arguments: object) -> float:
-    started = time.perf_counter()
-    step(*arguments)
-    return time.perf_counter() - started
+def sides(arch: str, prototypes: int, device: torch.device, precision: str, peer_precision: str) -> tuple[Side, Side]:
+    """Ours and the peer, on the device, from the same weights."""
+    ours = build(arch, prototypes).to(device)
+    plain = plain_copy(ours)
+    plain_optimizer = torch.optim.AdamW(optim.parameter_groups(plain.student), lr=0.0, weight_decay=0.04)
+    our_optimizer = optim.create(OptimOptions(), ours.student)
+    return Side(ours, our_optimizer, device, precision), Side(plain, plain_optimizer, device, peer_precision)
+
+
+def views(images: int, num_local: int, device: torch.device) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(v * images, 3, s, s, device=device) for v, s in ((2, 224), (num_local, 96))]
+
+
+def measure(
+    arch: str,
+    batch: int,
+    prototypes: int,
+    pairs: int,
+    device: torch.device,
+    precision: str = "fp32",
+    peer_precision: str = "fp32",
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """Ours against the peer, in turns with matrix products in the same precision."""
+    ours, plain = sides(arch, prototypes, device, precision, peer_precision)
+    groups = views(batch, 8, device)
+    with FlopCounterMode(display=False) as counter:
+        loss = our_step(ours, groups)
+    tolerance = 1e-4 if {precision, peer_precision} == {"fp32"} else 0.05
+    assert abs(loss - (peer := plain_step(plain, groups))) < tolerance * peer, (loss, peer)
+    if compiled:
+        parallel.compile_networks(ours.method)  # pyright: ignore[reportAttributeAccessIssue]
+        our_step(ours, groups)
+    rates, flops = [], counter.get_total_flops()
+    dtype = parallel.DTYPES.get(precision, torch.float32)
+    turns = {
+        "ours": lambda: our_step(ours, groups),
+        "plain": lambda: plain_step(plain, groups),
+        "product": lambda: rates.append(matrix_rate(device, dtype)),
+    }
+    took = harness.alternate(turns, pairs, device)
+    return {
+        "arch": arch,
+        "batch": batch,
+        "prototypes": prototypes,
+        "precision": precision,
+        "peer_precision": peer_precision,
+        "compiled": compiled,
+        "ratio": harness.ratio(took["plain"], took["ours"]),
+        "ours_seconds": harness.spread(took["ours"]),
+        "ours_images_per_second": harness.spread([batch / t for t in took["ours"]]),
+        "gflop_per_image": flops / batch / 1e9,
+        "matrix_product_gflops_per_second": harness.spread([rate / 1e9 for rate in rates]),
+        "share_of_matrix_product": harness.spread([flops / t / r for t, r in zip(took["ours"], rates, strict=True)]),
+        "peak_bytes": {name: harness.peak_bytes(turns[name], device) for name in ("ours", "plain")},
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, "step-cpu")
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prototypes", type=int, default=65536)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's choice")
-    parser.add_argument("--json", type=Path, default=None)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    ours = build(options.arch, options.prototypes)
-    plain = plain_copy(ours)
-    groups = [torch.randn(2 * options.batch, 3, 224, 224), torch.randn(8 * options.batch, 3, 96, 96)]
-    our_optimizer = optim.create(OptimOptions(), ours.student)
-    plain_optimizer = torch.optim.AdamW(optim.parameter_groups(plain.student), lr=0.0, weight_decay=0.04)
-    for optimizer in (our_optimizer, plain_optimizer):
-        optim.set_rates(optimizer, 1e-4, 0.04)
-    losses = our_step(ours, our_optimizer, groups), plain_step(plain, plain_optimizer, groups)  # warm-up, and a check
-    assert abs(losses[0] - losses[1]) < 1e-4 * losses[1], losses
-    with FlopCounterMode(display=False) as counter:
-        our_step(ours, our_optimizer, groups)
-    flops = counter.get_total_flops()
-    pairs = []
-    for _ in range(options.pairs):
-        pairs.append((timed(our_step, ours, our_optimizer, groups), timed(plain_step, plain, plain_optimizer, groups)))
-        print(f"ours {pairs[-1][0]:.3f} s   plain {pairs[-1][1]:.3f} s   ratio {pairs[-1][1] / pairs[-1][0]:.3f}")
-    ratios = [b / a for a, b in pairs]
-    mine = statistics.median(a for a, _ in pairs)
-    result = {
-        "what": "training step, plain / ours",
-        "arch": options.arch,
-        "batch": options.batch,
-        "prototypes": options.prototypes,
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "ratio_median": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "ours_seconds": mine,
-        "ours_images_per_second": options.batch / mine,
-        "ours_gflops_per_second": flops / mine / 1e9,
-        "gflop_per_image": flops / options.batch / 1e9,
-    }
-    print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    options = harness.parse(parser)
+    figures = measure(options.arch, options.batch, options.prototypes, options.pairs, torch.device("cpu"))
+    peer = "the same mathematics written plainly"
+    harness.write({"what": "training step, plain / ours", "peer": peer} | figures, options.json)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -10,8 +10,6 @@ process and thread, so that a busy machine slows all of them. Ratios compare CPU
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import random
@@ -26,14 +24,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+import harness
 from dino.config import ViewOptions
 from dino.data.decode import decode
 from dino.data.render import CpuRenderer, normalise
+from dino.data.scenes import Scenes
 from dino.data.views import draw_views
 
 OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
@@ -175,7 +174,7 @@ def summarise(clocks: list[Clock]) -> dict:
     ratios = {}
     for name in ("ours, uint8", "ours, float32 normalised"):
         pairs = [clock["peer"][0] / clock[name][0] for clock in clocks]
-        ratios[name] = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)}
+        ratios[name] = harness.spread(pairs)
     return {"ratios": ratios, "methods": methods}
 
 
@@ -191,13 +190,6 @@ def show(summary: dict) -> None:
         print(f"{name if name == 'peer' else '  ' + name:58}{times['cpu_ms']:>10.2f}{times['wall_ms']:>10.2f}")
 
 
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def jpegs(folder: Path, num: int) -> list[bytes]:
     """`num` files spread evenly over the folder's sorted JPEGs."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
@@ -207,46 +199,50 @@ def jpegs(folder: Path, num: int) -> list[bytes]:
     return [paths[i * len(paths) // num].read_bytes() for i in range(num)]
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder of JPEGs, searched at any depth")
-    parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/dino to compare with")
-    parser.add_argument("--num", type=int, default=64, help="images")
-    parser.add_argument("--pairs", type=int, default=8, help="times that all images are gone through")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "views-cpu.json")
-    args = parser.parse_args()
-    if args.num < 1 or args.pairs < 1:
-        raise ValueError(f"--num is {args.num} and --pairs {args.pairs}; both must be at least 1.")
-    return args
+def drawn(num: int) -> list[bytes]:
+    """As many of the built-in scenes, of about the size of ImageNet's photographs."""
+    files = []
+    for index in range(num):
+        Image.fromarray(Scenes(num, size=448).read(index)).save(file := BytesIO(), "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    parser = harness.parser(__doc__, "views-cpu")
+    parser.add_argument("--images", type=Path, help="folder of JPEGs, searched at any depth; None: drawn ones")
+    parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/dino to compare with")
+    parser.add_argument("--num", type=int, default=64, help="images")
+    parser.set_defaults(threads=1)
+    args = harness.parse(parser)
+    if args.num < 1:
+        raise ValueError(f"--num is {args.num}; it must be at least 1.")
     cv2.setNumThreads(1)
-    args = arguments()
-    files = jpegs(args.images, args.num)
+    files = jpegs(args.images, args.num) if args.images else drawn(args.num)
     peer = reference_peer(args.reference) if args.reference else plain_peer()
     clocks = measure(files, args.pairs, peer)
     summary = summarise(clocks)
     show(summary)
-    packages = ("torch", "torchvision", "pillow", "opencv-python-headless", "numpy")
+    packages = ("torchvision", "pillow", "opencv-python-headless", "numpy")
+    decoding = [clock["decode"][0] for clock in clocks]
     result = {
         "what": "JPEG bytes in memory to 2 x 224 + 8 x 96 views, one process and thread; ratios of CPU time",
         "peer": "DataAugmentationDINO of a reference checkout"
         if args.reference
         else "torchvision transforms on Pillow",
-        "device": {"cpu": processor(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
+        "load_average": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "images": {"num": len(files), "mean_kilobytes": sum(map(len, files)) / len(files) / 1e3, "pairs": args.pairs},
+        "images": {
+            "real": args.images is not None,
+            "num": len(files),
+            "mean_kilobytes": sum(map(len, files)) / len(files) / 1e3,
+            "pairs": args.pairs,
+        },
+        "share_of_decoding_alone": harness.ratio(decoding, [clock["ours, uint8"][0] for clock in clocks]),
         **summary,
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    harness.write(result, args.json)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    harness.run(main)

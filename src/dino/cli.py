@@ -9,7 +9,7 @@ import difflib
 import importlib
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -47,6 +47,19 @@ class AblateOptions:
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise ValueError(f"jobs is {self.jobs}; train at least 1 row at a time.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(config.TrainOptions):
+    json: str | None = None
+    """File to write the figures to."""
+    seconds: float = 40
+    """About how long to measure."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.seconds > 0:
+            raise ValueError(f"seconds is {self.seconds}; measure for more than 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +106,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("learn from images without labels", config.TrainOptions, "dino.api:train_command"),
     **{f"eval {name}": Command(what, kind, "dino.eval.judge:command") for name, (what, kind) in EVALUATIONS.items()},
     "ablate": Command("train the rows of one of the paper's tables", AblateOptions, "dino.ablate:ablate_command"),
+    "bench": Command("what training costs on your data and machine, and what helps", BenchOptions, "dino.bench:bench"),
     "attention": Command("pictures of where the model looks", looks.AttentionOptions, "dino.report.look:attention"),
     "pca": Command("features of patches as colours", looks.PcaOptions, "dino.report.look:pca"),
     "match": Command("corresponding patches of two images", looks.MatchOptions, "dino.report.look:match"),
@@ -169,20 +183,23 @@ def _dispatch(arguments: list[str]) -> int:
         hint = f" Did you mean 'dino {near[0]}'?" if near else ""
         raise ValueError(f"unknown command '{name}'; known are: {', '.join(known)}.{hint}")
     command = COMMANDS[name]
-    options = _parse_train(rest) if name == "train" else tyro.cli(command.options, args=rest, prog=f"dino {name}")
+    if issubclass(command.options, config.TrainOptions):
+        options = _parse_train(rest, command.options, name)
+    else:
+        options = tyro.cli(command.options, args=rest, prog=f"dino {name}")
     module, _, function = command.function.partition(":")
     return getattr(importlib.import_module(module), function)(options) or 0
 
 
-def _parse_train(arguments: list[str]) -> config.TrainOptions:
-    """`dino train [RECIPE | FILE.toml] [FLAGS]`: flags win over the file or recipe they follow."""
+def _parse_train(arguments: list[str], kind: type[config.TrainOptions], name: str) -> config.TrainOptions:
+    """`dino train [RECIPE | FILE.toml] [FLAGS]`: flags win over the file or recipe they follow; as `dino bench`."""
     default, flags = config.TrainOptions(), []
     if arguments and not arguments[0].startswith("-"):
         first, arguments = arguments[0], arguments[1:]
         if first.endswith(".toml"):
             flags = config.toml_flags(Path(first))
         elif first not in recipes.RECIPES and Path(first).exists():
-            raise ValueError(f"'{first}' is not a recipe; to train on it write: dino train --data {first}")
+            raise ValueError(f"'{first}' is not a recipe; to train on it write: dino {name} --data {first}")
         else:
             default = recipes.get(first).options
     elif not any(a.split("=")[0] in ("--data", "--data.path", "--resume", "-h", "--help") for a in arguments):
@@ -190,10 +207,9 @@ def _parse_train(arguments: list[str]) -> config.TrainOptions:
     resume = _value_of("--resume", arguments)
     if resume is not None:
         default, flags = config.recorded(resume), []
-    options = tyro.cli(
-        config.TrainOptions, args=flags + arguments, default=default, prog="dino train [RECIPE | FILE.toml]"
-    )
-    if resume is not None:
+    default = kind(**{f.name: getattr(default, f.name) for f in fields(default)})
+    options = tyro.cli(kind, args=flags + arguments, default=default, prog=f"dino {name} [RECIPE | FILE.toml]")
+    if resume is not None and name == "train":
         recipes.check_resumable(default, options)
     return options
 

@@ -1,0 +1,86 @@
+"""What the benchmarks share: turns taken in one process, medians with their spread, the device's name, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino.bench import device_name, seconds
+from dino.engine.memory import peak
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """Options of every benchmark; JSON goes to results/`name`.json unless told otherwise."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--pairs", type=int, default=5, help="times that ours and the peer take turns")
+    made.add_argument("--threads", type=int, default=0, help="0: PyTorch's choice")
+    made.add_argument("--json", type=Path, default=RESULTS / f"{name}.json")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed options, with the number of threads set."""
+    options = made.parse_args(arguments)
+    if options.pairs < 1:
+        raise ValueError(f"--pairs is {options.pairs}; it must be at least 1.")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+def alternate(
+    turns: Mapping[str, Callable[[], object]], pairs: int, device: torch.device | str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of every turn, `pairs` times; every other time in reverse order, so that none is always first."""
+    took: dict[str, list[float]] = {name: [] for name in turns}
+    for pair in range(pairs):
+        for name in list(turns)[:: -1 if pair % 2 else 1]:
+            took[name].append(seconds(turns[name], torch.device(device)))
+        print("   ".join(f"{name} {times[-1]:.3f} s" for name, times in took.items()), file=sys.stderr)
+    return took
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes at most while `work` runs: all that is allocated on a GPU; on a CPU what `work` adds, tensor by tensor."""
+    if device.type != "cuda":
+        return peak(work)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return torch.cuda.max_memory_allocated(device)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """Peer / ours pair by pair: above 1 ours is faster."""
+    return spread([a / b for a, b in zip(peer, ours, strict=True)])
+
+
+def write(result: dict[str, Any], path: Path, device: torch.device | str = "cpu") -> None:
+    """Print the result and write it, with what it was measured on."""
+    where = {"device": device_name(torch.device(device)), "torch": torch.__version__, "date": f"{date.today()}"}
+    text = json.dumps(where | result, indent=2)
+    print(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def run(main: Callable[[], None]) -> None:
+    """`main`, with what it refuses said in one sentence."""
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,291 @@
+"""`dino bench`: what each part of training costs on these images and this machine, and which option helps most.
+
+The steps measured are the trainer's own: its parts are timed from outside, in turns with steps left alone and with
+matrix products, the machine's limit. Nothing is kept but, if asked for, a JSON file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+import dino
+from dino import api, config, distributed
+from dino.config import known
+from dino.data.decode import BadImage
+from dino.data.loader import Batch, ViewBatches, iterate, spare_cores
+from dino.data.views import draw_views
+from dino.engine import log, optim, parallel, train
+from dino.engine.train import Trainer
+
+if TYPE_CHECKING:
+    from dino.cli import BenchOptions
+
+DATA, LOADER, STEPS = 0.1, 0.2, 0.6  # shares of the seconds asked for; the rest is getting ready
+LONGEST_STEP = 0.08  # of them too: a step that would take longer is measured on fewer images
+STEP = ("transfer", "render on the device", "normalise", "teacher", "student", "backward", "optimiser", "EMA", "other")
+ONCE = ("optimiser", "EMA")  # cost the same however many images a step has
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of `work`, with everything that it starts on the device finished."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32, edge: int | None = None) -> float:
+    """Floating-point operations per second of one product of two square matrices, the limit for any network."""
+    edge = edge or (8192 if device.type == "cuda" else 2048)
+    square = torch.randn(edge, edge, device=device, dtype=dtype)
+    seconds(lambda: square @ square, device)  # the first one also starts the library
+    return 2 * edge**3 / seconds(lambda: square @ square, device)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+@contextlib.contextmanager
+def watched(device: torch.device, **functions: tuple[Any, str]) -> Iterator[dict[str, float]]:
+    """Seconds spent in each function, by the name given: `name=(owner, attribute)`."""
+    spent: dict[str, float] = defaultdict(float)
+    before = {name: getattr(owner, attribute) for name, (owner, attribute) in functions.items()}
+
+    def watch(name: str) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            result: list[Any] = []
+            spent[name] += seconds(lambda: result.append(before[name](*arguments, **named)), device)
+            return result[0]
+
+        return timed
+
+    try:
+        for name, (owner, attribute) in functions.items():
+            setattr(owner, attribute, watch(name))
+        yield spent
+    finally:
+        for name, (owner, attribute) in functions.items():
+            setattr(owner, attribute, before[name])
+
+
+def step_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """Seconds of each part of one step."""
+    method, device = trainer.method, trainer.device
+    functions: dict[str, tuple[Any, str]] = {
+        "whole": (trainer, "_train_step"),
+        "to_device": (trainer, "to_device"),
+        "normalise": (train, "normalise"),
+        "gradients": (trainer, "gradients"),
+        "teacher": (method, "teach"),
+        "forward": (trainer, "student"),
+        "loss": (method, "learn"),
+        "clip": (optim, "clip_per_parameter_"),
+        "update": (trainer.optimizer, "step"),
+        "EMA": (method, "update_teacher"),
+    }
+    if trainer.colour is not None:
+        functions["render on the device"] = (trainer, "colour")
+    with watched(device, **functions) as t:
+        trainer._train_step(batch)
+    parts = {name: t[name] for name in ("render on the device", "normalise", "teacher", "EMA") if name in t}
+    if device.type == "cuda":
+        parts["transfer"] = t["to_device"] - t.get("render on the device", 0.0)
+    parts["student"] = t["forward"] + t["loss"]
+    parts["backward"] = t["gradients"] - t["teacher"] - parts["student"]
+    parts["optimiser"] = t["clip"] + t["update"]
+    parts["other"] = max(0.0, t["whole"] - sum(parts.values()))
+    return {name: parts[name] for name in STEP if name in parts}
+
+
+def measure_data(batches: ViewBatches, workers: int, limit: float) -> dict[str, float]:
+    """Milliseconds per image of reading with decoding, and of rendering what a worker renders, on one core."""
+    threads = torch.get_num_threads()
+    if workers:
+        torch.set_num_threads(1)  # as in a worker
+    images, read, indices, started = [], 0.0, batches.indices(0)[:64], time.perf_counter()
+    for index in indices:
+        begun = time.perf_counter()
+        with contextlib.suppress(BadImage):
+            images.append(batches.source.read(int(index)))
+            read += time.perf_counter() - begun
+        if time.perf_counter() - started > limit / 2:
+            break
+    if not images:
+        raise ValueError(f"none of the first {len(indices)} images could be read; repair them or choose other --data.")
+    shapes = np.array([image.shape[:2] for image in images])
+    views = draw_views(batches.options, batches.sizes, 0, 0, range(len(images)), shapes)
+    batches.renderer(images, views)  # fills caches
+    render = seconds(lambda: batches.renderer(images, views), torch.device("cpu"))
+    torch.set_num_threads(threads)
+    return {"decode": 1e3 * read / len(images), "render": 1e3 * render / len(images)}
+
+
+def measure_loader(batches: ViewBatches, workers: int, pin_memory: bool, limit: float) -> float:
+    """Images per second that the loader delivers to a process that does nothing else."""
+    round_ = max(1, workers)
+    ready, count = iterate(batches, 0, 10**6, workers, pin_memory), 0
+    for _ in range(round_):
+        next(ready)
+    started = time.perf_counter()
+    while count == 0 or time.perf_counter() - started < limit:
+        for _ in range(round_):
+            next(ready)
+        count += round_
+    return count * batches.batch_size / (time.perf_counter() - started)
+
+
+def measure_step(trainer: Trainer, limit: float) -> dict[str, Any]:
+    """Milliseconds per image of a step's parts, images per second of whole steps, and the share of the machine."""
+    device, size = trainer.device, trainer.batches.batch_size
+    full = trainer.batches[0]
+    if not full.groups:
+        raise ValueError(f"no batch can be made of these images, first {full.bad[0][0]}: {full.bad[0][1]}.")
+    trainer.step = trainer.plan.total // 2  # away from warm-up and frozen prototypes
+
+    def of(count: int) -> Batch:
+        return full if count == size else Batch([g[:, :count].contiguous() for g in full.groups], full.views, full.bad)
+
+    images = size
+    if device.type == "cpu":
+        few = min(2, size)
+        trainer._train_step(of(few))
+        each = seconds(lambda: trainer._train_step(of(few)), device) / few
+        images = max(few, min(size, int(LONGEST_STEP * limit / each)))
+    batch, dtype = of(images), parallel.DTYPES.get(trainer.precision, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        trainer._train_step(batch)
+    rates, wholes, parts, started = [], [], [], time.perf_counter()
+    while len(parts) < 3 or (time.perf_counter() - started < STEPS * limit and len(parts) < 30):
+        rates.append(matrix_rate(device, dtype))
+        wholes.append(seconds(lambda: trainer._train_step(batch), device))
+        parts.append(step_parts(trainer, batch))
+    ms = {n: 1e3 * statistics.median(p[n] for p in parts) / (size if n in ONCE else images) for n in parts[0]}
+    once = sum(ms[name] for name in ONCE)
+    whole = max(1e3 * statistics.median(wholes) / images - once * (size - images) / images, 1e-6)
+    flops, rate = counter.get_total_flops() / images, statistics.median(rates)
+    return {
+        "parts": ms,
+        "images_measured": images,
+        "images_per_second": 1e3 / whole,
+        "gflop_per_image": flops / 1e9,
+        "matrix_product_gflops_per_second": rate / 1e9,
+        "share_of_matrix_product": flops * 1e3 / whole / rate,
+    }
+
+
+def advise(trainer: Trainer, data: dict[str, float], loader: float, step: dict[str, Any]) -> str:
+    """The bottleneck, and the option that helps, in one sentence."""
+    options, workers = trainer.options, known(trainer.options.data.num_workers)
+    rate, share, cores = step["images_per_second"], step["share_of_matrix_product"], spare_cores()
+    if workers == 0 and loader < 4 * rate:
+        part = 100 * rate / (rate + loader)
+        return f"Views are made in the training process, {part:.0f} % of its time: use --data.num-workers {cores}."
+    if workers and loader < rate:
+        found = f"The data is the bottleneck: {loader:,.0f} images/s from {workers} workers where the step takes {rate:,.0f}"
+        if workers < cores:
+            return f"{found}: use --data.num-workers {cores}."
+        if data["decode"] > data["render"]:
+            return f"{found}, mostly decoding: store the images smaller, or use more cores."
+        return f"{found}, mostly rendering: fewer views (--views.num-local), or more cores."
+    total = sum(step["parts"].values())
+    fixed = sum(step["parts"][name] for name in ONCE) / total
+    slowest = max(step["parts"], key=lambda name: step["parts"][name])
+    found = f"The step is the bottleneck, most of it {slowest} ({100 * step['parts'][slowest] / total:.0f} %)"
+    if fixed > 0.25:
+        return f"The step is the bottleneck, {100 * fixed:.0f} % of it optimiser and EMA: use a larger --batch-size."
+    if trainer.device.type == "cuda" and trainer.precision == "fp32":
+        return f"{found}, in full precision: use --precision bf16."
+    if trainer.split.recompute:
+        return f"{found}, with activations computed twice: use --no-recompute if memory allows."
+    if trainer.device.type == "cuda" and share < 0.3:
+        return f"{found}, at {100 * share:.0f} % of the machine's matrix-product rate: use a larger --batch-size."
+    fewer = "fewer views (--views.num-local)" if options.views.num_local else "smaller views (--views.global-size)"
+    return f"{found}, at {100 * share:.0f} % of the machine's matrix-product rate: {fewer} or a smaller --model.arch."
+
+
+def shares(parts: dict[str, float]) -> dict[str, dict[str, float]]:
+    total = sum(parts.values())
+    return {name: {"ms_per_image": ms, "share": ms / total} for name, ms in parts.items()}
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table("", "ms/image", "share", title=f"{result['device']}, {result['precision']}", title_justify="left")
+    for title, parts in (("a worker", result["data"]), ("the step", result["step"])):
+        table.add_section()
+        for name, value in parts.items():
+            table.add_row(f"{title}: {name}", f"{value['ms_per_image']:.3f}", f"{100 * value['share']:.1f} %")
+    console = Console(width=None if os.isatty(1) else 120, highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(
+        f"Loader {result['loader_images_per_second']:,.1f} images/s with {result['workers']} workers; step "
+        f"{result['step_images_per_second']:,.1f} images/s, {result['gflop_per_image']:.1f} GFLOP an image, "
+        f"{100 * result['share_of_matrix_product']:.0f} % of this machine's matrix-product rate "
+        f"({result['matrix_product_gflops_per_second']:,.0f} GFLOP/s)."
+    )
+    console.print(result["advice"])
+
+
+def bench(options: BenchOptions) -> None:
+    """Measure, print, and write JSON if asked to; in a temporary run directory that is removed.
+
+    Raises:
+        ValueError: what `dino train` would refuse, or several ranks.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("dino bench measures one process; start it without torchrun.")
+    file = None if options.json is None else Path(options.json)
+    if file is not None and not (file.absolute().parent.is_dir() and not file.is_dir()):
+        raise ValueError(f"--json {file} cannot be written: no folder {file.absolute().parent}, or a folder itself.")
+    device, terminal = distributed.start(options.device), log.Terminal(True)
+    api.set_threads(options, device)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = config.replace(options, {"resume": None, "out": None})
+        trainer, _ = api.set_up(plain, Path(folder) / "run", device, terminal)
+        batches, workers = trainer.batches, known(trainer.options.data.num_workers)
+        terminal.say("1/3 decoding and rendering ...")
+        data = measure_data(batches, workers, DATA * options.seconds)
+        terminal.say(f"2/3 the loader with {workers} workers ...")
+        loader = measure_loader(batches, workers, device.type == "cuda", LOADER * options.seconds)
+        terminal.say("3/3 teacher, student, backward, optimiser, EMA ...")
+        step = measure_step(trainer, options.seconds)
+    advice = advise(trainer, data, loader, step)
+    result = {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "dino": dino.__version__,
+        "precision": trainer.precision,
+        "batch_size": batches.batch_size,
+        "workers": workers,
+        "data": shares(data),
+        "step": shares(step.pop("parts")),
+        "loader_images_per_second": loader,
+        "step_images_per_second": step.pop("images_per_second"),
+        **step,
+        "advice": advice,
+    }
+    show(result)
+    if file is not None:
+        file.write_text(json.dumps(result, indent=2) + "\n")
