@@ -103,7 +103,7 @@ def embed(
         for i in missing[distributed.rank() :: distributed.world_size()]
     ]
     positions = np.concatenate([np.zeros(0, np.int64), *(np.arange(r.start, r.stop) for r in mine)])
-    batches = stream(model, source, size, blank.device, positions, batch, None, "embed", readout, fp16=fp16)
+    batches = stream(model, source, size, blank.device, positions.tolist(), batch, None, "embed", readout, fp16=fp16)
     for part in mine:
         found = [*islice(batches, -(-len(part) // batch))]
         table = _table(found, source, shape, about)

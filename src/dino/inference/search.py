@@ -65,9 +65,8 @@ class Index:
     def __init__(self, embedding: Embedding, kind: IndexKind = "flat", rebuild: bool = False):
         if kind not in get_args(IndexKind):
             raise ValueError(f"there is no index '{kind}'; known are {', '.join(get_args(IndexKind))}.")
-        self.values, self.faiss = embedding.values, None
-        if kind != "flat":
-            self.faiss = _approximate(embedding, kind, rebuild)
+        self.embedding, self.values = embedding, embedding.values
+        self.faiss = None if kind == "flat" else _approximate(embedding, kind, rebuild)
 
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Cosines and rows [q, k] of the k rows nearest to each of `queries` [q, d], the nearest first.
@@ -77,7 +76,7 @@ class Index:
         queries, k = F.normalize(queries.float(), dim=1), min(k, len(self.values))
         if self.faiss is not None:
             cosine, rows = self.faiss.search(queries.numpy(), k)
-            return torch.from_numpy(cosine), torch.from_numpy(rows)
+            return torch.from_numpy(cosine).clamp(min=-1), torch.from_numpy(rows)
         found = [similarity.topk(k, dim=1) for similarity in self._similarities(queries)]
         return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
@@ -90,9 +89,8 @@ class Index:
 
     def recall(self, k: int) -> float:
         """Share of the true k nearest rows, of SAMPLE evenly spaced ones, that this index finds."""
-        exact, queries = Index.__new__(Index), self.values[torch.tensor(spread(len(self.values), SAMPLE))]
-        exact.values, exact.faiss = self.values, None
-        true, found = exact.nearest(queries, k)[1], self.nearest(queries, k)[1]
+        queries = self.values[torch.tensor(spread(len(self.values), SAMPLE))]
+        true, found = Index(self.embedding).nearest(queries, k)[1], self.nearest(queries, k)[1]
         return (true[:, :, None] == found[:, None]).any(dim=2).float().mean().item()
 
 
@@ -129,12 +127,16 @@ def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
     return index
 
 
+def opened(embedding: str | Path | Embedding) -> Embedding:
+    return embedding if isinstance(embedding, Embedding) else Folder.open(embedding).read()
+
+
 class Found(NamedTuple):
     queries: Images  # the images asked for, those that could be read
     cosine: np.ndarray  # [q, k]
     rows: np.ndarray  # [q, k] of the embedding
     embedding: Embedding
-    index: Index
+    used: Index
     bad: list[tuple[str, str]]  # name and reason of those that could not
 
     @property
@@ -164,11 +166,10 @@ def search(
     """
     if k < 1:
         raise ValueError(f"k is {k}; ask for at least 1 neighbour.")
-    embedding = embedding if isinstance(embedding, Embedding) else Folder.open(embedding).read()
+    embedding = opened(embedding)
     about, where = embedding.folder.about, embedding.folder.path
-    model = model or about["model"]
-    if isinstance(model, str):
-        model = weights.load(model).to(distributed.start(device))
+    name = about["model"] if model is None else model
+    model = weights.load(name).to(distributed.start(device)) if isinstance(name, str) else name
     if (own := weights.fingerprint(model)) != about["model_sha256"]:
         raise ValueError(
             f"{where} was made by another model ({about['model'] or 'unnamed'}, {about['model_sha256'][:12]}) than the "
@@ -187,47 +188,53 @@ def search(
     return Found(asked, cosine.numpy(), rows.numpy(), embedding, made, found.bad)
 
 
-def duplicates(embedding: Embedding, threshold: float = 0.95, index: IndexKind = "flat", rebuild: bool = False) -> list[list[int]]:
-    """Groups of rows that chains of cosines of at least `threshold` join, the largest first, each in order.
+def duplicates(
+    embedding: str | Path | Embedding, threshold: float = 0.95, index: IndexKind = "flat", rebuild: bool = False
+) -> list[list[int]]:
+    """Groups of rows whose cosine to the first of the group is at least `threshold`, the largest first.
 
-    'flat' compares all pairs; an approximate index each row with its nearest LINKS.
+    A row is in one group at most, that of the earliest such row. 'flat' compares all pairs; an approximate index each
+    row with the LINKS it finds nearest.
     """
     if not -1 <= threshold <= 1:
         raise ValueError(f"the threshold is {threshold}; a cosine lies between -1 and 1.")
-    values, parent = embedding.values, list(range(len(embedding.values)))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = row = parent[parent[row]]
-        return row
-
-    for pairs in _alike(values, threshold) if index == "flat" else _near(Index(embedding, index, rebuild), threshold):
-        for a, b in pairs.tolist():
-            a, b = sorted((root(a), root(b)))
-            parent[b] = a
-    groups: dict[int, list[int]] = {}
-    for row in range(len(parent)):
-        groups.setdefault(root(row), []).append(row)
-    return sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True)
+    embedding = opened(embedding)
+    values, groups = embedding.values, []
+    taken = torch.zeros(len(values), dtype=torch.bool)
+    made = Index(embedding, index, rebuild)
+    for row, alike in _alike(values, threshold) if index == "flat" else _near(made, threshold):
+        members = alike[~taken[alike] & (alike > row)]
+        if len(members) and not taken[row]:
+            taken[members] = True
+            groups.append([row, *members.tolist()])
+    return sorted(groups, key=len, reverse=True)
 
 
-def _alike(values: Tensor, threshold: float) -> Iterator[Tensor]:
-    """All pairs [m, 2] of rows at least so alike."""
+def _alike(values: Tensor, threshold: float) -> Iterator[tuple[int, Tensor]]:
+    """Each row that is at least so like a later one, in order, and those it is like."""
     step = max(1, SIMILARITIES_AT_ONCE // max(1, len(values)))
     for start in range(0, len(values), step):
-        pairs = torch.nonzero(values[start : start + step] @ values[start:].T >= threshold)
-        yield pairs[pairs[:, 1] > pairs[:, 0]] + start
+        alike = values[start : start + step] @ values[start:].T >= threshold
+        for i in torch.nonzero(alike.sum(dim=1) > 1)[:, 0].tolist():
+            yield start + i, torch.nonzero(alike[i])[:, 0] + start
 
 
-def _near(index: Index, threshold: float) -> Iterator[Tensor]:
+def _near(index: Index, threshold: float) -> Iterator[tuple[int, Tensor]]:
+    """The same, as far as the index finds them from either side."""
+    pairs = []
     for start in range(0, len(index.values), SAMPLE):
         cosine, rows = index.nearest(index.values[start : start + SAMPLE], LINKS)
         at, column = torch.nonzero((cosine >= threshold) & (rows >= 0), as_tuple=True)
-        yield torch.stack([at + start, rows[at, column]], dim=1)
+        pairs.append(torch.stack([at + start, rows[at, column]], dim=1).sort(dim=1).values)
+    first, counts = torch.unique_consecutive((both := torch.cat(pairs).unique(dim=0))[:, 0], return_counts=True)
+    yield from zip(first.tolist(), both[:, 1].split(counts.tolist()), strict=True)
 
 
-def outliers(embedding: Embedding, k: int = 10, index: IndexKind = "flat", rebuild: bool = False) -> Tensor:
+def outliers(
+    embedding: str | Path | Embedding, k: int = 10, index: IndexKind = "flat", rebuild: bool = False
+) -> Tensor:
     """Mean cosine of each row and its k nearest others [n]; low where an image is unlike all others."""
+    embedding = opened(embedding)
     if not 1 <= k < len(embedding.values):
         raise ValueError(f"k is {k}; it must be from 1 to {len(embedding.values) - 1}, the number of other images.")
     made, scores = Index(embedding, index, rebuild), []
