@@ -29,10 +29,10 @@ from dino.data.sources import Source, open_source, split, subset
 from dino.data.torchvision_sets import TORCHVISION, torchvision_pair
 from dino.eval.options import EVALUATIONS, EvalOptions
 from dino.inference import cache
+from dino.inference.cache import fingerprint
 from dino.inference.features import Features
 from dino.models import Backbone, VisionTransformer, weights
 from dino.models.vit import SIZES
-from dino.models.weights import fingerprint
 
 MOST_HELD_OUT, HELD_OUT_SCENES = 1000, 500
 

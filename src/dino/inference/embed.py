@@ -23,6 +23,7 @@ from dino.data.render import normalise
 from dino.data.scenes import scenes_of
 from dino.data.sources import Source, open_source
 from dino.data.torchvision_sets import TORCHVISION, torchvision_pair
+from dino.inference.cache import fingerprint
 from dino.inference.features import READOUTS, Features, Readout, batch_of, stream
 from dino.models import Backbone, weights
 
@@ -84,7 +85,7 @@ def embed(
     shard = -(-shard // batch) * batch
     about = {
         "model": name,
-        "model_sha256": weights.fingerprint(model),
+        "model_sha256": fingerprint(model),
         "data": os.path.abspath(data) if isinstance(data, str) and os.path.exists(data) else str(data),
         "data_sha256": source.fingerprint,
         "stamp": source.stamp(),

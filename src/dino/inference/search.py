@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dino import distributed
 from dino.data.decode import BadImage, decode
+from dino.inference.cache import fingerprint
 from dino.inference.embed import Embedding, Folder
 from dino.inference.features import extract, spread
 from dino.models import Backbone, weights
@@ -129,7 +130,7 @@ def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
     else:
         cells = max(1, min(int(4 * count**0.5), count // 39))  # 39 rows for each to learn from, as FAISS advises
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
-        index.nprobe = max(8, cells // 32)
+        index.nprobe = max(16, cells // 32)
         index.train(values)
     index.add(values)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -181,7 +182,7 @@ def search(
     about, where = embedding.folder.about, embedding.folder.path
     wanted = about["model"] if model is None else model
     asked = weights.load(wanted).to(distributed.start(device)) if isinstance(wanted, str) else wanted
-    if (own := weights.fingerprint(asked)) != about["model_sha256"]:
+    if (own := fingerprint(asked)) != about["model_sha256"]:
         raise ValueError(
             f"{where} was made by another model ({about['model'] or 'unnamed'}, {about['model_sha256'][:12]}) than the "
             f"query's ({own[:12]}); give its own with --model, or embed anew."

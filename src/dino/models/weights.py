@@ -6,7 +6,6 @@ ever unpickled but tensors and plain values, and every key must fit but the clas
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dino.models import Backbone, create, formats, pickles, releases
+from dino.models import create, formats, pickles, releases
 from dino.models.formats import State
 from dino.models.vit import VisionTransformer
 
@@ -64,16 +63,6 @@ def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any]) -> None:
     save_file(state, temporary)
     os.replace(temporary, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({"model": arguments}, indent=2) + "\n")
-
-
-def fingerprint(model: Backbone) -> str:
-    """Hex digest of a model's weights."""
-    assert isinstance(model, nn.Module)
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) -> VisionTransformer | TimmBackbone:
