@@ -301,3 +301,17 @@ def _labels(num_images: int, seed: int, first: int) -> Array:
     orders = [_generator(seed, _LABEL_STREAM + block).permutation(num) for block in blocks]
     start = first % num
     return np.concatenate(orders)[start : start + num_images].astype(np.int64)
+
+
+def scenes_of(spec: str) -> Scenes | None:
+    """The drawn scenes that 'scenes' or 'scenes:NUMBER' stands for; None: it is something else.
+
+    Raises:
+        ValueError: the number is none.
+    """
+    if spec != "scenes" and not spec.startswith("scenes:"):
+        return None
+    count = spec.partition(":")[2] or "3000"
+    if not count.isdigit() or int(count) < 1:
+        raise ValueError(f"--data {spec}: write scenes:NUMBER with the number of images to draw, e.g. scenes:3000.")
+    return Scenes(int(count))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import importlib
 import json
 import os
@@ -21,15 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino import __version__, distributed
 from dino.config import known
-from dino.data.scenes import Scenes
+from dino.data.scenes import Scenes, scenes_of
 from dino.data.sources import Source, open_source, split, subset
 from dino.data.torchvision_sets import TORCHVISION, torchvision_pair
 from dino.eval.options import EVALUATIONS, EvalOptions
 from dino.inference import cache
+from dino.inference.cache import fingerprint
 from dino.inference.features import Features
 from dino.models import Backbone, VisionTransformer, weights
 from dino.models.vit import SIZES
@@ -190,16 +190,6 @@ def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | No
     return path
 
 
-def fingerprint(model: Backbone) -> str:
-    """Hex digest of a model's weights."""
-    assert isinstance(model, nn.Module)
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def paper_name(model: Backbone) -> str:
     """What the paper calls such a model, e.g. "vit_small/16"; "" when it has none."""
     if isinstance(model, VisionTransformer):
@@ -275,12 +265,8 @@ def say_bad(bad: list[tuple[str, str]], what: str) -> None:
 
 def open_scenes(spec: str) -> tuple[Scenes, Scenes] | None:
     """Training and held-out drawn scenes where `spec` is 'scenes' or 'scenes:NUMBER'."""
-    if spec != "scenes" and not spec.startswith("scenes:"):
-        return None
-    count = spec.partition(":")[2] or "3000"
-    if not count.isdigit() or int(count) < 1:
-        raise ValueError(f"--data {spec}: write scenes:NUMBER with the number of images to draw, e.g. scenes:3000.")
-    return Scenes(int(count)), Scenes(HELD_OUT_SCENES, first=int(count))
+    scenes = scenes_of(spec)
+    return None if scenes is None else (scenes, Scenes(HELD_OUT_SCENES, first=len(scenes)))
 
 
 def agreeing(train: Source, test: Source) -> tuple[Source, Source]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from dino import distributed
 from dino.data.sources import Source
@@ -25,6 +26,16 @@ _in_use = ContextVar("cache in use", default=True)
 
 def folder() -> Path:
     return Path(os.environ.get("DINO_CACHE", "~/.cache/dino")).expanduser() / "features"
+
+
+def fingerprint(model: Backbone) -> str:
+    """Hex digest of a model's weights."""
+    assert isinstance(model, nn.Module)
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -98,7 +98,7 @@ class EvaluationViews(Dataset[tuple[list[Tensor], list[int], list[tuple[str, str
 
 
 Readout = Literal[
-    "cls", "average", "gem", "cls+average", "cls+gem", "last4", "last4+average", "any size", "three scales"
+    "cls", "average", "gem", "cls+average", "cls+gem", "last4", "last4+average", "any size", "three scales", "patches"
 ]
 
 
@@ -145,7 +145,8 @@ def _mean_over(scales: tuple[float, ...]) -> Callable[[Backbone, Tensor], Tensor
 
 
 # Normalised images to features [n, d]: the last [CLS], patches of the last block pooled, both, the last four [CLS], or
-# the last [CLS] of images of any size, as they are or as the mean over three scales (the reference's retrieval).
+# the last [CLS] of images of any size, as they are or as the mean over three scales (the reference's retrieval); or the
+# patches of the last block themselves, [n, p, d].
 READOUTS: dict[Readout, Callable[[Backbone, Tensor], Tensor]] = {
     "cls": lambda model, images: model(images),
     "average": lambda model, images: model.tokens(images)[-1][:, 1:].mean(dim=1),
@@ -156,6 +157,7 @@ READOUTS: dict[Readout, Callable[[Backbone, Tensor], Tensor]] = {
     "last4+average": _last4_and_average,
     "any size": _mean_over((1,)),
     "three scales": _mean_over((1, 2**-0.5, 0.5)),
+    "patches": lambda model, images: model.tokens(images)[-1][:, 1:],
 }
 
 
@@ -165,7 +167,47 @@ class Features(NamedTuple):
     bad: list[tuple[str, str]]
 
 
+def batch_of(size: int) -> int:
+    """Images of `size` pixels to compute at a time: 128, fewer of more than 224 pixels."""
+    return max(1, min(128, 128 * 224**2 // size**2))
+
+
 @torch.no_grad()
+def stream(
+    model: Backbone,
+    source: Source,
+    size: int,
+    device: torch.device | str,
+    indices: Sequence[int],
+    batch_size: int,
+    num_workers: int | None = None,
+    progress: str | None = None,
+    readout: Readout = "cls",
+    view: View = "centre",
+    fp16: bool = False,
+) -> Iterator[Features]:
+    """What `extract` gives, batch after batch, each of `batch_size` of the `indices`, the last of the rest.
+
+    Args:
+        fp16: compute in half precision where a GPU does.
+    """
+    device = torch.device(device)
+    if num_workers is None:  # starting processes costs more than a few hundred small images
+        num_workers = spare_cores() if len(indices) * size**2 > 2e7 and device.type == "cuda" else 0
+    views = EvaluationViews(source, indices, size, batch_size, view)
+    loader = DataLoader(
+        views, batch_size=None, num_workers=num_workers, worker_init_fn=start_worker if num_workers else None
+    )
+    read, half = READOUTS[readout], fp16 and device.type == "cuda"
+    show = progress is not None and sys.stderr.isatty()
+    batches = track(loader, description=progress, total=len(views), transient=True) if show and progress else loader
+    for parts, positions, bad in batches:
+        with torch.autocast(device.type, torch.float16, enabled=half):
+            values = [read(model, normalise(part.to(device), model.in_channels)).float().cpu() for part in parts]
+        found = torch.cat(values) if values else torch.zeros(0, model.embed_dim)
+        yield Features(found, np.array(positions, dtype=np.int64), bad)
+
+
 def extract(
     model: Backbone,
     source: Source,
@@ -189,8 +231,7 @@ def extract(
         shared: every rank computes its share and gets all of them; all ranks must call this.
         view: how an image is brought to that size, see `VIEWS`.
     """
-    if batch_size is None:
-        batch_size = max(1, min(128, 128 * 224**2 // size**2))
+    batch_size = batch_size or batch_of(size)
     indices = range(len(source)) if indices is None else indices
     if shared and distributed.world_size() > 1:
         # Whole batches, so that each is computed as it would be on one rank.
@@ -198,21 +239,11 @@ def extract(
         mine = [index for start in starts for index in indices[start : start + batch_size]]
         part = extract(model, source, size, device, mine, batch_size, num_workers, progress, readout, view=view)
         return _together(distributed.gather(part), indices)
-    if num_workers is None:  # starting processes costs more than a few hundred small images
-        num_workers = spare_cores() if len(indices) * size**2 > 2e7 and torch.device(device).type == "cuda" else 0
-    views = EvaluationViews(source, indices, size, batch_size, view)
-    loader = DataLoader(
-        views, batch_size=None, num_workers=num_workers, worker_init_fn=start_worker if num_workers else None
-    )
-    values, kept, bad, read = [], [], [], READOUTS[readout]
-    show = progress is not None and sys.stderr.isatty()
-    batches = track(loader, description=progress, total=len(views), transient=True) if show and progress else loader
-    for parts, positions, failed in batches:
-        values += [read(model, normalise(part.to(device), model.in_channels)).float().cpu() for part in parts]
-        kept += positions
-        bad += failed
+    found = [*stream(model, source, size, device, indices, batch_size, num_workers, progress, readout, view)]
     return Features(
-        torch.cat(values) if values else torch.zeros(0, model.embed_dim), np.array(kept, dtype=np.int64), bad
+        torch.cat([part.values for part in found if len(part.values)] or [torch.zeros(0, model.embed_dim)]),
+        np.concatenate([np.zeros(0, np.int64), *(part.indices for part in found)]),
+        [entry for part in found for entry in part.bad],
     )
 
 

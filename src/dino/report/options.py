@@ -94,3 +94,59 @@ class NeighboursOptions(TsneOptions):
     """Most queries to show of those that are right, and of those that are wrong."""
     out: str = "neighbours.html"
     """Page to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions(ModelOptions):
+    data: Positional[str]
+    """Images: a folder, a list of files (.txt, .csv), scenes:NUMBER, or torchvision:NAME:FOLDER."""
+    out: str
+    """Folder of Parquet files to write, e.g. x.parquet. The same command again goes on where it stopped."""
+    readout: Literal["cls", "average", "gem", "patches"] = "cls"
+    """[CLS], the mean or generalised mean of the patches, or a row for every patch."""
+    size: int | None = None
+    """Edge of the evaluation view, pixels. None: what the model was made for."""
+    fp16: bool = False
+    """Store half precision, and compute in it on a GPU."""
+    shard: int | None = None
+    """Images of a file, which is the most that is lost by a crash. None: 4096, fewer of patches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindOptions:
+    embedding: Positional[str]
+    """What `dino embed` wrote."""
+    index: Literal["flat", "ivf", "hnsw"] = "flat"
+    """Exact, or one of FAISS's approximate indices, which is kept beside the embedding."""
+    rebuild: bool = False
+    """Make the index anew."""
+    html: str | None = None
+    """Page of thumbnails to write."""
+    json: str | None = None
+    """Result file to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(FindOptions):
+    images: Positional[tuple[str, ...]]
+    """Image files or folders to find the like of."""
+    k: int = 10
+    """Neighbours of each."""
+    model: str | None = None
+    """The model that made the embedding. None: where it was then."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicatesOptions(FindOptions):
+    threshold: float = 0.95
+    """Cosine from which two images are near-copies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutliersOptions(FindOptions):
+    k: int = 10
+    """Nearest others that an image is compared with."""
+    top: int = 20
+    """Images to name, those least like any other first."""

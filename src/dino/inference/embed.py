@@ -1,0 +1,284 @@
+"""Features of many images on disk: a folder of Parquet shards, each written once and whole, by any number of ranks.
+
+A shard holds the rows of a fixed range of positions in the source, so which rank writes it, and when, changes nothing, and
+whoever goes on after a crash computes the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino import __version__, distributed
+from dino.data.render import normalise
+from dino.data.scenes import scenes_of
+from dino.data.sources import Source, open_source
+from dino.data.torchvision_sets import TORCHVISION, torchvision_pair
+from dino.inference.cache import fingerprint
+from dino.inference.features import READOUTS, Features, Readout, batch_of, stream
+from dino.models import Backbone, weights
+
+SHARD, MOST_VALUES = 4096, 2**24  # most images of a shard, and most numbers in one: 64 MB
+WHAT_IT_IS = ("model_sha256", "data_sha256", "stamp", "images", "readout", "size", "fp16", "shard")
+
+
+def parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("embeddings need PyArrow; install it with: pip install 'dino[search]'") from error
+    return pyarrow.parquet
+
+
+def images_of(spec: str) -> Source:
+    """The images that `spec` stands for: a folder or list, 'scenes:NUMBER', or a torchvision set's training images."""
+    if (scenes := scenes_of(spec)) is not None:
+        return scenes
+    return torchvision_pair(spec)[0] if spec.startswith(TORCHVISION) else open_source(spec)
+
+
+def embed(
+    model: str | Backbone,
+    data: str | Source,
+    out: str | Path,
+    readout: Readout = "cls",
+    size: int | None = None,
+    fp16: bool = False,
+    shard: int | None = None,
+    device: str = "auto",
+) -> Folder:
+    """Write features of all readable images of `data` to the folder `out`, or what is missing of them.
+
+    Its Parquet files have columns path, index (position in the data), feature [d], and `patch` (row by row) where the
+    features are of patches. Under torchrun all ranks call this, and each writes its share.
+
+    Args:
+        model: what `dino.load` takes, or a model, used where it lies.
+        size: edge of the evaluation view, pixels. None: what the model was made for.
+        fp16: store half precision, and compute in it on a GPU.
+        shard: images of a shard, rounded up to whole batches; most that is lost by a crash. None: 4096, fewer of patches.
+
+    Raises:
+        ValueError: `out` holds another embedding or something else, or no image can be read.
+    """
+    pq = parquet()
+    if shard is not None and shard < 1:
+        raise ValueError(f"--shard is {shard}; write at least 1 image to a shard.")
+    name = model if isinstance(model, str) else ""
+    if isinstance(model, str):
+        model = weights.load(model).to(distributed.start(device))
+    source, size, where = images_of(data) if isinstance(data, str) else data, size or model.image_size, model.parameters
+    blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(where()).device)
+    with torch.no_grad():
+        shape = READOUTS[readout](model, normalise(blank, model.in_channels)).shape[1:]  # [d] or [p, d]
+    shard = shard or max(1, min(SHARD, MOST_VALUES // shape.numel()))
+    batch = min(batch_of(size), shard)
+    shard = -(-shard // batch) * batch
+    about = {
+        "model": name,
+        "model_sha256": fingerprint(model),
+        "data": os.path.abspath(data) if isinstance(data, str) and os.path.exists(data) else str(data),
+        "data_sha256": source.fingerprint,
+        "stamp": source.stamp(),
+        "images": len(source),
+        "readout": readout,
+        "size": size,
+        "fp16": fp16,
+        "shard": shard,
+        "shards": -(-len(source) // shard),
+        "version": __version__,
+    }
+    folder = Path(out)
+    missing = distributed.gather(_missing(folder, about) if distributed.is_main() else [])[0]
+    mine = [
+        range(i * shard, min((i + 1) * shard, len(source)))
+        for i in missing[distributed.rank() :: distributed.world_size()]
+    ]
+    positions = np.concatenate([np.zeros(0, np.int64), *(np.arange(r.start, r.stop) for r in mine)])
+    batches = stream(model, source, size, blank.device, positions.tolist(), batch, None, "embed", readout, fp16=fp16)
+    for part in mine:
+        found = [*islice(batches, -(-len(part) // batch))]
+        table = _table(found, source, shape, about)
+        temporary = folder.with_name(f".{folder.name}.{part.start // shard}.{os.getpid()}.tmp")  # no reader looks there
+        with open(temporary, "wb") as file:
+            pq.write_table(table, file, use_dictionary=["path"])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / f"part-{part.start // shard:06d}.parquet")
+    distributed.barrier()
+    written = Folder.open(folder)
+    if not written.rows:
+        raise ValueError(f"none of the {len(source)} images of {about['data']} can be read, first: {written.bad[0]}.")
+    return written
+
+
+def _missing(folder: Path, about: dict[str, Any]) -> list[int]:
+    """Shards to write; the folder is made, and cleared of what a killed process left."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for rest in folder.parent.glob(f".{folder.name}.*.tmp"):
+            rest.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be made a folder ({error.strerror}); choose another --out.") from error
+    missing = set(range(about["shards"]))
+    for path in folder.iterdir():
+        number = path.stem.removeprefix("part-")
+        if path.suffix != ".parquet" or not number.isdigit():
+            raise ValueError(
+                f"--out {folder} holds {path.name}, which is no part of an embedding; choose another --out."
+            )
+        try:
+            held = _about(path)
+        except Damaged:
+            continue  # written again
+        for key in WHAT_IT_IS:
+            if held.get(key) != about[key]:
+                raise ValueError(
+                    f"--out {folder} holds another embedding, whose {key} is {str(held.get(key))[:12]} and not "
+                    f"{str(about[key])[:12]}; choose another --out, or delete it."
+                )
+        missing.discard(int(number))
+    return sorted(missing)
+
+
+def _table(found: list[Features], source: Source, shape: Sequence[int], about: dict[str, Any]) -> Any:
+    import pyarrow as pa
+
+    positions = np.concatenate([part.indices for part in found])
+    values = torch.cat([part.values for part in found if len(part.values)] or [torch.zeros(0, *shape)])
+    each = shape[0] if len(shape) == 2 else 1  # rows of an image
+    names = [os.fsencode(source.name(i)).decode("utf-8", "replace") for i in positions.tolist()]
+    columns = {"path": np.repeat(np.array(names, object), each), "index": np.repeat(positions, each)}
+    if len(shape) == 2:
+        columns["patch"] = np.tile(np.arange(each, dtype=np.int32), len(positions))
+    flat = values.numpy().astype(np.float16 if about["fp16"] else np.float32).reshape(-1)
+    arrays = {name: pa.array(column, pa.string() if name == "path" else None) for name, column in columns.items()}
+    arrays["feature"] = pa.FixedSizeListArray.from_arrays(pa.array(flat), shape[-1])
+    bad = [entry for part in found for entry in part.bad]
+    return pa.table(arrays).replace_schema_metadata({"dino": json.dumps(about | {"bad": bad})})
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+class Damaged(ValueError):
+    """A shard that cannot be read."""
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What the metadata of a shard say, with `rows` and the feature's length as `dim` (None: they differ)."""
+    pq = parquet()
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"there is no embedding '{path}'; write one with: dino embed MODEL DATA --out x.parquet"
+        ) from error
+    except OSError as error:  # ArrowInvalid is a ValueError
+        raise ValueError(f"{path} cannot be read ({error}).") from error
+    except ValueError as error:
+        raise Damaged(f"{path} is damaged or cut short; the same `dino embed` again makes it anew.") from error
+    if b"dino" not in (schema.metadata or {}) or "feature" not in schema.names:
+        raise ValueError(f"{path} is no embedding that `dino embed` wrote; give one.")
+    kind = schema.field("feature").type
+    return json.loads(schema.metadata[b"dino"]) | {"rows": rows, "dim": getattr(kind, "list_size", None)}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A complete embedding on disk, its features unread."""
+
+    path: Path
+    files: list[Path]
+    about: dict[str, Any]  # metadata, see docs/using-features.md
+    rows: int
+    dim: int
+    bad: list[tuple[str, str]]  # name and reason of each image that could not be read
+
+    @classmethod
+    def open(cls, path: str | Path) -> Folder:
+        """From a folder of shards, or a single one.
+
+        Raises:
+            ValueError: there is none, or it is incomplete, damaged, of several models or of several lengths.
+        """
+        path = Path(path)
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"{path} holds no embedding; write one with: dino embed MODEL DATA --out {path}")
+        held = [_about(file) for file in files]
+        dims = {about["dim"]: file.name for about, file in zip(held, files, strict=True)}
+        if len(dims) > 1 or None in dims:
+            lengths = " and ".join(str(dim or "varying") for dim in dims)
+            raise ValueError(
+                f"{path} mixes features of different lengths ({lengths}, {[*dims.values()][-1]}); embed anew."
+            )
+        for about, file in zip(held, files, strict=True):
+            if differs := [key for key in WHAT_IT_IS if about[key] != held[0][key]]:
+                raise ValueError(f"{file} is of another embedding than {files[0].name} ({differs[0]}); embed anew.")
+        if path.is_dir() and len(files) < held[0]["shards"]:
+            raise ValueError(
+                f"{path} is incomplete, {len(files)} of {held[0]['shards']} shards; the same `dino embed` again completes it."
+            )
+        bad = [(name, reason) for about in held for name, reason in about["bad"]]
+        return cls(path, files, held[0], sum(about["rows"] for about in held), held[0]["dim"], bad)
+
+    def read(self) -> Embedding:
+        """Everything, in memory.
+
+        Raises:
+            ValueError: a shard is damaged, or features are of patches.
+        """
+        if self.about["readout"] == "patches":
+            raise ValueError(
+                f"{self.path} holds features of patches, but images are compared; embed with another --readout."
+            )
+        values, names, positions, start = torch.empty(self.rows, self.dim), [], [], 0
+        for file in self.files:
+            try:
+                table = parquet().read_table(file, partitioning=None)
+            except (ValueError, OSError) as error:
+                raise Damaged(
+                    f"{file} is damaged or cut short; delete it, and the same `dino embed` makes it anew."
+                ) from error
+            for part in table["feature"].chunks:
+                flat = part.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.dim)
+                values[start : start + len(flat)] = torch.from_numpy(flat.copy())
+                start += len(flat)
+            names += table["path"].to_pylist()
+            positions.append(table["index"].to_numpy())
+        norms = torch.linalg.vector_norm(values, dim=1, keepdim=True).clamp(min=1e-12)
+        return Embedding(self, names, np.concatenate(positions), values.div_(norms))
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Features in memory."""
+
+    folder: Folder
+    names: list[str]
+    positions: np.ndarray  # [n] in the data
+    values: Tensor  # [n, d] float32, of length 1
+
+    def images(self) -> Source:
+        """The data it was made from.
+
+        Raises:
+            ValueError: they are no longer there, or no longer the same.
+        """
+        source = images_of(self.folder.about["data"])
+        if source.fingerprint != self.folder.about["data_sha256"]:
+            raise ValueError(
+                f"the images of {self.folder.about['data']} are no longer those of {self.folder.path}; embed them anew."
+            )
+        return source

@@ -1,0 +1,260 @@
+"""Neighbours, near-copies and outliers among the features of an embedding, by cosine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino import distributed
+from dino.data.decode import BadImage, decode
+from dino.inference.cache import fingerprint
+from dino.inference.embed import Embedding, Folder
+from dino.inference.features import extract, spread
+from dino.models import Backbone, weights
+
+IndexKind = Literal["flat", "ivf", "hnsw"]
+SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32
+FEW = 4  # queries that are quicker one by one
+HALF_ERROR = 2e-3  # of a cosine of features of length 1 in half precision: three roundings of 2^-11 and some more
+SAMPLE = 100  # queries that recall is measured with
+LINKS = 32  # nearest rows among which an approximate index looks for near-copies
+
+
+class Images:
+    """Image files or arrays [h, w, 3] uint8 as a `Source` without labels."""
+
+    classes, labels, fingerprint = (), None, ""
+
+    def __init__(self, items: Sequence[str | os.PathLike[str] | np.ndarray]):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def name(self, index: int) -> str:
+        item = self.items[index]
+        return f"image {index}" if isinstance(item, np.ndarray) else os.fspath(item)
+
+    def stamp(self) -> str:
+        return ""
+
+    def read(self, index: int) -> np.ndarray:
+        item = self.items[index]
+        if not isinstance(item, np.ndarray):
+            return decode(Path(item))
+        if item.ndim != 3 or item.shape[2] != 3 or item.dtype != np.uint8 or not item.size:
+            raise BadImage(f"an array {item.dtype} {list(item.shape)}, where uint8 [h, w, 3] is an image")
+        return item
+
+
+class Index:
+    """The rows of an embedding, to be asked for those nearest to a feature.
+
+    'flat' compares with every row, exactly. 'ivf' and 'hnsw' are FAISS's, approximate, kept in a file beside the embedding.
+
+    Raises:
+        ValueError: no such kind, FAISS is missing, or the file is older than the embedding or not of it.
+    """
+
+    def __init__(self, embedding: Embedding, kind: IndexKind = "flat", rebuild: bool = False):
+        if kind not in get_args(IndexKind):
+            raise ValueError(f"there is no index '{kind}'; known are {', '.join(get_args(IndexKind))}.")
+        self.embedding, self.values = embedding, embedding.values
+        self.rough: Tensor | None = None  # made when first needed
+        self.faiss = None if kind == "flat" else _approximate(embedding, kind, rebuild)
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Cosines and rows [q, k] of the k rows nearest to each of `queries` [q, d], the nearest first.
+
+        An approximate index may find fewer; row -1 stands for the others.
+        """
+        queries, k = F.normalize(queries.float(), dim=1), min(k, len(self.values))
+        if self.faiss is not None:
+            cosine, rows = self.faiss.search(queries.numpy(), k)
+            return torch.from_numpy(cosine).clamp(min=-1), torch.from_numpy(rows)
+        if len(queries) <= FEW:
+            found = [self._scan(query, k) for query in queries]
+        else:
+            parts = queries.split(max(1, SIMILARITIES_AT_ONCE // len(self.values)))
+            found = [(part @ self.values.T).topk(k, dim=1) for part in parts]
+        return torch.cat([cosine for cosine, _ in found]), torch.cat([rows for _, rows in found])
+
+    def _scan(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The same for one query [d], exactly, but most rows are only seen in half precision: memory is what takes time.
+
+        A row among the k nearest is at most twice the error below the k-th of the rough cosines.
+        """
+        self.rough = self.values.half() if self.rough is None else self.rough
+        rough = (self.rough @ query.half()).float()
+        rows = torch.nonzero(rough >= rough.topk(k).values[-1] - 2 * HALF_ERROR)[:, 0]
+        cosine = (self.values @ query)[rows] if 8 * len(rows) > len(self.values) else self.values[rows] @ query
+        best = cosine.topk(k)
+        return best.values[None], rows[best.indices][None]
+
+    def recall(self, k: int) -> float:
+        """Share of the true k nearest rows, of SAMPLE evenly spaced ones, that this index finds."""
+        queries = self.values[torch.tensor(spread(len(self.values), SAMPLE))]
+        true, found = Index(self.embedding).nearest(queries, k)[1], self.nearest(queries, k)[1]
+        return (true[:, :, None] == found[:, None]).any(dim=2).float().mean().item()
+
+
+def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError(f"--index {kind} needs FAISS; install it with: pip install 'dino[search]'") from error
+    folder, (count, dim) = embedding.folder, embedding.values.shape
+    path = folder.path.with_suffix(f".{kind}.faiss")
+    if path.exists() and not rebuild:
+        if path.stat().st_mtime_ns < max(file.stat().st_mtime_ns for file in folder.files):
+            raise ValueError(f"the index {path} is older than its embedding {folder.path}; add --rebuild.")
+        try:
+            index = faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise ValueError(f"the index {path} is damaged; add --rebuild.") from error
+        if (index.ntotal, index.d) != (count, dim):
+            raise ValueError(f"the index {path} is of another embedding than {folder.path}; add --rebuild.")
+        return index
+    values = embedding.values.numpy()
+    if kind == "hnsw":
+        index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efSearch = 128
+    else:
+        cells = max(1, min(int(4 * count**0.5), count // 39))  # 39 rows for each to learn from, as FAISS advises
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
+        index.nprobe = max(16, cells // 32)
+        index.train(values)
+    index.add(values)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    faiss.write_index(index, str(temporary))
+    os.replace(temporary, path)
+    return index
+
+
+def opened(embedding: str | Path | Embedding) -> Embedding:
+    return embedding if isinstance(embedding, Embedding) else Folder.open(embedding).read()
+
+
+class Found(NamedTuple):
+    queries: Images  # the images asked for, those that could be read
+    cosine: np.ndarray  # [q, k]
+    rows: np.ndarray  # [q, k] of the embedding
+    embedding: Embedding
+    used: Index
+    bad: list[tuple[str, str]]  # name and reason of those that could not
+
+    @property
+    def paths(self) -> list[list[str]]:
+        """What was found for each query, the nearest first."""
+        return [[self.embedding.names[row] for row in rows if row >= 0] for rows in self.rows.tolist()]
+
+
+def search(
+    embedding: str | Path | Embedding,
+    images: Sequence[str | os.PathLike[str] | np.ndarray],
+    k: int = 10,
+    index: IndexKind = "flat",
+    model: str | Backbone | None = None,
+    device: str = "auto",
+    rebuild: bool = False,
+) -> Found:
+    """The k images of an embedding whose features are most like those of each of `images`, by cosine.
+
+    Args:
+        images: paths, or arrays [h, w, 3] uint8.
+        index: exact ('flat') or approximate, see `Index`; rebuild: make its file anew.
+        model: what made the embedding. None: what the embedding names.
+
+    Raises:
+        ValueError: the model is another than the embedding's, or no image can be read.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; ask for at least 1 neighbour.")
+    embedding = opened(embedding)
+    about, where = embedding.folder.about, embedding.folder.path
+    wanted = about["model"] if model is None else model
+    asked = weights.load(wanted).to(distributed.start(device)) if isinstance(wanted, str) else wanted
+    if (own := fingerprint(asked)) != about["model_sha256"]:
+        raise ValueError(
+            f"{where} was made by another model ({about['model'] or 'unnamed'}, {about['model_sha256'][:12]}) than the "
+            f"query's ({own[:12]}); give its own with --model, or embed anew."
+        )
+    source = Images(images)
+    on = next(asked.parameters()).device
+    found = extract(asked, source, about["size"], on, readout=about["readout"])
+    for name, reason in found.bad:
+        print(f"Skipped {name}: {reason}", file=sys.stderr)
+    if not len(found.indices):
+        raise ValueError(f"none of the {len(source)} query images can be read; give others.")
+    made = Index(embedding, index, rebuild)
+    cosine, rows = made.nearest(found.values, k)
+    return Found(
+        Images([source.items[i] for i in found.indices]), cosine.numpy(), rows.numpy(), embedding, made, found.bad
+    )
+
+
+def duplicates(
+    embedding: str | Path | Embedding, threshold: float = 0.95, index: IndexKind = "flat", rebuild: bool = False
+) -> list[list[int]]:
+    """Groups of rows whose cosine to the first of the group is at least `threshold`, the largest first.
+
+    A row is in one group at most, that of the earliest such row. 'flat' compares all pairs; an approximate index each
+    row with the LINKS it finds nearest.
+    """
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"the threshold is {threshold}; a cosine lies between -1 and 1.")
+    embedding = opened(embedding)
+    values, groups = embedding.values, []
+    taken = torch.zeros(len(values), dtype=torch.bool)
+    made = Index(embedding, index, rebuild)
+    for row, alike in _alike(values, threshold) if index == "flat" else _near(made, threshold):
+        members = alike[~taken[alike] & (alike > row)]
+        if len(members) and not taken[row]:
+            taken[members] = True
+            groups.append([row, *members.tolist()])
+    return sorted(groups, key=len, reverse=True)
+
+
+def _alike(values: Tensor, threshold: float) -> Iterator[tuple[int, Tensor]]:
+    """Each row that is at least so like a later one, in order, and those it is like."""
+    step = max(1, SIMILARITIES_AT_ONCE // max(1, len(values)))
+    for start in range(0, len(values), step):
+        alike = values[start : start + step] @ values[start:].T >= threshold
+        for i in torch.nonzero(alike.sum(dim=1) > 1)[:, 0].tolist():
+            yield start + i, torch.nonzero(alike[i])[:, 0] + start
+
+
+def _near(index: Index, threshold: float) -> Iterator[tuple[int, Tensor]]:
+    """The same, as far as the index finds them from either side."""
+    pairs = []
+    for start in range(0, len(index.values), SAMPLE):
+        cosine, rows = index.nearest(index.values[start : start + SAMPLE], LINKS)
+        at, column = torch.nonzero((cosine >= threshold) & (rows >= 0), as_tuple=True)
+        pairs.append(torch.stack([at + start, rows[at, column]], dim=1).sort(dim=1).values)
+    first, counts = torch.unique_consecutive((both := torch.cat(pairs).unique(dim=0))[:, 0], return_counts=True)
+    yield from zip(first.tolist(), both[:, 1].split(counts.tolist()), strict=True)
+
+
+def outliers(
+    embedding: str | Path | Embedding, k: int = 10, index: IndexKind = "flat", rebuild: bool = False
+) -> Tensor:
+    """Mean cosine of each row and its k nearest others [n]; low where an image is unlike all others."""
+    embedding = opened(embedding)
+    if not 1 <= k < len(embedding.values):
+        raise ValueError(f"k is {k}; it must be from 1 to {len(embedding.values) - 1}, the number of other images.")
+    made, scores = Index(embedding, index, rebuild), []
+    for start in range(0, len(made.values), SAMPLE):
+        queries = made.values[start : start + SAMPLE]
+        cosine, rows = made.nearest(queries, k + 1)
+        itself = rows == torch.arange(start, start + len(queries))[:, None]
+        itself[~itself.any(dim=1), -1] = True  # a copy of it came first, or the index missed it: one row is too many
+        scores.append(cosine[~itself].view(-1, k).mean(dim=1))
+    return torch.cat(scores)

@@ -1,0 +1,85 @@
+"""Features as a step of a scikit-learn pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dino import distributed
+from dino.inference.features import Readout, extract
+from dino.inference.search import Images
+from dino.models import Backbone, weights
+
+try:
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+    from sklearn.utils.validation import check_is_fitted
+except ImportError as error:
+    raise ValueError("DinoFeatures needs scikit-learn; install it with: pip install 'dino[search]'") from error
+
+
+class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Images to features: ``make_pipeline(DinoFeatures("runs/a"), LogisticRegression()).fit(paths, labels)``.
+
+    Images are paths, or arrays [h, w, 3] uint8 of any sizes, also as one array [n, h, w, 3]. Nothing is learnt from them.
+
+    Args:
+        model: what `dino.load` takes, or a model, used where it lies.
+        readout: [CLS] ('cls'), patches pooled ('average', 'gem'), or another of `READOUTS`.
+        size: edge of the evaluation view, pixels. None: what the model was made for.
+    """
+
+    def __init__(
+        self,
+        model: str | Backbone = "vits16",
+        readout: Readout = "cls",
+        size: int | None = None,
+        batch_size: int | None = None,
+        device: str = "auto",
+    ):
+        self.model, self.size, self.batch_size, self.device = model, size, batch_size, device
+        self.readout: Readout = readout
+
+    def fit(self, X: Any, y: Any = None) -> DinoFeatures:
+        """Load the model and see how long its features are."""
+        model = self.model
+        self.model_ = weights.load(model).to(distributed.start(self.device)) if isinstance(model, str) else model
+        self._n_features_out = self._features(_images(X)[:1]).shape[1]
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Features [n, d] float32.
+
+        Raises:
+            ValueError: an image cannot be read.
+        """
+        check_is_fitted(self, "model_")
+        return self._features(_images(X))
+
+    def _features(self, images: Sequence[Any]) -> np.ndarray:
+        model = self.model_
+        on, size = next(model.parameters()).device, self.size or model.image_size
+        found = extract(model, Images(images), size, on, None, self.batch_size, readout=self.readout)
+        if found.bad:
+            name, reason = found.bad[0]
+            raise ValueError(f"{len(found.bad)} of {len(images)} images cannot be read, first {name}: {reason}.")
+        return found.values.numpy()
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.requires_fit, tags.no_validation = True, True
+        tags.input_tags.two_d_array, tags.input_tags.string = False, True
+        return tags
+
+
+def _images(X: Any) -> list[Any]:
+    """Images one by one.
+
+    Raises:
+        ValueError: there are none, or rows of numbers.
+    """
+    images = [image.item() if isinstance(image, np.str_) else image for image in X]
+    if not images:
+        raise ValueError("there are 0 images (0 samples); give at least 1.")
+    return images

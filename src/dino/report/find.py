@@ -1,0 +1,165 @@
+"""The commands that write an embedding and look into one: a table, JSON, and a page of thumbnails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from html import escape
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dino import distributed
+from dino.data.decode import BadImage
+from dino.data.sources import Source
+from dino.inference import embed as embeddings
+from dino.inference import search as finding
+from dino.inference.features import preprocess
+from dino.report.gallery import EDGE, NEIGHBOURS, neighbour_row, tile
+from dino.report.look import expand, writable
+from dino.report.options import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
+from dino.report.page import document
+
+MOST_ROWS = 50  # of a page
+NAMED = 20  # unreadable images named on the terminal; the shards' metadata name all
+
+
+def embed(options: EmbedOptions) -> None:
+    """Write the features of images, or go on writing them."""
+    o = options
+    try:
+        written = embeddings.embed(o.model, o.data, o.out, o.readout, o.size, o.fp16, o.shard, o.device)
+        if not distributed.is_main():
+            return
+        print(f"{o.out}: {written.rows:,} features of {written.dim} numbers, {written.about['shards']} files")
+        if written.bad:
+            print(f"{len(written.bad)} images could not be read and are left out:", file=sys.stderr)
+            for name, reason in written.bad[:NAMED]:
+                print(f"  {name}: {reason}", file=sys.stderr)
+            if len(written.bad) > NAMED:
+                print(f"  and {len(written.bad) - NAMED} more", file=sys.stderr)
+    finally:
+        distributed.stop()
+
+
+def search(options: SearchOptions) -> None:
+    """The images of an embedding that are most like those given."""
+    embedding, paths = _opened(options), [path for path, _ in expand(options.images)]
+    found = finding.search(embedding, paths, options.k, options.index, options.model, options.device, options.rebuild)
+    alike = [
+        [(value, row) for value, row in zip(*pair, strict=True) if row >= 0]
+        for pair in zip(found.cosine.tolist(), found.rows.tolist(), strict=True)
+    ]
+    result: dict[str, Any] = {"queries": []}
+    for i, rows in enumerate(alike):
+        print(name := found.queries.name(i))
+        result["queries"].append({"query": name, "neighbours": _listed(embedding, rows)})
+    if options.index != "flat":
+        result["recall"] = found.used.recall(options.k)
+        print(f"recall@{options.k} of {options.index}: {100 * result['recall']:.1f} % of the exact neighbours")
+
+    def body(images: Source) -> str:
+        shown = ((found.queries, i, Path(found.queries.name(i)).name, rows) for i, rows in enumerate(alike))
+        return "".join(_row(embedding, images, *row) for row in islice(shown, MOST_ROWS))
+
+    top = f"On the left the image asked for, then those of {len(embedding.names):,} most like it, with their cosines."
+    _write(options, embedding, result, "Neighbours", top, body)
+
+
+def duplicates(options: DuplicatesOptions) -> None:
+    """Images that are near-copies of each other, as groups."""
+    embedding = _opened(options)
+    groups: list[list[tuple[float, int]]] = []
+    for group in finding.duplicates(embedding, options.threshold, options.index, options.rebuild):
+        cosine = embedding.values[group] @ embedding.values[group[0]]
+        groups.append([*zip(cosine.tolist(), group, strict=True)])
+    result: dict[str, Any] = {"threshold": options.threshold, "groups": []}
+    for number, group in enumerate(groups, 1):
+        print(f"group {number}: {len(group)} images")
+        result["groups"].append(_listed(embedding, group))
+    count, total = sum(map(len, groups)), len(embedding.names)
+    said = f"{count:,} of {total:,} images are in {len(groups):,} groups of cosine {options.threshold:g} or more"
+    print(said)
+
+    def body(images: Source) -> str:
+        shown = ((images, int(embedding.positions[g[0][1]]), f"1 of {len(g)}", g[1:]) for g in groups[:MOST_ROWS])
+        return "".join(_row(embedding, images, *row) for row in shown)
+
+    top = f"{said}. On the left the first of each group, then others with their cosines to it."
+    _write(options, embedding, result, "Near-copies", top, body)
+
+
+def outliers(options: OutliersOptions) -> None:
+    """Images that are least like any other."""
+    embedding = _opened(options)
+    scores = finding.outliers(embedding, options.k, options.index, options.rebuild)
+    least = scores.topk(min(max(1, options.top), len(scores)), largest=False)
+    rows = [*zip(least.values.tolist(), least.indices.tolist(), strict=True)]
+    result = {"k": options.k, "outliers": _listed(embedding, rows)}
+
+    def body(images: Source) -> str:
+        tiles = ""
+        for value, row in rows:
+            pixels = preprocess(images.read(int(embedding.positions[row])), EDGE)
+            tiles += tile(pixels, f"<span>{value:.2f}</span>", alt=embedding.names[row])
+        return f'<div class="row six">{tiles}</div>'
+
+    top = f"Of {len(scores):,} images those least like their {options.k} nearest others, with the mean cosine."
+    _write(options, embedding, result, "Outliers", top, body)
+
+
+# --- what they share -----------------------------------------------------------------------------------------------
+
+
+def _opened(options: FindOptions) -> embeddings.Embedding:
+    for out, kind in ((options.html, ".html"), (options.json, ".json")):
+        if out is not None:
+            writable(out, kind)
+    return embeddings.Folder.open(options.embedding).read()
+
+
+def _listed(embedding: embeddings.Embedding, rows: Sequence[tuple[float, int]]) -> list[dict[str, Any]]:
+    """Cosines and rows as a table on the terminal and as what JSON holds."""
+    for value, row in rows:
+        print(f"  {value:7.4f}  {embedding.names[row]}")
+    return [
+        {"path": embedding.names[row], "index": int(embedding.positions[row]), "cosine": value} for value, row in rows
+    ]
+
+
+def _row(
+    embedding: embeddings.Embedding,
+    images: Source,
+    source: Source,
+    at: int,
+    caption: str,
+    rows: list[tuple[float, int]],
+) -> str:
+    found = [(value, int(embedding.positions[row])) for value, row in rows[:NEIGHBOURS]]
+    return neighbour_row(preprocess(source.read(at), EDGE), escape(caption), None, images, found)[0]
+
+
+def _write(
+    options: FindOptions,
+    embedding: embeddings.Embedding,
+    result: dict[str, Any],
+    kicker: str,
+    top: str,
+    body: Callable[[Source], str],
+) -> None:
+    """The result file and the page, as the options want them."""
+    if options.json is not None:
+        about = {
+            "embedding": options.embedding,
+            "model_sha256": embedding.folder.about["model_sha256"],
+            "index": options.index,
+        }
+        Path(options.json).write_text(json.dumps(about | result, indent=2) + "\n")
+    if options.html is not None:
+        try:
+            html = body(embedding.images()) or "<p>None.</p>"
+        except BadImage as error:
+            raise ValueError(f"an image cannot be read any more, so there is no page ({error}); embed anew.") from error
+        page = document(embedding.folder.path.name, kicker, f"<p>{escape(top)}</p>", {kicker: html})
+        Path(options.html).write_text(page, encoding="utf-8", errors="replace")

@@ -1,0 +1,204 @@
+"""Embeddings through the real command line: killed and gone on with, over ranks, read by others, and refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dino
+from conftest import dino_command, draw_images, run_dino
+from dino.cli import main
+from dino.data.sources import open_source
+from dino.inference.cache import fingerprint
+from dino.inference.embed import Folder, images_of
+from dino.inference.features import extract
+
+pq = pytest.importorskip("pyarrow.parquet")
+
+COUNT, SHARD = 120, 2
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """Images, one of which is none."""
+    folder = draw_images(tmp_path_factory.mktemp("many"), COUNT - 1)
+    (folder / "class1" / "broken.jpg").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, many, saved_model) -> Folder:
+    """An embedding that nothing interrupted."""
+    return dino.embed(
+        str(saved_model), str(many), tmp_path_factory.mktemp("whole") / "x.parquet", shard=SHARD, device="cpu"
+    )
+
+
+def rows(folder: Path):
+    return pq.read_table(folder).replace_schema_metadata(None)
+
+
+def test_rows_are_the_features_of_the_readable_images_in_order(whole, many, saved_model):
+    source, model = open_source(str(many)), dino.load(saved_model)
+    expected, table = extract(model, source, 32, batch_size=SHARD), rows(whole.path)
+    assert table["index"].to_pylist() == expected.indices.tolist()
+    assert table["path"].to_pylist() == [source.name(i) for i in expected.indices.tolist()]
+    found = np.array(table["feature"].to_pylist(), np.float32)
+    torch.testing.assert_close(torch.from_numpy(found), expected.values, rtol=0, atol=0)
+    assert [name for name, _ in whole.bad] == ["class1/broken.jpg"]
+    assert whole.rows == COUNT - 1
+    assert len(whole.files) == COUNT // SHARD
+    assert whole.about["model_sha256"] == fingerprint(model)
+
+
+def test_killed_at_several_moments_and_gone_on_with_it_has_the_same_rows(tmp_path, whole, many, saved_model):
+    out = tmp_path / "x.parquet"
+    command = dino_command("embed", saved_model, many, "--out", out, "--shard", SHARD, "--device", "cpu")
+    kept: dict[Path, int] = {}
+    for moment in (1, 14, 35):  # files written, of 60
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while len(list(out.glob("*.parquet"))) < moment and process.poll() is None:
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        written = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+        assert moment <= len(written) < COUNT // SHARD
+        assert kept.items() <= written.items()  # nothing is done twice
+        kept = written
+        if moment == 14:
+            (tmp_path / ".x.parquet.20.1.tmp").write_bytes(b"half a shard")
+            with pytest.raises(ValueError, match=r"incomplete, \d+ of 60 shards"):
+                Folder.open(out)
+    done = run_dino(*command[3:])
+    assert done.returncode == 0, done.stderr
+    assert f"{COUNT - 1} features of 96 numbers, 60 files" in done.stdout
+    assert "1 images could not be read" in done.stderr
+    assert "class1/broken.jpg: not an image" in done.stderr
+    assert rows(out).equals(rows(whole.path))
+    assert os.listdir(tmp_path) == ["x.parquet"]
+
+
+def test_two_ranks_write_what_one_does(tmp_path, whole, many, saved_model):
+    out = tmp_path / "x.parquet"
+    done = run_dino("embed", saved_model, many, "--out", out, "--shard", SHARD, "--device", "cpu", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("119 features") == 1
+    assert rows(out).equals(rows(whole.path))
+
+
+def test_a_damaged_shard_is_named_and_written_again(tmp_path, whole, many, saved_model):
+    shutil.copytree(whole.path, out := tmp_path / "x.parquet")
+    shard = out / "part-000003.parquet"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"part-000003.parquet is damaged or cut short"):
+        Folder.open(out)
+    dino.embed(str(saved_model), str(many), out, shard=SHARD, device="cpu")
+    assert rows(out).equals(rows(whole.path))
+
+
+def test_memory_holds_one_shard(tmp_path, saved_model):
+    """When an image is read, all shards before its own are on the disk."""
+    out, source = tmp_path / "x.parquet", open_source(str(draw_images(tmp_path / "photos", 12)))
+    read = source.read
+
+    def watched(index: int) -> np.ndarray:
+        assert len(list(out.glob("*.parquet"))) == index // 3
+        return read(index)
+
+    source.read = watched
+    assert dino.embed(dino.load(saved_model), source, out, shard=3).rows == 12
+
+
+@pytest.mark.parametrize(("readout", "each", "dim"), [("average", 1, 96), ("gem", 1, 96), ("patches", 16, 96)])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_pandas_polars_and_duckdb_read_it(tmp_path, saved_model, readout, each, dim, fp16):
+    pandas, polars, duckdb = map(pytest.importorskip, ("pandas", "polars", "duckdb"))
+    out = tmp_path / "x.parquet"
+    written = dino.embed(str(saved_model), "scenes:5", out, readout, fp16=fp16, shard=2, device="cpu")
+    assert (written.rows, written.dim) == (5 * each, dim)
+    truth = extract(dino.load(saved_model), images_of("scenes:5"), 32, readout=readout)
+    expected, tolerance = truth.values.reshape(-1, dim).numpy(), 2e-3 if fp16 else 1e-5
+    columns = ["path", "index", *(["patch"] if each > 1 else []), "feature"]
+    a, b = pandas.read_parquet(out), polars.read_parquet(out)
+    assert list(a.columns) == b.columns == columns
+    np.testing.assert_allclose(np.stack(a["feature"]).astype(np.float32), expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(np.stack(b["feature"].to_list()), expected, rtol=tolerance, atol=tolerance)
+    c = duckdb.sql(f"select * from '{out}/*.parquet' order by index" + (", patch" if each > 1 else "")).fetchall()
+    np.testing.assert_allclose([row[-1] for row in c], expected, rtol=tolerance, atol=tolerance)
+    assert a["index"].tolist() == b["index"].to_list() == [row[1] for row in c] == np.repeat(range(5), each).tolist()
+    assert b.schema["feature"] == polars.Array(polars.Float16 if fp16 else polars.Float32, dim)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nowhere", "{photos}"], "there is no run, weight file or release 'nowhere'"),
+        (["{model}", "{photos}/nothing"], "does not exist"),
+        (["{model}", "{photos}", "--shard", "0"], "--shard is 0; write at least 1 image to a shard."),
+        (["{model}", "{photos}", "--out", "{photos}"], "holds class0, which is no part of an embedding"),
+        (["{model}", "{photos}", "--out", "{photos}/class0/000.jpg"], "cannot be made a folder"),
+        (["{model}", "{photos}", "--out", "{whole}"], "holds another embedding, whose data_sha256 is"),
+        (["{model}", "{many}", "--out", "{whole}", "--shard", "3"], "whose shard is 2 and not 3"),
+        (["{model}", "{many}", "--out", "{whole}", "--readout", "gem", "--shard", "2"], "readout is cls and not gem"),
+        (["{model}", "{broken}"], "none of the 1 images of"),
+    ],
+)
+def test_misuse_is_one_sentence(arguments, text, photos, many, whole, saved_model, tmp_path, capsys):
+    (broken := tmp_path / "broken").mkdir()
+    shutil.copy(many / "class1" / "broken.jpg", broken)
+    named = {"photos": photos, "model": saved_model, "whole": whole.path, "many": many, "broken": broken}
+    given = [argument.format(**named) for argument in arguments]
+    given += [] if "--out" in given else ["--out", str(tmp_path / "x.parquet")]
+    assert main(["embed", *given, "--device", "cpu"]) == 2
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert text in complaint
+
+
+def test_what_is_not_installed_is_named(monkeypatch, saved_model, photos, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert main(["embed", str(saved_model), str(photos), "--out", str(tmp_path / "x.parquet")]) == 2
+    assert capsys.readouterr().err == "dino: embeddings need PyArrow; install it with: pip install 'dino[search]'\n"
+
+
+def test_a_step_of_a_pipeline(photos, saved_model):
+    pytest.importorskip("sklearn")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    source, model = open_source(str(photos)), dino.load(saved_model)
+    paths = [photos / source.name(i) for i in range(len(source))]
+    pipeline = make_pipeline(dino.DinoFeatures(str(saved_model), device="cpu"), LogisticRegression())
+    assert pipeline.fit(paths, source.labels).score(paths, source.labels) > 0.9
+    expected = extract(model, source, 32).values.numpy()
+    step = pipeline[0]
+    np.testing.assert_allclose(step.transform(paths), expected, atol=1e-6)
+    np.testing.assert_allclose(step.transform([source.read(i) for i in range(len(source))]), expected, atol=1e-6)
+    assert list(step.get_feature_names_out())[:2] == ["dinofeatures0", "dinofeatures1"]
+    assert dino.DinoFeatures(model, "average").fit_transform(np.zeros((2, 40, 50, 3), np.uint8)).shape == (2, 96)
+    with pytest.raises(ValueError, match=r"1 of 2 images cannot be read, first .*nothing.jpg"):
+        step.transform([paths[0], photos / "nothing.jpg"])
+    with pytest.raises(ValueError, match=r"an array float64 \[5\], where uint8 \[h, w, 3\] is an image"):
+        step.transform(np.zeros((4, 5)))
+    with pytest.raises(ValueError, match="0 images"):
+        step.transform([])
+
+
+def test_it_is_an_estimator(saved_model):
+    """What scikit-learn asks of any estimator holds, but where it gives rows of numbers, which are no images."""
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    found = checks.check_estimator(dino.DinoFeatures(str(saved_model), device="cpu"), on_fail=None, on_skip=None)
+    failed = {check["check_name"]: check["exception"] for check in found if check["status"] == "failed"}
+    assert all("is an image" in str(error) for error in failed.values()), failed
+    passed = {check["check_name"] for check in found if check["status"] == "passed"}
+    assert {"check_estimator_cloneable", "check_no_attributes_set_in_init", "check_get_params_invariance"} <= passed
