@@ -150,7 +150,7 @@ def test_pandas_polars_and_duckdb_read_it(tmp_path, saved_model, readout, each, 
         (["{model}", "{photos}", "--out", "{whole}"], "holds another embedding, whose data_sha256 is"),
         (["{model}", "{many}", "--out", "{whole}", "--shard", "3"], "whose shard is 2 and not 3"),
         (["{model}", "{many}", "--out", "{whole}", "--readout", "gem", "--shard", "2"], "readout is cls and not gem"),
-        (["{model}", "{broken}"], "none of the 1 images of"),
+        (["{model}", "{broken}"], "none of the 1 images can be read, first broken.jpg: not an image"),
     ],
 )
 def test_misuse_is_one_sentence(arguments, text, photos, many, whole, saved_model, tmp_path, capsys):

@@ -184,6 +184,8 @@ def search(
     embedding = opened(embedding)
     about, where = embedding.folder.about, embedding.folder.path
     wanted = about["model"] if model is None else model
+    if isinstance(wanted, str) and not wanted:
+        raise ValueError(f"{where} does not say where its model lies; give it with --model.")
     asked = weights.load(wanted).to(distributed.start(device)) if isinstance(wanted, str) else wanted
     if (own := fingerprint(asked)) != about["model_sha256"]:
         raise ValueError(
