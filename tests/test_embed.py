@@ -150,7 +150,7 @@ def test_pandas_polars_and_duckdb_read_it(tmp_path, saved_model, readout, each, 
         (["{model}", "{photos}", "--out", "{whole}"], "holds another embedding, whose data_sha256 is"),
         (["{model}", "{many}", "--out", "{whole}", "--shard", "3"], "whose shard is 2 and not 3"),
         (["{model}", "{many}", "--out", "{whole}", "--readout", "gem", "--shard", "2"], "readout is cls and not gem"),
-        (["{model}", "{broken}"], "none of the 1 images of"),
+        (["{model}", "{broken}"], "none of the 1 images can be read, first broken.jpg: not an image"),
     ],
 )
 def test_misuse_is_one_sentence(arguments, text, photos, many, whole, saved_model, tmp_path, capsys):
@@ -195,10 +195,20 @@ def test_a_step_of_a_pipeline(photos, saved_model):
 
 
 def test_it_is_an_estimator(saved_model):
-    """What scikit-learn asks of any estimator holds, but where it gives rows of numbers, which are no images."""
+    """scikit-learn's checks hold as far as they apply: it says itself that most need rows of numbers."""
     checks = pytest.importorskip("sklearn.utils.estimator_checks")
-    found = checks.check_estimator(dino.DinoFeatures(str(saved_model), device="cpu"), on_fail=None, on_skip=None)
-    failed = {check["check_name"]: check["exception"] for check in found if check["status"] == "failed"}
-    assert all("is an image" in str(error) for error in failed.values()), failed
-    passed = {check["check_name"] for check in found if check["status"] == "passed"}
-    assert {"check_estimator_cloneable", "check_no_attributes_set_in_init", "check_get_params_invariance"} <= passed
+    from sklearn.exceptions import SkipTestWarning
+
+    step = dino.DinoFeatures(str(saved_model), device="cpu")
+    with pytest.warns(SkipTestWarning, match="Can't test estimator DinoFeatures"):
+        found = checks.check_estimator(step)
+    assert {check["status"] for check in found} == {"passed"}
+    for name in (
+        "check_no_attributes_set_in_init",
+        "check_get_params_invariance",
+        "check_set_params",
+        "check_parameters_default_constructible",
+        "check_mixin_order",
+        "check_estimator_repr",
+    ):
+        getattr(checks, name)("DinoFeatures", step)

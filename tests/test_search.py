@@ -218,3 +218,12 @@ def test_a_page_needs_the_images_as_they_were(saved_model, tmp_path, capsys):
     assert main(["outliers", str(out), "--k", "2", "--html", str(tmp_path / "p.html")]) == 2
     assert "are no longer those of" in capsys.readouterr().err
     assert main(["outliers", str(out), "--k", "2"]) == 0
+
+
+def test_what_a_nameless_model_embedded_is_searched_with_it(saved_model, album, tmp_path):
+    model = dino.load(saved_model)
+    out = dino.embed(model, str(album), tmp_path / "x.parquet").path
+    query = [np.array(Image.open(album / "class0" / "noise.png"))]
+    with pytest.raises(ValueError, match="does not say where its model lies"):
+        dino.search(out, query)
+    assert dino.search(out, query, 1, model=model).paths == [["class0/noise.png"]]

@@ -84,9 +84,9 @@ def embed(
     batch = min(batch_of(size), shard)
     shard = -(-shard // batch) * batch
     about = {
-        "model": name,
+        "model": _lasting(name),
         "model_sha256": fingerprint(model),
-        "data": os.path.abspath(data) if isinstance(data, str) and os.path.exists(data) else str(data),
+        "data": _lasting(data) if isinstance(data, str) else "",
         "data_sha256": source.fingerprint,
         "stamp": source.stamp(),
         "images": len(source),
@@ -117,8 +117,15 @@ def embed(
     distributed.barrier()
     written = Folder.open(folder)
     if not written.rows:
-        raise ValueError(f"none of the {len(source)} images of {about['data']} can be read, first: {written.bad[0]}.")
+        raise ValueError(
+            f"none of the {len(source)} images can be read, first {': '.join(written.bad[0])}; give others."
+        )
     return written
+
+
+def _lasting(name: str) -> str:
+    """`name`, which means the same from another working directory if it is a path."""
+    return os.path.abspath(name) if name and os.path.exists(name) else name
 
 
 def _missing(folder: Path, about: dict[str, Any]) -> list[int]:
@@ -276,6 +283,8 @@ class Embedding:
         Raises:
             ValueError: they are no longer there, or no longer the same.
         """
+        if not self.folder.about["data"]:
+            raise ValueError(f"{self.folder.path} does not say where its images lie, so there is no page of them.")
         source = images_of(self.folder.about["data"])
         if source.fingerprint != self.folder.about["data_sha256"]:
             raise ValueError(
