@@ -21,7 +21,7 @@ BENCH := $(BIN)/python benchmarks
 bench: $(STAMP)  ## every benchmark, short; BENCH_DATA=folder for real JPEGs; JSON in benchmarks/results/
 	$(BENCH)/views.py --num 32 --pairs 3 $(if $(BENCH_DATA),--images "$(BENCH_DATA)")
 	$(BENCH)/step.py --batch 2 --pairs 3
-	$(BENCH)/memory.py
+	$(BENCH)/memory.py --images 4 8
 	$(BENCH)/knn.py --bank 50000 --queries 2000 --pairs 3
 	$(BENCH)/davis.py --pairs 3
 	! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BENCH)/gpu.py

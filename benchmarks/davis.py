@@ -46,7 +46,7 @@ def plain_propagate(target: Tensor, sources: Tensor, labels: Tensor, mask: Tenso
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, "davis-cpu")
+    parser = harness.parser(__doc__, "davis-cpu-patch16")
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--dim", type=int, default=384)
     options = harness.parse(parser)

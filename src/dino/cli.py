@@ -195,7 +195,9 @@ def _dispatch(arguments: list[str]) -> int:
     return getattr(importlib.import_module(module), function)(options) or 0
 
 
-def _parse_train(arguments: list[str], kind: type[config.TrainOptions], name: str) -> config.TrainOptions:
+def _parse_train(
+    arguments: list[str], kind: type[config.TrainOptions] = config.TrainOptions, name: str = "train"
+) -> config.TrainOptions:
     """`dino train [RECIPE | FILE.toml] [FLAGS]`: flags win over the file or recipe they follow; as `dino bench`."""
     default, flags = config.TrainOptions(), []
     if arguments and not arguments[0].startswith("-"):

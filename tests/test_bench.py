@@ -1,0 +1,165 @@
+"""`dino bench` measures what a run does and adds up; the benchmarks' harness takes turns and writes what it says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import draw_images, run_dino, tiny_flags
+from dino.bench import advise, measure_step, seconds, watched
+from dino.cli import BenchOptions
+from test_memory import trainer
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import harness  # noqa: E402  # pyright: ignore[reportMissingImports]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return draw_images(tmp_path_factory.mktemp("images"))
+
+
+def test_bench_adds_up_and_leaves_nothing_but_its_json(images, tmp_path):
+    flags = tiny_flags(data__num_workers=1, model__drop_path=0.0)
+    done = run_dino("bench", "--data", images, *flags, "--seconds", 1, "--json", "result.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["step"]) == {"normalise", "teacher", "student", "backward", "optimiser", "EMA", "other"}
+    assert set(result["data"]) == {"decode", "render"}
+    for parts in (result["data"], result["step"]):
+        assert sum(part["share"] for part in parts.values()) == pytest.approx(1)
+        assert all(part["ms_per_image"] >= 0 for part in parts.values())
+    for name in ("teacher", "student", "backward", "optimiser", "EMA"):
+        assert result["step"][name]["ms_per_image"] > 0, name
+    whole, parts = 1e3 / result["step_images_per_second"], sum(p["ms_per_image"] for p in result["step"].values())
+    assert whole / 3 < parts < 3 * whole  # they were measured in different steps
+    assert 2 <= result["images_measured"] <= result["batch_size"] == 4
+    assert result["workers"] == 1
+    assert result["precision"] == "fp32"
+    gflops = result["gflop_per_image"] * result["step_images_per_second"]
+    assert gflops / result["matrix_product_gflops_per_second"] == pytest.approx(result["share_of_matrix_product"])
+    assert 0 < result["share_of_matrix_product"] < 1
+    assert "bottleneck" in result["advice"]
+    assert "--" in result["advice"]
+    for said in ("decode", "backward", "matrix-product rate", result["advice"]):
+        assert said in done.stdout
+    assert "3/3" in done.stderr  # progress
+
+
+def test_flops_are_those_of_the_model(images, tmp_path):
+    """Twice the width of the head's last layer adds 2 K d for each view of the teacher, and thrice that of the student."""
+    counted, epochs = {}, {"optim__warmup_epochs": 1.0, "method__teacher_temp_epochs": 1.0}
+    for out_dim in (64, 128):
+        small = {"head__out_dim": out_dim, "views__num_local": 0, "batch_size": 2} | epochs
+        counted[out_dim] = 1e9 * measure_step(trainer(images, tmp_path, **small), 0.01)["gflop_per_image"]
+    # 2 teacher views forward; 2 student views forward and backward to inputs and weights; the loss's own products
+    products = 2 * 64 * 16 * (2 + 3 * 2)
+    assert products <= counted[128] - counted[64] <= 1.5 * products
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no_such_recipe"], "no_such_recipe"),
+        (["--data", "{images}", "--batch-size", "4000"], "only"),
+        (["--data", "{images}", "--json", "missing/result.json"], "--json missing/result.json cannot be written"),
+        (["{images}"], "dino bench --data"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, said, images, tmp_path):
+    done = run_dino("bench", *[a.replace("{images}", str(images)) for a in arguments], cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("dino: ")
+    assert said in last
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_time_is_refused():
+    with pytest.raises(ValueError, match="seconds is 0"):
+        BenchOptions(seconds=0)
+
+
+def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
+    parts = {"teacher": 2.0, "student": 3.0, "backward": 6.0, "optimiser": 0.1, "EMA": 0.1}
+    step = {"images_per_second": 100.0, "share_of_matrix_product": 0.6, "parts": parts}
+    data = {"decode": 4.0, "render": 2.0}
+
+    def asked(loader: float, parts: dict[str, float] = parts, **changes: object) -> str:
+        return advise(trainer(images, tmp_path, **changes), data, loader, step | {"parts": parts})
+
+    assert "--data.num-workers" in asked(300.0)  # 0 workers: rendering takes a quarter of the time
+    assert "mostly decoding" in asked(50.0, data__num_workers=512)
+    assert "50 images/s from 512 workers" in asked(50.0, data__num_workers=512)
+    assert "--views.num-local" in asked(1000.0)
+    assert "--views.global-size" in asked(1000.0, views__num_local=0)
+    assert "--no-recompute" in asked(1000.0, recompute=True)
+    assert "--batch-size" in asked(1000.0, parts | {"optimiser": 6.0})
+
+
+def test_watched_functions_are_timed_and_put_back():
+    class Thing:
+        def wait(self, duration: float) -> float:
+            time.sleep(duration)
+            return duration
+
+    thing = Thing()
+    with watched(torch.device("cpu"), wait=(thing, "wait")) as spent:
+        assert thing.wait(0.02) == 0.02
+        assert thing.wait(duration=0.02) == 0.02
+    assert 0.04 <= spent["wait"] < 0.5
+    thing.wait(0.01)
+    assert 0.04 <= spent["wait"] < 0.05 + 0.5
+    assert set(spent) == {"wait"}
+
+
+def test_turns_alternate_and_ratios_are_of_pairs():
+    order: list[str] = []
+    took = harness.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert [len(times) for times in took.values()] == [3, 3]
+    assert harness.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == {"median": 3.0, "min": 2.0, "max": 4.0}
+    assert seconds(lambda: time.sleep(0.02), torch.device("cpu")) >= 0.02
+
+
+def test_peak_bytes_counts_what_is_alive():
+    assert harness.peak_bytes(lambda: torch.zeros(1000) + 1, torch.device("cpu")) == 8000
+
+
+def test_step_and_memory_benchmarks_write_their_figures(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    for name in ("step", "memory"):
+        flags = f"--arch vit_nano --prototypes 64 --pairs 2 --threads 1 --json {tmp_path / name}.json"
+        flags += " --batch 2" if name == "step" else ""
+        monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+        importlib.import_module(name).main()
+    torch.set_num_threads(threads)
+    step, memory = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("step", "memory"))
+    for result in (step, memory):
+        assert result["device"]
+        assert result["peer"] == "the same mathematics written plainly"
+    assert step["ratio"]["min"] <= step["ratio"]["median"] <= step["ratio"]["max"]
+    assert 0 < step["share_of_matrix_product"]["median"] < 1
+    assert memory["ours, recomputed"]["bytes_2_images"] < memory["ours"]["bytes_2_images"]
+    assert memory["ours"]["bytes_2_images"] < memory["plain"]["bytes_2_images"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpu_benchmarks_refuse_a_machine_without_one(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
