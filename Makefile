@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test bench format clean
+.PHONY: demo test docs bench format clean
 
 demo: $(STAMP)  ## train on the built-in scenes and write runs/demo/report.html
 	$(BIN)/dino train demo --out runs/demo --overwrite
@@ -25,6 +25,9 @@ bench: $(STAMP)  ## every benchmark, short; BENCH_DATA=folder for real JPEGs; JS
 	$(BENCH)/knn.py --bank 50000 --queries 2000 --pairs 3
 	$(BENCH)/davis.py --pairs 3
 	! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BENCH)/gpu.py
+
+docs: $(STAMP)  ## the documentation as pages to open in a browser: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -115,8 +115,13 @@ TINY = {
 
 def tiny_flags(**changes: object) -> list[str]:
     """A run of seconds as command-line flags; `a__b` stands for the dotted name a.b."""
+    return as_flags(TINY | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def as_flags(options: dict[str, object]) -> list[str]:
+    """Options by their dotted names as command-line flags."""
     flags = []
-    for name, value in (TINY | {k.replace("__", "."): v for k, v in changes.items()}).items():
+    for name, value in options.items():
         section, _, leaf = name.replace("_", "-").rpartition(".")
         prefix = f"--{section}." if section else "--"
         if isinstance(value, bool):

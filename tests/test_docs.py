@@ -1,0 +1,199 @@
+"""README.md and docs/: every command and Python block runs. A page is a session: its blocks run in order, in one working
+directory that has small drawn data and a tiny trained run under the names that the pages use."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+import tyro
+
+import dino
+from conftest import TINY, as_flags, draw_images, run_dino
+from dino import api, cli, config, recipes
+from test_davis import draw_video
+from test_look import draw, encode
+from test_retrieval import lay_out
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+RUNS = ("a", "demo", "photos", "caltech")  # run directories that pages evaluate and look at
+
+# What makes training quick; a page's own options win. Of other commands, flags that are added at the end.
+LEAST = TINY | {"model.depth": 4, "epochs": 30, "stop_after": 2, "overwrite": True}
+QUICK = {
+    "eval linear": ["--epochs", "1", "--batch-size", "16"],
+    "eval finetune": ["--epochs", "1", "--batch-size", "16"],
+}
+# Only parsed by the real parser of options, because:
+PARSED = {
+    r"models \S": "it downloads",
+    r"train .*--init vits16:full": "it downloads",
+    r"ablate": "six to nine trainings, each a process: test_ablate.py runs them",
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("workspace")
+    labelled = draw_images(root / "labelled/train", 210)
+    for name in (
+        "labelled/val",
+        "labelled/test",
+        "photos",
+        "train",
+        "imagenet/train",
+        "imagenet_sample",
+        "icons",
+        "xrays",
+    ):
+        draw_images(root / name)
+    for name in ("caltech20", "cifar5k", "cifar10"):
+        for part in ("train", "val", "test", "images"):
+            shutil.copytree(labelled, root / name / part)
+    for i in range(4):
+        draw(root / f"photos/{i}.png", seed=i)
+    for name in ("img.jpg", "a.jpg", "b.jpg"):
+        shutil.copy(root / "photos/class0/000.jpg", root / name)
+    lay_out(root / "rcaltech")
+    draw_video(root / "davis_dev", "walk")
+    for name in ("originals", "copies", "distractors"):
+        shutil.copytree(root / "photos/class0", root / name)
+    for images, masks in (("ecssd/images", "ecssd/masks"), ("i", "m")):
+        for i in range(3):
+            draw(root / images / f"{i}.png", seed=i)
+            draw(root / masks / f"{i}.png")
+    encode(root / "walk.mp4", [0, 0.1, 0.2])
+    (root / "mine.toml").write_text(tomli_w.dumps(config.to_dict(config.replace(config.TrainOptions(), TINY))))
+    run = dino.train(data=str(root / "photos"), out=str(root / "runs/a"), **TINY | {"epochs": 1, "model.depth": 4})
+    for name in RUNS[1:]:
+        shutil.copytree(run, root / "runs" / name)
+    return root
+
+
+@pytest.fixture
+def session(workspace, tmp_path, monkeypatch) -> Path:
+    """A copy of the working directory, in which `dino.train` is quick."""
+    shutil.copytree(workspace, tmp_path / "session")
+    monkeypatch.chdir(tmp_path / "session")
+    train = api.train
+
+    def quick(recipe=None, data=None, out=None, **changes):
+        data = "scenes:64" if recipe == "demo" else data
+        return train(recipe, data, out, **LEAST | changes | {"stop_after": 2, "epochs": 30})
+
+    monkeypatch.setattr(api, "train", quick)
+    return tmp_path / "session"
+
+
+def commands(block: str) -> list[list[str]]:
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line[2:], comments=True) for line in lines if line.startswith("$ ")]
+
+
+def quickened(command: str, arguments: list[str]) -> list[str]:
+    """The page's arguments of a command, with those that make it quick."""
+    if command != "train":
+        return [*arguments, *QUICK.get(command, [])]
+    if "--resume" in arguments:
+        return arguments
+    recipe = arguments[: not arguments[0].startswith("-")]
+    options = LEAST | ({"data.path": "scenes:64"} if recipe == ["demo"] else {})
+    if any(re.search("timm:|^resnet", a) for a in arguments):  # widths are the architecture's, and views not so small
+        options = {k: v for k, v in LEAST.items() if not k.startswith("model.")}
+        options |= {"views.global_size": 64, "views.local_size": 32}
+    return [*recipe, *as_flags(options), *arguments[len(recipe) :]]
+
+
+def parsed(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command and its arguments, which the command line's own parser has accepted."""
+    command = " ".join(arguments[:2]) if " ".join(arguments[:2]) in cli.COMMANDS else arguments[0]
+    arguments = arguments[len(command.split()) :]
+    if command == "train":
+        cli._parse_train(arguments)
+    else:
+        tyro.cli(cli.COMMANDS[command].options, args=arguments)
+    return command, arguments
+
+
+def execute(words: list[str]) -> None:
+    ranks = 2 if words[0] == "torchrun" else 1
+    command, arguments = parsed(words[words.index("dino") + 1 :])
+    if any(re.match(known, " ".join([command, *arguments])) for known in PARSED):
+        return
+    arguments = [*command.split(), *quickened(command, arguments)]
+    if ranks > 1 or {"onnx", "torch-export"} & {*arguments}:  # graphs cannot be made where tests check types
+        done = run_dino(*arguments, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert cli.main(arguments) == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_runs(page, session):
+    for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(block, str(page), "exec"), {"dino": dino, "images": torch.rand(2, 3, 32, 32)})
+            continue
+        for words in commands(block):
+            print("$", shlex.join(words))
+            if words[0] in ("make", "pip"):  # they install from the network, and tests in tests
+                assert words[0] == "pip" or f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+            else:
+                execute(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_within_sentences_parse(page):
+    """`dino ...` in running text; capitals stand for something, '...' for more, and a bare command for itself."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for span in re.findall(r"`dino ([a-z][^`]* [^`]*)`", text):
+        if "..." not in span and " ".join(span.split()) not in cli.COMMANDS and not re.search(r"\b[A-Z]{3,}", span):
+            parsed(shlex.split(span))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_table_of_choices_is_what_is_chosen(on_gpu):
+    text = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d,]+) \| ([\d/ ]+) \| ([\d/ ]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    for images, k, batch, epochs, momentum in rows:
+        options = recipes.resolve(config.TrainOptions(), int(images.replace(",", "")), 300, on_gpu, 4)
+        batch, epochs = (int(value.split(" / ")[-1 if on_gpu else 0]) for value in (batch, epochs))
+        assert (options.head.out_dim, options.batch_size) == (int(k.replace(",", "")), batch)
+        assert (options.epochs, options.method.momentum) == (epochs, float(momentum))
+
+
+def test_tour_runs(session, capsys):
+    runpy.run_path(str(ROOT / "examples" / "tour.py"))
+    assert "exported, largest difference" in capsys.readouterr().out
+    assert {p.name for p in (session / "tour").glob("*.png")} == {
+        *(f"{kind}-{i}.png" for kind in ("attention", "pca") for i in range(3)),
+        "neighbours.png",
+    }
+
+
+def test_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {p.stem for p in PAGES} - {"README"} <= {p.stem for p in tmp_path.glob("*.html")}
+    loads = re.compile(
+        r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?(?:https?:)?//[^>]*|<link(?![^>]*rel=["']?canonical)[^>]*href=["']?(?:https?:)?//[^>]*"""
+    )
+    for page in tmp_path.rglob("*.html"):
+        assert not loads.findall(page.read_text(encoding="utf-8"))
+    for style in tmp_path.rglob("*.css"):
+        assert not re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)]*", style.read_text(encoding="utf-8"))
