@@ -132,6 +132,7 @@ def test_readouts_against_plain_code(model):
         "any size": cls,
         "three scales": sum(model(scaled[..., :side, :side]) for scaled, side in zip(scales, (32, 16, 16), strict=True))
         / 3,
+        "patches": patches,
     }
     assert READOUTS.keys() == expected.keys()
     for name, read in READOUTS.items():
