@@ -61,6 +61,9 @@ def workspace(tmp_path_factory) -> Path:
     for name in ("caltech20", "cifar5k", "cifar10"):
         for part in ("train", "val", "test", "images"):
             shutil.copytree(labelled, root / name / part)
+    (root / "caltech20/images/Leopards").mkdir()
+    shutil.copy(root / "photos/class0/000.jpg", root / "caltech20/images/Leopards/image_0003.jpg")
+    shutil.copy(root / "photos/class0/000.jpg", root / "photo.jpg")
     for i in range(4):
         draw(root / f"photos/{i}.png", seed=i)
     for name in ("img.jpg", "a.jpg", "b.jpg"):

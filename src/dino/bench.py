@@ -177,6 +177,9 @@ def measure_step(trainer: Trainer, limit: float) -> dict[str, Any]:
     batch, dtype = of(images), parallel.DTYPES.get(trainer.precision, torch.float32)
     with FlopCounterMode(display=False) as counter:
         trainer._train_step(batch)
+    if trainer.options.compile:
+        parallel.compile_networks(trainer.method)
+        trainer._train_step(batch)
     rates, wholes, parts, started = [], [], [], time.perf_counter()
     while len(parts) < 3 or (time.perf_counter() - started < STEPS * limit and len(parts) < 30):
         rates.append(matrix_rate(device, dtype))
