@@ -47,6 +47,14 @@ def rows(folder: Path):
     return pq.read_table(folder).replace_schema_metadata(None)
 
 
+def assert_same_rows(out: Path, other: Path) -> None:
+    """The same images once each in the same order; features to rounding, which differs with the number of threads."""
+    a, b = rows(out), rows(other)
+    assert a.drop_columns(["feature"]).equals(b.drop_columns(["feature"]))
+    found, expected = (np.stack(table["feature"].to_pylist()) for table in (a, b))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_are_the_features_of_the_readable_images_in_order(whole, many, saved_model):
     source, model = open_source(str(many)), dino.load(saved_model)
     expected, table = extract(model, source, 32, batch_size=SHARD), rows(whole.path)
@@ -84,7 +92,7 @@ def test_killed_at_several_moments_and_gone_on_with_it_has_the_same_rows(tmp_pat
     assert f"{COUNT - 1} features of 96 numbers, 60 files" in done.stdout
     assert "1 images could not be read" in done.stderr
     assert "class1/broken.jpg: not an image" in done.stderr
-    assert rows(out).equals(rows(whole.path))
+    assert_same_rows(out, whole.path)
     assert os.listdir(tmp_path) == ["x.parquet"]
 
 
@@ -93,7 +101,7 @@ def test_two_ranks_write_what_one_does(tmp_path, whole, many, saved_model):
     done = run_dino("embed", saved_model, many, "--out", out, "--shard", SHARD, "--device", "cpu", ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("119 features") == 1
-    assert rows(out).equals(rows(whole.path))
+    assert_same_rows(out, whole.path)
 
 
 def test_a_damaged_shard_is_named_and_written_again(tmp_path, whole, many, saved_model):
@@ -103,7 +111,7 @@ def test_a_damaged_shard_is_named_and_written_again(tmp_path, whole, many, saved
     with pytest.raises(ValueError, match=r"part-000003.parquet is damaged or cut short"):
         Folder.open(out)
     dino.embed(str(saved_model), str(many), out, shard=SHARD, device="cpu")
-    assert rows(out).equals(rows(whole.path))
+    assert_same_rows(out, whole.path)
 
 
 def test_memory_holds_one_shard(tmp_path, saved_model):
