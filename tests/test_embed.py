@@ -114,6 +114,23 @@ def test_a_damaged_shard_is_named_and_written_again(tmp_path, whole, many, saved
     assert_same_rows(out, whole.path)
 
 
+def test_a_bit_that_flipped_is_noticed(tmp_path, whole):
+    shutil.copytree(whole.path, out := tmp_path / "x.parquet")
+    shard = out / "part-000003.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 255
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"part-000003.parquet is damaged or cut short"):
+        Folder.open(out).read()
+
+
+def test_two_ranks_refuse_with_one_sentence(tmp_path, whole, many, saved_model):
+    done = run_dino("embed", saved_model, many, "--out", whole.path, "--readout", "gem", "--device", "cpu", ranks=2)
+    assert done.returncode != 0
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("dino: ")]
+    assert "holds another embedding, whose readout is cls and not gem" in said
+
+
 def test_memory_holds_one_shard(tmp_path, saved_model):
     """When an image is read, all shards before its own are on the disk."""
     out, source = tmp_path / "x.parquet", open_source(str(draw_images(tmp_path / "photos", 12)))

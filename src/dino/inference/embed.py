@@ -98,7 +98,7 @@ def embed(
         "version": __version__,
     }
     folder = Path(out)
-    missing = distributed.gather(_missing(folder, about) if distributed.is_main() else [])[0]
+    missing = _agreed(folder, about)
     mine = [
         range(i * shard, min((i + 1) * shard, len(source)))
         for i in missing[distributed.rank() :: distributed.world_size()]
@@ -110,7 +110,7 @@ def embed(
         table = _table(found, source, shape, about)
         temporary = folder.with_name(f".{folder.name}.{part.start // shard}.{os.getpid()}.tmp")  # no reader looks there
         with open(temporary, "wb") as file:
-            pq.write_table(table, file, use_dictionary=["path"])
+            pq.write_table(table, file, use_dictionary=["path"], write_page_checksum=True)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / f"part-{part.start // shard:06d}.parquet")
@@ -126,6 +126,17 @@ def embed(
 def _lasting(name: str) -> str:
     """`name`, which means the same from another working directory if it is a path."""
     return os.path.abspath(name) if name and os.path.exists(name) else name
+
+
+def _agreed(folder: Path, about: dict[str, Any]) -> list[int]:
+    """What the main rank finds missing, or that it may not write there, known to all ranks."""
+    try:
+        found = _missing(folder, about) if distributed.is_main() else []
+    except ValueError as error:
+        found = error
+    if isinstance(found := distributed.gather(found)[0], ValueError):
+        raise found
+    return found
 
 
 def _missing(folder: Path, about: dict[str, Any]) -> list[int]:
@@ -253,7 +264,7 @@ class Folder:
         values, names, positions, start = torch.empty(self.rows, self.dim), [], [], 0
         for file in self.files:
             try:
-                table = parquet().read_table(file, partitioning=None)
+                table = parquet().read_table(file, partitioning=None, page_checksum_verification=True)
             except (ValueError, OSError) as error:
                 raise Damaged(
                     f"{file} is damaged or cut short; delete it, and the same `dino embed` makes it anew."

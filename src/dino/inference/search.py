@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,8 @@ SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32
 FEW = 4  # queries that are quicker one by one
 HALF_ERROR = 2e-3  # of a cosine of features of length 1 in half precision: three roundings of 2^-11 and some more
 SAMPLE = 100  # queries that recall is measured with
-LINKS = 32  # nearest rows among which an approximate index looks for near-copies
+LINKS = 32  # nearest rows among which near-copies are looked for, but by a threshold exactly
+COPY, ROUNDING = 0.05, 1e-6  # of the distance to the last of them, how far a copy may be; and what is no distance
 
 
 class Images:
@@ -115,16 +117,15 @@ def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
         raise ValueError(f"--index {kind} needs FAISS; install it with: pip install 'dino[search]'") from error
     folder, (count, dim) = embedding.folder, embedding.values.shape
     path = folder.path.with_suffix(f".{kind}.faiss")
+    state = hashlib.sha256(embedding.values.numpy().data).hexdigest().encode()  # at the end of the file
     if path.exists() and not rebuild:
-        if path.stat().st_mtime_ns < max(file.stat().st_mtime_ns for file in folder.files):
-            raise ValueError(f"the index {path} is older than its embedding {folder.path}; add --rebuild.")
-        try:
-            index = faiss.read_index(str(path))
-        except RuntimeError as error:
-            raise ValueError(f"the index {path} is damaged; add --rebuild.") from error
-        if (index.ntotal, index.d) != (count, dim):
-            raise ValueError(f"the index {path} is of another embedding than {folder.path}; add --rebuild.")
-        return index
+        with open(path, "rb") as file:
+            file.seek(-min(len(state), path.stat().st_size), os.SEEK_END)
+            if file.read() != state:
+                raise ValueError(
+                    f"the index {path} is older than its embedding {folder.path}, or damaged; add --rebuild."
+                )
+        return faiss.read_index(str(path))
     values = embedding.values.numpy()
     if kind == "hnsw":
         index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
@@ -138,6 +139,8 @@ def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
     index.add(values)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     faiss.write_index(index, str(temporary))
+    with open(temporary, "ab") as file:
+        file.write(state)
     os.replace(temporary, path)
     return index
 
@@ -207,20 +210,26 @@ def search(
 
 
 def duplicates(
-    embedding: str | Path | Embedding, threshold: float = 0.95, index: IndexKind = "flat", rebuild: bool = False
+    embedding: str | Path | Embedding, threshold: float | None = None, index: IndexKind = "flat", rebuild: bool = False
 ) -> list[list[int]]:
-    """Groups of rows whose cosine to the first of the group is at least `threshold`, the largest first.
+    """Groups of rows that are near-copies of the first of the group, the largest first.
 
-    A row is in one group at most, that of the earliest such row. 'flat' compares all pairs; an approximate index each
-    row with the LINKS it finds nearest.
+    A row is in one group at most, that of the earliest such row.
+
+    Args:
+        threshold: cosine from which two rows are near-copies; 'flat' compares all pairs, an approximate index each row
+            with the LINKS it finds nearest. None: two of the LINKS nearest are near-copies where their distance,
+            1 - cosine, is at most COPY times that from either to the last of its LINKS. What is alike differs from model
+            to model, and from one kind of images to another; that measure goes with both.
     """
-    if not -1 <= threshold <= 1:
+    if threshold is not None and not -1 <= threshold <= 1:
         raise ValueError(f"the threshold is {threshold}; a cosine lies between -1 and 1.")
     embedding = opened(embedding)
     values, groups = embedding.values, []
     taken = torch.zeros(len(values), dtype=torch.bool)
     made = Index(embedding, index, rebuild)
-    for row, alike in _alike(values, threshold) if index == "flat" else _near(made, threshold):
+    exact = None if index != "flat" else threshold
+    for row, alike in _near(made, threshold) if exact is None else _alike(values, exact):
         members = alike[~taken[alike] & (alike > row)]
         if len(members) and not taken[row]:
             taken[members] = True
@@ -237,15 +246,19 @@ def _alike(values: Tensor, threshold: float) -> Iterator[tuple[int, Tensor]]:
             yield start + i, torch.nonzero(alike[i])[:, 0] + start
 
 
-def _near(index: Index, threshold: float) -> Iterator[tuple[int, Tensor]]:
+def _near(index: Index, threshold: float | None) -> Iterator[tuple[int, Tensor]]:
     """The same, as far as the index finds them from either side."""
-    pairs = []
-    for start in range(0, len(index.values), SAMPLE):
-        cosine, rows = index.nearest(index.values[start : start + SAMPLE], LINKS)
-        at, column = torch.nonzero((cosine >= threshold) & (rows >= 0), as_tuple=True)
-        pairs.append(torch.stack([at + start, rows[at, column]], dim=1).sort(dim=1).values)
-    first, counts = torch.unique_consecutive((both := torch.cat(pairs).unique(dim=0))[:, 0], return_counts=True)
-    yield from zip(first.tolist(), both[:, 1].split(counts.tolist()), strict=True)
+    found = [index.nearest(part, LINKS) for part in index.values.split(SAMPLE)]
+    cosine, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if threshold is None:
+        last = 1 - torch.where(rows >= 0, cosine, 1).amin(dim=1)
+        least = 1 - (COPY * torch.minimum(last[:, None], last[rows])).clamp(min=ROUNDING)
+    else:
+        least = torch.tensor(threshold)
+    at, column = torch.nonzero((cosine >= least) & (rows >= 0), as_tuple=True)
+    pairs = torch.stack([at, rows[at, column]], dim=1).sort(dim=1).values.unique(dim=0)
+    first, counts = torch.unique_consecutive(pairs[:, 0], return_counts=True)
+    yield from zip(first.tolist(), pairs[:, 1].split(counts.tolist()), strict=True)
 
 
 def outliers(

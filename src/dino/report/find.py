@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from dino import distributed
 from dino.data.decode import BadImage
@@ -79,7 +81,8 @@ def duplicates(options: DuplicatesOptions) -> None:
         print(f"group {number}: {len(group)} images")
         result["groups"].append(_listed(embedding, group))
     count, total = sum(map(len, groups)), len(embedding.names)
-    said = f"{count:,} of {total:,} images are in {len(groups):,} groups of cosine {options.threshold:g} or more"
+    of = "near-copies" if options.threshold is None else f"cosine {options.threshold:g} or more"
+    said = f"{count:,} of {total:,} images are in {len(groups):,} groups of {of}"
     print(said)
 
     def body(images: Source) -> str:
@@ -107,6 +110,22 @@ def outliers(options: OutliersOptions) -> None:
 
     top = f"Of {len(scores):,} images those least like their {options.k} nearest others, with the mean cosine."
     _write(options, embedding, result, "Outliers", top, body)
+
+
+class Shown:
+    """The images of a `Source`, and a grey square for one that cannot be read any more."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def read(self, index: int) -> np.ndarray:
+        try:
+            return self.source.read(index)
+        except BadImage:
+            return np.full((EDGE, EDGE, 3), 160, np.uint8)
 
 
 # --- what they share -----------------------------------------------------------------------------------------------
@@ -157,9 +176,6 @@ def _write(
         }
         Path(options.json).write_text(json.dumps(about | result, indent=2) + "\n")
     if options.html is not None:
-        try:
-            html = body(embedding.images()) or "<p>None.</p>"
-        except BadImage as error:
-            raise ValueError(f"an image cannot be read any more, so there is no page ({error}); embed anew.") from error
+        html = body(cast("Source", Shown(embedding.images()))) or "<p>None.</p>"
         page = document(embedding.folder.path.name, kicker, f"<p>{escape(top)}</p>", {kicker: html})
         Path(options.html).write_text(page, encoding="utf-8", errors="replace")
