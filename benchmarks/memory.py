@@ -3,7 +3,7 @@
     python benchmarks/memory.py
 
 Counted tensor by tensor on two small numbers of images, float32; the figure for 64 images is the line through these two,
-not a measurement. With 1 and 2 images temporaries of the head's weights still hide some of what images add. The paper's
+not a measurement. With more images another moment of the step may become the peak. The paper's
 15.4 GB for the reference are of float16 on a GPU, so compare ratios, not bytes.
 """
 
