@@ -125,15 +125,17 @@ def plain_step(side: Side, groups: list[Tensor]) -> float:
     return loss.item()
 
 
-def build(arch: str, prototypes: int) -> DINO:
+def build(arch: str, prototypes: int, patch: int = 16) -> DINO:
     torch.manual_seed(0)
-    student, teacher = (Network(b, Head(b.embed_dim, prototypes)) for b in (create(arch), create(arch)))
+    student, teacher = (Network(b, Head(b.embed_dim, prototypes)) for b in (create(arch, patch), create(arch, patch)))
     return DINO(student, teacher)
 
 
-def sides(arch: str, prototypes: int, device: torch.device, precision: str, peer_precision: str) -> tuple[Side, Side]:
+def sides(
+    arch: str, prototypes: int, device: torch.device, precision: str, peer_precision: str, patch: int = 16
+) -> tuple[Side, Side]:
     """Ours and the peer, on the device, from the same weights."""
-    ours = build(arch, prototypes).to(device)
+    ours = build(arch, prototypes, patch).to(device)
     plain = plain_copy(ours)
     plain_optimizer = torch.optim.AdamW(optim.parameter_groups(plain.student), lr=0.0, weight_decay=0.04)
     our_optimizer = optim.create(OptimOptions(), ours.student)
@@ -154,9 +156,10 @@ def measure(
     precision: str = "fp32",
     peer_precision: str = "fp32",
     compiled: bool = False,
+    patch: int = 16,
 ) -> dict[str, Any]:
     """Ours against the peer, in turns with matrix products in the same precision."""
-    ours, plain = sides(arch, prototypes, device, precision, peer_precision)
+    ours, plain = sides(arch, prototypes, device, precision, peer_precision, patch)
     groups = views(batch, 8, device)
     with FlopCounterMode(display=False) as counter:
         loss = our_step(ours, groups)
@@ -175,6 +178,7 @@ def measure(
     took = harness.alternate(turns, pairs, device)
     return {
         "arch": arch,
+        "patch_size": patch,
         "batch": batch,
         "prototypes": prototypes,
         "precision": precision,

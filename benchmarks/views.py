@@ -31,7 +31,7 @@ from torchvision.transforms import InterpolationMode
 import harness
 from dino.config import ViewOptions
 from dino.data.decode import decode
-from dino.data.render import CpuRenderer, normalise
+from dino.data.render import CpuRenderer, crop, normalise
 from dino.data.scenes import Scenes
 from dino.data.views import draw_views
 
@@ -124,16 +124,15 @@ def run_ours(clock: Clock, files: list[bytes], epoch: int, as_float: bool) -> No
 
 
 def run_stages(clock: Clock, files: list[bytes], epoch: int) -> None:
-    renderer = CpuRenderer()
     now = time.process_time(), time.perf_counter()
     images = [decode(file) for file in files]
     now = lap(clock, "decode", now)
     shapes = np.array([image.shape[:2] for image in images])
     views = draw_views(OPTIONS, SIZES, 0, epoch, range(len(files)), shapes)
     now = lap(clock, "draw", now)
-    groups = renderer.crop(images, views)
+    groups = crop(images, views)
     now = lap(clock, "crop, resize, flip", now)
-    groups = renderer.colour(groups, views)
+    groups = CpuRenderer().colour(groups, views)
     now = lap(clock, "colour", now)
     groups = [normalise(group) for group in groups]
     lap(clock, "normalise", now)
@@ -190,11 +189,17 @@ def show(summary: dict) -> None:
         print(f"{name if name == 'peer' else '  ' + name:58}{times['cpu_ms']:>10.2f}{times['wall_ms']:>10.2f}")
 
 
-def jpegs(folder: Path, num: int) -> list[bytes]:
-    """`num` files spread evenly over the folder's sorted JPEGs."""
+def jpeg_paths(folder: Path) -> list[Path]:
+    """The folder's JPEGs, sorted."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
     if not paths:
         raise ValueError(f"{folder} holds no .jpg or .jpeg file at any depth; give --images a folder of photographs.")
+    return paths
+
+
+def jpegs(folder: Path, num: int) -> list[bytes]:
+    """`num` files spread evenly over the folder's sorted JPEGs."""
+    paths = jpeg_paths(folder)
     num = min(num, len(paths))
     return [paths[i * len(paths) // num].read_bytes() for i in range(num)]
 

@@ -155,6 +155,24 @@ def test_step_and_memory_benchmarks_write_their_figures(tmp_path, monkeypatch):
     assert memory["ours"]["bytes_2_images"] < memory["plain"]["bytes_2_images"]
 
 
+def test_training_from_files_is_measured_against_a_peer(images, tmp_path):
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "train.py"),
+        "--images",
+        str(images),
+        "--json",
+        str(tmp_path / "t.json"),
+    ]
+    flags = "--arch vit_nano --prototypes 64 --batch 2 --steps 1 --pairs 1 --workers 0 --threads 1"
+    done = subprocess.run([*command, *flags.split()], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "t.json").read_text())
+    rates = {name: rate["median"] for name, rate in result["images_per_second"].items()}
+    assert set(rates) == {"ours", "in memory", "peer"}
+    assert result["ratio"]["median"] == pytest.approx(rates["ours"] / rates["peer"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_gpu_benchmarks_refuse_a_machine_without_one(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", str(tmp_path / "gpu.json")]

@@ -8,6 +8,7 @@ import torch
 
 from conftest import draw_images
 from dino.config import ViewOptions
+from dino.data.device_render import DeviceRenderer, pack
 from dino.data.loader import ViewBatches, epoch_order, iterate
 from dino.data.render import CpuRenderer
 from dino.data.sources import open_source
@@ -26,18 +27,18 @@ def batches(source, rank: int = 0, ranks: int = 1, batch_size: int = 6) -> ViewB
 
 def test_identical_for_0_1_and_4_workers(source):
     expected = list(iterate(batches(source), 0, 7, 0, False))
-    assert [tuple(g.shape) for g in expected[0].groups] == [(2, 6, 32, 32, 3), (3, 6, 16, 16, 3)]
+    assert [tuple(g.shape) for g in expected[0].prepared] == [(2, 6, 32, 32, 3), (3, 6, 16, 16, 3)]
     for workers in (1, 4):
         found = list(iterate(batches(source), 0, 7, workers, False))
         assert len(found) == 7
         for a, b in zip(expected, found, strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(a.groups, b.groups, strict=True))
+            assert all(torch.equal(x, y) for x, y in zip(a.prepared, b.prepared, strict=True))
 
 
 def test_two_ranks_share_the_batch_of_one(source):
     for step in range(7):
-        whole = batches(source)[step].groups
-        parts = [batches(source, rank, 2)[step].groups for rank in (0, 1)]
+        whole = batches(source)[step].prepared
+        parts = [batches(source, rank, 2)[step].prepared for rank in (0, 1)]
         for x, a, b in zip(whole, *parts, strict=True):
             assert torch.equal(x, torch.cat([a, b], dim=1))
 
@@ -45,7 +46,7 @@ def test_two_ranks_share_the_batch_of_one(source):
 def test_starting_later_is_the_same_run(source):
     late, early = list(iterate(batches(source), 4, 6, 0, False)), list(iterate(batches(source), 0, 6, 0, False))[4:]
     for a, b in zip(late, early, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a.groups, b.groups, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(a.prepared, b.prepared, strict=True))
 
 
 def test_an_epoch_visits_every_image_at_most_once_in_its_own_order(source):
@@ -68,8 +69,8 @@ def test_an_unreadable_image_gets_the_same_stand_in_everywhere(tmp_path):
     assert bad <= {"class0/000.jpg", "class0/003.jpg"}
     assert bad
     for step, batch in enumerate(whole):
-        parts = [batches(data, rank, 2)[step].groups for rank in (0, 1)]
-        for x, a, b in zip(batch.groups, *parts, strict=True):
+        parts = [batches(data, rank, 2)[step].prepared for rank in (0, 1)]
+        for x, a, b in zip(batch.prepared, *parts, strict=True):
             assert torch.equal(x, torch.cat([a, b], dim=1))
 
 
@@ -78,5 +79,15 @@ def test_nothing_readable_is_an_empty_batch_that_names_them(tmp_path):
     for path in folder.rglob("*.jpg"):
         path.write_bytes(b"")
     batch = batches(open_source(str(folder)), batch_size=4)[0]
-    assert batch.groups == []
+    assert batch.prepared == []
     assert len({name for name, _ in batch.bad}) == 8
+
+
+def test_views_of_a_device_are_those_of_workers(source):
+    """A loader that hands over images, and a renderer in the training process: the views up to rounding."""
+    ahead = ViewBatches(source, OPTIONS, pack, 6, 5)
+    device = DeviceRenderer("cpu")
+    for batch, packed in zip(iterate(batches(source), 0, 4, 0, False), iterate(ahead, 0, 4, 2, False), strict=True):
+        assert packed.views is not None
+        for a, b in zip(batch.prepared, device(packed.prepared, packed.views), strict=True):
+            assert (a.int() - b.int()).abs().float().mean() < 1

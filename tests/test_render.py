@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
 from dino.config import ViewOptions
-from dino.data.render import MEAN, STD, CpuRenderer, DeviceRenderer, blur_kernels, crop, normalise
+from dino.data.device_render import LARGEST, DeviceRenderer, Parameters, crop_batch, pack
+from dino.data.render import MEAN, STD, CpuRenderer, blur_kernels, crop, normalise
 from dino.data.views import HUE, Views, draw_views
 
 SIZE = 160
@@ -119,10 +120,20 @@ def factor(step: int, value: float) -> dict:
 
 def coloured(backend: str, images: list[np.ndarray], views: Views) -> np.ndarray:
     """uint8 [n, s, s, 3] of one view each, no crop."""
-    crops = [torch.from_numpy(np.stack(images)[None].copy())]
-    renderer = CpuRenderer() if backend == "opencv" else DeviceRenderer("cuda" if backend == "cuda" else "cpu")
-    (out,) = renderer.colour(crops, views)
-    return out.cpu().numpy()[0]
+    crops = torch.from_numpy(np.stack(images)[None].copy())
+    if backend == "opencv":
+        return CpuRenderer().colour([crops], views)[0].numpy()[0]
+    renderer = DeviceRenderer("cuda" if backend == "cuda" else "cpu")
+    parameters = Parameters(views, blur_kernels(views.sigma), slice(0, 1), renderer.device)
+    planes = crops.to(renderer.device).permute(0, 1, 4, 2, 3).float()
+    return renderer.colour(planes, parameters).cpu().numpy()[0]
+
+
+def on_device(images: list[np.ndarray], views: Views, half: bool = False) -> list[torch.Tensor]:
+    """Both halves of the device's rendering, on the CPU; with the GPU's half precision if asked for."""
+    renderer = DeviceRenderer("cpu")
+    renderer.dtype = torch.float16 if half else torch.float32
+    return renderer(pack(images, views), views)
 
 
 def with_pillow(image: np.ndarray, views: Views, i: int, view: int) -> np.ndarray:
@@ -275,7 +286,7 @@ def drawn(kind: str, epoch: int = 0) -> tuple[list[np.ndarray], Views]:
 
 
 @either_source
-@pytest.mark.parametrize(("renderer", "mean", "bias"), [(CpuRenderer(), 0.9, 0.2), (DeviceRenderer("cpu"), 0.4, 0.05)])
+@pytest.mark.parametrize(("renderer", "mean", "bias"), [(CpuRenderer(), 0.9, 0.2), (on_device, 0.4, 0.05)])
 def test_views_are_those_of_pillow_and_torchvision(kind, renderer, mean, bias):
     differences = []
     for epoch in range(4):
@@ -293,7 +304,7 @@ def test_views_are_those_of_pillow_and_torchvision(kind, renderer, mean, bias):
 @either_source
 def test_backends_agree(kind):
     images, views = drawn(kind)
-    for a, b in zip(CpuRenderer()(images, views), DeviceRenderer("cpu")(images, views), strict=True):
+    for a, b in zip(CpuRenderer()(images, views), on_device(images, views), strict=True):
         assert a.dtype == b.dtype == torch.uint8
         check(a.numpy(), b.numpy(), mean=0.8, largest=40, bias=0.2)
 
@@ -307,7 +318,7 @@ def test_backends_agree_exactly_on_what_both_do_exactly():
         assert np.abs(a.astype(int) - b).max() <= 1
 
 
-@pytest.mark.parametrize("renderer", [CpuRenderer(), DeviceRenderer("cpu"), crop])
+@pytest.mark.parametrize("renderer", [CpuRenderer(), on_device, crop])
 def test_shapes_and_batch_composition(renderer):
     images, views = drawn("drawn")
     whole = renderer(images, views)
@@ -320,23 +331,54 @@ def test_shapes_and_batch_composition(renderer):
             assert torch.equal(group, expected[:, part])
 
 
-def test_the_halves_make_the_whole():
+@either_source
+@pytest.mark.parametrize(("half", "mean", "largest"), [(False, 0.006, 2), (True, 0.12, 2)])
+def test_a_device_cuts_as_a_worker_does(kind, half, mean, largest):
+    """Up to the order of sums; in half precision a weight is a 2^-12 part off, at most an eighth of a level."""
+    images, views = drawn(kind)
+    boxes, flips = torch.from_numpy(views.box), torch.from_numpy(views.flip)
+    canvas = pack(images, views)[0].permute(0, 3, 1, 2).to(torch.float16 if half else torch.float32)
+    for group, theirs in zip(views.groups, crop(images, views), strict=True):
+        ours = crop_batch(canvas, boxes[:, group], flips[:, group], theirs.shape[2], 5.0)
+        check(ours.permute(0, 1, 3, 4, 2).numpy(), theirs.numpy(), mean, largest, bias=0.01)
+
+
+def test_a_device_renders_whole_batches_in_half_precision():
     images, views = drawn("drawn")
-    for renderer in (CpuRenderer(), DeviceRenderer("cpu")):
-        whole, halves = renderer(images, views), renderer.colour(renderer.crop(images, views), views)
-        assert all(torch.equal(a, b) for a, b in zip(whole, halves, strict=True))
+    for ours, theirs in zip(on_device(images, views, half=True), on_device(images, views), strict=True):
+        check(ours.numpy(), theirs.numpy(), mean=0.3, largest=40, bias=0.02)
+
+
+def test_large_images_are_cut_by_the_worker():
+    images = [draw_picture(h, w, 0) for h, w in [(300, 400), (100, LARGEST + 1), (LARGEST, 200), (1500, 1200)]]
+    views = draw_views(OPTIONS, SIZES, 0, 0, range(4), np.array([i.shape[:2] for i in images]))
+    canvas, small, *cut = pack(images, views)
+    assert canvas.shape == (2, LARGEST, 400, 3)
+    assert small.tolist() == [0, 2]
+    for groups, expected, of in zip(cut, crop(images, views), on_device(images, views), strict=True):
+        assert torch.equal(groups, expected[:, [1, 3]])
+        for i in range(4):
+            alone = on_device([images[i]], views.of([i]))[0 if expected.shape[2] == 224 else 1]
+            check(of[:, i].numpy(), alone[:, 0].numpy(), mean=0.001, largest=1)
+
+
+def test_many_pages_are_cut_in_parts(monkeypatch):
+    images, views = drawn("drawn")
+    whole = on_device(images, views)
+    monkeypatch.setattr("dino.data.device_render.AT_ONCE", 2**22)
+    assert all(torch.equal(a, b) for a, b in zip(whole, on_device(images, views), strict=True))
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_the_device_is_not_waited_for():
     images, views = drawn("drawn")
-    renderer = DeviceRenderer("cuda")
-    crops = [group.pin_memory() for group in renderer.crop(images, views)]
-    expected = [normalise(group).cpu() for group in DeviceRenderer("cpu").colour(crops, views)]
+    renderer, packed = DeviceRenderer("cuda"), [x.pin_memory() for x in pack(images, views)]
+    expected = [normalise(group) for group in on_device(images, views)]
+    renderer(packed, views)  # chooses kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ours = [normalise(group) for group in renderer.colour(crops, views)]
+        ours = [normalise(group) for group in renderer(packed, views)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(ours, expected, strict=True):
@@ -379,7 +421,7 @@ def test_any_box_of_any_image_renders(shape, size, seed, data):
     (cropped,) = crop([image], views)
     resized = with_pillow(image, plain(1, (size,), box=(top, left, h, w), flip=coin[0]), 0, 0)
     check(cropped[0, 0].numpy(), resized, mean=0.4, largest=2)
-    for renderer in (CpuRenderer(), DeviceRenderer("cpu")):
+    for renderer in (CpuRenderer(), on_device):
         (out,) = renderer([image], views)
         assert out.shape == (2, 1, size, size, 3)
         assert torch.equal(out[0], out[1])
@@ -389,7 +431,7 @@ def test_any_box_of_any_image_renders(shape, size, seed, data):
 def test_odd_images(shape):
     image = draw_picture(*shape, seed=1)
     views = draw_views(OPTIONS, SIZES, 0, 0, range(3), np.tile(shape, (3, 1)))
-    for a, b in zip(CpuRenderer()([image] * 3, views), DeviceRenderer("cpu")([image] * 3, views), strict=True):
+    for a, b in zip(CpuRenderer()([image] * 3, views), on_device([image] * 3, views), strict=True):
         check(a.numpy(), b.numpy(), mean=2, largest=40)
 
 
@@ -399,7 +441,7 @@ def test_identity_gives_the_plain_resize(size, seed, flip):
     image = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
     for jitter in (False, True):  # factors of 1 and no shift of hue are no change either
         views = plain(1, (size,), jitter=jitter, flip=flip)
-        for renderer in (CpuRenderer(), DeviceRenderer("cpu")):
+        for renderer in (CpuRenderer(), on_device):
             (out,) = renderer([image], views)
             assert (out.numpy()[0, 0] == (image[:, ::-1] if flip else image)).all()
 

@@ -450,7 +450,7 @@ def test_a_missing_centre_is_the_mean_of_the_teachers_outputs(photos, tmp_path):
     trainer = Trainer(options, tmp_path / "run", source, batches, torch.device("cpu"), Terminal(False))
     trainer.method.centre.value.fill_(7)
     assert start.estimate_centre(trainer, batches) == 2 * 4 * (24 // 4)
-    outputs = [trainer.method.teacher([normalise(batches[step].groups[0])]) for step in range(24 // 4)]
+    outputs = [trainer.method.teacher([normalise(batches[step].prepared[0])]) for step in range(24 // 4)]
     torch.testing.assert_close(trainer.method.centre.value, torch.cat(outputs).mean(dim=0))
 
 

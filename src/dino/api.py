@@ -14,8 +14,9 @@ import torch
 
 from dino import config, distributed, recipes
 from dino.config import TrainOptions, flatten, known, replace, to_dict
+from dino.data.device_render import DeviceRenderer, pack
 from dino.data.loader import ViewBatches, spare_cores
-from dino.data.render import CpuRenderer, DeviceRenderer, crop
+from dino.data.render import CpuRenderer
 from dino.data.sources import Source, open_source, split
 from dino.engine import log, memory, start
 from dino.engine.checkpoint import LOCK, Checkpoints, sole_writer
@@ -123,8 +124,8 @@ def set_up(
     more = [judge.Callback.parse(text, folder) for text in resolved.log.evaluate]
     callback = OnlineEvaluation(source, held_out, known(resolved.views.global_size), device, more)
     batches = view_batches(resolved, source, device)
-    colour = DeviceRenderer(device).colour if device.type == "cuda" else None
-    trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, colour)
+    render = DeviceRenderer(device) if device.type == "cuda" else None
+    trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, render)
     if resolved.fit is not None:
         split, needed = distributed.gather(memory.fit(trainer, memory.parse_size(resolved.fit)))[0]
         trainer.split_steps(split)
@@ -226,9 +227,9 @@ def open_pair(options: TrainOptions, folder: Path | None) -> tuple[Source, Sourc
 
 
 def view_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:
-    renderer = crop if device.type == "cuda" else CpuRenderer()
+    prepare = pack if device.type == "cuda" else CpuRenderer()
     ranks = (distributed.rank(), distributed.world_size())
-    return ViewBatches(source, options.views, renderer, known(options.batch_size), options.seed, *ranks)
+    return ViewBatches(source, options.views, prepare, known(options.batch_size), options.seed, *ranks)
 
 
 def check(options: TrainOptions, source: Source) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 DATA, LOADER, STEPS = 0.1, 0.2, 0.6  # shares of the seconds asked for; the rest is getting ready
 LONGEST_STEP = 0.08  # of them too: a step that would take longer is measured on fewer images
-STEP = ("transfer", "render on the device", "normalise", "teacher", "student", "backward", "optimiser", "EMA", "other")
+STEP = ("transfer, render", "normalise", "teacher", "student", "backward", "optimiser", "EMA", "other")
 ONCE = ("optimiser", "EMA")  # cost the same however many images a step has
 
 
@@ -96,7 +96,6 @@ def step_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
     method, device = trainer.method, trainer.device
     functions: dict[str, tuple[Any, str]] = {
         "whole": (trainer, "_train_step"),
-        "to_device": (trainer, "to_device"),
         "normalise": (train, "normalise"),
         "gradients": (trainer, "gradients"),
         "teacher": (method, "teach"),
@@ -106,13 +105,11 @@ def step_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
         "update": (trainer.optimizer, "step"),
         "EMA": (method, "update_teacher"),
     }
-    if trainer.colour is not None:
-        functions["render on the device"] = (trainer, "colour")
+    if trainer.render is not None:
+        functions["transfer, render"] = (trainer, "render")
     with watched(device, **functions) as t:
         trainer._train_step(batch)
-    parts = {name: t[name] for name in ("render on the device", "normalise", "teacher", "EMA") if name in t}
-    if device.type == "cuda":
-        parts["transfer"] = t["to_device"] - t.get("render on the device", 0.0)
+    parts = {name: t[name] for name in ("transfer, render", "normalise", "teacher", "EMA") if name in t}
     parts["student"] = t["forward"] + t["loss"]
     parts["backward"] = t["gradients"] - t["teacher"] - parts["student"]
     parts["optimiser"] = t["clip"] + t["update"]
@@ -137,8 +134,8 @@ def measure_data(batches: ViewBatches, workers: int, limit: float) -> dict[str, 
         raise ValueError(f"none of the first {len(indices)} images could be read; repair them or choose other --data.")
     shapes = np.array([image.shape[:2] for image in images])
     views = draw_views(batches.options, batches.sizes, 0, 0, range(len(images)), shapes)
-    batches.renderer(images, views)  # fills caches
-    render = seconds(lambda: batches.renderer(images, views), torch.device("cpu"))
+    batches.prepare(images, views)  # fills caches
+    render = seconds(lambda: batches.prepare(images, views), torch.device("cpu"))
     torch.set_num_threads(threads)
     return {"decode": 1e3 * read / len(images), "render": 1e3 * render / len(images)}
 
@@ -161,12 +158,14 @@ def measure_step(trainer: Trainer, limit: float) -> dict[str, Any]:
     """Milliseconds per image of a step's parts, images per second of whole steps, and the share of the machine."""
     device, size = trainer.device, trainer.batches.batch_size
     full = trainer.batches[0]
-    if not full.groups:
+    if not full.prepared:
         raise ValueError(f"no batch can be made of these images, first {full.bad[0][0]}: {full.bad[0][1]}.")
     trainer.step = trainer.plan.total // 2  # away from warm-up and frozen prototypes
 
     def of(count: int) -> Batch:
-        return full if count == size else Batch([g[:, :count].contiguous() for g in full.groups], full.views, full.bad)
+        return (
+            full if count == size else Batch([g[:, :count].contiguous() for g in full.prepared], full.views, full.bad)
+        )
 
     images = size
     if device.type == "cpu":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -19,16 +19,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino.config import ViewOptions
 from dino.data.decode import BadImage
-from dino.data.render import Renderer
 from dino.data.sources import Source
 from dino.data.views import Stream, Views, draw_views, generator
 
 FARTHEST_STAND_IN = 1000  # unreadable images in a row after which a batch is given up
 
 
+Prepare = Callable[[Sequence[np.ndarray], Views], list[Tensor]]
+
+
 class Batch(NamedTuple):
-    groups: list[Tensor]  # per resolution: uint8 [v, n, s, s, 3]; empty when no stand-in could be read either
-    views: Views | None  # the parameters, for what is still to be rendered on the device
+    prepared: list[Tensor]  # views, or what a device makes them of; empty when no stand-in could be read either
+    views: Views | None  # their parameters
     bad: list[tuple[str, str]]  # images that could not be read: name, reason
 
 
@@ -39,19 +41,22 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 
 
 class ViewBatches(Dataset[Batch]):
-    """Rank `rank` of `world_size` gets its contiguous share of every global batch."""
+    """Rank `rank` of `world_size` gets its contiguous share of every global batch.
+
+    `prepare` is the worker's share of the rendering: all of it (`CpuRenderer`), or what a device needs (`pack`).
+    """
 
     def __init__(
         self,
         source: Source,
         options: ViewOptions,
-        renderer: Renderer,
+        prepare: Prepare,
         batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.source, self.options, self.renderer, self.seed = source, options, renderer, seed
+        self.source, self.options, self.prepare, self.seed = source, options, prepare, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.steps_per_epoch = len(source) // batch_size
         assert options.global_size is not None
@@ -75,7 +80,7 @@ class ViewBatches(Dataset[Batch]):
         shapes = np.array([image.shape[:2] for image in images])
         epoch = step // self.steps_per_epoch
         views = draw_views(self.options, self.sizes, self.seed, epoch, indices.tolist(), shapes)
-        return Batch(self.renderer(images, views), views, bad)
+        return Batch(self.prepare(images, views), views, bad)
 
     def _read(self, index: int, bad: list[tuple[str, str]]) -> np.ndarray | None:
         """The image at `index`, or the next readable one after it: the same stand-in for any worker or rank."""

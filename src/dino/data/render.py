@@ -1,9 +1,7 @@
 """Views of images, as pixels: the parameters drawn by `dino.data.views` applied to decoded images.
 
-A renderer has two halves. `crop` cuts, resizes and flips on the CPU, where the images are. `colour` does the rest and
-has a backend per device: OpenCV, view by view and in place, or PyTorch, a whole group of views at a time. The first
-suits a worker process (`CpuRenderer` does both halves in one go), the second a GPU (`DeviceRenderer`: let the workers
-call `crop` and the training process `colour`). Both are held to Pillow and torchvision, and to each other, in tests.
+`CpuRenderer` does it in a worker process, view by view, with OpenCV and PyTorch's resize. `dino.data.device_render` does
+it on a GPU, all views of a size at a time. Both are held to Pillow and torchvision, and to each other, in tests.
 
 Axes: n images, v views, s pixels; m = v * n, view by view. Colour is RGB, 0 to 255.
 """
@@ -12,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -24,22 +21,19 @@ from dino.data.views import CONTRAST, HUE, SATURATION, Views
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, white = 1
 STD = (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)
+HUE_STEPS = 255  # of Pillow's circle of hues, as torchvision counts them
 
-_LUMA = (0.299, 0.587, 0.114)
 # Pillow cuts the fraction off after each change of brightness, contrast or saturation, and OpenCV rounds: half a level
 # less makes them equal. A little less than half, so that whole numbers stay what they are.
 _CUT = -0.499
-_HUE_STEPS = 255  # of Pillow's circle of hues, as torchvision counts them
-
-
-class Renderer(Protocol):
-    def __call__(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
-        """Views of `images` ([h, w, 3] uint8 each) by group of equal size: uint8 [v, n, s, s, 3]."""
-        ...
 
 
 def crop(images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
-    """Boxes of the images, resized (bicubic, antialiased, as Pillow) and flipped; a `Renderer` without colour."""
+    """Boxes of the images ([h, w, 3] uint8 each), resized (bicubic, antialiased, as Pillow) and flipped.
+
+    By group of views of equal size: uint8 [v, n, s, s, 3].
+    """
     groups = [_empty(len(images), views.sizes[group]) for group in views.groups]
     # Image by image, because its views share what the cache holds of it.
     for i, (image, boxes, flips) in enumerate(zip(images, views.box.tolist(), views.flip.tolist(), strict=True)):
@@ -51,9 +45,8 @@ def crop(images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
 class CpuRenderer:
     """Everything with OpenCV and PyTorch's resize, one view after the other on one thread."""
 
-    crop = staticmethod(crop)
-
     def __call__(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
+        """Views of `images` ([h, w, 3] uint8 each) by group of equal size: uint8 [v, n, s, s, 3]."""
         # All crops first: to take turns between PyTorch's code and OpenCV's for each view is a sixth slower.
         return self.colour(crop(images, views), views)
 
@@ -67,30 +60,6 @@ class CpuRenderer:
         return crops
 
 
-class DeviceRenderer:
-    """Cuts on the CPU and colours on `device`, without waiting for it."""
-
-    crop = staticmethod(crop)
-
-    def __init__(self, device: torch.device | str):
-        self.device = torch.device(device)
-
-    def __call__(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
-        return self.colour(crop(images, views), views)
-
-    def colour(self, crops: list[Tensor], views: Views) -> list[Tensor]:
-        """What `crop` returned, moved to the device and coloured there."""
-        kernels = blur_kernels(views.sigma)
-        groups = []
-        for x, group in zip(crops, views.groups, strict=True):
-            parameters = _Parameters(views, kernels, group, self.device)
-            x = x.to(self.device, non_blocking=True)
-            planes = x.flatten(0, 1).permute(0, 3, 1, 2).float()
-            coloured = _colour_batch(planes, parameters).permute(0, 2, 3, 1).to(torch.uint8)
-            groups.append(coloured.contiguous().view(x.shape))
-        return groups
-
-
 def normalise(views: Tensor, channels: int = 3) -> Tensor:
     """uint8 [v, n, h, w, 3] as the backbone takes it: float32 [m, 3, h, w] (channels last in memory), view by view.
 
@@ -98,7 +67,7 @@ def normalise(views: Tensor, channels: int = 3) -> Tensor:
     """
     num_views, num_images, height, width = views.shape[:4]
     if channels == 1:
-        weights = torch.tensor(_LUMA)
+        weights = torch.tensor(LUMA)
         mean, std = weights @ torch.tensor(MEAN), weights @ torch.tensor(STD)
         luma = views.reshape(-1, 3).float() @ (weights / (255 * std)).to(views.device, non_blocking=True)
         return luma.view(num_views * num_images, 1, height, width) - (mean / std).item()
@@ -143,9 +112,6 @@ def _per_view(groups: list[Tensor]) -> list[np.ndarray]:
     return [view for group in groups for view in group.numpy()]
 
 
-# ------------------------------------------------------------------------------------------- OpenCV, one view
-
-
 def _crop(image: np.ndarray, box: list[int], flip: bool, out: np.ndarray) -> None:
     top, left, height, width = box
     # A copy, and the batch dimension before the permutation: PyTorch is twice as fast on what it sees as channels last.
@@ -187,13 +153,13 @@ def _jitter(x: np.ndarray, order: list[int], factors: list[float]) -> None:
         if step == HUE:
             _affine(x, a, b, c)
             a, b, c = 1.0, 0.0, 0.0
-            _shift_hue(x, int(factor * _HUE_STEPS))
+            _shift_hue(x, int(factor * HUE_STEPS))
             continue
         if factor == 1:
             continue
         rest = 1 - factor
         if step == CONTRAST:
-            mean = (a + b) * sum(w * m for w, m in zip(_LUMA, cv2.mean(x), strict=False)) + c
+            mean = (a + b) * sum(w * m for w, m in zip(LUMA, cv2.mean(x), strict=False)) + c
             a, b, c = factor * a, factor * b, factor * c + rest * int(mean + 0.5) + _CUT
         elif step == SATURATION:
             a, b, c = factor * a, factor * b + rest * (a + b), c + _CUT
@@ -209,7 +175,7 @@ def _affine(x: np.ndarray, a: float, b: float, c: float) -> None:
     """a * x + b * luma(x) + c in place."""
     if a == 1 and b == 0:  # a whole c is never left over alone
         return
-    red, green, blue = (b * w for w in _LUMA)
+    red, green, blue = (b * w for w in LUMA)
     matrix = np.array([[a + red, green, blue, c], [red, a + green, blue, c], [red, green, a + blue, c]])
     cv2.transform(x, matrix, dst=x)
 
@@ -246,79 +212,3 @@ def _short(kernels: np.ndarray) -> list[list[np.ndarray]]:
 def _blur(x: np.ndarray, kernel: np.ndarray) -> None:
     if len(kernel) > 1:
         cv2.sepFilter2D(x, -1, kernel, kernel, dst=x, borderType=cv2.BORDER_REPLICATE)
-
-
-# -------------------------------------------------------------------------------------- PyTorch, many views
-
-
-class _Parameters:
-    """Colour parameters of the views of one group, as tensors on the device; m in front."""
-
-    def __init__(self, views: Views, kernels: np.ndarray, group: slice, device: torch.device):
-        def rows(values: np.ndarray) -> np.ndarray:
-            return values[:, group].swapaxes(0, 1).reshape(-1, *values.shape[2:])
-
-        def send(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
-
-        jitter, order, factors = rows(views.jitter), rows(views.order), rows(views.factors)
-        steps = (factors[:, HUE] * _HUE_STEPS).astype(np.int64)
-        taken = np.take_along_axis(factors, order.astype(np.int64), 1)
-        taken[~jitter] = 1
-        taken[order == HUE] = 1
-        self.factors = send(taken.T[..., None, None, None])  # [4, m, 1, 1, 1], by position in the order
-        self.contrast = send((order == CONTRAST).astype(np.float32).T[..., None, None, None])
-        self.saturation = send((order == SATURATION).astype(np.float32).T[..., None, None, None])
-        # Which views each position changes is known here, so the device is never asked how many there are.
-        shifted = [np.flatnonzero(jitter & (order[:, k] == HUE) & (steps != 0)) for k in range(4)]
-        self.shifted = [send(which) for which in shifted]
-        self.steps = [send(steps[which].astype(np.float32)[:, None, None, None]) for which in shifted]
-        self.grey = send(rows(views.grey)[:, None, None, None])
-        blurred = np.flatnonzero(rows(views.sigma) > 0)
-        self.blurred = send(blurred)
-        self.kernels = send(rows(kernels)[blurred])
-        self.solarise = send(rows(views.solarise)[:, None, None, None])
-        self.luma = send(np.array(_LUMA, np.float32)[:, None, None])
-
-
-def _colour_batch(x: Tensor, p: _Parameters) -> Tensor:
-    """Colours x, float [m, 3, s, s] of whole numbers; may change it."""
-    for k in range(4):
-        luma = _round((x * p.luma).sum(1, keepdim=True))
-        anchor = p.contrast[k] * _round(luma.mean((2, 3), keepdim=True)) + p.saturation[k] * luma
-        # Whole numbers in, so a factor of 1 changes nothing at all.
-        x = ((x - anchor) * p.factors[k] + anchor).clamp_(0, 255).floor_()
-        if len(p.shifted[k]):
-            x[p.shifted[k]] = _shift_hue_batch(x[p.shifted[k]], p.steps[k])
-    x = torch.where(p.grey, _round((x * p.luma).sum(1, keepdim=True)), x)
-    if len(p.blurred):
-        x[p.blurred] = _round(_blur_batch(x[p.blurred], p.kernels))
-    return torch.where(p.solarise & (x >= 128), 255 - x, x)
-
-
-def _round(x: Tensor) -> Tensor:
-    return (x + 0.5).floor_()
-
-
-def _shift_hue_batch(x: Tensor, steps: Tensor) -> Tensor:
-    """By way of 8-bit hue, saturation and value, as Pillow."""
-    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-    chroma = high - low
-    red, green, blue = ((high - x) / chroma.clamp(min=1)).split(1, 1)
-    hue = torch.where(x[:, :1] == high, blue - green, torch.where(x[:, 1:2] == high, 2 + red - blue, 4 + green - red))
-    hue = ((hue / 6 + 1) % 1 * 255).floor_()
-    saturation = (chroma / high.clamp(min=1) * 255).floor_()
-    sextant = (hue + steps) % 256 * (6 / 255)
-    k = (sextant + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
-    return _round(high * (1 - saturation / 255 * torch.minimum(k, 4 - k).clamp_(0, 1)))
-
-
-def _blur_batch(x: Tensor, kernels: Tensor) -> Tensor:
-    """Each of the m images with its own kernel [m, taps], rows first."""
-    m, channels, height, width = x.shape
-    half = kernels.shape[1] // 2
-    kernels = kernels.repeat_interleave(channels, 0)[:, None]
-    x = x.reshape(1, m * channels, height, width)
-    x = F.conv2d(F.pad(x, (half, half, 0, 0), mode="replicate"), kernels[:, :, None, :], groups=m * channels)
-    x = F.conv2d(F.pad(x, (0, 0, half, half), mode="replicate"), kernels[..., None], groups=m * channels)
-    return x.view(m, channels, height, width)

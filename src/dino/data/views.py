@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import numpy as np
@@ -78,6 +78,11 @@ class Views:
         """Runs of consecutive views of equal size: one tensor, and one pass of the backbone, each."""
         ends = [i for i in range(1, len(self.sizes)) if self.sizes[i] != self.sizes[i - 1]]
         return [slice(a, b) for a, b in itertools.pairwise([0, *ends, len(self.sizes)])]
+
+    def of(self, images: Sequence[int]) -> Views:
+        """Those of some images, by position."""
+        drawn = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sizes"}
+        return Views(self.sizes, **{name: values[list(images)] for name, values in drawn.items()})
 
 
 def draw_views(

@@ -15,7 +15,6 @@ import torch
 from dino import distributed
 from dino.config import TrainOptions, known, replace
 from dino.data.loader import ViewBatches, iterate
-from dino.data.render import normalise
 from dino.engine import parallel
 from dino.engine.train import Trainer
 from dino.method import DINO
@@ -116,11 +115,10 @@ def estimate_centre(trainer: Trainer, batches: ViewBatches) -> int:
     steps = min(batches.steps_per_epoch, math.ceil(CENTRE_IMAGES / known(options.batch_size)))
     total, count = torch.zeros_like(method.centre.value), torch.zeros((), device=trainer.device)
     for batch in iterate(batches, 0, steps, known(options.data.num_workers), trainer.device.type == "cuda"):
-        if not batch.groups:
+        if not batch.prepared:
             continue  # nothing in it could be read
-        groups = [normalise(g, options.model.in_channels) for g in trainer.to_device(batch)]
         with parallel.autocast(trainer.device, trainer.precision):
-            scores = method.teacher(groups[:1])
+            scores = method.teacher(trainer.views_of(batch)[:1])
         total += scores.float().sum(dim=0)
         count += len(scores)
     method.centre.value.copy_(distributed.sum_(total) / distributed.sum_(count))

@@ -143,10 +143,11 @@ class Trainer:
         device: torch.device,
         terminal: Terminal,
         callback: Callback | None = None,
-        colour: Callable[[list[Tensor], Views], list[Tensor]] | None = None,
+        render: Callable[[list[Tensor], Views], list[Tensor]] | None = None,
     ):
         self.options, self.run, self.source, self.batches = options, run, source, batches
-        self.device, self.terminal, self.callback, self.colour = device, terminal, callback, colour
+        self.device, self.terminal, self.callback, self.render = device, terminal, callback, render
+        self.beside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.plan = Plan(options, batches.steps_per_epoch)
         self.precision = parallel.choose_precision(options.precision, device)
         self.method = build_method(options).to(device)
@@ -288,14 +289,14 @@ class Trainer:
     def _train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step in the reference's order (main_dino.py, train_one_epoch); what to log, on the device."""
         self._bad += batch.bad
-        if not batch.groups:
+        if not batch.prepared:
             self._check_quarantine(force=True)
         step, method = self.step, self.method
         # Stochastic depth is the only other randomness; keyed by step and rank it needs no state in checkpoints.
         key = np.random.SeedSequence([self.options.seed, distributed.rank(), step])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
         optim.set_rates(self.optimizer, self.plan.lr(step), self.plan.weight_decay(step))
-        groups = [normalise(g, self.options.model.in_channels) for g in self.to_device(batch)]
+        groups = self.views_of(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss, signs = self.gradients(groups, self.plan.teacher_temp(step))
         self.scaler.unscale_(self.optimizer)
@@ -323,9 +324,22 @@ class Trainer:
             losses.append(loss.detach())
         return torch.stack(losses).sum(), taught.signs
 
-    def to_device(self, batch: Batch) -> list[Tensor]:
-        groups = [g.to(self.device, non_blocking=True) for g in batch.groups]
-        return groups if self.colour is None or batch.views is None else self.colour(groups, batch.views)
+    def views_of(self, batch: Batch) -> list[Tensor]:
+        """The batch's views as the networks take them, float32 [v * n, c, s, s] per resolution.
+
+        A GPU renders them on a stream of their own, while it still computes the step before.
+        """
+        with torch.cuda.stream(self.beside):
+            groups = batch.prepared
+            if self.render is not None and batch.views is not None:
+                groups = self.render(groups, batch.views)
+            groups = [normalise(g, self.options.model.in_channels) for g in groups]
+        if self.beside is not None:
+            step = torch.cuda.current_stream(self.device)
+            step.wait_stream(self.beside)
+            for g in groups:
+                g.record_stream(step)  # its memory is not to be used again before the step is done
+        return groups
 
     # --- between steps -----------------------------------------------------------------------------------------
 

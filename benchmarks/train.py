@@ -1,0 +1,154 @@
+"""Training from JPEG files, end to end: ours against the reference's pipeline and step, in turns on one machine.
+
+    python benchmarks/train.py --images FOLDER [--reference CHECKOUT] [--device cuda]
+
+Each turn is a loader with its workers and some steps of a run (2 x 224 + 8 x 96 views), timed after its first steps.
+'In memory' are the same steps of ours with one batch of views that lies on the device already: what the loader and the
+rendering cost is the difference. The peer reads the same files with torchvision's transforms (with `--reference`, the
+class DataAugmentationDINO of a checkout of facebookresearch/dino) and trains with the plain step of `step.py`, in fp16
+on a GPU as the reference ships it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import harness
+import step
+import views
+from dino import api
+from dino.bench import seconds
+from dino.config import TrainOptions, replace
+from dino.data.loader import Batch, iterate, spare_cores
+from dino.engine import parallel
+from dino.engine.log import Terminal
+from dino.engine.train import Trainer
+
+VIEWS = {"views.global_scale": views.OPTIONS.global_scale, "views.local_scale": views.OPTIONS.local_scale}
+WARM_UP = 3  # steps that are not timed: kernels are chosen, workers fill their queues
+
+
+class PeerImages(Dataset[list[Tensor]]):
+    """The files over and over, each time with other views."""
+
+    def __init__(self, paths: list[Path], peer: views.Peer):
+        self.paths, self.peer = paths, peer
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return self.peer(Image.open(self.paths[index % len(self.paths)]).convert("RGB"))
+
+
+class InMemory(Trainer):
+    """A trainer whose views lie on the device, once there are any."""
+
+    ready: list[Tensor] | None = None
+
+    def views_of(self, batch: Batch) -> list[Tensor]:
+        self.ready = self.ready or super().views_of(batch)
+        return self.ready
+
+
+def timed(one: Callable[[], object], steps: int, batch: int, device: torch.device) -> float:
+    """Images per second of `steps` steps, after WARM_UP others."""
+
+    def work(count: int) -> None:
+        for _ in range(count):
+            one()
+
+    work(WARM_UP)
+    return steps * batch / seconds(lambda: work(steps), device)
+
+
+def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> dict[str, Any]:
+    device, workers, batch = torch.device(options.device), options.workers, options.batch
+    on_gpu = device.type == "cuda"
+    values = {
+        "data.path": str(options.images),
+        "data.num_workers": workers,
+        "data.val_fraction": 0.0,
+        "batch_size": batch,
+        "model.arch": options.arch,
+        "head.out_dim": options.prototypes,
+        "log.knn_every": 0,
+    }
+    wanted = replace(TrainOptions(), VIEWS | values)
+    ours, _ = api.set_up(wanted, folder / "ours", device, Terminal(False))
+    memory = InMemory(*(getattr(ours, name) for name in ("options", "run", "source", "batches", "device", "terminal")))
+    memory.render = ours.render
+    if options.compile:
+        parallel.compile_networks(ours.method)
+        parallel.compile_networks(memory.method)
+    _, plain = step.sides(options.arch, options.prototypes, device, "fp32", "fp16" if on_gpu else "fp32")
+
+    def our_turn(trainer: Trainer) -> float:
+        trainer.step, trainer.student = 0, trainer.method.student
+        prepared = iterate(trainer.batches, 0, WARM_UP + options.steps, workers, on_gpu)
+        first = next(prepared)
+        one = lambda: trainer._train_step(first if trainer is memory else next(prepared, first))  # noqa: E731
+        return timed(one, options.steps, batch, device)
+
+    def peer_turn() -> float:
+        loader = DataLoader(PeerImages(paths, peer), batch, num_workers=workers, pin_memory=on_gpu)
+        batches = iter(loader)
+
+        def one() -> None:
+            crops = [crop.to(device, non_blocking=True) for crop in next(batches)]
+            step.plain_step(plain, [torch.cat(crops[:2]), torch.cat(crops[2:])])
+
+        return timed(one, options.steps, batch, device)
+
+    turns = {"ours": lambda: our_turn(ours), "in memory": lambda: our_turn(memory), "peer": peer_turn}
+    rates: dict[str, list[float]] = {name: [] for name in turns}
+    for pair in range(options.pairs):
+        for name in list(turns)[:: -1 if pair % 2 else 1]:
+            rates[name].append(turns[name]())
+        print("   ".join(f"{name} {rate[-1]:.1f} images/s" for name, rate in rates.items()), file=sys.stderr)
+    return {
+        "arch": options.arch,
+        "prototypes": options.prototypes,
+        "batch": batch,
+        "workers": workers,
+        "precision": ours.precision,
+        "compiled": options.compile,
+        "images": len(paths),
+        "ratio": harness.ratio(rates["ours"], rates["peer"]),
+        "share_of_in_memory": harness.ratio(rates["ours"], rates["in memory"]),
+        "images_per_second": {name: harness.spread(rate) for name, rate in rates.items()},
+    }
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, "train-cpu")
+    parser.add_argument("--images", type=Path, required=True, help="folder of JPEGs, searched at any depth")
+    parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/dino, for its augmentation")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--arch", default="vit_small")
+    parser.add_argument("--prototypes", type=int, default=65536)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of a turn")
+    parser.add_argument("--workers", type=int, default=spare_cores())
+    parser.add_argument("--compile", action="store_true")
+    options = harness.parse(parser)
+    paths = views.jpeg_paths(options.images)
+    peer = views.plain_peer() if options.reference is None else views.reference_peer(options.reference)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(paths, peer, Path(folder), options)
+    reads = "torchvision transforms on Pillow" if options.reference is None else "the reference's DataAugmentationDINO"
+    what = {"what": "training from JPEG files, images/s of ours / the peer's", "peer": f"{reads}, the step of step.py"}
+    harness.write(what | figures, options.json, options.device)
+
+
+if __name__ == "__main__":
+    harness.run(main)

@@ -1,0 +1,195 @@
+"""Views rendered on a device: all views of a size at a time, in a handful of kernels, without waiting for it.
+
+A worker process decodes and hands over the images as they are (`pack`): of photographs of the usual size they are no
+more bytes than their views. The training process sends them to the device and does the rest there (`DeviceRenderer`).
+Cutting and resizing are two matrix products, columns first, with Pillow's own weights (bicubic, antialiased) in matrices
+that are zero outside of a view's box. An image too large for that is cut by its worker, where decoding takes longer.
+
+Axes: n images, v views of a size, s pixels of their edge; m = v * n, view by view. Colour is RGB, 0 to 255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino.data.render import HUE_STEPS, LUMA, blur_kernels, crop
+from dino.data.views import CONTRAST, HUE, SATURATION, Views
+
+LARGEST = 640  # pixels of an edge; what is larger is cut by the worker
+ALIGNED = 8  # of this many numbers are rows in memory, which matrix products of half precision ask for
+AT_ONCE = 2**27  # numbers between the two products, at most
+REACH = 2  # of the bicubic filter, pixels of the smaller picture
+
+
+def pack(images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
+    """What a worker does: the images of at most LARGEST pixels in one tensor, and the views of the others cut.
+
+    Returns:
+        uint8 [k, H, W, 3], each in the upper left corner; int64 [k], which images these are; then as `crop` returns
+        them, the views of the n - k others.
+    """
+    small = [i for i, image in enumerate(images) if max(image.shape[:2]) <= LARGEST]
+    large = [i for i, image in enumerate(images) if max(image.shape[:2]) > LARGEST]
+    height, width = (max([images[i].shape[axis] for i in small], default=0) for axis in (0, 1))
+    canvas = torch.empty((len(small), height, -(-width // ALIGNED) * ALIGNED, 3), dtype=torch.uint8)
+    for page, i in zip(canvas.numpy(), small, strict=True):
+        page[: len(images[i]), : images[i].shape[1]] = images[i]
+    return [canvas, torch.tensor(small, dtype=torch.int64), *crop([images[i] for i in large], views.of(large))]
+
+
+class DeviceRenderer:
+    """Renders on `device` what `pack` returned; on a GPU products are in half precision, a tenth of a level fine."""
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+
+    def __call__(self, packed: list[Tensor], views: Views) -> list[Tensor]:
+        """Views by group of equal size: uint8 [v, n, s, s, 3] on the device."""
+        which, num_images = packed[1].numpy(), len(views.box)
+        canvas, small, *cut = (self._send(x) for x in packed)
+        others = self._send(np.setdiff1d(np.arange(num_images), which))
+        pages = canvas.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.contiguous_format)
+        kernels, groups = blur_kernels(views.sigma), []
+        for crops, group in zip(cut, views.groups, strict=True):
+            box, flip = self._send(views.box[which, group]), self._send(views.flip[which, group])
+            widest = max(1.0, views.box[which, group, 2:].max(initial=1) / crops.shape[2])
+            x = crop_batch(pages, box, flip, crops.shape[2], widest)
+            if len(which) < num_images:
+                whole = x.new_empty(len(x), num_images, *x.shape[2:])
+                whole[:, small], whole[:, others] = x, crops.permute(0, 1, 4, 2, 3).to(x.dtype)
+                x = whole
+            groups.append(self.colour(x, Parameters(views, kernels, group, self.device)))
+        return groups
+
+    def colour(self, crops: Tensor, parameters: Parameters) -> Tensor:
+        """Crops [v, n, 3, s, s] of whole numbers, coloured: uint8 [v, n, s, s, 3]."""
+        coloured = _colour_batch(crops.flatten(0, 1), parameters).to(torch.uint8)
+        return coloured.permute(0, 2, 3, 1).contiguous().unflatten(0, crops.shape[:2])
+
+    def _send(self, x: Tensor | np.ndarray) -> Tensor:
+        return torch.as_tensor(x).to(self.device, non_blocking=True)
+
+
+def crop_batch(pages: Tensor, box: Tensor, flip: Tensor, size: int, widest: float) -> Tensor:
+    """Boxes of the pages, resized to `size` and flipped: float32 whole numbers [v, k, 3, s, s].
+
+    Args:
+        pages: [k, 3, H, W] of whole numbers, in the precision of the products.
+        box: [k, v, 4] top, left, height, width, pixels; flip: bool [k, v], both on the device of the pages.
+        widest: pixels of a page that become one, at most.
+    """
+    (_, channels, height, width), (num_pages, num_views) = pages.shape, flip.shape
+    if not num_pages:
+        return pages.new_zeros(num_views, 0, channels, size, size).float()
+    parts = []
+    some = max(1, AT_ONCE // max(1, channels * height * num_views * size))
+    for page, b, f in zip(pages.split(some), box.split(some), flip.split(some), strict=True):
+        columns = _weights(b[..., 1], b[..., 3], size, width, widest, f).to(page.dtype)
+        narrow = (page.flatten(1, 2) @ columns.flatten(1, 2).mT).unflatten(1, (channels, height))
+        # Rounded between the two, as Pillow does.
+        narrow = narrow.round_().clamp_(0, 255).unflatten(3, (num_views, size))
+        rows = _weights(b[..., 0], b[..., 2], size, height, widest, torch.zeros_like(f)).to(page.dtype)
+        parts.append(torch.einsum("kvrh,kchvs->vkcrs", rows, narrow).float().round_().clamp_(0, 255))
+    return torch.cat(parts, dim=1)
+
+
+def _weights(start: Tensor, length: Tensor, size: int, extent: int, widest: float, flip: Tensor) -> Tensor:
+    """Each line of `extent` pixels, cut to `length` from `start` and resized, as a matrix: float32 [..., size, extent]."""
+    scale = (length / size)[..., None]
+    reach = REACH * scale.clamp(min=1)
+    out = torch.arange(size, device=start.device)
+    centre = (torch.where(flip[..., None], size - 1 - out, out) + 0.5) * scale  # in the box, [..., size]
+    first = (centre - reach + 0.5).floor().clamp(min=0)
+    last = torch.minimum((centre + reach + 0.5).floor(), length[..., None])
+    taps = torch.arange(int(2 * REACH * widest) + 2, device=start.device)
+    pixel = first[..., None] + taps  # [..., size, taps]
+    weight = _bicubic((pixel + 0.5 - centre[..., None]) * (REACH / reach[..., None])) * (pixel < last[..., None])
+    weight /= weight.sum(-1, keepdim=True)
+    place = (start[..., None, None] + pixel).clamp(max=extent - 1).long()  # the last pixels of some weigh nothing
+    return weight.new_zeros(*weight.shape[:-1], extent).scatter_add_(-1, place, weight)
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    """Keys' kernel with a = -1/2, Pillow's; 0 from 2 on."""
+    x = x.abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
+
+
+class Parameters:
+    """Colour parameters of the views of one group, as tensors on the device; m in front."""
+
+    def __init__(self, views: Views, kernels: np.ndarray, group: slice, device: torch.device):
+        def rows(values: np.ndarray) -> np.ndarray:
+            return values[:, group].swapaxes(0, 1).reshape(-1, *values.shape[2:])
+
+        def send(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+
+        jitter, order, factors = rows(views.jitter), rows(views.order), rows(views.factors)
+        steps = (factors[:, HUE] * HUE_STEPS).astype(np.int64)
+        taken = np.take_along_axis(factors, order.astype(np.int64), 1)
+        taken[~jitter] = 1
+        taken[order == HUE] = 1
+        self.factors = send(taken.T[..., None, None, None])  # [4, m, 1, 1, 1], by position in the order
+        self.contrast = send((order == CONTRAST).astype(np.float32).T[..., None, None, None])
+        self.saturation = send((order == SATURATION).astype(np.float32).T[..., None, None, None])
+        # Which views each position changes is known here, so the device is never asked how many there are.
+        shifted = [np.flatnonzero(jitter & (order[:, k] == HUE) & (steps != 0)) for k in range(4)]
+        self.shifted = [send(which) for which in shifted]
+        self.steps = [send(steps[which].astype(np.float32)[:, None, None, None]) for which in shifted]
+        self.grey = send(rows(views.grey)[:, None, None, None])
+        blurred = np.flatnonzero(rows(views.sigma) > 0)
+        self.blurred = send(blurred)
+        self.kernels = send(rows(kernels)[blurred])
+        self.solarise = send(rows(views.solarise)[:, None, None, None])
+        self.luma = send(np.array(LUMA, np.float32)[:, None, None])
+
+
+def _colour_batch(x: Tensor, p: Parameters) -> Tensor:
+    """Colours x, float [m, 3, s, s] of whole numbers; may change it."""
+    for k in range(4):
+        luma = _round((x * p.luma).sum(1, keepdim=True))
+        anchor = p.contrast[k] * _round(luma.mean((2, 3), keepdim=True)) + p.saturation[k] * luma
+        # Whole numbers in, so a factor of 1 changes nothing at all.
+        x = ((x - anchor) * p.factors[k] + anchor).clamp_(0, 255).floor_()
+        if len(p.shifted[k]):
+            x[p.shifted[k]] = _shift_hue_batch(x[p.shifted[k]], p.steps[k])
+    x = torch.where(p.grey, _round((x * p.luma).sum(1, keepdim=True)), x)
+    if len(p.blurred):
+        x[p.blurred] = _round(_blur_batch(x[p.blurred], p.kernels))
+    return torch.where(p.solarise & (x >= 128), 255 - x, x)
+
+
+def _round(x: Tensor) -> Tensor:
+    return (x + 0.5).floor_()
+
+
+def _shift_hue_batch(x: Tensor, steps: Tensor) -> Tensor:
+    """By way of 8-bit hue, saturation and value, as Pillow."""
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = high - low
+    red, green, blue = ((high - x) / chroma.clamp(min=1)).split(1, 1)
+    hue = torch.where(x[:, :1] == high, blue - green, torch.where(x[:, 1:2] == high, 2 + red - blue, 4 + green - red))
+    hue = ((hue / 6 + 1) % 1 * 255).floor_()
+    saturation = (chroma / high.clamp(min=1) * 255).floor_()
+    sextant = (hue + steps) % 256 * (6 / 255)
+    k = (sextant + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
+    return _round(high * (1 - saturation / 255 * torch.minimum(k, 4 - k).clamp_(0, 1)))
+
+
+def _blur_batch(x: Tensor, kernels: Tensor) -> Tensor:
+    """Each of the m images with its own kernel [m, taps], rows first."""
+    m, channels, height, width = x.shape
+    half = kernels.shape[1] // 2
+    kernels = kernels.repeat_interleave(channels, 0)[:, None]
+    x = x.reshape(1, m * channels, height, width)
+    x = F.conv2d(F.pad(x, (half, half, 0, 0), mode="replicate"), kernels[:, :, None, :], groups=m * channels)
+    x = F.conv2d(F.pad(x, (0, 0, half, half), mode="replicate"), kernels[..., None], groups=m * channels)
+    return x.view(m, channels, height, width)
