@@ -125,17 +125,25 @@ def plain_step(side: Side, groups: list[Tensor]) -> float:
     return loss.item()
 
 
-def build(arch: str, prototypes: int, patch: int = 16) -> DINO:
+def build(arch: str, prototypes: int, patch: int = 16, size: int = 224) -> DINO:
     torch.manual_seed(0)
-    student, teacher = (Network(b, Head(b.embed_dim, prototypes)) for b in (create(arch, patch), create(arch, patch)))
+    student, teacher = (
+        Network(b, Head(b.embed_dim, prototypes)) for b in (create(arch, patch, size), create(arch, patch, size))
+    )
     return DINO(student, teacher)
 
 
 def sides(
-    arch: str, prototypes: int, device: torch.device, precision: str, peer_precision: str, patch: int = 16
+    arch: str,
+    prototypes: int,
+    device: torch.device,
+    precision: str,
+    peer_precision: str,
+    patch: int = 16,
+    size: int = 224,
 ) -> tuple[Side, Side]:
     """Ours and the peer, on the device, from the same weights."""
-    ours = build(arch, prototypes, patch).to(device)
+    ours = build(arch, prototypes, patch, size).to(device)
     plain = plain_copy(ours)
     plain_optimizer = torch.optim.AdamW(optim.parameter_groups(plain.student), lr=0.0, weight_decay=0.04)
     our_optimizer = optim.create(OptimOptions(), ours.student)

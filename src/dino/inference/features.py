@@ -195,17 +195,23 @@ def stream(
     if num_workers is None:  # starting processes costs more than a few hundred small images
         num_workers = spare_cores() if len(indices) * size**2 > 2e7 and device.type == "cuda" else 0
     views = EvaluationViews(source, indices, size, batch_size, view)
-    loader = DataLoader(
-        views, batch_size=None, num_workers=num_workers, worker_init_fn=start_worker if num_workers else None
-    )
-    read, half = READOUTS[readout], fp16 and device.type == "cuda"
+    on_gpu = device.type == "cuda"
+    start = start_worker if num_workers else None
+    loader = DataLoader(views, batch_size=None, num_workers=num_workers, worker_init_fn=start, pin_memory=on_gpu)
+    read, half = READOUTS[readout], fp16 and on_gpu
     show = progress is not None and sys.stderr.isatty()
     batches = track(loader, description=progress, total=len(views), transient=True) if show and progress else loader
+    before = None  # a GPU is asked for the features of one batch when it has the next
     for parts, positions, bad in batches:
         with torch.autocast(device.type, torch.float16, enabled=half):
-            values = [read(model, normalise(part.to(device), model.in_channels)).float().cpu() for part in parts]
+            views_of = (normalise(part.to(device, non_blocking=True), model.in_channels) for part in parts)
+            values = [read(model, images).float() for images in views_of]
         found = torch.cat(values) if values else torch.zeros(0, model.embed_dim)
-        yield Features(found, np.array(positions, dtype=np.int64), bad)
+        if before is not None:
+            yield Features(before[0].cpu(), *before[1:])
+        before = found, np.array(positions, dtype=np.int64), bad
+    if before is not None:
+        yield Features(before[0].cpu(), *before[1:])
 
 
 def extract(

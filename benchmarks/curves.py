@@ -1,0 +1,123 @@
+"""Learning curves of the fast paths against the plain step, from the same weights on the same views.
+
+    python benchmarks/curves.py --images FOLDER [--device cuda]
+
+FOLDER holds a folder of images per class. Every way trains the same ViT with AdamW at a fixed rate; 'plain' is the step of
+`step.py`, 'plain, other views' differs from it in nothing but the seed of the views: what chance alone changes. Loss is
+averaged over WINDOW steps; the difference is from the plain curve. k-NN (k = 20) is on a tenth of the images.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import harness
+import step
+from dino.config import ViewOptions
+from dino.data.device_render import DeviceRenderer, pack
+from dino.data.loader import ViewBatches, iterate
+from dino.data.render import CpuRenderer, normalise
+from dino.data.sources import Source, open_source, split
+from dino.engine import optim, parallel
+from dino.eval import knn
+from dino.inference.features import extract
+
+RATE, WINDOW = 5e-4, 20  # learning rate; steps
+
+
+class Way(NamedTuple):
+    plain: bool = False
+    precision: str = "fp32"
+    compiled: bool = False
+    on_device: bool = False
+    seed: int = 0
+
+
+WAYS = {
+    "plain": Way(plain=True),
+    "plain, other views": Way(plain=True, seed=1),
+    "ours": Way(),
+    "ours, bf16": Way(precision="bf16"),
+    "ours, compiled": Way(compiled=True),
+    "ours, views rendered on the device": Way(on_device=True),
+}
+
+
+def train(way: Way, source: Source, options: Any) -> tuple[list[float], step.Side]:
+    """Losses of all steps, and what was trained."""
+    device, size = torch.device(options.device), options.size
+    ours, plain = step.sides(options.arch, options.prototypes, device, way.precision, "fp32", options.patch, size)
+    side, one = (plain, step.plain_step) if way.plain else (ours, step.our_step)
+    if way.compiled:
+        parallel.compile_networks(side.method)
+    optim.set_rates(side.optimizer, RATE, 0.04)
+    sizes = {"global_size": size, "local_size": size // 2, "num_local": options.num_local}
+    views = ViewOptions(**sizes, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
+    render = DeviceRenderer(device) if way.on_device else None
+    batches = ViewBatches(source, views, pack if way.on_device else CpuRenderer(), options.batch, way.seed)
+    losses = []
+    for batch in iterate(batches, 0, options.steps, options.workers, pin_memory=False):
+        assert batch.views is not None
+        groups = batch.prepared if render is None else render(batch.prepared, batch.views)
+        losses.append(one(side, [normalise(group.to(device)) for group in groups]))
+    return losses, side
+
+
+def accuracy(side: step.Side, source: Source, held_out: Source, size: int) -> float:
+    model = side.method.teacher.backbone.eval()
+    (bank, labels), (queries, truth) = (_features(model, part, size, side.device) for part in (source, held_out))
+    return knn.classify(bank, labels, queries, truth)["knn20_top1"]
+
+
+def _features(model: Any, source: Any, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    found = extract(model, source, size, device)
+    return found.values, torch.from_numpy(np.asarray(source.labels)[found.indices])
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, "curves-cpu")
+    parser.add_argument("--images", type=Path, required=True, help="folder with a folder of images per class")
+    parser.add_argument("--arch", default="vit_nano")
+    parser.add_argument("--patch", type=int, default=4)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--num-local", type=int, default=2)
+    parser.add_argument("--prototypes", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    options = harness.parse(parser)
+    source, held_out = split(open_source(str(options.images)), 0.1, 1000, 0)
+    assert held_out is not None
+    result: dict[str, Any] = {
+        "what": f"loss (mean of {WINDOW} steps) and k-NN of the fast paths against the plain step",
+        "peer": "the same mathematics written plainly",
+        "arch": f"{options.arch}/{options.patch}, {options.size} pixels",
+        "images": len(source),
+        "batch": options.batch,
+        "steps": options.steps,
+        "ways": {},
+    }
+    plain = None
+    for name, way in WAYS.items():
+        losses, side = train(way, source, options)
+        curve = np.array(losses)[: len(losses) // WINDOW * WINDOW].reshape(-1, WINDOW).mean(1)
+        plain = curve if plain is None else plain
+        result["ways"][name] = {
+            "largest_difference": float(np.abs(curve - plain).max()),
+            "last_loss": float(curve[-1]),
+            "knn20_top1": accuracy(side, source, held_out, options.size),
+            "curve": [round(float(value), 5) for value in curve],
+        }
+        print(name, {k: v for k, v in result["ways"][name].items() if k != "curve"}, file=sys.stderr)
+        harness.write(result, options.json, options.device)
+
+
+if __name__ == "__main__":
+    harness.run(main)
