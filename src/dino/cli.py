@@ -117,6 +117,7 @@ COMMANDS: dict[str, Command] = {
     "outliers": Command("images unlike all others", looks.OutliersOptions, "dino.report.find:outliers"),
     "figure tsne": Command("a map of classes (t-SNE)", looks.TsneOptions, "dino.figures:tsne"),
     "figure neighbours": Command("where k-NN is right and wrong", looks.NeighboursOptions, "dino.figures:neighbours"),
+    "app": Command("a page to explore what a model sees", looks.AppOptions, "dino.app:command"),
     "report": Command("write a run's report.html again", ReportOptions, "dino.api:report_command"),
     "models": Command("list or download the released weights", ModelsOptions, "dino.api:models_command"),
     "export": Command("write a model for other libraries and runtimes", ExportOptions, "dino.api:export_command"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from tyro import conf
 from tyro.conf import Positional
 
 
@@ -150,3 +151,17 @@ class OutliersOptions(FindOptions):
     """Nearest others that an image is compared with."""
     top: int = 20
     """Images to name, those least like any other first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppOptions:
+    model: Annotated[Positional[str], conf.arg(metavar="[MODEL]")] = ""
+    """A run directory, a release (see `dino models`) or a weight file. None: the newest run in runs/."""
+    data: str | None = None
+    """Images to pick from and to search: a folder, a list of files, or scenes:NUMBER. None: what the run was trained on."""
+    embedding: str | None = None
+    """What `dino embed` wrote with this model. None: a button on the page embeds the data."""
+    port: int | None = None
+    """Port of the page, on this machine alone. None: the first free one from 7860."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""

@@ -1,0 +1,23 @@
+"""The explorer: a page on this machine, to look at what a model sees. `explorer` computes, `page` lays out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dino.report.options import AppOptions
+
+
+def command(options: AppOptions) -> None:
+    """Serve the explorer until Ctrl-C.
+
+    Raises:
+        ValueError: Gradio is not installed, no such model, data or embedding, or the port is taken.
+    """
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ValueError("the explorer needs Gradio; install it with: pip install 'dino[app]'") from error
+    from dino.app import page
+
+    page.serve(options)

@@ -1,0 +1,261 @@
+"""What the explorer shows, as pictures: one model, one embedding, any image.
+
+A page's visitors share the model, so whatever runs it holds the lock. Errors are `ValueError`s of one sentence.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dino.data.decode import BadImage, decode
+from dino.data.sources import Source
+from dino.inference.embed import Embedding, Folder, embed, images_of
+from dino.inference.features import spread
+from dino.inference.patches import main_axes, patch_features
+from dino.inference.search import duplicates, fingerprint, search
+from dino.models import Backbone, weights
+from dino.report.pictures import Look, attention_maps, chosen_size, coloured, fitted, heat, large, mosaic
+
+MOST_PIXELS = 50_000_000  # of an image that a browser sends
+THUMBNAIL = 240  # pixels of an edge
+OFFERED = 24  # images of the data to pick from
+MOST_CHECKPOINTS = 8  # of a run, evenly spaced
+MOST_GROUPS, MOST_OF_GROUP = 20, 6  # near-copies shown
+SHARD = 256  # images indexed between two signs of progress
+
+Captioned = tuple[np.ndarray, str]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image as the model is shown it."""
+
+    pixels: np.ndarray  # [h, w, 3] uint8, of whole patches
+    original: np.ndarray  # as it was read
+    features: Tensor  # [cells, d], of length 1
+    look: Look | None  # None: this model has no attention
+
+
+class Explorer:
+    """A model, and if there are any, images to pick from, an embedding of them, and the run it comes from."""
+
+    def __init__(self, model: Backbone, run: Path | None, data: str | None, embedding: str | None):
+        self.model, self.run, self.data = model, run, data
+        self.lock = threading.Lock()
+        self.source: Source | None = None if data is None else images_of(data)
+        self.embedding: Embedding | None = None
+        if embedding is not None:
+            self._use(Folder.open(embedding))
+            if self.source is None:
+                self.source = self.images
+
+    # --- one image -------------------------------------------------------------------------------------------------
+
+    def open(self, file: str | int, size: int) -> Shown:
+        """An image file, or one of `offered` by position, `size` pixels on its shorter side."""
+        try:
+            original = decode(Path(file), MOST_PIXELS) if isinstance(file, str) else self._offered(file)
+        except BadImage as error:
+            raise ValueError(f"This cannot be shown: {error.reason}.") from error
+        return self.resize(original, size)
+
+    def resize(self, original: np.ndarray, size: int) -> Shown:
+        with self.lock:
+            pixels = fitted(self.model, original, size)
+            features = F.normalize(patch_features(self.model, pixels), dim=1)
+            return Shown(pixels, original, features, attention_maps(self.model, pixels, size) if self.sees else None)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model has attention to show."""
+        return self.model.has_attention
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Least, most, usual and step of the edge of an image's shorter side, pixels."""
+        usual, patch = chosen_size(self.model, None), self.model.patch_size
+        return 4 * patch, max(usual, 64 * patch), usual, patch
+
+    def heads(self, shown: Shown) -> list[Captioned]:
+        assert shown.look is not None
+        return [(shown.pixels, "the image"), *self._captioned(shown.look.maps)]
+
+    def masks(self, shown: Shown, mass: float) -> list[Captioned]:
+        """The image where `mass` of each head's attention lies."""
+        assert shown.look is not None
+        return self._captioned(replace(shown.look, mass=mass).overlays)
+
+    @staticmethod
+    def _captioned(pictures: list[np.ndarray]) -> list[Captioned]:
+        names = ["mean of all heads", *(f"head {j}" for j in range(len(pictures) - 1))]
+        return list(zip([pictures[-1], *pictures[:-1]], names, strict=True))
+
+    def colours(self, shown: Shown) -> np.ndarray:
+        """Its patches' features as colours."""
+        with self.lock:
+            return coloured(self.model, shown.pixels, main_axes(self.model, [shown.pixels])).picture
+
+    def alike(self, a: Shown, b: Shown | None, point: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """How like the patch at `point` (x, y; pixels of `a`) is to each patch of `a` and of `b`."""
+        rows, columns = self._grid(a)
+        row, column = (
+            min(point[1] * rows // len(a.pixels), rows - 1),
+            min(point[0] * columns // a.pixels.shape[1], columns - 1),
+        )
+        wanted = a.features[row * columns + column]
+        first = self._heated(a, a.features @ wanted, row * columns + column)
+        if b is None:
+            return first, None
+        cosine = b.features @ wanted
+        return first, self._heated(b, cosine, int(cosine.argmax()))
+
+    def _grid(self, shown: Shown) -> tuple[int, int]:
+        rows, columns = self.model.grid(*shown.pixels.shape[:2])
+        return rows, columns
+
+    def _heated(self, shown: Shown, cosine: Tensor, cell: int) -> np.ndarray:
+        """The image under the map of cosines [cells], with a frame round a cell."""
+        rows, columns = self._grid(shown)
+        height, width = shown.pixels.shape[:2]
+        map_ = large(heat(cosine.clamp(min=0).view(rows, columns).numpy() ** 2), shown.pixels)
+        picture = Image.fromarray((0.35 * shown.pixels + 0.65 * map_).astype(np.uint8))
+        left, top = cell % columns * width // columns, cell // columns * height // rows
+        box = [left - 1, top - 1, left + width // columns, top + height // rows]
+        ImageDraw.Draw(picture).rectangle(box, outline="white", width=max(2, height // 150))
+        return np.asarray(picture)
+
+    # --- a run's checkpoints -----------------------------------------------------------------------------------------
+
+    @cached_property
+    def checkpoints(self) -> list[Path]:
+        found = sorted((self.run / "checkpoints").glob("step-*.pt")) if self.run is not None else []
+        return [found[i] for i in spread(len(found), MOST_CHECKPOINTS)]
+
+    def over_time(self, shown: Shown, size: int) -> np.ndarray:
+        """The image as each checkpoint's teacher sees it: attention above, features of patches below."""
+        if not self.checkpoints:
+            raise ValueError("There are no checkpoints: start the explorer with a run directory.")
+        rows: list[list[np.ndarray | str]] = [[shown.pixels], ["features of\npatches"]]
+        for path in self.checkpoints:
+            model = weights.load(path).to(next(self.model.parameters()).device)
+            if self.sees:
+                rows[0].append(attention_maps(model, shown.pixels, size).maps[-1])
+            rows[1].append(coloured(model, shown.pixels, main_axes(model, [shown.pixels])).picture)
+        titles = ["image", *(f"step {int(path.stem.removeprefix('step-')):,}" for path in self.checkpoints)]
+        return np.asarray(mosaic(rows if self.sees else [[shown.pixels, *rows[1][1:]]], titles))
+
+    # --- many images -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def offered(self) -> list[Captioned]:
+        """Some images of the data, as thumbnails."""
+        found = []
+        for position in self._spread():
+            name = self.source.name(position) if self.source is not None else ""
+            found.append((self._thumbnail(self.source, position), name))
+        return found
+
+    def _spread(self) -> list[int]:
+        return [] if self.source is None else list(spread(len(self.source), OFFERED))
+
+    def _offered(self, number: int) -> np.ndarray:
+        assert self.source is not None
+        return self.source.read(self._spread()[number])
+
+    @staticmethod
+    def _thumbnail(source: Source | None, position: int) -> np.ndarray:
+        """A grey square where the image cannot be read."""
+        assert source is not None
+        try:
+            picture = Image.fromarray(source.read(position))
+        except BadImage:
+            return np.full((THUMBNAIL, THUMBNAIL, 3), 160, np.uint8)
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        return np.asarray(picture)
+
+    def _use(self, folder: Folder) -> None:
+        if (made := folder.about["model_sha256"]) != (own := fingerprint(self.model)):
+            raise ValueError(
+                f"{folder.path} was made by another model ({folder.about['model'] or 'unnamed'}, {made[:12]}) than this "
+                f"one ({own[:12]}); give its own, or embed anew."
+            )
+        self.embedding = folder.read()
+        self.images = self.embedding.images()
+
+    def index(self, cache: Path) -> Iterator[tuple[int, int]]:
+        """Embed the data, or use what `cache` has of it: images done, and of how many."""
+        if self.source is None or self.data is None:
+            raise ValueError("There are no images to index: start the explorer with --data FOLDER.")
+        out = cache / f"{fingerprint(self.model)[:16]}-{self.source.fingerprint[:16]}.parquet"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        failed: list[Exception] = []
+
+        def work() -> None:
+            try:
+                embed(self.model, str(self.data), out, shard=SHARD)
+            except Exception as error:
+                failed.append(error)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        while worker.is_alive():
+            worker.join(0.5)
+            done = len(list(out.glob("*.parquet"))) * SHARD if out.is_dir() else 0
+            yield min(done, len(self.source)), len(self.source)
+        if failed:
+            raise failed[0]
+        self._use(Folder.open(out))
+
+    def nearest(self, shown: Shown, k: int) -> list[Captioned]:
+        """The most similar images of the embedding, with cosine and name."""
+        embedding = self._ready()
+        with self.lock:
+            found = search(embedding, [shown.original], k, model=self.model)
+        return [
+            (self._thumbnail(self.images, int(embedding.positions[row])), f"{cosine:.3f}  {embedding.names[row]}")
+            for cosine, row in zip(found.cosine[0].tolist(), found.rows[0].tolist(), strict=True)
+        ]
+
+    def copies(self) -> tuple[str, list[Captioned]]:
+        """Groups of near-copies: how many there are, and the largest."""
+        embedding = self._ready()
+        groups = duplicates(embedding)
+        count = sum(map(len, groups))
+        said = f"{count:,} of {len(embedding.names):,} images are near-copies, in groups: {len(groups):,}."
+        if len(groups) > MOST_GROUPS:
+            said += f" The {MOST_GROUPS} largest are shown."
+        shown = [
+            (self._thumbnail(self.images, int(embedding.positions[row])), f"{number} · {embedding.names[row]}")
+            for number, group in enumerate(groups[:MOST_GROUPS], 1)
+            for row in group[:MOST_OF_GROUP]
+        ]
+        return said, shown
+
+    def _ready(self) -> Embedding:
+        if self.embedding is None:
+            raise ValueError("The images are not indexed yet: press the button first.")
+        return self.embedding
+
+
+def newest_run(folder: Path = Path("runs")) -> str:
+    """The run directory in `folder` whose model was written last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = sorted(folder.glob(f"*/{weights.WEIGHTS}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(
+            f"there is no run in {folder}/; give a run directory or a model, e.g. dino app runs/a, or train one first: "
+            "dino train --data photos/"
+        )
+    return str(found[-1].parent)
