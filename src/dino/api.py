@@ -51,8 +51,6 @@ def train(
         options = recipe
     else:
         options = recipes.get(recipe or "demo").options if recipe or data is None else TrainOptions()
-    if unknown := sorted(changes.keys() - flatten(options).keys()):
-        raise ValueError(f"unknown options {unknown}; `dino train --help` lists them.")
     return run(replace(options, changes | {k: v for k, v in (("data.path", data), ("out", out)) if v is not None}))
 
 
