@@ -73,7 +73,7 @@ BAD = {
     "contradiction": (["--data", "{photos}", "--device", "cpu", "--precision", "fp16"], "needs a GPU"),
     "warm-up beyond the run": (["--data", "{photos}", "--optim.warmup-epochs", "9"], "only 3 epochs"),
     "heads do not divide": (["--data", "{photos}", "--model.num-heads", "5"], "not a multiple of num_heads"),
-    "unknown architecture": (["--data", "{photos}", "--model.arch", "vit_smal"], "Did you mean vit_small?"),
+    "unknown architecture": (["--data", "{photos}", "--model.arch", "vit_smal"], "Did you mean 'vit_small'?"),
     "out is a file": (["--data", "{photos}", "--out", "{photos}/class0/000.jpg"], "is a file"),
     "out holds something else": (["--data", "{photos}", "--out", "{photos}"], "holds no run"),
     "resume of nothing": (["--resume", "{tmp}/nowhere"], "holds no run"),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 import torch
@@ -29,8 +28,6 @@ from dino.report import card
 
 if TYPE_CHECKING:
     from dino.cli import ExportOptions, ModelsOptions, ReportOptions
-
-T = TypeVar("T")
 
 
 def train(
@@ -78,7 +75,7 @@ def _run(options: TrainOptions, device: torch.device, terminal: log.Terminal) ->
     fresh = not folder.exists()
     distributed.barrier()  # every rank has seen the folder as it was before the main one writes there
     with contextlib.ExitStack() as held:
-        _in_turn(lambda: held.enter_context(sole_writer(folder)) if distributed.is_main() else None)
+        distributed.from_main(lambda: held.enter_context(sole_writer(folder)))
         trainer, held_out = _set_up_or_nothing(options, folder, fresh, device, terminal)
         complete = trainer.fit()
         if distributed.is_main():
@@ -106,12 +103,12 @@ def set_up(
     options: TrainOptions, folder: Path, device: torch.device, terminal: log.Terminal
 ) -> tuple[Trainer, Source | None]:
     """Open the data, choose what was left open, check it all, make or resume the run."""
-    source, held_out = _in_turn(lambda: open_pair(options, folder))
+    source, held_out = distributed.from_main(lambda: open_pair(options, folder))
     terminal.say(describe(source, options.data.path))
     edge = probe(source)
     # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
     workers = spare_cores(distributed.world_size()) if device.type == "cuda" else int(spare_cores() > 2)
-    found = _in_turn(lambda: starting_weights(options, folder))
+    found = distributed.from_main(lambda: starting_weights(options, folder))
     adopted = options if found is None else start.adopt(options, found)
     resolved = recipes.resolve(adopted, len(source), edge, device.type == "cuda", workers)
     check(resolved, source)
@@ -129,7 +126,7 @@ def set_up(
         terminal.say(describe_split(split, needed))
     if found is not None:
         terminal.say(start.initialise(trainer.method, found))
-    _in_turn(lambda: prepare(resolved, folder))
+    distributed.from_main(lambda: prepare(resolved, folder))
     if found is not None and start.needs_centre(trainer.method, found):
         globals_only = view_batches(replace(resolved, {"views.num_local": 0}), source, device)
         terminal.say(f"The centre is the mean over {start.estimate_centre(trainer, globals_only)} global views.")
@@ -140,21 +137,6 @@ def set_up(
         f"{trainer.plan.total} steps of {resolved.batch_size}, on {describe_device(device)}; run directory {folder}"
     )
     return trainer, held_out
-
-
-def _in_turn(work: Callable[[], T]) -> T:
-    """The main rank first, so that the others find its file list and folder; what it refuses ends all of them."""
-    result: list[T] = []
-    refusal: Exception | None = None
-    if distributed.is_main():
-        try:
-            result.append(work())
-        except (ValueError, OSError, releases.DownloadError) as error:
-            refusal = error
-    refusal = distributed.gather(refusal)[0]
-    if refusal is not None:
-        raise refusal
-    return result[0] if result else work()
 
 
 def starting_weights(options: TrainOptions, folder: Path) -> weights.Weights | None:
@@ -193,7 +175,7 @@ def run_folder(options: TrainOptions) -> Path:
 
 def prepare(options: TrainOptions, folder: Path) -> None:
     """Make the run directory with its resolved options; called once nothing can go wrong any more."""
-    if options.resume is not None or not distributed.is_main():
+    if options.resume is not None:
         return
     if options.overwrite and folder.exists():
         for child in folder.iterdir():
@@ -212,12 +194,12 @@ def prepare(options: TrainOptions, folder: Path) -> None:
 
 
 def open_pair(options: TrainOptions, folder: Path | None) -> tuple[Source, Source | None]:
-    """Training and held-out images, with the file list cached in the run directory `folder`."""
+    """Training and held-out images; the run directory `folder` records which, and a resumed run takes just those."""
     spec = options.data.path
     if (scenes := open_scenes(spec)) is not None:
         return scenes
-    cache = None if folder is None else folder / "files.jsonl"
-    source = open_source(spec, options.data.labels, cache, trust_cache=options.resume is not None)
+    record = None if folder is None else folder / "files.jsonl"
+    source = open_source(spec, options.data.labels, record, trust=options.resume is not None)
     if options.data.val is not None:
         return agreeing(source, open_source(options.data.val, options.data.labels))
     return split(source, options.data.val_fraction, MOST_HELD_OUT, options.seed)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dino import errors
 from dino.data.decode import BadImage
 from dino.data.sources import Source
 
@@ -71,9 +72,8 @@ def torchvision_pair(spec: str) -> tuple[Source, Source]:
     try:
         parts = [getattr(datasets, name)(root, **arguments) for arguments in (*train, test)]
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"--data {spec}: torchvision finds no complete {name} there ({reason}); nothing is downloaded, so put its "
-            "files where torchvision expects them."
+            f"--data {spec}: torchvision finds no complete {name} there ({errors.first_line(error)}); nothing is "
+            "downloaded, so put its files where torchvision expects them."
         ) from error
     return TorchvisionSet(name, root, parts[:-1], labels_in), TorchvisionSet(name, root, parts[-1:], labels_in)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dino import distributed
+from dino import distributed, files
 from dino.data.sources import Source
 from dino.inference.features import Features, Readout, View, extract
 from dino.models import Backbone
@@ -95,12 +95,8 @@ def _load(path: Path) -> Features | None:
 
 def _save(path: Path, found: Features) -> None:
     """All or nothing; a cache that cannot be written is no reason to fail."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with contextlib.suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"values": found.values, "indices": torch.from_numpy(np.ascontiguousarray(found.indices))}
-        save_file(tensors, temporary, {"bad": json.dumps(found.bad)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError):
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with files.replacing(path) as temporary:
+            save_file(tensors, temporary, {"bad": json.dumps(found.bad)})

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino import __version__, distributed
+from dino import __version__, distributed, errors
 from dino.data.render import normalise
 from dino.data.scenes import scenes_of
 from dino.data.sources import Source, open_source
@@ -32,11 +32,7 @@ WHAT_IT_IS = ("model_sha256", "data_sha256", "stamp", "images", "readout", "size
 
 
 def parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError("embeddings need PyArrow; install it with: pip install 'dino[search]'") from error
-    return pyarrow.parquet
+    return errors.optional("pyarrow.parquet", "embeddings need PyArrow", "search")
 
 
 def images_of(spec: str) -> Source:
@@ -98,7 +94,7 @@ def embed(
         "version": __version__,
     }
     folder = Path(out)
-    missing = _agreed(folder, about)
+    missing = distributed.from_main(lambda: _missing(folder, about))
     mine = [
         range(i * shard, min((i + 1) * shard, len(source)))
         for i in missing[distributed.rank() :: distributed.world_size()]
@@ -126,17 +122,6 @@ def embed(
 def _lasting(name: str) -> str:
     """`name`, which means the same from another working directory if it is a path."""
     return os.path.abspath(name) if name and os.path.exists(name) else name
-
-
-def _agreed(folder: Path, about: dict[str, Any]) -> list[int]:
-    """What the main rank finds missing, or that it may not write there, known to all ranks."""
-    try:
-        found = _missing(folder, about) if distributed.is_main() else []
-    except ValueError as error:
-        found = error
-    if isinstance(found := distributed.gather(found)[0], ValueError):
-        raise found
-    return found
 
 
 def _missing(folder: Path, about: dict[str, Any]) -> list[int]:

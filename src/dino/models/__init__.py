@@ -5,12 +5,12 @@ Whatever uses a backbone may ask only for what `Backbone` names.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from dino import errors
 from dino.models.head import Head
 from dino.models.vit import SIZES, ImageSizeError, VisionTransformer
 
@@ -84,7 +84,10 @@ def create(
 
         return TimmBackbone(arch.removeprefix(TIMM), image_size, in_channels, drop_path, stem)
     if arch not in SIZES:
-        raise ValueError(f"unknown architecture '{arch}'; known are {', '.join(SIZES)} and timm:NAME.{_hint(arch)}")
+        import timm  # slow, and here only for the sake of a mistake
+
+        near = errors.did_you_mean(arch, [*SIZES, *(TIMM + name for name in timm.list_models())])
+        raise ValueError(f"there is no architecture '{arch}'; known are {', '.join(SIZES)} and timm:NAME.{near}")
     if stem != "default":
         raise ValueError(f"stem '{stem}' is for ResNets; {arch} has patches, so choose a smaller patch_size instead.")
     own_width, own_depth, own_heads = SIZES[arch]
@@ -98,10 +101,3 @@ def create(
         drop_path=drop_path,
         **options,
     )
-
-
-def _hint(arch: str) -> str:
-    import timm  # slow, and here only for the sake of a mistake
-
-    near = difflib.get_close_matches(arch, [*SIZES, *timm.list_models()], n=1)
-    return f" Did you mean {near[0] if near[0] in SIZES else TIMM + near[0]}?" if near else ""

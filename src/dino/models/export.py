@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from dino import errors
 from dino.models import VisionTransformer, formats
 from dino.models.formats import State
 from dino.models.weights import Weights, build
@@ -191,10 +192,9 @@ def _program(weights: Weights) -> ExportedProgram:
                 Outputs(model), (images,), dynamic_shapes={"images": {0: Dim("number"), 2: height, 3: width}}
             )
     except Exception as error:  # there are a thousand architectures, and each fails in its own way
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"{weights.where} ({weights.arguments['arch']}) cannot be written as one graph for all image sizes "
-            f"({reason}); its weights can, e.g. with --to safetensors."
+            f"({errors.first_line(error)}); its weights can, e.g. with --to safetensors."
         ) from error
 
 

@@ -27,6 +27,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from dino import errors
+
 BASE = "https://dl.fbaipublicfiles.com/dino"
 LICENCE = "Apache-2.0"
 ATTEMPTS, TIMEOUT, CHUNK = 3, 30, 1 << 20
@@ -105,7 +107,7 @@ def fetch(name: str, offline: bool = False) -> Path:
     """
     found = find(name)
     if found is None:
-        raise ValueError(f"there is no release '{name}'; known are {', '.join(RELEASES)}.")
+        raise errors.unknown("release", name, RELEASES)
     release, part = found
     url = f"{os.environ.get('DINO_RELEASES', BASE).rstrip('/')}/{RELEASES[release].files[part]}"
     path = _cache() / Path(url).name

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dino import files
 from dino.models import create, formats, pickles, releases
 from dino.models.formats import State
 from dino.models.vit import VisionTransformer
@@ -59,9 +60,8 @@ class Weights:
 def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any]) -> None:
     """Write `backbone` to `folder` as safetensors beside the arguments of `create` that rebuild it."""
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    temporary = folder / (WEIGHTS + ".tmp")
-    save_file(state, temporary)
-    os.replace(temporary, folder / WEIGHTS)
+    with files.replacing(folder / WEIGHTS) as temporary:
+        save_file(state, temporary)
     (folder / CONFIG).write_text(json.dumps({"model": arguments}, indent=2) + "\n")
 
 
