@@ -176,9 +176,9 @@ def test_a_run_resumes_from_another_folder(photos, tmp_path, monkeypatch, capsys
 
 def test_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
-    assert "Did you mean 'dino train'?" in capsys.readouterr().err
+    assert "Did you mean 'train'?" in capsys.readouterr().err
     assert cli.main(["eval", "kn"]) == 2
-    assert "Did you mean 'dino eval knn'?" in capsys.readouterr().err
+    assert "Did you mean 'eval knn'?" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback():

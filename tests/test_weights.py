@@ -33,7 +33,7 @@ from dino.engine.log import Terminal, read_metrics
 from dino.engine.train import Trainer, build_method
 from dino.models import Head, create, export, formats, releases, weights
 from dino.models.vit import resize_positions
-from dino.models.weights import Weights, read, read_linear, write_linear
+from dino.models.weights import Weights, read, read_linear
 
 SIZES = {
     "arch": "vit_nano",
@@ -264,7 +264,8 @@ def test_flags_with_paths_and_numpy_numbers_are_harmless(tmp_path):
 
 def test_linear_heads_come_back(tmp_path):
     weight, bias = torch.randn(10, 96), torch.randn(10)
-    write_linear(tmp_path / "a.pth", weight, bias)
+    state = {"module.linear.weight": weight, "module.linear.bias": bias}
+    torch.save({"state_dict": state}, tmp_path / "a.pth")
     found = read_linear(tmp_path / "a.pth")
     assert torch.equal(found[0], weight)
     assert torch.equal(found[1], bias)

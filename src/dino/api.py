@@ -1,4 +1,4 @@
-"""What the commands do, from Python: `dino.train`, `dino.load` and the functions behind the command line."""
+"""`dino.train` and what the commands `train` and `report` do: from options to a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 import torch
 
-from dino import config, distributed, recipes
+from dino import config, distributed, files, recipes
 from dino.config import TrainOptions, flatten, known, replace, to_dict
 from dino.data.loader import ViewBatches, spare_cores
 from dino.data.render import CpuRenderer, DeviceRenderer, crop
@@ -20,14 +20,12 @@ from dino.engine import log, memory, start
 from dino.engine.checkpoint import LOCK, Checkpoints, sole_writer
 from dino.engine.train import Trainer
 from dino.eval import judge
-from dino.eval.judge import MOST_HELD_OUT, agreeing, fingerprint, open_scenes
+from dino.eval.judge import MOST_HELD_OUT, agreeing, open_scenes
 from dino.eval.online import OnlineEvaluation, probe
-from dino.models import compare, releases, weights
-from dino.models.export import FORMATS, GRAPHS
-from dino.report import card
+from dino.models import weights
 
 if TYPE_CHECKING:
-    from dino.cli import ExportOptions, ModelsOptions, ReportOptions
+    from dino.cli import ReportOptions
 
 
 def train(
@@ -53,13 +51,20 @@ def train(
 
 def run(options: TrainOptions) -> Path:
     """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
-    device = distributed.start(options.device)
-    set_threads(options, device)
-    terminal = log.Terminal(distributed.is_main())
-    try:
-        return _run(options, device, terminal)
-    finally:
-        distributed.stop()
+    with contextlib.ExitStack() as held:
+        device = distributed.start(options.device)
+        held.callback(distributed.stop)
+        set_threads(options, device)
+        terminal = log.Terminal(distributed.is_main())
+        folder = distributed.from_main(lambda: run_folder(options))
+        fresh = distributed.is_main() and not folder.exists()
+        distributed.from_main(lambda: held.enter_context(sole_writer(folder)))
+        with files.writing(folder, leave=not fresh):
+            trainer, held_out = set_up(options, folder, device, terminal)
+        complete = trainer.fit()
+        if distributed.is_main():
+            finish(trainer, folder, terminal, complete, held_out, device)
+    return folder
 
 
 def set_threads(options: TrainOptions, device: torch.device) -> None:
@@ -68,35 +73,6 @@ def set_threads(options: TrainOptions, device: torch.device) -> None:
     elif device.type == "cpu" and distributed.world_size() == 1 and spare_cores() > 2:
         # One core for the data worker and whatever else runs: threads that wait for a busy core make all of them slow.
         torch.set_num_threads(spare_cores())
-
-
-def _run(options: TrainOptions, device: torch.device, terminal: log.Terminal) -> Path:
-    folder = run_folder(options)
-    fresh = not folder.exists()
-    distributed.barrier()  # every rank has seen the folder as it was before the main one writes there
-    with contextlib.ExitStack() as held:
-        distributed.from_main(lambda: held.enter_context(sole_writer(folder)))
-        trainer, held_out = _set_up_or_nothing(options, folder, fresh, device, terminal)
-        complete = trainer.fit()
-        if distributed.is_main():
-            finish(trainer, folder, terminal, complete, held_out, device)
-    return folder
-
-
-def _set_up_or_nothing(
-    options: TrainOptions, folder: Path, fresh: bool, device: torch.device, terminal: log.Terminal
-) -> tuple[Trainer, Source | None]:
-    """`set_up`; what it refuses leaves nothing behind in a `fresh` folder (the file list may lie there already)."""
-    try:
-        return set_up(options, folder, device, terminal)
-    except (ValueError, OSError, releases.DownloadError) as error:
-        if fresh and distributed.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ValueError(
-                f"--out {folder} cannot be written ({error.strerror or error}); choose another."
-            ) from error
-        raise
 
 
 def set_up(
@@ -221,6 +197,11 @@ def check(options: TrainOptions, source: Source) -> None:
         )
     if batch % ranks:
         raise ValueError(f"batch_size {batch} cannot be shared by {ranks} processes; use a multiple of {ranks}.")
+    if options.method.loss == "infonce" and options.method.queue_size < 2 * batch:
+        raise ValueError(
+            f"method.queue_size is {options.method.queue_size}, but each step adds two views of {batch} images; "
+            f"use {2 * batch} or more."
+        )
 
 
 def describe(source: Source, spec: str) -> str:
@@ -271,13 +252,6 @@ def report(folder: Path, source: Source, held_out: Source | None, device: torch.
     return write(folder, source, held_out, device)
 
 
-# --- commands ------------------------------------------------------------------------------------------------------
-
-
-def train_command(options: TrainOptions) -> None:
-    run(options)
-
-
 def report_command(options: ReportOptions) -> None:
     """Write a run's report again from what is in its directory."""
     recorded = replace(config.recorded(options.run), {"resume": options.run})
@@ -285,79 +259,3 @@ def report_command(options: ReportOptions) -> None:
     set_threads(recorded, device)
     source, held_out = open_pair(recorded, Path(options.run))
     print(report(Path(options.run), source, held_out, device))
-
-
-def models_command(options: ModelsOptions) -> None:
-    """List the reference's releases, or download one and print where it lies."""
-    from rich.console import Console
-    from rich.table import Table
-
-    if options.name:
-        print(releases.fetch(options.name, options.offline))
-        return
-    table = Table(title=f"Releases of the reference ({releases.LICENCE}, {releases.BASE})", title_justify="left")
-    for name in ("name", "architecture"):
-        table.add_column(name, no_wrap=True)
-    for name in ("MB", "k-NN", "linear"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("licence", "parts (* cached)"):
-        table.add_column(name)
-    for name, release in releases.RELEASES.items():
-        parts = " ".join(part + "*" * (releases.cached(name, part) is not None) for part in release.files)
-        figures = (f"{value:.1f}" if value is not None else "" for value in (release.knn, release.linear))
-        table.add_row(name, release.arch, str(release.megabytes), *figures, releases.LICENCE, parts)
-    Console(width=None if os.isatty(1) else 120).print(table)
-
-
-def export(
-    model: str, to: str, out: str, num_heads: int | None = None, offline: bool = False
-) -> list[compare.Difference]:
-    """Write a model for others, with its card, and compare what was written with the model itself.
-
-    Args:
-        model: as `dino.load` takes it.
-        to: a format: a key of `FORMATS` or `GRAPHS` of `dino.models.export`.
-        out: file or folder to write; the card is its README.md, or lies beside it.
-        num_heads, offline: as for `dino.load`.
-
-    Raises:
-        ValueError: the model cannot be written so, or a package is missing.
-        RuntimeError: what was written computes something else. In all cases nothing is left at `out`.
-    """
-    path = Path(out)
-    if path.exists():
-        raise ValueError(f"--out {out} exists already; choose another name, or remove it.")
-    compare.require(to, path)
-    found = weights.read(model, offline, num_heads, only_backbone=to != "reference-checkpoint")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (FORMATS | GRAPHS)[to](found, path)
-        differences = compare.compare(found, to, path)
-        if wrong := [seen.size for seen in differences if not seen.alike <= compare.TOLERANCE * seen.scale]:
-            raise RuntimeError(
-                f"{to} of {model} gives other numbers than the model for images of {' and '.join(wrong)}: "
-                f"{compare.sentence(differences, to)}; nothing was written."
-            )
-        backbone = weights.build(found)
-        facts = {
-            "architecture": ", ".join(f"{k} {v}" for k, v in found.arguments.items() if v is not None),
-            "parameters": f"{sum(p.numel() for p in backbone.parameters()):,}",
-            "largest difference from the model that was exported": compare.sentence(differences, to),
-        }
-        text = card.card(model, to, path, facts, fingerprint(backbone))
-        (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
-    except BaseException as error:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise ValueError(f"--out {out} cannot be written ({error.strerror or error}); choose another.") from error
-        raise
-    return differences
-
-
-def export_command(options: ExportOptions) -> None:
-    differences = export(options.model, options.to, options.out, options.num_heads, options.offline)
-    print(f"{options.out}: {options.to} of {options.model}")
-    print(f"Largest difference from the model itself: {compare.sentence(differences, options.to)}")
-
-
-__all__ = ["export", "train"]

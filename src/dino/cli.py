@@ -5,7 +5,7 @@ Parsing comes first and importing after, so `dino --help` neither loads PyTorch 
 
 from __future__ import annotations
 
-import difflib
+import argparse
 import importlib
 import os
 import sys
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from tyro.conf import Positional
 
-from dino import __version__, config, recipes
+from dino import __version__, config, errors, recipes
 from dino.eval.options import EVALUATIONS
 from dino.report import options as looks
 
@@ -103,7 +103,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("learn from images without labels", config.TrainOptions, "dino.api:train_command"),
+    "train": Command("learn from images without labels", config.TrainOptions, "dino.api:run"),
     **{f"eval {name}": Command(what, kind, "dino.eval.judge:command") for name, (what, kind) in EVALUATIONS.items()},
     "ablate": Command("train the rows of one of the paper's tables", AblateOptions, "dino.ablate:ablate_command"),
     "bench": Command("what training costs on your data and machine, and what helps", BenchOptions, "dino.bench:bench"),
@@ -118,9 +118,9 @@ COMMANDS: dict[str, Command] = {
     "figure tsne": Command("a map of classes (t-SNE)", looks.TsneOptions, "dino.figures:tsne"),
     "figure neighbours": Command("where k-NN is right and wrong", looks.NeighboursOptions, "dino.figures:neighbours"),
     "report": Command("write a run's report.html again", ReportOptions, "dino.api:report_command"),
-    "models": Command("list or download the released weights", ModelsOptions, "dino.api:models_command"),
-    "export": Command("write a model for other libraries and runtimes", ExportOptions, "dino.api:export_command"),
-    "convert": Command("another name of export", ExportOptions, "dino.api:export_command"),
+    "models": Command("list or download the released weights", ModelsOptions, "dino.exchange:models_command"),
+    "export": Command("write a model for other libraries and runtimes", ExportOptions, "dino.exchange:export_command"),
+    "convert": Command("another name of export", ExportOptions, "dino.exchange:export_command"),
     "recipes": Command("list the named configurations", RecipesOptions, "dino.cli:show_recipes"),
 }
 
@@ -181,18 +181,16 @@ def _dispatch(arguments: list[str]) -> int:
     name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
         known = sorted(n for n in COMMANDS if n.startswith(f"{name} ")) or list(COMMANDS)
-        near = difflib.get_close_matches(" ".join(arguments[:2]), known, n=1) or difflib.get_close_matches(
-            name, known, n=1
-        )
-        hint = f" Did you mean 'dino {near[0]}'?" if near else ""
-        raise ValueError(f"unknown command '{name}'; known are: {', '.join(known)}.{hint}")
+        near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
+        raise ValueError(f"there is no command '{name}'; known are {', '.join(known)}.{near}")
     command = COMMANDS[name]
     if issubclass(command.options, config.TrainOptions):
         options = _parse_train(rest, command.options, name)
     else:
         options = tyro.cli(command.options, args=rest, prog=f"dino {name}")
     module, _, function = command.function.partition(":")
-    return getattr(importlib.import_module(module), function)(options) or 0
+    code = getattr(importlib.import_module(module), function)(options)
+    return code if isinstance(code, int) else 0
 
 
 def _parse_train(
@@ -210,23 +208,15 @@ def _parse_train(
             default = recipes.get(first).options
     elif not any(a.split("=")[0] in ("--data", "--data.path", "--resume", "-h", "--help") for a in arguments):
         default = recipes.get("demo").options
-    resume = _value_of("--resume", arguments)
-    if resume is not None:
+    resuming = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
+    resuming.add_argument("--resume")
+    if (resume := resuming.parse_known_args(arguments)[0].resume) is not None:
         default, flags = config.recorded(resume), []
     default = kind(**{f.name: getattr(default, f.name) for f in fields(default)})
     options = tyro.cli(kind, args=flags + arguments, default=default, prog=f"dino {name} [RECIPE | FILE.toml]")
     if resume is not None and name == "train":
         recipes.check_resumable(default, options)
     return options
-
-
-def _value_of(flag: str, arguments: list[str]) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2]
-    return None
 
 
 def show_recipes(options: RecipesOptions) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from dino import errors
 
 
 @contextlib.contextmanager
@@ -25,6 +28,23 @@ def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
             _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(out: Path, leave: bool = False) -> Iterator[None]:
+    """What fails within leaves nothing at the place that --out names, unless told to `leave` it.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not leave:
+            shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise errors.unwritable(out, error) from error
+        raise
 
 
 def _flush(path: Path) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -218,11 +217,6 @@ def read_linear(name: str | os.PathLike[str], offline: bool = False) -> tuple[Te
     if plain.keys() != {"linear.weight", "linear.bias"}:
         raise ValueError(f"{path} is no linear classifier; its keys are {', '.join(sorted(plain)[:3]) or 'none'}.")
     return plain["linear.weight"], plain["linear.bias"]
-
-
-def write_linear(path: str | os.PathLike[str], weight: Tensor, bias: Tensor) -> None:
-    """The inverse of `read_linear`: a file that the reference's linear evaluation reads."""
-    torch.save({"state_dict": {"module.linear.weight": weight, "module.linear.bias": bias}}, path)
 
 
 def load_strictly(module: nn.Module, state: State, where: str) -> None:
