@@ -82,7 +82,6 @@ def timm(weights: Weights, out: Path) -> None:
             "in_chans": channels,
         }
         config["pos_interp"] = sizes.get("pos_interp", "offset")
-    config["num_features"] = weights.backbone()["norm.weight"].shape[0] if "norm.weight" in weights.backbone() else 0
     config["pretrained_cfg"] = {
         "input_size": [channels, edge, edge],
         "mean": MEAN,
