@@ -15,7 +15,7 @@ from PIL import Image
 
 import dino
 from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
-from dino import cli, config, recipes
+from dino import cli, config, config_file, recipes
 from dino.engine.train import Plan, build_method
 
 
@@ -211,7 +211,7 @@ def test_recipes_resolve_and_survive_a_round_trip(name, tmp_path):
         expected = {"model.patch_size"} if options.model.arch.startswith("timm:") else set()
         assert missing == expected | ({"method.momentum"} if options.method.teacher != "momentum" else set())
         (tmp_path / "a.toml").write_text(toml(options))
-        assert config.read_toml(tmp_path / "a.toml") == options
+        assert config_file.read_toml(tmp_path / "a.toml") == options
 
 
 # Backbone parameters of the reference's models, and the figures it publishes for them.
@@ -258,7 +258,7 @@ RESOLVED |= {"model.patch_size", "views.global_size", "views.local_size", "optim
 def toml(options: config.TrainOptions) -> str:
     import tomli_w
 
-    return tomli_w.dumps(config.to_dict(options))
+    return tomli_w.dumps(config_file.to_dict(options))
 
 
 @pytest.mark.parametrize("count", [1, 3, 10, 100, 5_000, 1_300_000])

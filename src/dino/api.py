@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 import torch
 
-from dino import config, distributed, files, recipes
-from dino.config import TrainOptions, flatten, known, replace, to_dict
+from dino import config_file, distributed, files, recipes
+from dino.config import TrainOptions, flatten, known, replace
+from dino.config_file import to_dict
 from dino.data.loader import ViewBatches, spare_cores
 from dino.data.render import CpuRenderer, DeviceRenderer, crop
 from dino.data.sources import Source, open_source, split
@@ -254,7 +255,7 @@ def report(folder: Path, source: Source, held_out: Source | None, device: torch.
 
 def report_command(options: ReportOptions) -> None:
     """Write a run's report again from what is in its directory."""
-    recorded = replace(config.recorded(options.run), {"resume": options.run})
+    recorded = replace(config_file.recorded(options.run), {"resume": options.run})
     device = distributed.start("auto")
     set_threads(recorded, device)
     source, held_out = open_pair(recorded, Path(options.run))

@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from tyro.conf import Positional
 
-from dino import __version__, config, errors, recipes
+from dino import __version__, config, config_file, errors, recipes
 from dino.eval.options import EVALUATIONS
 from dino.report import options as looks
+from dino.rules import COUNT, POSITIVE, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class AblateOptions:
     """Epochs of every row. None: 8 at tiny scale, the recipe's at paper scale."""
     out: str | None = None
     """Folder for the runs and the table. None: runs/ablate-TABLE. The same command again goes on where it stopped."""
-    jobs: int = 1
+    jobs: Annotated[int, COUNT] = 1
     """Rows trained at a time on a CPU; with GPUs it is one row for each."""
     report: bool = True
     """Write each row's report.html."""
@@ -45,21 +46,15 @@ class AblateOptions:
     """Where to compute."""
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ValueError(f"jobs is {self.jobs}; train at least 1 row at a time.")
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(config.TrainOptions):
     json: str | None = None
     """File to write the figures to."""
-    seconds: float = 40
+    seconds: Annotated[float, POSITIVE] = 40
     """About how long to measure."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.seconds > 0:
-            raise ValueError(f"seconds is {self.seconds}; measure for more than 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +196,7 @@ def _parse_train(
     if arguments and not arguments[0].startswith("-"):
         first, arguments = arguments[0], arguments[1:]
         if first.endswith(".toml"):
-            flags = config.toml_flags(Path(first))
+            flags = config_file.toml_flags(Path(first))
         elif first not in recipes.RECIPES and Path(first).exists():
             raise ValueError(f"'{first}' is not a recipe; to train on it write: dino {name} --data {first}")
         else:
@@ -211,7 +206,7 @@ def _parse_train(
     resuming = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
     resuming.add_argument("--resume")
     if (resume := resuming.parse_known_args(arguments)[0].resume) is not None:
-        default, flags = config.recorded(resume), []
+        default, flags = config_file.recorded(resume), []
     default = kind(**{f.name: getattr(default, f.name) for f in fields(default)})
     options = tyro.cli(kind, args=flags + arguments, default=default, prog=f"dino {name} [RECIPE | FILE.toml]")
     if resume is not None and name == "train":
@@ -223,7 +218,7 @@ def show_recipes(options: RecipesOptions) -> None:
     if options.name:
         import tomli_w
 
-        print(tomli_w.dumps(config.to_dict(recipes.get(options.name).options)), end="")
+        print(tomli_w.dumps(config_file.to_dict(recipes.get(options.name).options)), end="")
         return
     for name, recipe in recipes.RECIPES.items():
         print(f"{name}\n    {recipe.about}\n    {recipe.command}\n    expected: {recipe.expected}")

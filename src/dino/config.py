@@ -3,21 +3,20 @@
 The text under a field is its help on the command line. Durations are epochs here and steps inside the engine;
 the batch size is global; the learning rate is given for a batch of 256 and scaled linearly (paper, section 3.2).
 ``None`` means "chosen for you": `dino.recipes.resolve` fills it in from the data and the machine and prints what it
-chose. A value's `Rule` stands with its field, and what excludes each other in `_contradictions`; either is a
-``ValueError`` that names the value and the rule or the fix.
+chose. A value's rule (`dino.rules`) stands with its field, and what excludes each other in `_contradictions`; either
+is a ``ValueError`` that names the value and the rule or the fix. `dino.config_file` writes and reads them as TOML.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+
+from dino.rules import AREA, BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, TURN, at_least, check
 
 Scale = tuple[float, float]
 
@@ -29,27 +28,6 @@ def known(value: T | None) -> T:
     """An option that `dino.recipes.resolve` has filled in."""
     assert value is not None
     return value
-
-
-class Rule(NamedTuple):
-    """What an option's value must meet, or each of several; one that is left open (None) meets all."""
-
-    meets: Callable[[Any], bool]
-    text: str
-
-
-def at_least(least: int, text: str) -> Rule:
-    return Rule(lambda value: value >= least, text)
-
-
-COUNT = at_least(1, "it must be at least 1")
-NOT_NEGATIVE = at_least(0, "it cannot be negative")
-POSITIVE = Rule(lambda value: value > 0, "it must be above 0")
-SHARE = Rule(lambda value: 0 <= value <= 1, "a probability or share lies between 0 and 1")
-BELOW_ONE = Rule(lambda value: 0 <= value < 1, "it must be in [0, 1)")
-AREA = Rule(lambda value: 0 < value <= 1, "a share of the image area lies above 0 and is at most 1")
-TURN = Rule(lambda value: 0 <= value <= 0.5, "a hue shift lies in [0, 0.5] turns")
-SEED = Rule(lambda value: 0 <= value < 2**32, "a seed lies in [0, 2**32)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,26 +232,9 @@ class TrainOptions:
     log: LogOptions = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
         for message in _contradictions(self):
             raise ValueError(message)
-
-
-@functools.cache
-def _rules(kind: type) -> dict[str, list[Rule]]:
-    hints = get_type_hints(kind, include_extras=True)
-    return {name: [r for r in getattr(hint, "__metadata__", ()) if isinstance(r, Rule)] for name, hint in hints.items()}
-
-
-def _check(options: Any, prefix: str = "") -> None:
-    for name, rules in _rules(type(options)).items():
-        value = getattr(options, name)
-        if dataclasses.is_dataclass(value):
-            _check(value, f"{prefix}{name}.")
-        for one in value if isinstance(value, tuple) else (value,):
-            for rule in rules:
-                if one is not None and not rule.meets(one):
-                    raise ValueError(f"{prefix}{name} is {one}; {rule.text}.")
 
 
 def _contradictions(o: TrainOptions) -> Iterator[str]:
@@ -335,46 +296,3 @@ def replace(options: Any, changes: dict[str, Any]) -> Any:
         (nested.setdefault(section, {}) if section else own)[leaf] = value
     own |= {name: dataclasses.replace(getattr(options, name), **values) for name, values in nested.items()}
     return dataclasses.replace(options, **own)
-
-
-def to_dict(options: Any) -> dict[str, Any]:
-    """Options as nested dictionaries without unset values: what `config.toml` holds."""
-    return dataclasses.asdict(options, dict_factory=lambda items: {k: v for k, v in items if v is not None})
-
-
-def toml_flags(path: Path) -> list[str]:
-    """The flags a TOML file stands for, so that one parser checks files and flags alike."""
-    flags: list[str] = []
-    for name, value in dotted(_toml(path)).items():
-        section, dot, leaf = name.replace("_", "-").rpartition(".")
-        if isinstance(value, bool):
-            flags.append(f"--{section}{dot}{'' if value else 'no-'}{leaf}")
-        else:
-            flags += [f"--{section}{dot}{leaf}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
-
-
-def read_toml(path: Path) -> TrainOptions:
-    """The options a TOML file gives, the others at their defaults."""
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in dotted(_toml(path)).items()}
-    try:
-        return replace(TrainOptions(), values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"there is no options file '{path}'.")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a valid TOML file: {error}.") from error
-
-
-def recorded(run: str) -> TrainOptions:
-    """The options that the run in directory `run` was started with."""
-    path = Path(run) / "config.toml"
-    if not path.is_file():
-        raise ValueError(f"{run} holds no run (no config.toml); give the --out folder of a run.")
-    return read_toml(path)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dino import distributed, files
+from dino.config import known
 from dino.data.sources import Source
 from dino.inference.features import Features, Readout, View, extract
 from dino.models import Backbone
@@ -69,19 +70,13 @@ def features(
     key = [model_hash, source.fingerprint, source.stamp(), str(size), view, readout, str(len(source))]
     path = folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     found = _load(path) if distributed.is_main() else None
-    if distributed.gather(found is not None)[0]:
-        return found if found is not None else known_to_all(path)
+    if distributed.from_main(lambda: found is not None):
+        return known(found or _load(path))
     result = extract(model, source, size, device, readout=readout, shared=True, progress=progress, view=view)
     if distributed.is_main():
         _save(path, result)
     distributed.barrier()
     return result
-
-
-def known_to_all(path: Path) -> Features:
-    found = _load(path)
-    assert found is not None, "the main rank has just read it"
-    return found
 
 
 def _load(path: Path) -> Features | None:
