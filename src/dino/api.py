@@ -159,13 +159,9 @@ def prepare(options: TrainOptions, folder: Path) -> None:
             if child.name not in ("files.jsonl", LOCK):  # just scanned, and held by this process
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    d = options.data
-    paths = {
-        "data.path": d.path if d.path.startswith("scenes") else os.path.abspath(d.path),
-        "data.val": None if d.val is None else os.path.abspath(d.val),
-        "data.labels": d.labels if d.labels in ("auto", "folders", "none") else os.path.abspath(d.labels),
-        "init": os.path.abspath(options.init) if options.init and os.path.exists(options.init) else options.init,
-    }
+    given = {name: flatten(options)[name] for name in ("data.path", "data.val", "data.labels", "init")}
+    words = (None, "scenes", "auto", "folders", "none")
+    paths = {name: place if place in words else files.lasting(place) for name, place in given.items()}
     recorded = replace(options, paths | {"out": None, "overwrite": False})
     (folder / "config.toml").write_text(tomli_w.dumps(to_dict(recorded)))
 

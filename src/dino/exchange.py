@@ -25,12 +25,8 @@ def models_command(options: ModelsOptions) -> None:
         print(releases.fetch(options.name, options.offline))
         return
     table = Table(title=f"Releases of the reference ({releases.LICENCE}, {releases.BASE})", title_justify="left")
-    for name in ("name", "architecture"):
-        table.add_column(name, no_wrap=True)
-    for name in ("MB", "k-NN", "linear"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("licence", "parts (* cached)"):
-        table.add_column(name)
+    for name in ("name", "architecture", "MB", "k-NN", "linear", "licence", "parts (* cached)"):
+        table.add_column(name, justify="right" if name in ("MB", "k-NN", "linear") else "left", no_wrap=True)
     for name, release in releases.RELEASES.items():
         parts = " ".join(part + "*" * (releases.cached(name, part) is not None) for part in release.files)
         figures = (f"{value:.1f}" if value is not None else "" for value in (release.knn, release.linear))

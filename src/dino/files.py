@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Places on the disk: files that are there whole or not at all, and names of places that last."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ def writing(out: Path, leave: bool = False) -> Iterator[None]:
         if isinstance(error, OSError):
             raise errors.unwritable(out, error) from error
         raise
+
+
+def cache_folder() -> Path:
+    """Where downloads and features are kept: $DINO_CACHE, or ~/.cache/dino."""
+    return Path(os.environ.get("DINO_CACHE") or "~/.cache/dino").expanduser()
+
+
+def lasting(name: str) -> str:
+    """`name`, which means the same from another working directory if it is a path."""
+    return os.path.abspath(name) if name and os.path.exists(name) else name
 
 
 def _flush(path: Path) -> None:

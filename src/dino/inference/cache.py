@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -26,7 +25,7 @@ _in_use = ContextVar("cache in use", default=True)
 
 
 def folder() -> Path:
-    return Path(os.environ.get("DINO_CACHE", "~/.cache/dino")).expanduser() / "features"
+    return files.cache_folder() / "features"
 
 
 def fingerprint(model: Backbone) -> str:

@@ -106,11 +106,7 @@ def hf(weights: Weights, out: Path) -> None:
         "num_hidden_layers": sizes["depth"],
         "num_attention_heads": sizes["num_heads"],
         "intermediate_size": 4 * sizes["width"],
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
         "image_size": edge,
         "patch_size": sizes["patch_size"],
         "num_channels": channels,
@@ -119,14 +115,10 @@ def hf(weights: Weights, out: Path) -> None:
     resized = edge * 256 // 224 if edge >= 128 else edge  # the evaluation view of `dino.inference.features`
     processor = {
         "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
         "size": {"shortest_edge": resized},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": edge, "width": edge},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": MEAN,
         "image_std": STD,
     }

@@ -17,17 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
 
 from dino import errors
+from dino.files import cache_folder
 
 BASE = "https://dl.fbaipublicfiles.com/dino"
 LICENCE = "Apache-2.0"
@@ -94,7 +87,7 @@ def find(name: str) -> tuple[str, str] | None:
 
 def cached(release: str, part: str) -> Path | None:
     """The downloaded file, unchecked."""
-    path = _cache() / Path(RELEASES[release].files[part]).name
+    path = cache_folder() / Path(RELEASES[release].files[part]).name
     return path if path.is_file() else None
 
 
@@ -110,7 +103,7 @@ def fetch(name: str, offline: bool = False) -> Path:
         raise errors.unknown("release", name, RELEASES)
     release, part = found
     url = f"{os.environ.get('DINO_RELEASES', BASE).rstrip('/')}/{RELEASES[release].files[part]}"
-    path = _cache() / Path(url).name
+    path = cache_folder() / Path(url).name
     recorded = path.with_name(path.name + ".sha256")
     if not path.is_file():
         if offline or os.environ.get("DINO_OFFLINE", "0") not in ("", "0"):
@@ -134,10 +127,10 @@ def fetch(name: str, offline: bool = False) -> Path:
 def _download(url: str, path: Path) -> None:
     """`url` to `path`, by way of `path`.part; a cut connection is taken up again `ATTEMPTS` times."""
     part = path.with_name(path.name + ".part")
-    columns = TextColumn(path.name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = *Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("download", total=None)
+        task = progress.add_task(path.name, total=None)
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 total = _continue(url, part, progress, task)
@@ -180,10 +173,6 @@ def _continue(url: str, part: Path, progress: Progress, task: TaskID) -> int:
             file.write(chunk)
             progress.advance(task, len(chunk))
         return file.tell() if total is None else total
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("DINO_CACHE") or Path.home() / ".cache" / "dino")
 
 
 def _sha256(path: Path) -> str:

@@ -215,7 +215,7 @@ def read_linear(name: str | os.PathLike[str], offline: bool = False) -> tuple[Te
     state = content.get("state_dict") if isinstance(content, dict) else None
     plain = {key.removeprefix("module."): value for key, value in (state or {}).items()}
     if plain.keys() != {"linear.weight", "linear.bias"}:
-        raise ValueError(f"{path} is no linear classifier; its keys are {', '.join(sorted(plain)[:3]) or 'none'}.")
+        raise ValueError(f"{path} is no linear classifier; its keys are {formats.first(plain)}.")
     return plain["linear.weight"], plain["linear.bias"]
 
 
@@ -226,17 +226,12 @@ def load_strictly(module: nn.Module, state: State, where: str) -> None:
         ValueError: names what is missing, unknown, or of another shape.
     """
     own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     reshaped = [
         f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
         for name in own.keys() & state.keys()
         if state[name].shape != own[name].shape
     ]
-    if missing or unknown or reshaped:
-        parts = [
-            f"{len(items)} {what} ({', '.join(sorted(items)[:3])}{', ...' if len(items) > 3 else ''})"
-            for what, items in (("missing", missing), ("unknown", unknown), ("of another shape", reshaped))
-            if items
-        ]
-        raise ValueError(f"{where} does not fit this model: {'; '.join(parts)}. Use the options it was trained with.")
+    kinds = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(), "of another shape": reshaped}
+    if wrong := [f"{len(names)} {kind} ({formats.first(names)})" for kind, names in kinds.items() if names]:
+        raise ValueError(f"{where} does not fit this model: {'; '.join(wrong)}. Use the options it was trained with.")
     module.load_state_dict(state)
