@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +63,7 @@ def run(options: TrainOptions) -> Path:
             trainer, held_out = set_up(options, folder, device, terminal)
         complete = trainer.fit()
         if distributed.is_main():
-            finish(trainer, folder, terminal, complete, held_out, device)
+            finish(trainer, complete, held_out)
     return folder
 
 
@@ -103,10 +102,10 @@ def set_up(
         terminal.say(describe_split(split, needed))
     if found is not None:
         terminal.say(start.initialise(trainer.method, found))
+        if start.needs_centre(trainer.method, found):
+            globals_only = view_batches(replace(resolved, {"views.num_local": 0}), source, device)
+            terminal.say(f"The centre is the mean over {start.estimate_centre(trainer, globals_only)} global views.")
     distributed.from_main(lambda: prepare(resolved, folder))
-    if found is not None and start.needs_centre(trainer.method, found):
-        globals_only = view_batches(replace(resolved, {"views.num_local": 0}), source, device)
-        terminal.say(f"The centre is the mean over {start.estimate_centre(trainer, globals_only)} global views.")
     if options.resume is not None and trainer.resume():
         terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
     terminal.say(
@@ -144,9 +143,6 @@ def run_folder(options: TrainOptions) -> Path:
         for spec in filter(None, (options.data.path, options.data.val)):
             if folder.resolve() in Path(spec).resolve().parents:
                 raise ValueError(f"the images {spec} lie inside {folder}, which --overwrite would delete; move them.")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {folder} cannot be written: no permission in {parent}; choose another --out.")
     return folder
 
 
@@ -218,15 +214,9 @@ def describe_device(device: torch.device) -> str:
     return f"{distributed.world_size()} CPU process(es) of {torch.get_num_threads()} threads"
 
 
-def finish(
-    trainer: Trainer,
-    folder: Path,
-    terminal: log.Terminal,
-    complete: bool,
-    held_out: Source | None,
-    device: torch.device,
-) -> None:
+def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
     """Say what was reached and how to go on; write the report."""
+    folder, terminal = trainer.run, trainer.terminal
     lines = log.read_metrics(folder / "metrics.jsonl")
     measured = [line for line in lines if "effective_rank" in line]
     if not complete:
@@ -240,7 +230,7 @@ def finish(
             floor = f"; on raw pixels {pixels:.1f} %" if pixels is not None else ""
             terminal.say(f"{what}: {measured[0][key]:.1f} % untrained -> {measured[-1][key]:.1f} % trained{floor}")
     if trainer.options.report:
-        terminal.say(f"Report: {report(folder, trainer.source, held_out, device)}")
+        terminal.say(f"Report: {report(folder, trainer.source, held_out, trainer.device)}")
 
 
 def report(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:

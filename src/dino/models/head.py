@@ -59,6 +59,10 @@ class Head(nn.Module):
         predictor: bool = False,
     ):
         super().__init__()
+        if num_layers < int(bottleneck) or min(out_dim, hidden_dim, bottleneck_dim) < 1:
+            raise ValueError("the head needs a layer into its bottleneck, and every width must be at least 1.")
+        if not bottleneck and (predictor or not prototypes):
+            raise ValueError("a head without bottleneck needs prototypes and has no place for a predictor.")
         style = (batch_norm, activation)
         hidden = [in_dim] + [hidden_dim] * (num_layers - int(bottleneck))
         self.mlp = mlp([*hidden, bottleneck_dim], *style) if bottleneck else mlp(hidden, *style, to_the_end=True)

@@ -102,6 +102,17 @@ def read(
         num_heads: of a ViT of unusual width whose file does not say it.
         only_backbone: the rest may be left unread, which is quicker for a run directory.
     """
+    path = _locate(name, offline)
+    try:
+        return _read_folder(path, only_backbone) if path.is_dir() else _read_file(path, num_heads)
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds damaged weights: {error}. Resume or repeat the run, or copy it again."
+        ) from error
+
+
+def _locate(name: str | os.PathLike[str], offline: bool) -> Path:
+    """Where `name` lies, downloaded if it is a release."""
     path = Path(name)
     if not path.exists():
         if releases.find(str(name)) is None:
@@ -110,12 +121,7 @@ def read(
                 ".safetensors file, or a name that `dino models` lists."
             )
         path = releases.fetch(str(name), offline)
-    try:
-        return _read_folder(path, only_backbone) if path.is_dir() else _read_file(path, num_heads)
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} holds damaged weights: {error}. Resume or repeat the run, or copy it again."
-        ) from error
+    return path
 
 
 def _read_folder(folder: Path, only_backbone: bool) -> Weights:
@@ -132,7 +138,9 @@ def _read_folder(folder: Path, only_backbone: bool) -> Weights:
             f"{folder} holds no {WEIGHTS} or model.safetensors with its {CONFIG}; give the --out folder of a training "
             "run, or a folder that timm or Hugging Face saved."
         )
-    _check_hf(config, folder)
+    for key, rule in {"model_type": "vit", "hidden_act": "gelu", "qkv_bias": True}.items():  # timm says none of these
+        if config.get(key, rule) != rule:
+            raise ValueError(f"{folder / CONFIG} says {key} {config[key]}; only {key} {rule} can be read.")
     num_heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
     state = load_file(folder / "model.safetensors")
     if "architecture" in config and "pos_embed" not in state:  # no ViT of our kind, so timm builds it
@@ -143,15 +151,6 @@ def _read_folder(folder: Path, only_backbone: bool) -> Weights:
     if "pos_interp" in config:  # written by `dino export`
         found.arguments["pos_interp"] = config["pos_interp"]
     return found
-
-
-def _check_hf(config: dict[str, Any], folder: Path) -> None:
-    """Refuse a Hugging Face model that computes something else than our ViT."""
-    if "architecture" in config:  # timm's; its keys say the rest
-        return
-    for key, rule in (("model_type", "vit"), ("hidden_act", "gelu"), ("qkv_bias", True)):
-        if config.get(key, rule if key != "model_type" else None) != rule:
-            raise ValueError(f"{folder / CONFIG} says {key} {config.get(key)}; only {key} {rule} can be read.")
 
 
 def _read_file(path: Path, num_heads: int | None = None) -> Weights:
@@ -208,9 +207,7 @@ def read_linear(name: str | os.PathLike[str], offline: bool = False) -> tuple[Te
     Raises:
         ValueError: the file holds something else.
     """
-    path = Path(name)
-    if not path.exists() and releases.find(str(name)) is not None:
-        path = releases.fetch(str(name), offline)
+    path = _locate(name, offline)
     content = pickles.read(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     plain = {key.removeprefix("module."): value for key, value in (state or {}).items()}
