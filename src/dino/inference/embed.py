@@ -122,7 +122,7 @@ def _missing(folder: Path, about: dict[str, Any]) -> list[int]:
         for rest in folder.glob(".*.tmp"):
             rest.unlink()
     except OSError as error:
-        raise ValueError(f"--out {folder} cannot be made a folder ({error.strerror}); choose another --out.") from error
+        raise errors.unwritable(folder, error) from error
     missing = set(range(about["shards"]))
     for path in folder.iterdir():
         number = path.stem.removeprefix("part-")

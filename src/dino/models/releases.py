@@ -113,7 +113,8 @@ def fetch(name: str, offline: bool = False) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         recorded.unlink(missing_ok=True)  # of a file that somebody deleted
         _download(url, path)
-    digest = _sha256(path)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not recorded.is_file():
         recorded.write_text(f"{digest}  {path.name}\n")
     elif (first := recorded.read_text().split()[0]) != digest:
@@ -131,7 +132,8 @@ def _download(url: str, path: Path) -> None:
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(path.name, total=None)
-        for attempt in range(1, ATTEMPTS + 1):
+        reason = ""
+        for _ in range(ATTEMPTS):
             try:
                 total = _continue(url, part, progress, task)
                 if part.stat().st_size == total:
@@ -143,11 +145,11 @@ def _download(url: str, path: Path) -> None:
                 reason = f"the server answered {error.code} {error.reason}"
             except (OSError, http.client.HTTPException) as error:
                 reason = str(getattr(error, "reason", error))
-            if attempt == ATTEMPTS:
-                raise DownloadError(
-                    f"{url} could not be downloaded: {reason}; check the network and try again (what has arrived is "
-                    f"kept), or put the file at {path} yourself."
-                )
+        else:
+            raise DownloadError(
+                f"{url} could not be downloaded: {reason}; check the network and try again (what has arrived is kept), "
+                f"or put the file at {path} yourself."
+            )
     if zipfile.is_zipfile(part) and (bad := zipfile.ZipFile(part).testzip()) is not None:
         part.unlink()
         raise DownloadError(f"{url} arrived damaged ({bad} fails its check); it was deleted, try again.")
@@ -173,8 +175,3 @@ def _continue(url: str, part: Path, progress: Progress, task: TaskID) -> int:
             file.write(chunk)
             progress.advance(task, len(chunk))
         return file.tell() if total is None else total
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
