@@ -95,7 +95,7 @@ def from_main(work: Callable[[], T]) -> T:
         except Exception as error:
             outcome = [error]
     if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
+        dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]

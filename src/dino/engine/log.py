@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -75,17 +75,9 @@ class Terminal:
     def __init__(self, enabled: bool):
         self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True)
         self.live = enabled and sys.stderr.isatty()
-        self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.live,
-        )
+        shown = "epoch {task.fields[epoch]}", BarColumn(24), "{task.percentage:>3.0f}%", "{task.fields[status]}"
+        times = TimeElapsedColumn(), "left", TimeRemainingColumn()
+        self.progress = Progress(*shown, *times, console=self.console, disable=not self.live)
         self.task = self.progress.add_task("train", total=None, epoch="", status="")
 
     def start(self, step: int, total: int) -> None:

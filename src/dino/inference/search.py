@@ -223,9 +223,11 @@ def duplicates(
     embedding = opened(embedding)
     values, groups = embedding.values, []
     taken = torch.zeros(len(values), dtype=torch.bool)
-    made = Index(embedding, index, rebuild)
-    exact = None if index != "flat" else threshold
-    for row, alike in _near(made, threshold) if exact is None else _alike(values, exact):
+    if index == "flat" and threshold is not None:
+        found = _alike(values, threshold)
+    else:
+        found = _near(Index(embedding, index, rebuild), threshold)
+    for row, alike in found:
         members = alike[~taken[alike] & (alike > row)]
         if len(members) and not taken[row]:
             taken[members] = True
