@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from dino import files
 from dino.inference.cache import fingerprint
 from dino.models import compare, releases, weights
-from dino.models.export import FORMATS, GRAPHS
 from dino.report import card
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def export(
 
     Args:
         model: as `dino.load` takes it.
-        to: a format: a key of `FORMATS` or `GRAPHS` of `dino.models.export`.
+        to: a format: a key of `FORMATS` of `dino.models.compare`.
         out: file or folder to write; the card is its README.md, or lies beside it.
         num_heads, offline: as for `dino.load`.
 
@@ -56,7 +55,7 @@ def export(
     found = weights.read(model, offline, num_heads, only_backbone=to != "reference-checkpoint")
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        (FORMATS | GRAPHS)[to](found, path)
+        compare.FORMATS[to].write(found, path)
         differences = compare.compare(found, to, path)
         if wrong := [seen.size for seen in differences if not seen.alike <= compare.TOLERANCE * seen.scale]:
             raise RuntimeError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,14 +186,3 @@ def _program(weights: Weights) -> ExportedProgram:
             f"{weights.where} ({weights.arguments['arch']}) cannot be written as one graph for all image sizes "
             f"({errors.first_line(error)}); its weights can, e.g. with --to safetensors."
         ) from error
-
-
-# Weights, which `dino.models.weights.read` takes back, and graphs, which hold the arithmetic too.
-FORMATS: dict[str, Callable[[Weights, Path], None]] = {
-    "reference": reference,
-    "reference-checkpoint": reference_checkpoint,
-    "timm": timm,
-    "hf": hf,
-    "safetensors": safetensors,
-}
-GRAPHS: dict[str, Callable[[Weights, Path], None]] = {"onnx": onnx, "torch-export": torch_export}
