@@ -13,7 +13,8 @@ import tomli_w
 
 from conftest import TINY, dino_command, run_dino
 from dino import recipes, tables
-from dino.config import TrainOptions, replace, to_dict
+from dino.config import TrainOptions, replace
+from dino.config_file import to_dict
 from dino.engine.checkpoint import sole_writer
 
 

@@ -19,7 +19,7 @@ import tyro
 
 import dino
 from conftest import TINY, as_flags, draw_images, run_dino
-from dino import api, cli, config, recipes
+from dino import api, cli, config, config_file, recipes
 from test_davis import draw_video
 from test_look import draw, encode
 from test_retrieval import lay_out
@@ -77,7 +77,7 @@ def workspace(tmp_path_factory) -> Path:
             draw(root / images / f"{i}.png", seed=i)
             draw(root / masks / f"{i}.png")
     encode(root / "walk.mp4", [0, 0.1, 0.2])
-    (root / "mine.toml").write_text(tomli_w.dumps(config.to_dict(config.replace(config.TrainOptions(), TINY))))
+    (root / "mine.toml").write_text(tomli_w.dumps(config_file.to_dict(config.replace(config.TrainOptions(), TINY))))
     run = dino.train(data=str(root / "photos"), out=str(root / "runs/a"), **TINY | {"epochs": 1, "model.depth": 4})
     for name in RUNS[1:]:
         shutil.copytree(run, root / "runs" / name)

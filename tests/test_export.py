@@ -81,7 +81,7 @@ def test_torch_export_is_loaded_again_and_agrees(tmp_path):
 @pytest.mark.parametrize("to", ["onnx", "torch-export", "timm", "safetensors"])
 def test_a_convnet_is_exported(to, tmp_path):
     source = save(tmp_path / "model", arch="timm:resnet18", image_size=64)
-    out = tmp_path / f"a{compare.ENDINGS.get(to, '')}"
+    out = tmp_path / f"a{compare.FORMATS[to].ending}"
     differences = dino.export(str(source), to, str(out))
     assert [seen.size for seen in differences] == ["64x64", "160x64", "64x96"]
     assert all(seen.scale > 0.1 and seen.largest < 1e-4 * seen.scale for seen in differences)
@@ -145,8 +145,8 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(run, tmp_path, capsys,
         (stem, "hf", "a", "ViT only"),
         (convnext, "reference", "a.pth", "holds no ViT, XCiT or ResNet"),
     ):
-        monkeypatch.setitem(compare.NEEDS, "onnx", ("onnx", "no_such_package"))
-        monkeypatch.setitem(compare.NEEDS, "hf", ())
+        for name, needs in (("onnx", ("onnx", "no_such_package")), ("hf", ())):
+            monkeypatch.setitem(compare.FORMATS, name, compare.FORMATS[name]._replace(needs=needs))
         assert cli.main(["export", str(source), "--to", to, "--out", str(tmp_path / out)]) == 2
         said = capsys.readouterr().err
         assert words in said
@@ -155,7 +155,8 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(run, tmp_path, capsys,
 
 
 def test_an_export_that_computes_something_else_is_not_kept(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(compare.OPEN, "safetensors", lambda out, found: lambda images: (torch.zeros(1),))
+    wrong = compare.FORMATS["safetensors"]._replace(opened=lambda out, found: lambda images: (torch.zeros(1),))
+    monkeypatch.setitem(compare.FORMATS, "safetensors", wrong)
     assert cli.main(["export", str(run), "--to", "safetensors", "--out", str(tmp_path / "a.safetensors")]) == 1
     assert "gives other numbers than the model" in capsys.readouterr().err
     assert not list(tmp_path.glob("a.*"))

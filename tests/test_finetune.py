@@ -239,7 +239,9 @@ def test_a_folder_of_torchvisions(trained, tmp_path):
     assert train.labels.tolist() == [int(image.parent.name[-1]) for image in images[::2]]
     assert train.fingerprint != test.fingerprint
     np.testing.assert_array_equal(train.read(3), dino.data.decode.decode(images[6]))
-    both = TorchvisionSet("both", str(tmp_path), train.parts + test.parts, "_samples")  # as Flowers' train and val
+    both = TorchvisionSet(
+        "both", str(tmp_path), [*train.images.datasets, *test.images.datasets], "_samples"
+    )  # as Flowers' train and val
     assert both.labels.tolist() == [*train.labels, *test.labels]
     np.testing.assert_array_equal(both.read(39), train.read(39))
     np.testing.assert_array_equal(both.read(41), test.read(1))

@@ -125,7 +125,7 @@ def test_scores_are_cosines():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: create("vit_smal"), "Did you mean vit_small"),
+        (lambda: create("vit_smal"), "Did you mean 'vit_small'"),
         (lambda: create("vit_tiny", patch_size=16, image_size=100), "not a multiple"),
         (lambda: create("vit_tiny")(torch.zeros(1, 3, 8, 8)), "smaller than one patch of 16"),
         (lambda: create("vit_tiny")(torch.zeros(1, 3, 32, 40)), "use 32x32"),

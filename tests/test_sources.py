@@ -1,4 +1,4 @@
-"""Sources: which files are images, in which order, with which labels; the recorded listing; splitting."""
+"""Sources: which files are images, in which order, with which labels; the recorded names; splitting."""
 
 from __future__ import annotations
 
@@ -24,13 +24,6 @@ def make(root: Path, *names: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 3), (position, position, position)).save(path, "PNG")
     return root
-
-
-def age(root: Path, seconds: int = 100) -> None:
-    """Let every folder under `root` look as if it had last changed `seconds` ago."""
-    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
-        then = os.stat(folder).st_mtime_ns - seconds * 10**9
-        os.utime(folder, ns=(then, then))
 
 
 def names(source: Source) -> list[str]:
@@ -62,7 +55,6 @@ def test_folder_is_searched_at_any_depth_and_sorted(tmp_path: Path) -> None:
     expected = ["Z.jpeg", "a b/ü 1.Jpg", "a.gif", "a/deep/er/x.webp", "a/z.tiff", "b.PNG", "c.bmp", "link.png"]
     assert names(source) == expected
     assert len(source) == 8
-    assert source.listing == "scanned"
     assert source.read(5).tolist() == np.zeros((3, 4, 3)).tolist()
     assert source.read(0)[0, 0, 0] == 4
     assert source.name(-1) == "link.png"
@@ -75,10 +67,8 @@ def test_undecodable_names(tmp_path: Path) -> None:
     os.mkdir(os.path.dirname(raw))
     make(tmp_path, "plain.png", 'quote"\\ \n.png')
     os.rename(os.fsencode(tmp_path / "plain.png"), raw)
-    age(tmp_path)
-    cache = tmp_path.parent / "undecodable.jsonl"
-    first, again = (open_source(str(tmp_path), cache=cache) for _ in range(2))
-    assert again.listing == "cached"
+    record = tmp_path.parent / "undecodable.jsonl"
+    first, again = (open_source(str(tmp_path), record=record, trust=True) for _ in range(2))
     assert names(first) == names(again) == [os.fsdecode(b"folder\xff\xfe/caf\xe9 \xf0.png"), 'quote"\\ \n.png']
     assert again.read(0).shape == again.read(1).shape == (3, 4, 3)
     assert open_source(str(tmp_path), "folders").classes == (os.fsdecode(b"folder\xff\xfe"),)
@@ -101,23 +91,20 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
 
 def test_the_run_folder_is_not_data(tmp_path: Path) -> None:
     make(tmp_path, "x.png", "runs/a/attention.png", "runs/b/y.png")
-    assert names(open_source(str(tmp_path), cache=tmp_path / "runs/a/files.jsonl")) == ["runs/b/y.png", "x.png"]
-    assert len(open_source(str(tmp_path), cache=tmp_path / "files.jsonl")) == 3
+    assert names(open_source(str(tmp_path), record=tmp_path / "runs/a/files.jsonl")) == ["runs/b/y.png", "x.png"]
+    assert len(open_source(str(tmp_path), record=tmp_path / "files.jsonl")) == 3
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_closed_folders_are_mentioned(tmp_path: Path) -> None:
+def test_closed_folders_are_left_out(tmp_path: Path) -> None:
     make(tmp_path, "x.png", "closed/y.png")
-    cache = tmp_path.parent / "closed.jsonl"
-    age(tmp_path)
     (tmp_path / "closed").chmod(0)
     try:
-        source = open_source(str(tmp_path), cache=cache)
-        assert (names(source), source.listing) == (["x.png"], "scanned, 1 folders could not be read")
-        assert open_source(str(tmp_path), cache=cache).listing == "cached"
+        assert names(open_source(str(tmp_path))) == ["x.png"]
+        (tmp_path / "x.png").unlink()
+        assert "'closed' may not be read" in message(tmp_path)
     finally:
         (tmp_path / "closed").chmod(0o700)
-    assert open_source(str(tmp_path), cache=cache).listing == "changed (+1 -0)"
 
 
 # ---- labels
@@ -270,66 +257,48 @@ def test_bad_specs(tmp_path: Path) -> None:
     assert "1 broken links or special files" in text
 
 
-# ---- the recorded listing
+# ---- the recorded names
 
 
-def test_cache(tmp_path: Path) -> None:
+def test_a_resumed_run_takes_the_names_that_were_recorded(tmp_path: Path) -> None:
     root = make(tmp_path / "data", "a/1.png", "a/2.png", "b/3.png", "b/4.png")
-    cache = tmp_path / "run" / "files.jsonl"
-    assert open_source(str(root), cache=cache).listing == "scanned"
-    assert open_source(str(root), cache=cache).listing == "scanned"  # changed a moment ago: may change unnoticed
-    age(root)
-    first = open_source(str(root), cache=cache)
-    again = open_source(str(root), cache=cache)
-    assert (first.listing, again.listing) == ("scanned", "cached")
-    assert names(first) == names(again)
-    assert first.fingerprint == again.fingerprint
-    assert [path.name for path in cache.parent.iterdir()] == ["files.jsonl"]  # no temporary file stays
-    header = json.loads(cache.read_text().split("\n")[0])
-    assert (header["root"], header["number"], sorted(header["stamps"])) == (str(root), 4, ["", "a", "b"])
+    record = tmp_path / "run" / "files.jsonl"
+    first = open_source(str(root), record=record, trust=True)  # there is none yet
+    assert [path.name for path in record.parent.iterdir()] == ["files.jsonl"]  # no temporary file stays
+    header = json.loads(record.read_text().split("\n")[0])
+    assert (header["root"], header["number"]) == (str(root), 4)
 
     make(root, "a/5.png", "c/d/6.png")
     (root / "b/3.png").rename(root / "b/7.png")
-    kept = open_source(str(root), cache=cache, trust_cache=True)
-    assert (names(kept), kept.listing, kept.fingerprint) == (names(first), "cached (changed since)", first.fingerprint)
+    kept = open_source(str(root), record=record, trust=True)
+    assert (names(kept), kept.fingerprint) == (names(first), first.fingerprint)
     with pytest.raises(BadImage):
         kept.read(2)
-    changed = open_source(str(root), cache=cache)
-    assert changed.listing == "changed (+3 -1)"
+    changed = open_source(str(root), record=record)
     assert names(changed) == ["a/1.png", "a/2.png", "a/5.png", "b/4.png", "b/7.png", "c/d/6.png"]
     assert changed.fingerprint != first.fingerprint
-    age(root)
-    (root / "notes.txt").touch()
-    assert open_source(str(root), cache=cache).listing == "scanned"  # the images are the same
-    age(root)
-    open_source(str(root), cache=cache)
-    assert open_source(str(root), cache=cache, trust_cache=True).listing == "cached"
-    (root / "c/d/6.png").unlink()
-    (root / "c/d").rmdir()
-    assert open_source(str(root), cache=cache).listing == "changed (+0 -1)"
+    assert names(open_source(str(root), record=record, trust=True)) == names(changed)
 
 
-def test_cache_of_a_list(tmp_path: Path) -> None:
+def test_the_record_of_a_list(tmp_path: Path) -> None:
     make(tmp_path, "1.png", "2.png")
-    table, cache = tmp_path / "list.csv", tmp_path / "run/files.jsonl"
+    table, record = tmp_path / "list.csv", tmp_path / "run/files.jsonl"
     table.write_text("1.png,x\n2.png,y\n")
-    os.utime(table, (1, 1))
-    assert [open_source(str(table), cache=cache).listing for _ in range(2)] == ["scanned", "cached"]
+    open_source(str(table), record=record)
     table.write_text("2.png,y\n")
-    kept = open_source(str(table), cache=cache, trust_cache=True)
+    kept = open_source(str(table), record=record, trust=True)
     assert kept.labels is not None
-    assert (names(kept), kept.labels.tolist(), kept.listing) == (["1.png", "2.png"], [-1, 0], "cached (changed since)")
-    assert open_source(str(table), cache=cache).listing == "changed (+0 -1)"
+    assert (names(kept), kept.labels.tolist()) == (["1.png", "2.png"], [-1, 0])
+    assert names(open_source(str(table), record=record)) == ["2.png"]
 
 
-def test_a_cache_of_other_data_or_a_damaged_one_is_not_used(tmp_path: Path) -> None:
+def test_a_record_of_other_data_or_a_damaged_one_is_not_used(tmp_path: Path) -> None:
     root, other = make(tmp_path / "data", "1.png", "2.png"), make(tmp_path / "other", "3.png")
-    age(tmp_path)
-    cache = tmp_path / "files.jsonl"
-    open_source(str(root), cache=cache)
-    assert names(open_source(str(other), cache=cache, trust_cache=True)) == ["3.png"]
-    open_source(str(root), cache=cache)
-    good = cache.read_bytes()
+    record = tmp_path / "files.jsonl"
+    open_source(str(root), record=record)
+    assert names(open_source(str(other), record=record, trust=True)) == ["3.png"]
+    open_source(str(root), record=record)
+    good = record.read_bytes()
     first, second, _ = good.split(b"\n")
     header = json.loads(first)
     bad = [b"", b"\n", b"{}\n[]", b"[]\n[]", good[:-9], good[:20], good.replace(b"2.png", b"5.png"), b"\xff" * 50]
@@ -338,14 +307,12 @@ def test_a_cache_of_other_data_or_a_damaged_one_is_not_used(tmp_path: Path) -> N
         first + b"\n[1, 2]\n",
         first + b'\n"ab"\n',
         first + b'\n{"1.png": 0, "2.png": 0, "3": 1}',
+        json.dumps(header | {"version": 0}).encode() + b"\n" + second + b"\n",
     ]
-    for change in ({"stamps": []}, {"stamps": {}}, {"stamps": {"": "x"}}, {"version": 0}, {"scanned_ns": None}):
-        bad.append(json.dumps(header | change).encode() + b"\n" + second + b"\n")
     for content in bad:
-        cache.write_bytes(content)
-        source = open_source(str(root), cache=cache)
-        assert (names(source), source.listing) == (["1.png", "2.png"], "scanned"), content[:60]
-        assert cache.read_bytes().split(b"\n")[1] == second
+        record.write_bytes(content)
+        assert names(open_source(str(root), record=record, trust=True)) == ["1.png", "2.png"], content[:60]
+        assert record.read_bytes() == good
 
 
 LEAVES = st.text(
@@ -357,31 +324,20 @@ TREES = st.sets(
 
 
 @settings(max_examples=40, deadline=None)
-@given(TREES, TREES, st.booleans())
-def test_cached_listing_equals_fresh_listing(tmp_path_factory, before, after, trust: bool) -> None:
+@given(TREES)
+def test_a_folder_and_its_record_hold_every_visible_image(tmp_path_factory, tree) -> None:
     root = tmp_path_factory.mktemp("tree")
-    cache = root.parent / f"{root.name}.jsonl"
-
-    def lay(tree) -> list[str]:
-        for path in sorted(root.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        for folder, leaf, suffix in tree:
-            (root / folder).mkdir(parents=True, exist_ok=True)
-            (root / folder / (leaf + suffix)).touch()
-        (root / "always.png").touch()
-        age(root)
-        found = {folder + leaf + suffix for folder, leaf, suffix in tree if suffix != ".x" and leaf[0] != "."}
-        return sorted({name for name in found if not name.startswith(".")} | {"always.png"}, key=os.fsencode)
-
-    for tree in (before, after):
-        expected = lay(tree)
-        fresh = open_source(str(root))
-        assert names(fresh) == expected
-        recorded = open_source(str(root), cache=cache)
-        again = open_source(str(root), cache=cache, trust_cache=trust)
-        assert again.listing == "cached"
-        assert names(recorded) == names(again) == expected
-        assert fresh.fingerprint == recorded.fingerprint == again.fingerprint
+    record = root.parent / f"{root.name}.jsonl"
+    for folder, leaf, suffix in tree:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / (leaf + suffix)).touch()
+    (root / "always.png").touch()
+    found = {folder + leaf + suffix for folder, leaf, suffix in tree if suffix != ".x" and leaf[0] != "."}
+    expected = sorted({name for name in found if not name.startswith(".")} | {"always.png"}, key=os.fsencode)
+    fresh = open_source(str(root), record=record)
+    again = open_source(str(root), record=record, trust=True)
+    assert names(fresh) == names(again) == expected
+    assert fresh.fingerprint == again.fingerprint
 
 
 # ---- subsets and splits

@@ -172,10 +172,10 @@ def test_one_channel_is_luma_with_luminous_statistics():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: dino.create("resnet50"), "Did you mean timm:resnet50"),
-        (lambda: dino.create("vit_smal"), "Did you mean vit_small"),
-        (lambda: dino.create("convnexttiny"), "Did you mean timm:convnext_tiny"),
-        (lambda: dino.create("timm:resnet5"), "Did you mean timm:resnet50"),
+        (lambda: dino.create("resnet50"), "Did you mean 'timm:resnet50'"),
+        (lambda: dino.create("vit_smal"), "Did you mean 'vit_small'"),
+        (lambda: dino.create("convnexttiny"), "Did you mean 'timm:convnext_tiny'"),
+        (lambda: dino.create("timm:resnet5"), "Did you mean 'resnet50'"),
         (lambda: dino.create("timm:hf_hub:someone/model"), "timm has no architecture"),
         (lambda: dino.create("timm:resnet18", patch_size=8, depth=3), "fixes its own patch_size and depth"),
         (lambda: dino.create("timm:resnet18", pos_interp="size"), "option of our own ViTs"),
@@ -310,7 +310,7 @@ def test_one_channel_runs_are_evaluated_in_one_channel(tmp_path, capsys):
         (["--model.arch", "timm:mixer_s32_224"], "views.local_size is 32: timm:mixer_s32_224, built for 64x64 pixels"),
         (["--model.arch", "timm:mixer_s32_224"], "--views.num-local 0"),
         (["--model.arch", "timm:resnet18", "--model.width", "64"], "timm:resnet18 fixes its own width"),
-        (["--model.arch", "resnet18"], "Did you mean timm:resnet18?"),
+        (["--model.arch", "resnet18"], "Did you mean 'timm:resnet18'?"),
         (["--model.arch", "timm:resnet18", "--model.in-channels", "4"], "--model.in-channels"),
     ],
 )

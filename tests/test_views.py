@@ -191,11 +191,6 @@ def test_streams_do_not_overlap():
     assert len(numbers) == len(Stream)
 
 
-def test_a_seed_out_of_range_is_named():
-    with pytest.raises(ValueError, match=r"seed is -1; .* \[0, 2\*\*64\)"):
-        generator(Stream.VIEWS, -1, 0, 0)
-
-
 def test_groups_are_runs_of_equal_size():
     assert draw(1).groups == [slice(0, 2), slice(2, 10)]
     assert draw(1, num_local=0).groups == [slice(0, 2)]

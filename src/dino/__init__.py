@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dino.api import export, train
+    from dino.api import train
     from dino.eval.judge import evaluate
+    from dino.exchange import export
     from dino.inference.attention import finer_patches
     from dino.inference.embed import embed
     from dino.inference.search import duplicates, outliers, search
@@ -27,7 +28,7 @@ _HOME = {
     "duplicates": "dino.inference.search",
     "embed": "dino.inference.embed",
     "evaluate": "dino.eval.judge",
-    "export": "dino.api",
+    "export": "dino.exchange",
     "finer_patches": "dino.inference.attention",
     "load": "dino.models.weights",
     "match_patches": "dino.report.pictures",

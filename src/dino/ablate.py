@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dino import config, distributed, recipes, tables
+from dino import config, config_file, distributed, recipes, tables
 from dino.config import TrainOptions, known, replace
 from dino.data.loader import spare_cores
 from dino.engine.checkpoint import LOCK, sole_writer
@@ -91,7 +91,7 @@ class Ablation:
         run = self.folder / slug(name)
         if not (run / "config.toml").exists():
             return True
-        recorded = _plain(config.recorded(str(run)))
+        recorded = _plain(config_file.recorded(str(run)))
         return all(recorded.get(key) == value for key, value in _plain(self.runs[name]).items())
 
     def work(self) -> dict[str, dict[str, Any]]:
@@ -145,7 +145,7 @@ class Ablation:
     def _row(self, name: str, place: str) -> dict[str, Any] | None:
         """Train row `name` to its end and measure it; None when it did not get there."""
         run, file = self.folder / slug(name), self.folder / "rows" / f"{slug(name)}.toml"
-        file.write_text(tomli_w.dumps(config.to_dict(self.runs[name])))
+        file.write_text(tomli_w.dumps(config_file.to_dict(self.runs[name])))
         started = (run / "config.toml").exists()
         flags = ["--resume", str(run)] if started else [str(file), "--out", str(run)]
         flags += [] if self.options.report else ["--no-report"]
@@ -196,7 +196,7 @@ def slug(name: str) -> str:
 
 def _base(recipe: str) -> TrainOptions:
     if recipe.endswith(".toml"):
-        return config.read_toml(Path(recipe))
+        return config_file.read_toml(Path(recipe))
     return recipes.get(recipe).options
 
 

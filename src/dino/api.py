@@ -1,19 +1,18 @@
-"""What the commands do, from Python: `dino.train`, `dino.load` and the functions behind the command line."""
+"""`dino.train` and what the commands `train` and `report` do: from options to a run."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 import torch
 
-from dino import config, distributed, recipes
-from dino.config import TrainOptions, flatten, known, replace, to_dict
+from dino import config_file, distributed, files, recipes
+from dino.config import TrainOptions, flatten, known, replace
+from dino.config_file import to_dict
 from dino.data.device_render import DeviceRenderer, pack
 from dino.data.loader import ViewBatches, spare_cores
 from dino.data.render import CpuRenderer
@@ -22,16 +21,12 @@ from dino.engine import log, memory, start
 from dino.engine.checkpoint import LOCK, Checkpoints, sole_writer
 from dino.engine.train import Trainer
 from dino.eval import judge
-from dino.eval.judge import MOST_HELD_OUT, agreeing, fingerprint, open_scenes
+from dino.eval.judge import MOST_HELD_OUT, agreeing, open_scenes
 from dino.eval.online import OnlineEvaluation, probe
-from dino.models import compare, releases, weights
-from dino.models.export import FORMATS, GRAPHS
-from dino.report import card
+from dino.models import weights
 
 if TYPE_CHECKING:
-    from dino.cli import ExportOptions, ModelsOptions, ReportOptions
-
-T = TypeVar("T")
+    from dino.cli import ReportOptions
 
 
 def train(
@@ -52,20 +47,25 @@ def train(
         options = recipe
     else:
         options = recipes.get(recipe or "demo").options if recipe or data is None else TrainOptions()
-    if unknown := sorted(changes.keys() - flatten(options).keys()):
-        raise ValueError(f"unknown options {unknown}; `dino train --help` lists them.")
     return run(replace(options, changes | {k: v for k, v in (("data.path", data), ("out", out)) if v is not None}))
 
 
 def run(options: TrainOptions) -> Path:
     """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
-    device = distributed.start(options.device)
-    set_threads(options, device)
-    terminal = log.Terminal(distributed.is_main())
-    try:
-        return _run(options, device, terminal)
-    finally:
-        distributed.stop()
+    with contextlib.ExitStack() as held:
+        device = distributed.start(options.device)
+        held.callback(distributed.stop)
+        set_threads(options, device)
+        terminal = log.Terminal(distributed.is_main())
+        folder = distributed.from_main(lambda: run_folder(options))
+        fresh = distributed.is_main() and not folder.exists()
+        distributed.from_main(lambda: held.enter_context(sole_writer(folder)))
+        with files.writing(folder, leave=not fresh):
+            trainer, held_out = set_up(options, folder, device, terminal)
+        complete = trainer.fit()
+        if distributed.is_main():
+            finish(trainer, complete, held_out)
+    return folder
 
 
 def set_threads(options: TrainOptions, device: torch.device) -> None:
@@ -76,45 +76,16 @@ def set_threads(options: TrainOptions, device: torch.device) -> None:
         torch.set_num_threads(spare_cores())
 
 
-def _run(options: TrainOptions, device: torch.device, terminal: log.Terminal) -> Path:
-    folder = run_folder(options)
-    fresh = not folder.exists()
-    distributed.barrier()  # every rank has seen the folder as it was before the main one writes there
-    with contextlib.ExitStack() as held:
-        _in_turn(lambda: held.enter_context(sole_writer(folder)) if distributed.is_main() else None)
-        trainer, held_out = _set_up_or_nothing(options, folder, fresh, device, terminal)
-        complete = trainer.fit()
-        if distributed.is_main():
-            finish(trainer, folder, terminal, complete, held_out, device)
-    return folder
-
-
-def _set_up_or_nothing(
-    options: TrainOptions, folder: Path, fresh: bool, device: torch.device, terminal: log.Terminal
-) -> tuple[Trainer, Source | None]:
-    """`set_up`; what it refuses leaves nothing behind in a `fresh` folder (the file list may lie there already)."""
-    try:
-        return set_up(options, folder, device, terminal)
-    except (ValueError, OSError, releases.DownloadError) as error:
-        if fresh and distributed.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ValueError(
-                f"--out {folder} cannot be written ({error.strerror or error}); choose another."
-            ) from error
-        raise
-
-
 def set_up(
     options: TrainOptions, folder: Path, device: torch.device, terminal: log.Terminal
 ) -> tuple[Trainer, Source | None]:
     """Open the data, choose what was left open, check it all, make or resume the run."""
-    source, held_out = _in_turn(lambda: open_pair(options, folder))
+    source, held_out = distributed.from_main(lambda: open_pair(options, folder))
     terminal.say(describe(source, options.data.path))
     edge = probe(source)
     # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
     workers = spare_cores(distributed.world_size()) if device.type == "cuda" else int(spare_cores() > 2)
-    found = _in_turn(lambda: starting_weights(options, folder))
+    found = distributed.from_main(lambda: starting_weights(options, folder))
     adopted = options if found is None else start.adopt(options, found)
     resolved = recipes.resolve(adopted, len(source), edge, device.type == "cuda", workers)
     check(resolved, source)
@@ -132,10 +103,10 @@ def set_up(
         terminal.say(describe_split(split, needed))
     if found is not None:
         terminal.say(start.initialise(trainer.method, found))
-    _in_turn(lambda: prepare(resolved, folder))
-    if found is not None and start.needs_centre(trainer.method, found):
-        globals_only = view_batches(replace(resolved, {"views.num_local": 0}), source, device)
-        terminal.say(f"The centre is the mean over {start.estimate_centre(trainer, globals_only)} global views.")
+        if start.needs_centre(trainer.method, found):
+            globals_only = view_batches(replace(resolved, {"views.num_local": 0}), source, device)
+            terminal.say(f"The centre is the mean over {start.estimate_centre(trainer, globals_only)} global views.")
+    distributed.from_main(lambda: prepare(resolved, folder))
     if options.resume is not None and trainer.resume():
         terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
     terminal.say(
@@ -143,21 +114,6 @@ def set_up(
         f"{trainer.plan.total} steps of {resolved.batch_size}, on {describe_device(device)}; run directory {folder}"
     )
     return trainer, held_out
-
-
-def _in_turn(work: Callable[[], T]) -> T:
-    """The main rank first, so that the others find its file list and folder; what it refuses ends all of them."""
-    result: list[T] = []
-    refusal: Exception | None = None
-    if distributed.is_main():
-        try:
-            result.append(work())
-        except (ValueError, OSError, releases.DownloadError) as error:
-            refusal = error
-    refusal = distributed.gather(refusal)[0]
-    if refusal is not None:
-        raise refusal
-    return result[0] if result else work()
 
 
 def starting_weights(options: TrainOptions, folder: Path) -> weights.Weights | None:
@@ -188,39 +144,32 @@ def run_folder(options: TrainOptions) -> Path:
         for spec in filter(None, (options.data.path, options.data.val)):
             if folder.resolve() in Path(spec).resolve().parents:
                 raise ValueError(f"the images {spec} lie inside {folder}, which --overwrite would delete; move them.")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"--out {folder} cannot be written: no permission in {parent}; choose another --out.")
     return folder
 
 
 def prepare(options: TrainOptions, folder: Path) -> None:
     """Make the run directory with its resolved options; called once nothing can go wrong any more."""
-    if options.resume is not None or not distributed.is_main():
+    if options.resume is not None:
         return
     if options.overwrite and folder.exists():
         for child in folder.iterdir():
             if child.name not in ("files.jsonl", LOCK):  # just scanned, and held by this process
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    d = options.data
-    paths = {
-        "data.path": d.path if d.path.startswith("scenes") else os.path.abspath(d.path),
-        "data.val": None if d.val is None else os.path.abspath(d.val),
-        "data.labels": d.labels if d.labels in ("auto", "folders", "none") else os.path.abspath(d.labels),
-        "init": os.path.abspath(options.init) if options.init and os.path.exists(options.init) else options.init,
-    }
+    given = {name: flatten(options)[name] for name in ("data.path", "data.val", "data.labels", "init")}
+    words = (None, "scenes", "auto", "folders", "none")
+    paths = {name: place if place in words else files.lasting(place) for name, place in given.items()}
     recorded = replace(options, paths | {"out": None, "overwrite": False})
     (folder / "config.toml").write_text(tomli_w.dumps(to_dict(recorded)))
 
 
 def open_pair(options: TrainOptions, folder: Path | None) -> tuple[Source, Source | None]:
-    """Training and held-out images, with the file list cached in the run directory `folder`."""
+    """Training and held-out images; the run directory `folder` records which, and a resumed run takes just those."""
     spec = options.data.path
     if (scenes := open_scenes(spec)) is not None:
         return scenes
-    cache = None if folder is None else folder / "files.jsonl"
-    source = open_source(spec, options.data.labels, cache, trust_cache=options.resume is not None)
+    record = None if folder is None else folder / "files.jsonl"
+    source = open_source(spec, options.data.labels, record, trust=options.resume is not None)
     if options.data.val is not None:
         return agreeing(source, open_source(options.data.val, options.data.labels))
     return split(source, options.data.val_fraction, MOST_HELD_OUT, options.seed)
@@ -242,6 +191,11 @@ def check(options: TrainOptions, source: Source) -> None:
         )
     if batch % ranks:
         raise ValueError(f"batch_size {batch} cannot be shared by {ranks} processes; use a multiple of {ranks}.")
+    if options.method.loss == "infonce" and options.method.queue_size < 2 * batch:
+        raise ValueError(
+            f"method.queue_size is {options.method.queue_size}, but each step adds two views of {batch} images; "
+            f"use {2 * batch} or more."
+        )
 
 
 def describe(source: Source, spec: str) -> str:
@@ -261,15 +215,9 @@ def describe_device(device: torch.device) -> str:
     return f"{distributed.world_size()} CPU process(es) of {torch.get_num_threads()} threads"
 
 
-def finish(
-    trainer: Trainer,
-    folder: Path,
-    terminal: log.Terminal,
-    complete: bool,
-    held_out: Source | None,
-    device: torch.device,
-) -> None:
+def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
     """Say what was reached and how to go on; write the report."""
+    folder, terminal = trainer.run, trainer.terminal
     lines = log.read_metrics(folder / "metrics.jsonl")
     measured = [line for line in lines if "effective_rank" in line]
     if not complete:
@@ -283,7 +231,7 @@ def finish(
             floor = f"; on raw pixels {pixels:.1f} %" if pixels is not None else ""
             terminal.say(f"{what}: {measured[0][key]:.1f} % untrained -> {measured[-1][key]:.1f} % trained{floor}")
     if trainer.options.report:
-        terminal.say(f"Report: {report(folder, trainer.source, held_out, device)}")
+        terminal.say(f"Report: {report(folder, trainer.source, held_out, trainer.device)}")
 
 
 def report(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:
@@ -292,93 +240,10 @@ def report(folder: Path, source: Source, held_out: Source | None, device: torch.
     return write(folder, source, held_out, device)
 
 
-# --- commands ------------------------------------------------------------------------------------------------------
-
-
-def train_command(options: TrainOptions) -> None:
-    run(options)
-
-
 def report_command(options: ReportOptions) -> None:
     """Write a run's report again from what is in its directory."""
-    recorded = replace(config.recorded(options.run), {"resume": options.run})
+    recorded = replace(config_file.recorded(options.run), {"resume": options.run})
     device = distributed.start("auto")
     set_threads(recorded, device)
     source, held_out = open_pair(recorded, Path(options.run))
     print(report(Path(options.run), source, held_out, device))
-
-
-def models_command(options: ModelsOptions) -> None:
-    """List the reference's releases, or download one and print where it lies."""
-    from rich.console import Console
-    from rich.table import Table
-
-    if options.name:
-        print(releases.fetch(options.name, options.offline))
-        return
-    table = Table(title=f"Releases of the reference ({releases.LICENCE}, {releases.BASE})", title_justify="left")
-    for name in ("name", "architecture"):
-        table.add_column(name, no_wrap=True)
-    for name in ("MB", "k-NN", "linear"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("licence", "parts (* cached)"):
-        table.add_column(name)
-    for name, release in releases.RELEASES.items():
-        parts = " ".join(part + "*" * (releases.cached(name, part) is not None) for part in release.files)
-        figures = (f"{value:.1f}" if value is not None else "" for value in (release.knn, release.linear))
-        table.add_row(name, release.arch, str(release.megabytes), *figures, releases.LICENCE, parts)
-    Console(width=None if os.isatty(1) else 120).print(table)
-
-
-def export(
-    model: str, to: str, out: str, num_heads: int | None = None, offline: bool = False
-) -> list[compare.Difference]:
-    """Write a model for others, with its card, and compare what was written with the model itself.
-
-    Args:
-        model: as `dino.load` takes it.
-        to: a format: a key of `FORMATS` or `GRAPHS` of `dino.models.export`.
-        out: file or folder to write; the card is its README.md, or lies beside it.
-        num_heads, offline: as for `dino.load`.
-
-    Raises:
-        ValueError: the model cannot be written so, or a package is missing.
-        RuntimeError: what was written computes something else. In all cases nothing is left at `out`.
-    """
-    path = Path(out)
-    if path.exists():
-        raise ValueError(f"--out {out} exists already; choose another name, or remove it.")
-    compare.require(to, path)
-    found = weights.read(model, offline, num_heads, only_backbone=to != "reference-checkpoint")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (FORMATS | GRAPHS)[to](found, path)
-        differences = compare.compare(found, to, path)
-        if wrong := [seen.size for seen in differences if not seen.alike <= compare.TOLERANCE * seen.scale]:
-            raise RuntimeError(
-                f"{to} of {model} gives other numbers than the model for images of {' and '.join(wrong)}: "
-                f"{compare.sentence(differences, to)}; nothing was written."
-            )
-        backbone = weights.build(found)
-        facts = {
-            "architecture": ", ".join(f"{k} {v}" for k, v in found.arguments.items() if v is not None),
-            "parameters": f"{sum(p.numel() for p in backbone.parameters()):,}",
-            "largest difference from the model that was exported": compare.sentence(differences, to),
-        }
-        text = card.card(model, to, path, facts, fingerprint(backbone))
-        (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
-    except BaseException as error:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise ValueError(f"--out {out} cannot be written ({error.strerror or error}); choose another.") from error
-        raise
-    return differences
-
-
-def export_command(options: ExportOptions) -> None:
-    differences = export(options.model, options.to, options.out, options.num_heads, options.offline)
-    print(f"{options.out}: {options.to} of {options.model}")
-    print(f"Largest difference from the model itself: {compare.sentence(differences, options.to)}")
-
-
-__all__ = ["export", "train"]

@@ -5,7 +5,7 @@ Parsing comes first and importing after, so `dino --help` neither loads PyTorch 
 
 from __future__ import annotations
 
-import difflib
+import argparse
 import importlib
 import os
 import sys
@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from tyro.conf import Positional
 
-from dino import __version__, config, recipes
+from dino import __version__, config, config_file, errors, recipes
 from dino.eval.options import EVALUATIONS
 from dino.report import options as looks
+from dino.rules import COUNT, POSITIVE, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class AblateOptions:
     """Epochs of every row. None: 8 at tiny scale, the recipe's at paper scale."""
     out: str | None = None
     """Folder for the runs and the table. None: runs/ablate-TABLE. The same command again goes on where it stopped."""
-    jobs: int = 1
+    jobs: Annotated[int, COUNT] = 1
     """Rows trained at a time on a CPU; with GPUs it is one row for each."""
     report: bool = True
     """Write each row's report.html."""
@@ -45,21 +46,15 @@ class AblateOptions:
     """Where to compute."""
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ValueError(f"jobs is {self.jobs}; train at least 1 row at a time.")
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(config.TrainOptions):
     json: str | None = None
     """File to write the figures to."""
-    seconds: float = 40
+    seconds: Annotated[float, POSITIVE] = 40
     """About how long to measure."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.seconds > 0:
-            raise ValueError(f"seconds is {self.seconds}; measure for more than 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +98,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("learn from images without labels", config.TrainOptions, "dino.api:train_command"),
+    "train": Command("learn from images without labels", config.TrainOptions, "dino.api:run"),
     **{f"eval {name}": Command(what, kind, "dino.eval.judge:command") for name, (what, kind) in EVALUATIONS.items()},
     "ablate": Command("train the rows of one of the paper's tables", AblateOptions, "dino.ablate:ablate_command"),
     "bench": Command("what training costs on your data and machine, and what helps", BenchOptions, "dino.bench:bench"),
@@ -119,9 +114,9 @@ COMMANDS: dict[str, Command] = {
     "figure neighbours": Command("where k-NN is right and wrong", looks.NeighboursOptions, "dino.figures:neighbours"),
     "app": Command("a page to explore what a model sees", looks.AppOptions, "dino.app:command"),
     "report": Command("write a run's report.html again", ReportOptions, "dino.api:report_command"),
-    "models": Command("list or download the released weights", ModelsOptions, "dino.api:models_command"),
-    "export": Command("write a model for other libraries and runtimes", ExportOptions, "dino.api:export_command"),
-    "convert": Command("another name of export", ExportOptions, "dino.api:export_command"),
+    "models": Command("list or download the released weights", ModelsOptions, "dino.exchange:models_command"),
+    "export": Command("write a model for other libraries and runtimes", ExportOptions, "dino.exchange:export_command"),
+    "convert": Command("another name of export", ExportOptions, "dino.exchange:export_command"),
     "recipes": Command("list the named configurations", RecipesOptions, "dino.cli:show_recipes"),
 }
 
@@ -182,18 +177,16 @@ def _dispatch(arguments: list[str]) -> int:
     name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
         known = sorted(n for n in COMMANDS if n.startswith(f"{name} ")) or list(COMMANDS)
-        near = difflib.get_close_matches(" ".join(arguments[:2]), known, n=1) or difflib.get_close_matches(
-            name, known, n=1
-        )
-        hint = f" Did you mean 'dino {near[0]}'?" if near else ""
-        raise ValueError(f"unknown command '{name}'; known are: {', '.join(known)}.{hint}")
+        near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
+        raise ValueError(f"there is no command '{name}'; known are {', '.join(known)}.{near}")
     command = COMMANDS[name]
     if issubclass(command.options, config.TrainOptions):
         options = _parse_train(rest, command.options, name)
     else:
         options = tyro.cli(command.options, args=rest, prog=f"dino {name}")
     module, _, function = command.function.partition(":")
-    return getattr(importlib.import_module(module), function)(options) or 0
+    code = getattr(importlib.import_module(module), function)(options)
+    return code if isinstance(code, int) else 0
 
 
 def _parse_train(
@@ -204,16 +197,17 @@ def _parse_train(
     if arguments and not arguments[0].startswith("-"):
         first, arguments = arguments[0], arguments[1:]
         if first.endswith(".toml"):
-            flags = config.toml_flags(Path(first))
+            flags = config_file.toml_flags(Path(first))
         elif first not in recipes.RECIPES and Path(first).exists():
             raise ValueError(f"'{first}' is not a recipe; to train on it write: dino {name} --data {first}")
         else:
             default = recipes.get(first).options
     elif not any(a.split("=")[0] in ("--data", "--data.path", "--resume", "-h", "--help") for a in arguments):
         default = recipes.get("demo").options
-    resume = _value_of("--resume", arguments)
-    if resume is not None:
-        default, flags = config.recorded(resume), []
+    resuming = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
+    resuming.add_argument("--resume")
+    if (resume := resuming.parse_known_args(arguments)[0].resume) is not None:
+        default, flags = config_file.recorded(resume), []
     default = kind(**{f.name: getattr(default, f.name) for f in fields(default)})
     options = tyro.cli(kind, args=flags + arguments, default=default, prog=f"dino {name} [RECIPE | FILE.toml]")
     if resume is not None and name == "train":
@@ -221,20 +215,11 @@ def _parse_train(
     return options
 
 
-def _value_of(flag: str, arguments: list[str]) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2]
-    return None
-
-
 def show_recipes(options: RecipesOptions) -> None:
     if options.name:
         import tomli_w
 
-        print(tomli_w.dumps(config.to_dict(recipes.get(options.name).options)), end="")
+        print(tomli_w.dumps(config_file.to_dict(recipes.get(options.name).options)), end="")
         return
     for name, recipe in recipes.RECIPES.items():
         print(f"{name}\n    {recipe.about}\n    {recipe.command}\n    expected: {recipe.expected}")

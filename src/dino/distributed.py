@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -81,6 +84,21 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What `work` returns on the main rank, the only one that does it, on every rank; picklable. All raise what it raises."""
+    outcome: list[Any] = [None]
+    if is_main():
+        try:
+            outcome = [work()]
+        except Exception as error:
+            outcome = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 def barrier() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any
 
+from dino import errors
 from dino.config import TrainOptions, flatten, replace
 from dino.recipe_table import RECIPES, Recipe
 
@@ -21,9 +21,7 @@ LITTLE_DATA = 50_000  # images below which a run is short of steps rather than o
 
 def get(name: str) -> Recipe:
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"unknown recipe '{name}'; known are {', '.join(RECIPES)}.{hint}")
+        raise errors.unknown("recipe", name, RECIPES)
     return RECIPES[name]
 
 

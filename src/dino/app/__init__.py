@@ -14,10 +14,9 @@ def command(options: AppOptions) -> None:
     Raises:
         ValueError: Gradio is not installed, no such model, data or embedding, or the port is taken.
     """
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise ValueError("the explorer needs Gradio; install it with: pip install 'dino[app]'") from error
+    from dino import errors
+
+    errors.optional("gradio", "the explorer needs Gradio", "app")
     from dino.app import page
 
     page.serve(options)

@@ -13,9 +13,8 @@ from typing import Any
 import gradio as gr
 from gradio import themes
 
-from dino import config, distributed
+from dino import config_file, distributed, files
 from dino.app.explorer import Explorer, Shown, newest_run
-from dino.inference import cache
 from dino.models import NO_ATTENTION, weights
 from dino.report.options import AppOptions
 
@@ -213,7 +212,7 @@ class Page:
     def _index(self) -> Any:
         """Progress, and at the end the button is gone."""
         try:
-            for done, total in self.explorer.index(cache.folder().with_name("embeddings")):
+            for done, total in self.explorer.index(files.cache_folder() / "embeddings"):
                 yield gr.update(interactive=False), f"Indexing: {done:,} of {total:,} images ..."
         except (ValueError, OSError) as error:
             yield gr.update(interactive=True), ""
@@ -254,7 +253,7 @@ def _data_of(run: Path | None) -> str | None:
     """What a run was trained on, if it is still there."""
     with contextlib.suppress(ValueError, TypeError):
         if run is not None:
-            path = config.recorded(str(run)).data.path
+            path = config_file.recorded(str(run)).data.path
             return path if path.startswith("scenes") or Path(path).exists() else None
     return None
 

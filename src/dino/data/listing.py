@@ -1,8 +1,6 @@
-"""Which files there are: a folder searched at any depth or a list file, scanned once and remembered.
+"""Which files there are: a folder searched at any depth or a list file; a run records them, and resumes with the same.
 
-The listing of a million files is kept in two arrays rather than a million strings, so that forked workers share it,
-and on disk (`cache`), so that it is not scanned again: adding, removing or renaming a file changes the modification
-time of its directory, hence checking the directories alone shows whether a recorded listing still holds.
+The names of a million files are kept in two arrays rather than a million strings, so that forked workers share them.
 """
 
 from __future__ import annotations
@@ -10,19 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-import time
-import uuid
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from dino import files
 from dino.data.decode import IMAGE_SUFFIXES
 from dino.data.labels import nearest, read_table, text
 
-_VERSION = 1  # of the cache; raise it when the file format, the suffixes or the rules for hidden files change
-_SETTLED_NS = 2_000_000_000  # a directory changed this recently may change again within one tick of its clock
+_VERSION = 1  # of the record's format
 _SUFFIXES = tuple(suffix.encode() for suffix in sorted(IMAGE_SUFFIXES))
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _JUNK = (b"thumbs.db", b"desktop.ini")  # left behind by file managers; not worth mentioning in a message
@@ -31,9 +27,9 @@ _JUNK = (b"thumbs.db", b"desktop.ini")  # left behind by file managers; not wort
 class Names:
     """Many file names in one bytes object (each ends with NUL, which no file name holds) and int64 start offsets."""
 
-    def __init__(self, blob: bytes):
-        self.blob = blob
-        ends = np.flatnonzero(np.frombuffer(blob, np.uint8) == 0)
+    def __init__(self, names: Iterable[str | bytes]):
+        self.blob = b"".join(os.fsencode(name) + b"\0" for name in names)
+        ends = np.flatnonzero(np.frombuffer(self.blob, np.uint8) == 0)
         self._starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
 
     def __len__(self) -> int:
@@ -66,12 +62,12 @@ def locate(spec: str) -> str:
     raise ValueError(f"The data path '{spec}' is neither a folder nor a list; give a folder or a .txt or .csv file.")
 
 
-def _scan(root: str, skip: Path | None) -> tuple[list[bytes], dict[str, int]]:
-    """Sorted names of the image files under `root`, and the stamp of every folder visited ("" is the root)."""
+def _scan(root: str, skip: Path | None) -> list[bytes]:
+    """Sorted names of the image files under `root`; what lies in the folder `skip` below it is left out."""
     names: list[bytes] = []
-    stamps: dict[str, int] = {}
+    closed: list[str] = []
     others: Counter[str] = Counter()
-    seen = {_identity(skip)} - {_identity(root), None}
+    seen = set() if skip is None or not skip.exists() or skip.samefile(root) else {_identity(skip)}
     folders, links = [b""], []
     while folders or links:
         if not folders:  # real folders first: a linked folder keeps its real name if it has one under the root
@@ -79,23 +75,24 @@ def _scan(root: str, skip: Path | None) -> tuple[list[bytes], dict[str, int]]:
             folders.append(links.pop())
         folder = folders.pop()
         where = os.path.join(os.fsencode(root), folder)
-        if (identity := _identity(where)) in seen:  # reached before: links may lead in circles
-            continue
-        if identity:
-            seen.add(identity)
-        stamps[os.fsdecode(folder)] = stamp = _stamp(where)  # before reading: what is added meanwhile shows next time
-        if stamp < 0:
-            continue
         try:
+            if (identity := _identity(where)) in seen:  # reached before: links may lead in circles
+                continue
+            seen.add(identity)
             with os.scandir(where) as entries:
                 for entry in entries:
                     _sort_in(entry, folder and folder + b"/", names, folders, links, others)
-        except OSError:  # it vanished or broke while being read
-            stamps[os.fsdecode(folder)] = -1
+        except OSError:  # it may not be read, or vanished
+            closed.append(os.fsdecode(folder) or ".")
     if not names:
-        raise ValueError(_no_images(root, others, stamps))
-    names.sort()
-    return names, stamps
+        raise ValueError(_no_images(root, others, closed))
+    return sorted(names)
+
+
+def _identity(path: bytes | Path) -> tuple[int, int]:
+    """What stays the same however a folder is reached."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _sort_in(
@@ -121,9 +118,9 @@ def _sort_in(
         others["broken links or special files"] += 1
 
 
-def _no_images(root: str, others: Counter[str], stamps: dict[str, int]) -> str:
+def _no_images(root: str, others: Counter[str], closed: list[str]) -> str:
     kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-    if closed := [folder or "." for folder, stamp in stamps.items() if stamp < 0]:
+    if closed:
         return f"No image was found in '{root}', where '{closed[0]}' may not be read; change its permissions."
     if not others:
         return f"The folder '{root}' holds no files; give a folder of images ({kinds})."
@@ -131,27 +128,7 @@ def _no_images(root: str, others: Counter[str], stamps: dict[str, int]) -> str:
     return f"The folder '{root}' holds no images ({kinds}), only {found}; give a folder of images."
 
 
-def _identity(path: str | bytes | Path | None) -> tuple[int, int] | None:
-    """What stays the same however a folder is reached; None if there is no such folder."""
-    try:
-        status = os.stat(path or "")
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _stamp(path: str | bytes) -> int:
-    """Modification time in ns, or -1 for what is missing or closed to us, so that gaining access is a change too."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return -1
-    need = os.R_OK | os.X_OK if stat.S_ISDIR(status.st_mode) else os.R_OK
-    return status.st_mtime_ns if os.access(path, need) else -1
-
-
-def _read_list(path: str) -> tuple[list[bytes], dict[str, int]]:
-    stamp = _stamp(path)
+def _read_list(path: str) -> list[str]:
     if path.lower().endswith(".csv"):
         names = [name for name, _ in read_table(path)]
     else:
@@ -165,56 +142,35 @@ def _read_list(path: str) -> tuple[list[bytes], dict[str, int]]:
             f"None of the first {min(100, len(names))} images of the list '{path}' exists, e.g. '{names[0]}'; "
             f"write absolute paths or paths relative to '{folder}'."
         )
-    return [os.fsencode(name.removeprefix("./")) for name in names], {"": stamp}
+    return [name.removeprefix("./") for name in names]
 
 
-def recorded(path: str, cache: Path | None, trust: bool) -> tuple[Names, str]:
-    """Names of the images at `path`, from `cache` where that still holds, and how they were come by."""
-    old = None if cache is None else _load(cache, path)
-    if old is not None:
-        names, stamps, scanned_ns = old
-        same = all(_stamp(os.path.join(path, key) if key else path) == stamp for key, stamp in stamps.items())
-        if same and (trust or max(stamps.values()) < scanned_ns - _SETTLED_NS):
-            return names, "cached"
-        if trust:
-            return names, "cached (changed since)"
-    now = time.time_ns()
-    found, stamps = _scan(path, cache and cache.parent) if os.path.isdir(path) else _read_list(path)
-    names = Names(b"".join(name + b"\0" for name in found))
-    if cache is not None:
-        _save(cache, path, names, stamps, now)
-    closed = sum(stamp < 0 for stamp in stamps.values())
-    note = f", {closed} folders could not be read" if closed else ""
-    if old is None or old[0].blob == names.blob:
-        return names, "scanned" + note
-    before, after = Counter(old[0].split()), Counter(names.split())
-    return names, f"changed (+{(after - before).total()} -{(before - after).total()})" + note
+def names_of(path: str, record: Path | None, trust: bool) -> Names:
+    """Names of the images at `path`, written to the file `record`; with `trust`, those that it already holds."""
+    if trust and record is not None and (names := _load(record, path)) is not None:
+        return names
+    names = Names(_scan(path, record and record.parent) if os.path.isdir(path) else _read_list(path))
+    if record is not None:
+        _save(record, path, names)
+    return names
 
 
-def _save(cache: Path, path: str, names: Names, stamps: dict[str, int], scanned_ns: int) -> None:
-    """Write a line with what the listing depends on and a line with the names, both JSON; all or nothing."""
-    header = {"version": _VERSION, "root": path, "number": len(names), "scanned_ns": scanned_ns}
-    header |= {"sha256": hashlib.sha256(names.blob).hexdigest(), "stamps": stamps}
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.tmp")
-    try:
+def _save(record: Path, path: str, names: Names) -> None:
+    """Write a line that says what is listed and a line with the names, both JSON; all or nothing."""
+    digest = hashlib.sha256(names.blob).hexdigest()
+    header = {"version": _VERSION, "root": path, "number": len(names), "sha256": digest}
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(record) as temporary:
         temporary.write_text(f"{json.dumps(header)}\n{json.dumps(names.split())}\n", encoding="ascii")
-        os.replace(temporary, cache)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _load(cache: Path, path: str) -> tuple[Names, dict[str, int], int] | None:
-    """Names, stamps and time of scan that `cache` records for `path`; None if it is missing, damaged or another's."""
+def _load(record: Path, path: str) -> Names | None:
+    """The names that `record` holds of `path`; None if it is missing, damaged or another's."""
     try:
-        first, _, second = cache.read_bytes().partition(b"\n")
+        first, _, second = record.read_bytes().partition(b"\n")
         header = json.loads(first)
-        if header["version"] != _VERSION or header["root"] != path:
-            return None
-        names = Names(os.fsencode("\0".join(json.loads(second)) + "\0"))
-        if (header["number"], header["sha256"]) != (len(names), hashlib.sha256(names.blob).hexdigest()):
-            return None
-        stamps = {str(key): int(stamp) for key, stamp in header["stamps"].items()}
-        return (names, stamps, int(header["scanned_ns"])) if stamps else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names = Names(json.loads(second))
+        said = [header[key] for key in ("version", "root", "sha256")]
+        return names if said == [_VERSION, path, hashlib.sha256(names.blob).hexdigest()] else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

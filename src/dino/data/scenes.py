@@ -51,18 +51,6 @@ def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
     return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
 
 
-def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 1
-
-
-def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.95) - 0.34
-
-
-def _square(x: Array, y: Array) -> Array:
-    return _box(x, y, 0.886, 0.886)
-
-
 def _triangle(x: Array, y: Array) -> Array:
     along, across = _fold(x, y, 3)
     return 0.5 * along + 0.866 * across - 0.778
@@ -74,14 +62,6 @@ def _star(x: Array, y: Array) -> Array:
     inner = 0.72 * np.cos(np.pi / 5), 0.72 * np.sin(np.pi / 5)
     length = np.hypot(1.6 - inner[0], inner[1])
     return ((along - 1.6) * inner[1] + across * (1.6 - inner[0])) / length
-
-
-def _cross(x: Array, y: Array) -> Array:
-    return np.minimum(_box(x, y, 1.2, 0.38), _box(x, y, 0.38, 1.2))
-
-
-def _crescent(x: Array, y: Array) -> Array:
-    return np.maximum(np.hypot(x, y) - 1.3, 0.98 - np.hypot(x - 0.62, y))
 
 
 def _heart(x: Array, y: Array) -> Array:
@@ -98,23 +78,18 @@ def _arrow(x: Array, y: Array) -> Array:
     return np.minimum(head, _box(x + 0.65, y, 0.75, 0.37))
 
 
-def _capsule(x: Array, y: Array) -> Array:
-    return np.hypot(np.maximum(np.abs(x) - 1.05, 0), y) - 0.54
-
-
 SHAPES: dict[str, Callable[[Array, Array], Array]] = {
-    "disc": _disc,
-    "ring": _ring,
-    "square": _square,
+    "disc": lambda x, y: np.hypot(x, y) - 1,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.95) - 0.34,
+    "square": lambda x, y: _box(x, y, 0.886, 0.886),
     "triangle": _triangle,
     "star": _star,
-    "cross": _cross,
-    "crescent": _crescent,
+    "cross": lambda x, y: np.minimum(_box(x, y, 1.2, 0.38), _box(x, y, 0.38, 1.2)),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 1.3, 0.98 - np.hypot(x - 0.62, y)),
     "heart": _heart,
     "arrow": _arrow,
-    "capsule": _capsule,
+    "capsule": lambda x, y: np.hypot(np.maximum(np.abs(x) - 1.05, 0), y) - 0.54,
 }
-REACH = 1.65  # no shape reaches further from its centre than this, in units of the disc's radius
 
 
 # -------------------------------------------------------------------------------------------------- textures

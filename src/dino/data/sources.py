@@ -13,7 +13,7 @@ import numpy as np
 
 from dino.data.decode import decode
 from dino.data.labels import label
-from dino.data.listing import Names, locate, recorded
+from dino.data.listing import Names, locate, names_of
 
 
 class Source(Protocol):
@@ -50,14 +50,10 @@ class Source(Protocol):
 
 
 class Files:
-    """A `Source` of image files. `name(i)` is relative to `root` (or as written in the list file).
+    """A `Source` of image files. `name(i)` is relative to `root` (or as written in the list file)."""
 
-    `listing` says where the names come from: "scanned", "cached", "changed (+3 -1)" (scanned; differs from the
-    cache by that many names) or "cached (changed since)" (`trust_cache`; the folder no longer looks as recorded).
-    """
-
-    def __init__(self, root: str, names: Names, classes: tuple[str, ...], labels: np.ndarray | None, listing: str):
-        self.root, self._names, self.classes, self.labels, self.listing = root, names, classes, labels, listing
+    def __init__(self, root: str, names: Names, classes: tuple[str, ...] = (), labels: np.ndarray | None = None):
+        self.root, self._names, self.classes, self.labels = root, names, classes, labels
         digest = hashlib.sha256(names.blob)
         if labels is not None:
             digest.update(json.dumps(classes).encode() + labels.astype("<i8").tobytes())
@@ -127,7 +123,7 @@ def split(source: Source, fraction: float, maximum: int, seed: int) -> tuple[Sou
     return subset(source, np.sort(order[count:])), subset(source, np.sort(order[:count]))
 
 
-def open_source(spec: str, labels: str = "auto", cache: Path | None = None, trust_cache: bool = False) -> Files:
+def open_source(spec: str, labels: str = "auto", record: Path | None = None, trust: bool = False) -> Files:
     """The images of a folder (searched at any depth, sorted by path) or of a list file (in the order of the list).
 
     A list is a .txt file (one path per line; '#' starts a comment line) or a .csv file (columns path and, if known,
@@ -135,17 +131,16 @@ def open_source(spec: str, labels: str = "auto", cache: Path | None = None, trus
 
     labels: 'auto' (the list's labels; else the first folder level if it looks like classes), 'folders' (the first
     folder level), 'none', or a CSV file of path,label with paths relative to the images' folder or to the CSV.
-    cache: a file that records the listing; used as long as no directory (or the list) has changed, else rewritten.
-    The folder it lies in, a run's, is not searched: what a run draws is not data.
-    trust_cache: use the recorded listing even if the folder has changed since, as a resumed run must.
+    record: a file to write the names to. The folder it lies in, a run's, is not searched: what a run draws is not data.
+    trust: take the names from `record` if it holds them, whatever lies there now, as a resumed run must.
 
     Raises ValueError, in one sentence, when the spec or the labels cannot be what was meant.
     """
     path = locate(spec)
     root = path if os.path.isdir(path) else os.path.dirname(path)
-    names, listing = recorded(path, cache, trust_cache)
+    names = names_of(path, record, trust)
     classes, indices = label(labels, names.split(), path, root)
-    return Files(root, names, classes, indices, listing)
+    return Files(root, names, classes, indices)
 
 
 def listed(folder: Path, names: Sequence[str], by: str, layout: str) -> Files:
@@ -163,4 +158,4 @@ def listed(folder: Path, names: Sequence[str], by: str, layout: str) -> Files:
         raise ValueError(
             f"{len(missing)} of the {len(names)} files that {by} names are missing, first {folder / missing[0]}; {layout}."
         )
-    return Files(str(folder), Names(b"".join(os.fsencode(name) + b"\0" for name in names)), (), None, "listed")
+    return Files(str(folder), Names(names))

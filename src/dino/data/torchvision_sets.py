@@ -7,7 +7,9 @@ import json
 from typing import Any
 
 import numpy as np
+from torch.utils.data import ConcatDataset
 
+from dino import errors
 from dino.data.decode import BadImage
 from dino.data.sources import Source
 
@@ -28,7 +30,7 @@ class TorchvisionSet:
     """A `Source` of one or several parts of a torchvision data set, one after the other."""
 
     def __init__(self, name: str, root: str, parts: list[Any], labels_in: str):
-        self.parts, self.offsets = parts, np.cumsum([0, *map(len, parts)])
+        self.images: ConcatDataset[Any] = ConcatDataset(parts)
         values = [getattr(part, labels_in) for part in parts]
         flat = [entry[1] if labels_in == "_samples" else entry for value in values for entry in value]
         self.labels = np.array(flat, np.int64)
@@ -39,7 +41,7 @@ class TorchvisionSet:
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
-        return int(self.offsets[-1])
+        return len(self.images)
 
     def name(self, index: int) -> str:
         return f"image {index}"
@@ -48,9 +50,8 @@ class TorchvisionSet:
         return self.fingerprint  # published sets do not change
 
     def read(self, index: int) -> np.ndarray:
-        part = int(np.searchsorted(self.offsets, index, side="right")) - 1
         try:
-            image, _ = self.parts[part][index - int(self.offsets[part])]
+            image, _ = self.images[index]
             return np.array(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
             raise BadImage(f"damaged ({error})") from error
@@ -71,9 +72,8 @@ def torchvision_pair(spec: str) -> tuple[Source, Source]:
     try:
         parts = [getattr(datasets, name)(root, **arguments) for arguments in (*train, test)]
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"--data {spec}: torchvision finds no complete {name} there ({reason}); nothing is downloaded, so put its "
-            "files where torchvision expects them."
+            f"--data {spec}: torchvision finds no complete {name} there ({errors.first_line(error)}); nothing is "
+            "downloaded, so put its files where torchvision expects them."
         ) from error
     return TorchvisionSet(name, root, parts[:-1], labels_in), TorchvisionSet(name, root, parts[-1:], labels_in)

@@ -43,8 +43,6 @@ class Stream(IntEnum):
 
 def generator(stream: Stream, seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of one thing: 2**128 Philox blocks that no other (stream, seed, epoch, index) shares."""
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; a seed lies in [0, 2**64).")
     key = np.array([seed, epoch], np.uint64)
     counter = np.array([0, 0, index, stream], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

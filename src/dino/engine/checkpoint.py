@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from dino import errors, files
+
 LOCK = ".lock"
 
 
@@ -45,8 +47,10 @@ class Checkpoints:
         path = self.folder / f"step-{step:08d}.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, lambda file: torch.save(state, file))
-            _write(self.folder / "latest", lambda file: file.write(path.name.encode()))
+            with files.replacing(path, flush=True) as temporary, open(temporary, "wb") as file:
+                torch.save(state, file)  # a path would stay open after a failure and keep its space
+            with files.replacing(self.folder / "latest", flush=True) as temporary:
+                temporary.write_text(path.name)
         except (OSError, RuntimeError) as error:  # PyTorch reports a failed write as a RuntimeError
             good = self.latest()
             kept = f"the previous checkpoint {good} is still good" if good else "there is no earlier checkpoint"
@@ -81,7 +85,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT)
     except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written ({error.strerror or error}); choose another.") from error
+        raise errors.unwritable(folder, error) from error
     with open(descriptor, "wb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,22 +103,4 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
-
-
-def _write(path: Path, write: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        raise CheckpointError(f"{path} is not a readable checkpoint: {errors.first_line(error)}.") from error

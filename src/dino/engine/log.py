@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -20,9 +20,8 @@ class Metrics:
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool):
         self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
         # Events of steps beyond the checkpoint are marked as superseded.
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1) if tensorboard else None
@@ -40,9 +39,9 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut off by a kill is left out."""
+    """The lines of a metrics file, none if it is not there; a last line cut off by a kill is left out."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text().splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -55,7 +54,7 @@ class Quarantine:
 
     def __init__(self, path: Path, total: int, max_fraction: float):
         self.path, self.total, self.max_fraction = path, total, max_fraction
-        self.names = {line["image"] for line in read_metrics(path)} if path.exists() else set[str]()
+        self.names = {line["image"] for line in read_metrics(path)}
 
     def add(self, bad: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """Write down those not yet known and return them."""
@@ -76,17 +75,9 @@ class Terminal:
     def __init__(self, enabled: bool):
         self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True)
         self.live = enabled and sys.stderr.isatty()
-        self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.live,
-        )
+        shown = "epoch {task.fields[epoch]}", BarColumn(24), "{task.percentage:>3.0f}%", "{task.fields[status]}"
+        times = TimeElapsedColumn(), "left", TimeRemainingColumn()
+        self.progress = Progress(*shown, *times, console=self.console, disable=not self.live)
         self.task = self.progress.add_task("train", total=None, epoch="", status="")
 
     def start(self, step: int, total: int) -> None:

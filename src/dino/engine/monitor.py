@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dino import variants
+
 Collapse = Literal["uniform", "dominated", "same", "point"]
 
 POINT_BELOW = 0.01  # spread of the targets; an untrained network's is above 0.05
@@ -91,12 +93,11 @@ class CollapseMonitor:
 def feature_health(features: Tensor) -> dict[str, float]:
     """Label-free signs of life of features [m, d].
 
-    `feature_std`: mean standard deviation per dimension of L2-normalised features times sqrt(d); 1 when directions are
-    spread evenly, 0 when all features are the same. `effective_rank`: exp of the entropy of the normalised singular
-    values (Roy & Vetterli 2007), between 1 and d.
+    `feature_std`: see `dino.variants.spread`. `effective_rank`: exp of the entropy of the normalised singular values
+    (Roy & Vetterli 2007), between 1 and d.
     """
     z = torch.nn.functional.normalize(features.float(), dim=1)
-    std = z.std(dim=0).mean().item() * math.sqrt(z.shape[1])
     values = torch.linalg.svdvals(z - z.mean(dim=0))
     share = values / values.sum().clamp(min=1e-12)
-    return {"feature_std": std, "effective_rank": torch.special.entr(share).sum().exp().item()}
+    rank = torch.special.entr(share).sum().exp()
+    return {"feature_std": variants.spread(features).item(), "effective_rank": rank.item()}

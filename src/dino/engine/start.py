@@ -8,12 +8,11 @@ the loss starts near ln K; what trained features have in common would still look
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from dino import distributed
-from dino.config import TrainOptions, known, replace
+from dino.config import TrainOptions, flatten, known, replace
 from dino.data.loader import ViewBatches, iterate
 from dino.engine import parallel
 from dino.engine.train import Trainer
@@ -31,45 +30,26 @@ def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
     Raises:
         ValueError: an option contradicts the weights; names both values.
     """
-    m, default = options.model, TrainOptions()
-    found = full_sizes(start.arguments)
-    given: dict[str, Any] = {name: getattr(m, name) for name in ("arch", "patch_size", "width", "depth", "num_heads")}
-    if given["arch"] in SIZES and found["arch"] in SIZES:
-        given = full_sizes(given) | {"arch": None}  # sizes matter, not the name they go by
-    changes: dict[str, Any] = {}
-    for name, value in given.items():
-        if value is None:
-            changes[f"model.{name}"] = found.get(name)
-        elif value != found.get(name):
-            raise _contradiction(f"model.{name}", value, found.get(name), options)
-    if options.views.global_size is None:
-        changes["views.global_size"] = found.get("image_size")
-    if m.arch is not None:
-        changes.pop("model.arch", None)
-    for name in ("stem", "in_channels", "pos_interp"):  # open as long as they are as usual
-        usual = getattr(default.model, name)
-        if getattr(m, name) == usual:
-            changes[f"model.{name}"] = found.get(name, usual)
-        elif getattr(m, name) != found.get(name, usual):
-            raise _contradiction(f"model.{name}", getattr(m, name), found.get(name, usual), options)
-    head = start.part("teacher.head.")
-    sizes = dict(start.head or (head_options(head) if head else {}))
-    if sizes.get("norm_last_layer"):
-        del sizes["norm_last_layer"]  # gains of one may be trained from here on; trained ones cannot be one again
-    for name, value in sizes.items():
-        asked = getattr(options.head, name)
-        if asked == getattr(default.head, name):
-            changes[f"head.{name}"] = value
-        elif asked != value:
-            raise _contradiction(f"head.{name}", asked, value, options)
-    return replace(options, changes)
-
-
-def _contradiction(name: str, asked: Any, found: Any, options: TrainOptions) -> ValueError:
-    return ValueError(
-        f"{name} is {asked} but the weights of --init {options.init} have {found}; leave the option out, or start from "
-        "other weights."
-    )
+    usual, asked, found = flatten(TrainOptions()), flatten(options), full_sizes(start.arguments)
+    sizes = {name: asked[f"model.{name}"] for name in ("arch", "patch_size", "width", "depth", "num_heads")}
+    if sizes["arch"] in SIZES and found["arch"] in SIZES:  # sizes matter, not the name they go by
+        asked |= {f"model.{name}": value for name, value in full_sizes(sizes).items()}
+        found["arch"] = sizes["arch"]
+    wanted = {f"model.{name}": found.get(name) for name in sizes}
+    for name in ("model.stem", "model.in_channels", "model.pos_interp"):
+        wanted[name] = found.get(name.removeprefix("model."), usual[name])
+    heads = start.part("teacher.head.")
+    head = start.head or (head_options(heads) if heads else {})
+    # Gains of one may be trained from here on; trained ones cannot be one again.
+    wanted |= {f"head.{name}": value for name, value in head.items() if not (name == "norm_last_layer" and value)}
+    for name, value in wanted.items():
+        if asked[name] not in (usual[name], value):
+            raise ValueError(
+                f"{name} is {asked[name]} but the weights of --init {options.init} have {value}; leave the option out, or "
+                "start from other weights."
+            )
+    wanted["views.global_size"] = found.get("image_size")
+    return replace(options, {name: value for name, value in wanted.items() if asked[name] == usual[name]})
 
 
 def initialise(method: DINO, start: Weights) -> str:

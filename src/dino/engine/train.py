@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from dino import distributed, schedules
-from dino.config import TrainOptions, ViewOptions, known, to_dict
+from dino.config import TrainOptions, ViewOptions, known
+from dino.config_file import to_dict
 from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.render import normalise
 from dino.data.sources import Source

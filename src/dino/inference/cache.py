@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dino import distributed
+from dino import distributed, files
+from dino.config import known
 from dino.data.sources import Source
 from dino.inference.features import Features, Readout, View, extract
 from dino.models import Backbone
@@ -25,7 +25,7 @@ _in_use = ContextVar("cache in use", default=True)
 
 
 def folder() -> Path:
-    return Path(os.environ.get("DINO_CACHE", "~/.cache/dino")).expanduser() / "features"
+    return files.cache_folder() / "features"
 
 
 def fingerprint(model: Backbone) -> str:
@@ -69,19 +69,13 @@ def features(
     key = [model_hash, source.fingerprint, source.stamp(), str(size), view, readout, str(len(source))]
     path = folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     found = _load(path) if distributed.is_main() else None
-    if distributed.gather(found is not None)[0]:
-        return found if found is not None else known_to_all(path)
+    if distributed.from_main(lambda: found is not None):
+        return known(found or _load(path))
     result = extract(model, source, size, device, readout=readout, shared=True, progress=progress, view=view)
     if distributed.is_main():
         _save(path, result)
     distributed.barrier()
     return result
-
-
-def known_to_all(path: Path) -> Features:
-    found = _load(path)
-    assert found is not None, "the main rank has just read it"
-    return found
 
 
 def _load(path: Path) -> Features | None:
@@ -95,12 +89,8 @@ def _load(path: Path) -> Features | None:
 
 def _save(path: Path, found: Features) -> None:
     """All or nothing; a cache that cannot be written is no reason to fail."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with contextlib.suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"values": found.values, "indices": torch.from_numpy(np.ascontiguousarray(found.indices))}
-        save_file(tensors, temporary, {"bad": json.dumps(found.bad)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError):
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with files.replacing(path) as temporary:
+            save_file(tensors, temporary, {"bad": json.dumps(found.bad)})

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino import __version__, distributed
+from dino import __version__, distributed, errors, files
 from dino.data.render import normalise
 from dino.data.scenes import scenes_of
 from dino.data.sources import Source, open_source
@@ -32,11 +32,7 @@ WHAT_IT_IS = ("model_sha256", "data_sha256", "stamp", "images", "readout", "size
 
 
 def parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError("embeddings need PyArrow; install it with: pip install 'dino[search]'") from error
-    return pyarrow.parquet
+    return errors.optional("pyarrow.parquet", "embeddings need PyArrow", "search")
 
 
 def images_of(spec: str) -> Source:
@@ -84,9 +80,9 @@ def embed(
     batch = min(batch_of(size), shard)
     shard = -(-shard // batch) * batch
     about = {
-        "model": _lasting(name),
+        "model": files.lasting(name),
         "model_sha256": fingerprint(model),
-        "data": _lasting(data) if isinstance(data, str) else "",
+        "data": files.lasting(data) if isinstance(data, str) else "",
         "data_sha256": source.fingerprint,
         "stamp": source.stamp(),
         "images": len(source),
@@ -98,7 +94,7 @@ def embed(
         "version": __version__,
     }
     folder = Path(out)
-    missing = _agreed(folder, about)
+    missing = distributed.from_main(lambda: _missing(folder, about))
     mine = [
         range(i * shard, min((i + 1) * shard, len(source)))
         for i in missing[distributed.rank() :: distributed.world_size()]
@@ -108,12 +104,8 @@ def embed(
     for part in mine:
         found = [*islice(batches, -(-len(part) // batch))]
         table = _table(found, source, shape, about)
-        temporary = folder.with_name(f".{folder.name}.{part.start // shard}.{os.getpid()}.tmp")  # no reader looks there
-        with open(temporary, "wb") as file:
-            pq.write_table(table, file, use_dictionary=["path"], write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / f"part-{part.start // shard:06d}.parquet")
+        with files.replacing(folder / f"part-{part.start // shard:06d}.parquet", flush=True) as temporary:
+            pq.write_table(table, temporary, use_dictionary=["path"], write_page_checksum=True)
     distributed.barrier()
     written = Folder.open(folder)
     if not written.rows:
@@ -123,30 +115,14 @@ def embed(
     return written
 
 
-def _lasting(name: str) -> str:
-    """`name`, which means the same from another working directory if it is a path."""
-    return os.path.abspath(name) if name and os.path.exists(name) else name
-
-
-def _agreed(folder: Path, about: dict[str, Any]) -> list[int]:
-    """What the main rank finds missing, or that it may not write there, known to all ranks."""
-    try:
-        found = _missing(folder, about) if distributed.is_main() else []
-    except ValueError as error:
-        found = error
-    if isinstance(found := distributed.gather(found)[0], ValueError):
-        raise found
-    return found
-
-
 def _missing(folder: Path, about: dict[str, Any]) -> list[int]:
     """Shards to write; the folder is made, and cleared of what a killed process left."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for rest in folder.parent.glob(f".{folder.name}.*.tmp"):
+        for rest in folder.glob(".*.tmp"):
             rest.unlink()
     except OSError as error:
-        raise ValueError(f"--out {folder} cannot be made a folder ({error.strerror}); choose another --out.") from error
+        raise errors.unwritable(folder, error) from error
     missing = set(range(about["shards"]))
     for path in folder.iterdir():
         number = path.stem.removeprefix("part-")

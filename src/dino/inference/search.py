@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino import distributed
+from dino import distributed, errors, files
 from dino.data.decode import BadImage, decode
 from dino.inference.cache import fingerprint
 from dino.inference.embed import Embedding, Folder
@@ -68,7 +68,7 @@ class Index:
 
     def __init__(self, embedding: Embedding, kind: IndexKind = "flat", rebuild: bool = False):
         if kind not in get_args(IndexKind):
-            raise ValueError(f"there is no index '{kind}'; known are {', '.join(get_args(IndexKind))}.")
+            raise errors.unknown("index", kind, get_args(IndexKind))
         self.embedding, self.values = embedding, embedding.values
         self.rough: Tensor | None = None  # made when first needed
         self.faiss = None if kind == "flat" else _approximate(embedding, kind, rebuild)
@@ -111,10 +111,7 @@ class Index:
 
 
 def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ValueError(f"--index {kind} needs FAISS; install it with: pip install 'dino[search]'") from error
+    faiss = errors.optional("faiss", f"--index {kind} needs FAISS", "search")
     folder, (count, dim) = embedding.folder, embedding.values.shape
     path = folder.path.with_suffix(f".{kind}.faiss")
     state = hashlib.sha256(embedding.values.numpy().data).hexdigest().encode()  # at the end of the file
@@ -137,11 +134,10 @@ def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
         index.cp.max_points_per_centroid, index.cp.niter = 64, 10  # the centres need not be better than that
         index.train(values)
     index.add(values)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    faiss.write_index(index, str(temporary))
-    with open(temporary, "ab") as file:
-        file.write(state)
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        faiss.write_index(index, str(temporary))
+        with open(temporary, "ab") as file:
+            file.write(state)
     return index
 
 
@@ -227,9 +223,11 @@ def duplicates(
     embedding = opened(embedding)
     values, groups = embedding.values, []
     taken = torch.zeros(len(values), dtype=torch.bool)
-    made = Index(embedding, index, rebuild)
-    exact = None if index != "flat" else threshold
-    for row, alike in _near(made, threshold) if exact is None else _alike(values, exact):
+    if index == "flat" and threshold is not None:
+        found = _alike(values, threshold)
+    else:
+        found = _near(Index(embedding, index, rebuild), threshold)
+    for row, alike in found:
         members = alike[~taken[alike] & (alike > row)]
         if len(members) and not taken[row]:
             taken[members] = True

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from dino import errors, files
 from dino.data.decode import BadImage
 from dino.data.sources import open_source
 
@@ -26,11 +27,7 @@ class Frame(NamedTuple):
 
 
 def pyav() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError("video needs PyAV; install it with: pip install 'dino[video]'") from error
-    return av
+    return errors.optional("av", "video needs PyAV", "video")
 
 
 class Clip:
@@ -117,22 +114,20 @@ def write_video(out: Path, frames: Iterable[Frame]) -> int:
         OSError: it cannot be written.
     """
     av, count = pyav(), 0
-    temporary = out.with_name(f".{out.stem}.{os.getpid()}.mp4")
-    try:
-        with av.open(str(temporary), "w", options={"movflags": "faststart"}) as container:  # plays while it loads
-            stream = container.add_stream("libx264", options={"crf": "18"})
-            stream.pix_fmt, stream.codec_context.time_base = "yuv420p", TICK  # what all browsers know
-            for seconds, pixels in frames:
-                if not count:
-                    stream.height, stream.width = (edge // 2 * 2 for edge in pixels.shape[:2])  # colours are per 2 x 2
-                picture = av.VideoFrame.from_ndarray(
-                    np.ascontiguousarray(pixels[: stream.height, : stream.width]), format="rgb24"
-                )
-                picture.pts, picture.time_base = round(seconds / TICK), TICK
-                container.mux(stream.encode(picture))
-                count += 1
-            container.mux(stream.encode())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        files.replacing(out) as temporary,  # plays while it loads:
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
+    ):
+        stream = container.add_stream("libx264", options={"crf": "18"})
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", TICK  # what all browsers know
+        for seconds, pixels in frames:
+            if not count:
+                stream.height, stream.width = (edge // 2 * 2 for edge in pixels.shape[:2])  # colours are per 2 x 2
+            picture = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(pixels[: stream.height, : stream.width]), format="rgb24"
+            )
+            picture.pts, picture.time_base = round(seconds / TICK), TICK
+            container.mux(stream.encode(picture))
+            count += 1
+        container.mux(stream.encode())
     return count

@@ -5,14 +5,14 @@ Whatever uses a backbone may ask only for what `Backbone` names.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor, nn
 
+from dino import errors
 from dino.models.head import Head
-from dino.models.vit import SIZES, ImageSizeError, VisionTransformer
+from dino.models.vit import SIZES, ImageSizeError, PositionInterpolation, VisionTransformer
 
 if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
@@ -57,7 +57,7 @@ def create(
     in_channels: int = 3,
     stem: Literal["default", "small"] = "default",
     drop_path: float = 0.0,
-    **options: Any,
+    pos_interp: PositionInterpolation = "offset",
 ) -> VisionTransformer | TimmBackbone:
     """A backbone by name with fresh weights: one of ours, or "timm:NAME" for any architecture of timm.
 
@@ -68,6 +68,7 @@ def create(
         in_channels: channels of the images, 1 or more.
         stem: "small" makes a ResNet's first convolution 3x3 with stride 1 and leaves its pooling out.
         drop_path: stochastic depth rate, where the architecture has it.
+        pos_interp: of our own ViTs, how positions are interpolated for other sizes.
 
     Raises:
         ValueError: an unknown name, a size that the architecture cannot take, or an option it does not have.
@@ -78,13 +79,16 @@ def create(
         given = {"patch_size": patch_size, "width": width, "depth": depth, "num_heads": num_heads}
         if fixed := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{arch} fixes its own {' and '.join(fixed)}; leave that out, or choose another name.")
-        if options.get("pos_interp", "offset") != "offset":
+        if pos_interp != "offset":
             raise ValueError(f"pos_interp is an option of our own ViTs; {arch} interpolates positions in its own way.")
         from dino.models.timm_backbone import TimmBackbone
 
         return TimmBackbone(arch.removeprefix(TIMM), image_size, in_channels, drop_path, stem)
     if arch not in SIZES:
-        raise ValueError(f"unknown architecture '{arch}'; known are {', '.join(SIZES)} and timm:NAME.{_hint(arch)}")
+        import timm  # slow, and here only for the sake of a mistake
+
+        near = errors.did_you_mean(arch, [*SIZES, *(TIMM + name for name in timm.list_models())])
+        raise ValueError(f"there is no architecture '{arch}'; known are {', '.join(SIZES)} and timm:NAME.{near}")
     if stem != "default":
         raise ValueError(f"stem '{stem}' is for ResNets; {arch} has patches, so choose a smaller patch_size instead.")
     own_width, own_depth, own_heads = SIZES[arch]
@@ -96,12 +100,5 @@ def create(
         depth=depth or own_depth,
         num_heads=num_heads or own_heads,
         drop_path=drop_path,
-        **options,
+        pos_interp=pos_interp,
     )
-
-
-def _hint(arch: str) -> str:
-    import timm  # slow, and here only for the sake of a mistake
-
-    near = difflib.get_close_matches(arch, [*SIZES, *timm.list_models()], n=1)
-    return f" Did you mean {near[0] if near[0] in SIZES else TIMM + near[0]}?" if near else ""

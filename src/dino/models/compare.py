@@ -10,18 +10,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dino.models import VisionTransformer, weights
-from dino.models.export import Outputs
+from dino.models import VisionTransformer, export, weights
 from dino.models.vit import PositionInterpolation
 from dino.models.weights import Weights
 
-NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}
-ENDINGS = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
-# How other libraries interpolate a ViT's positions for sizes that it was not trained at; graphs do as the model.
-THEIR_WAY: dict[str, PositionInterpolation] = {"timm": "antialias", "hf": "size"}
 TOLERANCE = 1e-4  # of the largest number that the model gives
 
 Opened = Callable[[Tensor], tuple[Tensor, ...]]  # normalised images to features and, mostly, tokens
+
+
+class Format(NamedTuple):
+    """How a model is written, and opened again as its readers do."""
+
+    write: Callable[[Weights, Path], None]
+    opened: Callable[[Path, Weights], Opened]
+    ending: str = ""  # that its readers want
+    needs: tuple[str, ...] = ()  # packages
+    # How its readers interpolate a ViT's positions for sizes that it was not trained at; None: as the model.
+    positions: PositionInterpolation | None = None
 
 
 class Difference(NamedTuple):
@@ -39,9 +45,10 @@ def require(to: str, out: Path) -> None:
     Raises:
         ValueError: a package that format `to` needs is not installed, or the name of `out` has not its ending.
     """
-    if not out.name.endswith(ending := ENDINGS.get(to, "")):
+    ending, needs = FORMATS[to].ending, FORMATS[to].needs
+    if not out.name.endswith(ending):
         raise ValueError(f"--out {out}: readers of {to} want the ending {ending}; write --out {out}{ending}.")
-    if missing := [name for name in NEEDS.get(to, ()) if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
         raise ValueError(f"--to {to} needs {' and '.join(missing)}; install them with: pip install 'dino[export]'.")
 
 
@@ -55,9 +62,9 @@ def compare(found: Weights, to: str, out: Path) -> list[Difference]:
         ValueError: the file cannot be opened again.
     """
     own = weights.build(found)
-    way = THEIR_WAY.get(to) if isinstance(own, VisionTransformer) else None
-    models = [Outputs(own), Outputs(weights.build(found, pos_interp=way) if way else own)]
-    opened, patch = OPEN.get(to, _ours)(out, found), own.patch_size
+    way = FORMATS[to].positions if isinstance(own, VisionTransformer) else None
+    models = [export.Outputs(own), export.Outputs(weights.build(found, pos_interp=way) if way else own)]
+    opened, patch = FORMATS[to].opened(out, found), own.patch_size
     cells, generator, differences = max(2, own.image_size // patch), torch.Generator().manual_seed(0), []
     for number, rows, columns in ((2, cells, cells), (1, cells + 3, cells), (3, max(2, cells // 2), cells + 1)):
         images = torch.randn(number, own.in_channels, rows * patch, columns * patch, generator=generator)
@@ -76,14 +83,15 @@ def sentence(differences: list[Difference], to: str) -> str:
     each = ", ".join(f"{seen.largest:.1e} at {seen.size}" for seen in differences)
     text = f"{largest:.1e} in numbers up to {scale:.3g} ({each})"
     if largest != alike:
-        text += f", as {to} interpolates positions its own way; with pos_interp='{THEIR_WAY[to]}' here too: {alike:.1e}"
+        way = FORMATS[to].positions
+        text += f", as {to} interpolates positions its own way; with pos_interp='{way}' here too: {alike:.1e}"
     return text
 
 
 def _ours(out: Path, found: Weights) -> Opened:
     """By `dino.load`, told what the reference's files do not say."""
     model = weights.load(out, **{k: found.arguments[k] for k in ("num_heads", "pos_interp") if k in found.arguments})
-    return Outputs(model)
+    return export.Outputs(model)
 
 
 def _timm(out: Path, found: Weights) -> Opened:
@@ -118,9 +126,12 @@ def _torch_export(out: Path, found: Weights) -> Opened:
     return torch.export.load(out).module()
 
 
-OPEN: dict[str, Callable[[Path, Weights], Opened]] = {
-    "timm": _timm,
-    "hf": _hf,
-    "onnx": _onnx,
-    "torch-export": _torch_export,
+FORMATS = {
+    "reference": Format(export.reference, _ours),
+    "reference-checkpoint": Format(export.reference_checkpoint, _ours),
+    "safetensors": Format(export.safetensors, _ours, ".safetensors"),
+    "timm": Format(export.timm, _timm, positions="antialias"),
+    "hf": Format(export.hf, _hf, needs=("transformers",), positions="size"),
+    "onnx": Format(export.onnx, _onnx, ".onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "torch-export": Format(export.torch_export, _torch_export, ".pt2"),
 }

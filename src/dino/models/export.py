@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from dino import errors
 from dino.models import VisionTransformer, formats
 from dino.models.formats import State
 from dino.models.weights import Weights, build
@@ -81,7 +81,6 @@ def timm(weights: Weights, out: Path) -> None:
             "in_chans": channels,
         }
         config["pos_interp"] = sizes.get("pos_interp", "offset")
-    config["num_features"] = weights.backbone()["norm.weight"].shape[0] if "norm.weight" in weights.backbone() else 0
     config["pretrained_cfg"] = {
         "input_size": [channels, edge, edge],
         "mean": MEAN,
@@ -106,11 +105,7 @@ def hf(weights: Weights, out: Path) -> None:
         "num_hidden_layers": sizes["depth"],
         "num_attention_heads": sizes["num_heads"],
         "intermediate_size": 4 * sizes["width"],
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
         "image_size": edge,
         "patch_size": sizes["patch_size"],
         "num_channels": channels,
@@ -119,14 +114,10 @@ def hf(weights: Weights, out: Path) -> None:
     resized = edge * 256 // 224 if edge >= 128 else edge  # the evaluation view of `dino.inference.features`
     processor = {
         "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
         "size": {"shortest_edge": resized},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": edge, "width": edge},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": MEAN,
         "image_std": STD,
     }
@@ -191,19 +182,7 @@ def _program(weights: Weights) -> ExportedProgram:
                 Outputs(model), (images,), dynamic_shapes={"images": {0: Dim("number"), 2: height, 3: width}}
             )
     except Exception as error:  # there are a thousand architectures, and each fails in its own way
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"{weights.where} ({weights.arguments['arch']}) cannot be written as one graph for all image sizes "
-            f"({reason}); its weights can, e.g. with --to safetensors."
+            f"({errors.first_line(error)}); its weights can, e.g. with --to safetensors."
         ) from error
-
-
-# Weights, which `dino.models.weights.read` takes back, and graphs, which hold the arithmetic too.
-FORMATS: dict[str, Callable[[Weights, Path], None]] = {
-    "reference": reference,
-    "reference-checkpoint": reference_checkpoint,
-    "timm": timm,
-    "hf": hf,
-    "safetensors": safetensors,
-}
-GRAPHS: dict[str, Callable[[Weights, Path], None]] = {"onnx": onnx, "torch-export": torch_export}

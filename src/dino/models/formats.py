@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -112,10 +113,7 @@ def recognise(state: State, where: str, num_heads: int | None = None) -> tuple[d
         blocks = sum(_count(state, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
         arch = f"timm:resnet{_RESNETS.get(('layer1.0.conv3.weight' in state, blocks), f' of {blocks} blocks')}"
     else:
-        raise ValueError(
-            f"{where} holds no ViT, XCiT or ResNet backbone: its {len(state)} keys are "
-            f"{', '.join(sorted(state)[:3]) or 'none'}{', ...' if len(state) > 3 else ''}."
-        )
+        raise ValueError(f"{where} holds no ViT, XCiT or ResNet backbone: its {len(state)} keys are {first(state)}.")
     return {"arch": arch}, {f"model.{name}": value for name, value in state.items()}
 
 
@@ -191,6 +189,11 @@ def head_options(head: State) -> dict[str, Any]:
         "batch_norm": any(name.endswith("running_mean") for name in head),
         "norm_last_layer": bool((head["last_layer.weight_g"] == 1).all()),
     }
+
+
+def first(names: Collection[str]) -> str:
+    """A few of the names, for messages."""
+    return ", ".join([*sorted(names)[:3], *(["..."] if len(names) > 3 else [])]) or "none"
 
 
 def _count(state: State, pattern: str) -> int:

@@ -17,15 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
+
+from dino import errors
+from dino.files import cache_folder
 
 BASE = "https://dl.fbaipublicfiles.com/dino"
 LICENCE = "Apache-2.0"
@@ -92,7 +87,7 @@ def find(name: str) -> tuple[str, str] | None:
 
 def cached(release: str, part: str) -> Path | None:
     """The downloaded file, unchecked."""
-    path = _cache() / Path(RELEASES[release].files[part]).name
+    path = cache_folder() / Path(RELEASES[release].files[part]).name
     return path if path.is_file() else None
 
 
@@ -105,10 +100,10 @@ def fetch(name: str, offline: bool = False) -> Path:
     """
     found = find(name)
     if found is None:
-        raise ValueError(f"there is no release '{name}'; known are {', '.join(RELEASES)}.")
+        raise errors.unknown("release", name, RELEASES)
     release, part = found
     url = f"{os.environ.get('DINO_RELEASES', BASE).rstrip('/')}/{RELEASES[release].files[part]}"
-    path = _cache() / Path(url).name
+    path = cache_folder() / Path(url).name
     recorded = path.with_name(path.name + ".sha256")
     if not path.is_file():
         if offline or os.environ.get("DINO_OFFLINE", "0") not in ("", "0"):
@@ -118,7 +113,8 @@ def fetch(name: str, offline: bool = False) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         recorded.unlink(missing_ok=True)  # of a file that somebody deleted
         _download(url, path)
-    digest = _sha256(path)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not recorded.is_file():
         recorded.write_text(f"{digest}  {path.name}\n")
     elif (first := recorded.read_text().split()[0]) != digest:
@@ -132,11 +128,12 @@ def fetch(name: str, offline: bool = False) -> Path:
 def _download(url: str, path: Path) -> None:
     """`url` to `path`, by way of `path`.part; a cut connection is taken up again `ATTEMPTS` times."""
     part = path.with_name(path.name + ".part")
-    columns = TextColumn(path.name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = *Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("download", total=None)
-        for attempt in range(1, ATTEMPTS + 1):
+        task = progress.add_task(path.name, total=None)
+        reason = ""
+        for _ in range(ATTEMPTS):
             try:
                 total = _continue(url, part, progress, task)
                 if part.stat().st_size == total:
@@ -148,11 +145,11 @@ def _download(url: str, path: Path) -> None:
                 reason = f"the server answered {error.code} {error.reason}"
             except (OSError, http.client.HTTPException) as error:
                 reason = str(getattr(error, "reason", error))
-            if attempt == ATTEMPTS:
-                raise DownloadError(
-                    f"{url} could not be downloaded: {reason}; check the network and try again (what has arrived is "
-                    f"kept), or put the file at {path} yourself."
-                )
+        else:
+            raise DownloadError(
+                f"{url} could not be downloaded: {reason}; check the network and try again (what has arrived is kept), "
+                f"or put the file at {path} yourself."
+            )
     if zipfile.is_zipfile(part) and (bad := zipfile.ZipFile(part).testzip()) is not None:
         part.unlink()
         raise DownloadError(f"{url} arrived damaged ({bad} fails its check); it was deleted, try again.")
@@ -178,12 +175,3 @@ def _continue(url: str, part: Path, progress: Progress, task: TaskID) -> int:
             file.write(chunk)
             progress.advance(task, len(chunk))
         return file.tell() if total is None else total
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("DINO_CACHE") or Path.home() / ".cache" / "dino")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

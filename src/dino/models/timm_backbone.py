@@ -7,7 +7,6 @@ Letters: n images, p prefix tokens ([CLS], registers), d width, h heads.
 """
 
 import copy
-import difflib
 import functools
 import math
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
+from dino import errors
 from dino.models import NO_ATTENTION
 
 # Asked of every architecture; one that does not know an option is built without it.
@@ -52,9 +52,7 @@ class TimmBackbone(nn.Module):
     ):
         super().__init__()
         if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=1)
-            hint = f" Did you mean timm:{near[0]}?" if near else ""
-            raise ValueError(f"timm has no architecture '{name}'.{hint}")
+            raise ValueError(f"timm has no architecture '{name}'.{errors.did_you_mean(name, timm.list_models())}")
         self.name, self.image_size, self.in_channels = name, image_size, in_channels
         self.model, taken = build(name, in_channels, WISHES | {"img_size": image_size, "drop_path_rate": drop_path})
         if drop_path and "drop_path_rate" not in taken:
@@ -109,10 +107,9 @@ class TimmBackbone(nn.Module):
                     self._outline.forward_head(features)
                 self._grids[height, width] = self._cells(features, height, width)
             except Exception as error:  # there are a thousand architectures, and each refuses in its own way
-                reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
                 raise ValueError(
                     f"timm:{self.name}, built for {self.image_size}x{self.image_size} pixels, does not take images of "
-                    f"{height}x{width} ({reason}); use another size or architecture."
+                    f"{height}x{width} ({errors.first_line(error)}); use another size or architecture."
                 ) from error
         return self._grids[height, width]
 

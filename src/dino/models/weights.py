@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dino import files
 from dino.models import create, formats, pickles, releases
 from dino.models.formats import State
 from dino.models.vit import VisionTransformer
@@ -59,9 +60,8 @@ class Weights:
 def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any]) -> None:
     """Write `backbone` to `folder` as safetensors beside the arguments of `create` that rebuild it."""
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    temporary = folder / (WEIGHTS + ".tmp")
-    save_file(state, temporary)
-    os.replace(temporary, folder / WEIGHTS)
+    with files.replacing(folder / WEIGHTS) as temporary:
+        save_file(state, temporary)
     (folder / CONFIG).write_text(json.dumps({"model": arguments}, indent=2) + "\n")
 
 
@@ -103,6 +103,17 @@ def read(
         num_heads: of a ViT of unusual width whose file does not say it.
         only_backbone: the rest may be left unread, which is quicker for a run directory.
     """
+    path = _locate(name, offline)
+    try:
+        return _read_folder(path, only_backbone) if path.is_dir() else _read_file(path, num_heads)
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds damaged weights: {error}. Resume or repeat the run, or copy it again."
+        ) from error
+
+
+def _locate(name: str | os.PathLike[str], offline: bool) -> Path:
+    """Where `name` lies, downloaded if it is a release."""
     path = Path(name)
     if not path.exists():
         if releases.find(str(name)) is None:
@@ -111,12 +122,7 @@ def read(
                 ".safetensors file, or a name that `dino models` lists."
             )
         path = releases.fetch(str(name), offline)
-    try:
-        return _read_folder(path, only_backbone) if path.is_dir() else _read_file(path, num_heads)
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} holds damaged weights: {error}. Resume or repeat the run, or copy it again."
-        ) from error
+    return path
 
 
 def _read_folder(folder: Path, only_backbone: bool) -> Weights:
@@ -133,7 +139,9 @@ def _read_folder(folder: Path, only_backbone: bool) -> Weights:
             f"{folder} holds no {WEIGHTS} or model.safetensors with its {CONFIG}; give the --out folder of a training "
             "run, or a folder that timm or Hugging Face saved."
         )
-    _check_hf(config, folder)
+    for key, rule in {"model_type": "vit", "hidden_act": "gelu", "qkv_bias": True}.items():  # timm says none of these
+        if config.get(key, rule) != rule:
+            raise ValueError(f"{folder / CONFIG} says {key} {config[key]}; only {key} {rule} can be read.")
     num_heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
     state = load_file(folder / "model.safetensors")
     if "architecture" in config and "pos_embed" not in state:  # no ViT of our kind, so timm builds it
@@ -144,15 +152,6 @@ def _read_folder(folder: Path, only_backbone: bool) -> Weights:
     if "pos_interp" in config:  # written by `dino export`
         found.arguments["pos_interp"] = config["pos_interp"]
     return found
-
-
-def _check_hf(config: dict[str, Any], folder: Path) -> None:
-    """Refuse a Hugging Face model that computes something else than our ViT."""
-    if "architecture" in config:  # timm's; its keys say the rest
-        return
-    for key, rule in (("model_type", "vit"), ("hidden_act", "gelu"), ("qkv_bias", True)):
-        if config.get(key, rule if key != "model_type" else None) != rule:
-            raise ValueError(f"{folder / CONFIG} says {key} {config.get(key)}; only {key} {rule} can be read.")
 
 
 def _read_file(path: Path, num_heads: int | None = None) -> Weights:
@@ -209,14 +208,12 @@ def read_linear(name: str | os.PathLike[str], offline: bool = False) -> tuple[Te
     Raises:
         ValueError: the file holds something else.
     """
-    path = Path(name)
-    if not path.exists() and releases.find(str(name)) is not None:
-        path = releases.fetch(str(name), offline)
+    path = _locate(name, offline)
     content = pickles.read(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     plain = {key.removeprefix("module."): value for key, value in (state or {}).items()}
     if plain.keys() != {"linear.weight", "linear.bias"}:
-        raise ValueError(f"{path} is no linear classifier; its keys are {', '.join(sorted(plain)[:3]) or 'none'}.")
+        raise ValueError(f"{path} is no linear classifier; its keys are {formats.first(plain)}.")
     return plain["linear.weight"], plain["linear.bias"]
 
 
@@ -232,17 +229,12 @@ def load_strictly(module: nn.Module, state: State, where: str) -> None:
         ValueError: names what is missing, unknown, or of another shape.
     """
     own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     reshaped = [
         f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
         for name in own.keys() & state.keys()
         if state[name].shape != own[name].shape
     ]
-    if missing or unknown or reshaped:
-        parts = [
-            f"{len(items)} {what} ({', '.join(sorted(items)[:3])}{', ...' if len(items) > 3 else ''})"
-            for what, items in (("missing", missing), ("unknown", unknown), ("of another shape", reshaped))
-            if items
-        ]
-        raise ValueError(f"{where} does not fit this model: {'; '.join(parts)}. Use the options it was trained with.")
+    kinds = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(), "of another shape": reshaped}
+    if wrong := [f"{len(names)} {kind} ({formats.first(names)})" for kind, names in kinds.items() if names]:
+        raise ValueError(f"{where} does not fit this model: {'; '.join(wrong)}. Use the options it was trained with.")
     module.load_state_dict(state)

@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dino.config import TrainOptions, known, recorded
+from dino.config import TrainOptions, known
+from dino.config_file import recorded
 from dino.engine.log import read_metrics
 from dino.engine.monitor import CollapseMonitor
 

@@ -1,0 +1,53 @@
+"""Options as TOML: what a run records of itself, and files of options that people write."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from dino.config import TrainOptions, dotted, replace
+
+
+def to_dict(options: Any) -> dict[str, Any]:
+    """Options as nested dictionaries without unset values: what `config.toml` holds."""
+    return dataclasses.asdict(options, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+
+
+def toml_flags(path: Path) -> list[str]:
+    """The flags a TOML file stands for, so that one parser checks files and flags alike."""
+    flags: list[str] = []
+    for name, value in dotted(_toml(path)).items():
+        section, dot, leaf = name.replace("_", "-").rpartition(".")
+        if isinstance(value, bool):
+            flags.append(f"--{section}{dot}{'' if value else 'no-'}{leaf}")
+        else:
+            flags += [f"--{section}{dot}{leaf}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def read_toml(path: Path) -> TrainOptions:
+    """The options a TOML file gives, the others at their defaults."""
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in dotted(_toml(path)).items()}
+    try:
+        return replace(TrainOptions(), values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"there is no options file '{path}'.")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a valid TOML file: {error}.") from error
+
+
+def recorded(run: str) -> TrainOptions:
+    """The options that the run in directory `run` was started with."""
+    path = Path(run) / "config.toml"
+    if not path.is_file():
+        raise ValueError(f"{run} holds no run (no config.toml); give the --out folder of a run.")
+    return read_toml(path)

@@ -1,0 +1,79 @@
+"""Models in and out: `dino models`, `dino export` and `dino.export`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dino import files
+from dino.inference.cache import fingerprint
+from dino.models import compare, releases, weights
+from dino.report import card
+
+if TYPE_CHECKING:
+    from dino.cli import ExportOptions, ModelsOptions
+
+
+def models_command(options: ModelsOptions) -> None:
+    """List the reference's releases, or download one and print where it lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if options.name:
+        print(releases.fetch(options.name, options.offline))
+        return
+    table = Table(title=f"Releases of the reference ({releases.LICENCE}, {releases.BASE})", title_justify="left")
+    for name in ("name", "architecture", "MB", "k-NN", "linear", "licence", "parts (* cached)"):
+        table.add_column(name, justify="right" if name in ("MB", "k-NN", "linear") else "left", no_wrap=True)
+    for name, release in releases.RELEASES.items():
+        parts = " ".join(part + "*" * (releases.cached(name, part) is not None) for part in release.files)
+        figures = (f"{value:.1f}" if value is not None else "" for value in (release.knn, release.linear))
+        table.add_row(name, release.arch, str(release.megabytes), *figures, releases.LICENCE, parts)
+    Console(width=None if os.isatty(1) else 120).print(table)
+
+
+def export(
+    model: str, to: str, out: str, num_heads: int | None = None, offline: bool = False
+) -> list[compare.Difference]:
+    """Write a model for others, with its card, and compare what was written with the model itself.
+
+    Args:
+        model: as `dino.load` takes it.
+        to: a format: a key of `FORMATS` of `dino.models.compare`.
+        out: file or folder to write; the card is its README.md, or lies beside it.
+        num_heads, offline: as for `dino.load`.
+
+    Raises:
+        ValueError: the model cannot be written so, or a package is missing.
+        RuntimeError: what was written computes something else. In all cases nothing is left at `out`.
+    """
+    path = Path(out)
+    if path.exists():
+        raise ValueError(f"--out {out} exists already; choose another name, or remove it.")
+    compare.require(to, path)
+    found = weights.read(model, offline, num_heads, only_backbone=to != "reference-checkpoint")
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        compare.FORMATS[to].write(found, path)
+        differences = compare.compare(found, to, path)
+        if wrong := [seen.size for seen in differences if not seen.alike <= compare.TOLERANCE * seen.scale]:
+            raise RuntimeError(
+                f"{to} of {model} gives other numbers than the model for images of {' and '.join(wrong)}: "
+                f"{compare.sentence(differences, to)}; nothing was written."
+            )
+        backbone = weights.build(found)
+        facts = {
+            "architecture": ", ".join(f"{k} {v}" for k, v in found.arguments.items() if v is not None),
+            "parameters": f"{sum(p.numel() for p in backbone.parameters()):,}",
+            "largest difference from the model that was exported": compare.sentence(differences, to),
+        }
+        text = card.card(model, to, path, facts, fingerprint(backbone))
+        (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
+    return differences
+
+
+def export_command(options: ExportOptions) -> None:
+    differences = export(options.model, options.to, options.out, options.num_heads, options.offline)
+    print(f"{options.out}: {options.to} of {options.model}")
+    print(f"Largest difference from the model itself: {compare.sentence(differences, options.to)}")

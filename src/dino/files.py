@@ -1,0 +1,65 @@
+"""Places on the disk: files that are there whole or not at all, and names of places that last."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dino import errors
+
+
+@contextlib.contextmanager
+def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
+    """A name to write to that takes the place of `path` when all went well, and is gone otherwise.
+
+    Args:
+        flush: to the disk, so that it survives a loss of power too.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if flush:
+            _flush(temporary)
+        os.replace(temporary, path)
+        if flush:
+            _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(out: Path, leave: bool = False) -> Iterator[None]:
+    """What fails within leaves nothing at the place that --out names, unless told to `leave` it.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not leave:
+            shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise errors.unwritable(out, error) from error
+        raise
+
+
+def cache_folder() -> Path:
+    """Where downloads and features are kept: $DINO_CACHE, or ~/.cache/dino."""
+    return Path(os.environ.get("DINO_CACHE") or "~/.cache/dino").expanduser()
+
+
+def lasting(name: str) -> str:
+    """`name`, which means the same from another working directory if it is a path."""
+    return os.path.abspath(name) if name and os.path.exists(name) else name
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
