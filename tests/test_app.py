@@ -55,7 +55,7 @@ def test_pictures_of_an_image(explorer, album):
     heads = explorer.heads(shown)
     assert [name for _, name in heads] == ["the image", "mean of all heads", "head 0", "head 1"]
     assert all(picture.shape == shown.pixels.shape for picture, _ in heads)
-    assert explorer.colours(shown).shape == shown.pixels.shape
+    assert explorer.colours(shown).shape == shown.zoomed().shape
     kept = [[np.mean((mask == shown.pixels).all(-1)) for mask, _ in explorer.masks(shown, m)] for m in (0.1, 0.5, 0.95)]
     assert (np.diff(kept, axis=0) > 0).all()  # the more attention, the more of the image
 
@@ -66,10 +66,13 @@ def test_a_patch_is_most_like_itself(explorer, album):
     for x, y in ((0, 0), (width - 1, height - 1), (20, 35)):
         cell = y // patch * (width // patch) + x // patch
         assert int((shown.features @ shown.features[cell]).argmax()) == cell
-        first, second = explorer.alike(shown, other, (x, y))
-        assert first.shape == shown.pixels.shape
-        assert second.shape == other.pixels.shape
-        left, top = x // patch * patch, y // patch * patch
+        zoom = shown.zoom
+        assert zoom * 64 >= 360
+        first, second = explorer.alike(shown, other, (x * zoom, y * zoom))
+        assert first.shape == shown.zoomed().shape
+        assert second is not None
+        assert second.shape == other.zoomed().shape
+        left, top = x // patch * patch * zoom, y // patch * patch * zoom
         assert (first[top, left] == 255).all()  # its frame
     assert explorer.alike(shown, None, (0, 0))[1] is None
 

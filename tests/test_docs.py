@@ -39,6 +39,7 @@ QUICK = {
 PARSED = {
     r"models \S": "it downloads",
     r"train .*--init vits16:full": "it downloads",
+    r"app": "it serves until it is interrupted: test_app.py opens it in a browser",
     r"ablate": "six to nine trainings, each a process: test_ablate.py runs them",
 }
 

@@ -133,7 +133,7 @@ first steps:
   dino train vit_small_100ep --data train/       a named recipe (see: dino recipes), any option can follow
   dino train mine.toml --epochs 30               a file is flags written down; flags win
   dino train --resume runs/a                     continue an interrupted run, to the bit
-  dino attention runs/a img.jpg                  see where it looks
+  dino app runs/a                                explore it in a browser: where it looks, what is alike
 
 dino COMMAND --help explains every option. --debug after any command shows the full traceback of an error.
 """

@@ -26,7 +26,7 @@ from dino.models import Backbone, weights
 from dino.report.pictures import Look, attention_maps, chosen_size, coloured, fitted, heat, large, mosaic
 
 MOST_PIXELS = 50_000_000  # of an image that a browser sends
-THUMBNAIL = 240  # pixels of an edge
+THUMBNAIL, LEGIBLE = 240, 360  # pixels of the longer edge; at least of the shorter
 OFFERED = 24  # images of the data to pick from
 MOST_CHECKPOINTS = 8  # of a run, evenly spaced
 MOST_GROUPS, MOST_OF_GROUP = 20, 6  # near-copies shown
@@ -43,6 +43,16 @@ class Shown:
     original: np.ndarray  # as it was read
     features: Tensor  # [cells, d], of length 1
     look: Look | None  # None: this model has no attention
+
+    @property
+    def zoom(self) -> int:
+        """How many times larger a page shows it, lest small images are too small to click on."""
+        return -(-LEGIBLE // min(self.pixels.shape[:2]))
+
+    def zoomed(self, picture: np.ndarray | None = None) -> np.ndarray:
+        """A picture of its size, or itself, as large as that."""
+        picture = self.pixels if picture is None else picture
+        return picture.repeat(self.zoom, axis=0).repeat(self.zoom, axis=1)
 
 
 class Explorer:
@@ -102,15 +112,13 @@ class Explorer:
     def colours(self, shown: Shown) -> np.ndarray:
         """Its patches' features as colours."""
         with self.lock:
-            return coloured(self.model, shown.pixels, main_axes(self.model, [shown.pixels])).picture
+            return shown.zoomed(coloured(self.model, shown.pixels, main_axes(self.model, [shown.pixels])).picture)
 
     def alike(self, a: Shown, b: Shown | None, point: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
-        """How like the patch at `point` (x, y; pixels of `a`) is to each patch of `a` and of `b`."""
+        """How like the patch at `point` (x, y; pixels of `a` zoomed) is to each patch of `a` and of `b`."""
         rows, columns = self._grid(a)
-        row, column = (
-            min(point[1] * rows // len(a.pixels), rows - 1),
-            min(point[0] * columns // a.pixels.shape[1], columns - 1),
-        )
+        height, width = a.zoomed().shape[:2]
+        row, column = min(point[1] * rows // height, rows - 1), min(point[0] * columns // width, columns - 1)
         wanted = a.features[row * columns + column]
         first = self._heated(a, a.features @ wanted, row * columns + column)
         if b is None:
@@ -125,12 +133,11 @@ class Explorer:
     def _heated(self, shown: Shown, cosine: Tensor, cell: int) -> np.ndarray:
         """The image under the map of cosines [cells], with a frame round a cell."""
         rows, columns = self._grid(shown)
-        height, width = shown.pixels.shape[:2]
         map_ = large(heat(cosine.clamp(min=0).view(rows, columns).numpy() ** 2), shown.pixels)
-        picture = Image.fromarray((0.35 * shown.pixels + 0.65 * map_).astype(np.uint8))
-        left, top = cell % columns * width // columns, cell // columns * height // rows
-        box = [left - 1, top - 1, left + width // columns, top + height // rows]
-        ImageDraw.Draw(picture).rectangle(box, outline="white", width=max(2, height // 150))
+        picture = Image.fromarray(shown.zoomed((0.35 * shown.pixels + 0.65 * map_).astype(np.uint8)))
+        left, top = cell % columns * picture.width // columns, cell // columns * picture.height // rows
+        box = [left - 1, top - 1, left + picture.width // columns, top + picture.height // rows]
+        ImageDraw.Draw(picture).rectangle(box, outline="white", width=3)
         return np.asarray(picture)
 
     # --- a run's checkpoints -----------------------------------------------------------------------------------------

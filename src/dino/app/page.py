@@ -18,7 +18,7 @@ from dino.app.explorer import Explorer, Shown, newest_run
 from dino.models import NO_ATTENTION, weights
 from dino.report.options import AppOptions
 
-HOST, PORTS = "127.0.0.1", range(7860, 7960)
+HOST = "127.0.0.1"
 LARGEST_UPLOAD = "40mb"
 CSS = """footer {display: none !important} .gradio-container {max-width: 1280px !important; margin: auto}
 .tight .grid-wrap {min-height: 0 !important; height: auto !important; max-height: none !important}
@@ -63,7 +63,7 @@ class Page:
             self.first, self.second = gr.State(), gr.State()
             with gr.Row():
                 with gr.Column(scale=1, min_width=260):
-                    self.file, self.picks = self._chooser("Drop an image here", "first")
+                    self.file, self.picks = self._chooser("Drop an image here", "first", 2)
                     least, most, usual, step = explorer.sizes
                     self.size = gr.Slider(least, most, usual, step=step, label="Shorter side, pixels", elem_id="size")
                 with gr.Column(scale=3, min_width=320), gr.Tabs():
@@ -77,13 +77,13 @@ class Page:
                         self._over_time()
             self._events()
 
-    def _chooser(self, label: str, name: str) -> tuple[Any, Any]:
+    def _chooser(self, label: str, name: str, columns: int) -> tuple[Any, Any]:
         offered = self.explorer.offered
         file = gr.File(label=label, height=160, elem_id=f"{name}-file")
         picks = gr.Gallery(
             [picture for picture, _ in offered],
             show_label=False,
-            columns=3,
+            columns=columns,
             height=300,
             allow_preview=False,
             object_fit="cover",
@@ -126,7 +126,7 @@ class Page:
             self.b = self._image("b", "Second image")
             self.pca = self._image("pca", "Features as colours")
         with gr.Accordion("Choose a second image", open=False):
-            self.other_file, self.other_picks = self._chooser("Drop a second image here", "second")
+            self.other_file, self.other_picks = self._chooser("Drop a second image here", "second", 6)
 
     def _nearest(self) -> None:
         explorer = self.explorer
@@ -182,7 +182,7 @@ class Page:
         done.success(kindly(self._nearest_of), self.first, self.found)
 
     def _show_second(self, event: Any) -> None:
-        event.success(lambda shown: None if shown is None else shown.pixels, self.second, self.b)
+        event.success(lambda shown: None if shown is None else shown.zoomed(), self.second, self.b)
 
     def _resize(self, shown: Shown | None, size: int) -> Shown | None:
         return None if shown is None else self.explorer.resize(shown.original, size)
@@ -195,7 +195,7 @@ class Page:
         if shown is None:
             return None, None, None, None
         heads, masks = (e.heads(shown), e.masks(shown, mass)) if e.sees else (None, None)
-        return heads, masks, shown.pixels, e.colours(shown)
+        return heads, masks, shown.zoomed(), e.colours(shown)
 
     def _nearest_of(self, shown: Shown | None) -> Any:
         return None if shown is None or self.explorer.embedding is None else self.explorer.nearest(shown, 10)
@@ -227,26 +227,36 @@ class Page:
 
 def serve(options: AppOptions) -> None:
     """Serve the page to this machine until Ctrl-C."""
-    port, name = free_port(options.port), options.model or newest_run()
+    name = options.model or newest_run()
+    if options.port is not None:
+        check_port(options.port)
     model = weights.load(name).to(distributed.start(options.device))
     run = Path(name) if Path(name).is_dir() else None
     page = Page(Explorer(model, run, options.data or _data_of(run), options.embedding), Path(name).name)
-    theme = themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     with contextlib.suppress(KeyboardInterrupt):
-        page.blocks.launch(
+        _, address, _ = page.blocks.launch(
             server_name=HOST,
-            server_port=port,
+            server_port=options.port,
             share=False,
             quiet=True,
-            theme=theme,
+            theme=themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css=CSS,
             max_file_size=LARGEST_UPLOAD,
             prevent_thread_lock=True,
-            show_error=False,
         )
-        print(f"Exploring {name}: open http://{HOST}:{port} in a browser of this machine. Ctrl-C ends it.", flush=True)
+        print(f"Exploring {name}: open {address} in a browser of this machine. Ctrl-C ends it.", flush=True)
         threading.Event().wait()
     page.blocks.close(verbose=False)
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that cannot be had."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"--port {port} is taken, or none that you may use; choose another.") from error
 
 
 def _data_of(run: Path | None) -> str | None:
@@ -256,18 +266,3 @@ def _data_of(run: Path | None) -> str | None:
             path = config_file.recorded(str(run)).data.path
             return path if path.startswith("scenes") or Path(path).exists() else None
     return None
-
-
-def free_port(wanted: int | None) -> int:
-    """`wanted`, or the first free one of PORTS.
-
-    Raises:
-        ValueError: it is taken, or all are.
-    """
-    for port in PORTS if wanted is None else (wanted,):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError, OverflowError):
-                probe.bind((HOST, port))
-                return port
-    raise ValueError(f"--port {wanted or PORTS.start} is taken, or no port; choose another.")
