@@ -152,10 +152,10 @@ def test_bad_ways_to_start(trained, tmp_path, monkeypatch, capsys):
 def served(*arguments: object, cwd: Path) -> Iterator[str]:
     """The page's address; Ctrl-C ends it in order."""
     command = dino_command("app", *arguments, "--device", "cpu")
-    # Python would ignore the interrupt in a process that was started in the background.
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Tests that run in the background would hand down that interrupts are ignored.
+    heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen(command, cwd=cwd, preexec_fn=heed, **pipes)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

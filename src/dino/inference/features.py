@@ -201,17 +201,16 @@ def stream(
     read, half = READOUTS[readout], fp16 and on_gpu
     show = progress is not None and sys.stderr.isatty()
     batches = track(loader, description=progress, total=len(views), transient=True) if show and progress else loader
-    before = None  # a GPU is asked for the features of one batch when it has the next
+    late: list[Features] = []  # on the device
     for parts, positions, bad in batches:
         with torch.autocast(device.type, torch.float16, enabled=half):
             views_of = (normalise(part.to(device, non_blocking=True), model.in_channels) for part in parts)
             values = [read(model, images).float() for images in views_of]
         found = torch.cat(values) if values else torch.zeros(0, model.embed_dim)
-        if before is not None:
-            yield Features(before[0].cpu(), *before[1:])
-        before = found, np.array(positions, dtype=np.int64), bad
-    if before is not None:
-        yield Features(before[0].cpu(), *before[1:])
+        late.append(Features(found, np.array(positions, dtype=np.int64), bad))
+        if len(late) > on_gpu:  # a GPU is asked for the features of one batch when it has the next
+            yield late[0]._replace(values=late.pop(0).values.cpu())
+    yield from (part._replace(values=part.values.cpu()) for part in late)
 
 
 def extract(
