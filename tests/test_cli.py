@@ -16,7 +16,7 @@ from PIL import Image
 import dino
 from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
 from dino import cli, config, config_file, recipes
-from dino.engine.train import Plan, build_method
+from dino.engine.build import Plan, build_method
 
 
 def test_help_is_quick_and_loads_no_torch():

@@ -29,8 +29,9 @@ from dino.config import TrainOptions, replace
 from dino.data.render import normalise
 from dino.data.sources import open_source
 from dino.engine import start
+from dino.engine.build import build_method
 from dino.engine.log import Terminal, read_metrics
-from dino.engine.train import Trainer, build_method
+from dino.engine.train import Trainer
 from dino.models import Head, compare, create, formats, releases, weights
 from dino.models.vit import resize_positions
 from dino.models.weights import Weights, read, read_linear, write_linear

@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dino import config, config_file, distributed, recipes, tables
+from dino import config, config_file, distributed, files, recipes, tables
 from dino.config import TrainOptions, known, replace
 from dino.data.loader import spare_cores
 from dino.engine.checkpoint import LOCK, sole_writer
@@ -185,9 +185,8 @@ class Ablation:
         }
 
     def _save(self, results: dict[str, Any]) -> None:
-        temporary = self.results_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1))
-        os.replace(temporary, self.results_file)
+        with files.replacing(self.results_file) as temporary:
+            temporary.write_text(json.dumps(results, indent=1))
 
 
 def slug(name: str) -> str:

@@ -62,6 +62,11 @@ def run(options: TrainOptions) -> Path:
         distributed.from_main(lambda: held.enter_context(sole_writer(folder)))
         with files.writing(folder, leave=not fresh):
             trainer, held_out = set_up(options, folder, device, terminal)
+        terminal.say(
+            f"Training on {len(trainer.source)} images ({len(held_out) if held_out else 0} held out), "
+            f"{trainer.plan.total} steps of {trainer.options.batch_size}, on {describe_device(device)}; "
+            f"run directory {folder}"
+        )
         complete = trainer.fit()
         if distributed.is_main():
             finish(trainer, complete, held_out)
@@ -109,10 +114,6 @@ def set_up(
     distributed.from_main(lambda: prepare(resolved, folder))
     if options.resume is not None and trainer.resume():
         terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
-    terminal.say(
-        f"Training on {len(source)} images ({len(held_out) if held_out else 0} held out), "
-        f"{trainer.plan.total} steps of {resolved.batch_size}, on {describe_device(device)}; run directory {folder}"
-    )
     return trainer, held_out
 
 

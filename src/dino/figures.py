@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dino import distributed
+from dino import distributed, errors
 from dino.data.sources import Source
 from dino.eval.judge import fingerprint, labelled_pair, labels_of, open_labelled, split_folders
 from dino.eval.knn import votes
@@ -47,17 +47,14 @@ def class_map(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.nd
     Raises:
         ValueError: scikit-learn is missing, or there are fewer than three classes.
     """
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise ValueError("t-SNE needs scikit-learn; install it with: pip install 'dino[figures]'") from error
+    manifold = errors.optional("sklearn.manifold", "t-SNE needs scikit-learn", "figures")
     sums = torch.zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
     present = torch.unique(labels)
     if len(present) < 3:
         raise ValueError(f"a map of classes needs at least 3 of them, but there are {len(present)}.")
     means = F.normalize(sums[present], dim=1).numpy()
     perplexity = min(30.0, (len(present) - 1) / 3)
-    return present.numpy(), TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(means)
+    return present.numpy(), manifold.TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(means)
 
 
 def tsne(options: TsneOptions) -> None:

@@ -6,11 +6,11 @@ the paper's number makes no sense on small images.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from dino import errors
 from dino.recipe_table import BYOL, MOCO, NO_MOMENTUM, SWAV
 
 Changes = Mapping[str, Any]
@@ -213,7 +213,5 @@ def get(name: str) -> Table:
     """A table by name, with or without the word itself ("7", "table7")."""
     wanted = name.lower().removeprefix("table").strip("-_ ")
     if wanted not in TABLES:
-        near = difflib.get_close_matches(wanted, TABLES, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"there is no table '{name}'; known are {', '.join(TABLES)}.{hint}")
+        raise errors.unknown("table", name, TABLES)
     return TABLES[wanted]

@@ -25,7 +25,7 @@ from dino.inference.search import duplicates, fingerprint, search
 from dino.models import Backbone, weights
 from dino.report.pictures import Look, attention_maps, chosen_size, coloured, fitted, heat, large, mosaic
 
-MOST_PIXELS = 50_000_000  # of an image that a browser sends
+MOST_PIXELS, MOST_SIZE = 50_000_000, 1024  # of an image that a browser sends; of its shorter side as it is looked at
 THUMBNAIL, LEGIBLE = 240, 360  # pixels of the longer edge; at least of the shorter
 OFFERED = 24  # images of the data to pick from
 MOST_CHECKPOINTS = 8  # of a run, evenly spaced
@@ -93,7 +93,7 @@ class Explorer:
     def sizes(self) -> tuple[int, int, int, int]:
         """Least, most, usual and step of the edge of an image's shorter side, pixels."""
         usual, patch = chosen_size(self.model, None), self.model.patch_size
-        return 4 * patch, max(usual, 64 * patch), usual, patch
+        return 4 * patch, max(usual, min(64, MOST_SIZE // patch) * patch), usual, patch
 
     def heads(self, shown: Shown) -> list[Captioned]:
         assert shown.look is not None

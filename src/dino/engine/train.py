@@ -11,7 +11,6 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,116 +19,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dino import distributed, schedules
-from dino.config import TrainOptions, ViewOptions, known
+from dino import distributed
+from dino.config import TrainOptions, known
 from dino.config_file import to_dict
 from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.render import normalise
 from dino.data.sources import Source
 from dino.data.views import Views
 from dino.engine import memory, optim, parallel
+from dino.engine.build import Plan, build_method, model_arguments
 from dino.engine.checkpoint import CheckpointError, Checkpoints
 from dino.engine.log import Metrics, Quarantine, Terminal
 from dino.engine.monitor import CollapseMonitor
-from dino.method import DINO, Network
-from dino.models import Backbone, Head, ImageSizeError, create, weights
+from dino.method import DINO
+from dino.models import weights
 
 Callback = Callable[[DINO, int], dict[str, float]]  # measures the method after so many steps; all ranks call it
 
 
 class TrainingError(Exception):
     """The run had to end early; the message says why and how to go on."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Options in epochs, turned into steps once."""
-
-    options: TrainOptions
-    steps_per_epoch: int
-
-    @property
-    def total(self) -> int:
-        return known(self.options.epochs) * self.steps_per_epoch
-
-    def steps(self, epochs: float | None) -> int:
-        return round(known(epochs) * self.steps_per_epoch)
-
-    def lr(self, step: int) -> float:
-        o = self.options.optim
-        peak = known(o.lr) * known(self.options.batch_size) / 256
-        return schedules.warmup_cosine(step, self.total, peak, o.min_lr, self.steps(o.warmup_epochs))
-
-    def weight_decay(self, step: int) -> float:
-        return schedules.cosine(step, self.total, self.options.optim.weight_decay, self.options.optim.weight_decay_end)
-
-    def momentum(self, step: int) -> float:
-        return schedules.cosine(step, self.total, self.options.method.momentum or 0.0, 1.0)
-
-    def teacher_temp(self, step: int) -> float:
-        m = self.options.method
-        epochs, end = math.ceil(known(m.teacher_temp_epochs)), known(m.teacher_temp)
-        return schedules.linear_then_constant(step // self.steps_per_epoch, known(m.teacher_temp_start), end, epochs)
-
-
-def model_arguments(options: TrainOptions) -> dict[str, Any]:
-    """The arguments of `dino.models.create` that rebuild this run's backbone."""
-    m = options.model
-    return {
-        "arch": m.arch,
-        "patch_size": m.patch_size,
-        "image_size": options.views.global_size,
-        "width": m.width,
-        "depth": m.depth,
-        "num_heads": m.num_heads,
-        "pos_interp": m.pos_interp,
-        "in_channels": m.in_channels,
-        "stem": m.stem,
-    }
-
-
-def build_method(options: TrainOptions) -> DINO:
-    """Student and teacher with fresh weights drawn from the seed.
-
-    Raises:
-        ValueError: the architecture does not exist, or cannot take views of these sizes.
-    """
-    h, m = options.head, options.method
-    torch.manual_seed(options.seed)
-
-    def network(drop_path: float, norm_last_layer: bool, predictor: bool) -> Network:
-        try:
-            backbone = create(**model_arguments(options), drop_path=drop_path)
-        except ImageSizeError as error:
-            raise ValueError(f"views.global_size is {options.views.global_size}: {error}") from error
-        check_views(backbone, options.views)
-        head = Head(
-            backbone.embed_dim,
-            h.out_dim or 1,
-            known(h.hidden_dim),
-            known(h.bottleneck_dim),
-            h.num_layers,
-            norm_last_layer=norm_last_layer,
-            batch_norm=h.batch_norm,
-            activation=h.activation,
-            bottleneck=h.bottleneck,
-            prototypes=h.prototypes,
-            predictor=predictor,
-        )
-        return Network(backbone, head)
-
-    student, teacher = network(options.model.drop_path, h.norm_last_layer, h.predictor), network(0.0, True, False)
-    return DINO(student, teacher, m.student_temp, m.centre_momentum, m.teacher, m.targets, m.loss, m.queue_size)
-
-
-def check_views(backbone: Backbone, views: ViewOptions) -> None:
-    """Refuse local views that the backbone cannot take; the global ones it was built for."""
-    size = known(views.local_size)
-    try:
-        if views.num_local:
-            backbone.grid(size, size)
-    except ValueError as error:
-        raise ValueError(f"views.local_size is {size}: {error} Or use no local views: --views.num-local 0.") from error
 
 
 class Trainer:

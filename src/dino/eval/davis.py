@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 from rich.progress import track
 
-from dino import distributed
+from dino import distributed, files
 from dino.data.decode import BadImage
 from dino.data.labels import text
 from dino.data.sources import Files, listed
@@ -213,9 +212,8 @@ def measure(
             truth, objects = _indices(video.masks, index), range(1, video.objects + 1)
             values.append([(region(mask == k, truth == k), boundary(mask == k, truth == k)) for k in objects])
     found |= dict(zip("jf", np.array(values).transpose(2, 1, 0).tolist(), strict=True))
-    temporary = done.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found) + "\n")
-    os.replace(temporary, done)
+    with files.replacing(done) as temporary:
+        temporary.write_text(json.dumps(found) + "\n")
     return found
 
 

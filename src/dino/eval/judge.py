@@ -7,10 +7,8 @@ Python and as a training callback, and `PAPER`: model as `paper_name` calls it -
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import json
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from dino import __version__, distributed
+from dino import __version__, distributed, errors, files
 from dino.config import known
 from dino.data.scenes import Scenes, scenes_of
 from dino.data.sources import Source, open_source, split, subset
@@ -66,9 +64,7 @@ def evaluate(name: str, model: str | Backbone, **options: Any) -> Judgement:
 
 def options_of(name: str) -> type[EvalOptions]:
     if name not in EVALUATIONS:
-        near = difflib.get_close_matches(name, EVALUATIONS, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"there is no evaluation '{name}'; known are {', '.join(EVALUATIONS)}.{hint}")
+        raise errors.unknown("evaluation", name, EVALUATIONS)
     return EVALUATIONS[name][1]
 
 
@@ -180,9 +176,8 @@ def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | No
         return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise ValueError(
             f"the result cannot be written to {path} ({error.strerror}); choose another --json."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -74,27 +75,33 @@ def spread(total: int, most: int) -> Sequence[int]:
 class EvaluationViews(Dataset[tuple[list[Tensor], list[int], list[tuple[str, str]]]]):
     """Batches of views with the positions they come from; unreadable images are left out and named.
 
-    A batch is in parts: images in a row whose views have one shape.
+    A batch is in parts: images in a row whose views have one shape. `threads` read its images side by side.
     """
 
-    def __init__(self, source: Source, indices: Sequence[int], size: int, batch_size: int, view: View):
+    def __init__(
+        self, source: Source, indices: Sequence[int], size: int, batch_size: int, view: View, threads: int = 1
+    ):
         self.source, self.indices, self.size, self.batch_size = source, indices, size, batch_size
-        self.view = VIEWS[view]
+        self.view, self.threads = VIEWS[view], threads
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
     def __getitem__(self, item: int) -> tuple[list[Tensor], list[int], list[tuple[str, str]]]:
         chosen = self.indices[item * self.batch_size : (item + 1) * self.batch_size]
-        images, kept, bad = [], [], []
-        for index in map(int, chosen):
-            try:
-                images.append(self.view(self.source.read(index), self.size))
-                kept.append(index)
-            except BadImage as error:
-                bad.append((self.source.name(index), error.reason))
+        with ThreadPoolExecutor(self.threads) as pool:
+            read = list(pool.map(self._read, map(int, chosen)))
+        images = [view for _, view in read if isinstance(view, np.ndarray)]
+        kept = [index for index, view in read if isinstance(view, np.ndarray)]
+        bad = [(self.source.name(index), view.reason) for index, view in read if isinstance(view, BadImage)]
         parts = [torch.from_numpy(np.stack(list(part)))[None] for _, part in groupby(images, lambda i: i.shape)]
         return parts, kept, bad
+
+    def _read(self, index: int) -> tuple[int, np.ndarray | BadImage]:
+        try:
+            return index, self.view(self.source.read(index), self.size)
+        except BadImage as error:
+            return index, error
 
 
 Readout = Literal[
@@ -194,7 +201,8 @@ def stream(
     device = torch.device(device)
     if num_workers is None:  # starting processes costs more than a few hundred small images
         num_workers = spare_cores() if len(indices) * size**2 > 2e7 and device.type == "cuda" else 0
-    views = EvaluationViews(source, indices, size, batch_size, view)
+    threads = 1 if num_workers else torch.get_num_threads()
+    views = EvaluationViews(source, indices, size, batch_size, view, threads)
     on_gpu = device.type == "cuda"
     start = start_worker if num_workers else None
     loader = DataLoader(views, batch_size=None, num_workers=num_workers, worker_init_fn=start, pin_memory=on_gpu)

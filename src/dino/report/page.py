@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dino import files
 from dino.config import known
 from dino.data.sources import Source
 from dino.models import Backbone, weights
@@ -43,10 +44,8 @@ def write(folder: Path, source: Source, held_out: Source | None, device: torch.d
     sections |= {"Training": training(run), "Options and environment": details(run, device)}
     sections = {title: body for title, body in sections.items() if body}
     path = folder / "report.html"
-    temporary = path.with_suffix(".tmp")
-    # File names need not be valid Unicode; a page must be.
-    temporary.write_text(page(run, model, source, sections), encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:  # file names need not be valid Unicode; a page must be
+        temporary.write_text(page(run, model, source, sections), encoding="utf-8", errors="replace")
     return path
 
 
