@@ -104,6 +104,16 @@ def test_checkpoints_are_shown_in_their_order(explorer, trained):
         Explorer(weights.load(trained), None, None, None).over_time(shown, 32)
 
 
+def test_a_model_without_attention(album):
+    model = dino.create("timm:resnet10t", image_size=64).eval()
+    explorer = Explorer(model, None, str(album), None)
+    shown = explorer.open(0, 64)
+    assert not explorer.sees
+    assert shown.look is None
+    assert explorer.alike(shown, shown, (5, 5))[1] is not None
+    assert explorer.colours(shown).shape == shown.zoomed().shape
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0 broken"])
 def test_what_is_no_image_is_one_sentence(explorer, content, tmp_path):
     (file := tmp_path / "x.jpg").write_bytes(content)

@@ -65,7 +65,7 @@ class Page:
                 with gr.Column(scale=1, min_width=260):
                     self.file, self.picks = self._chooser("Drop an image here", "first", 2)
                     least, most, usual, step = explorer.sizes
-                    self.size = gr.Slider(least, most, usual, step=step, label="Shorter side, pixels", elem_id="size")
+                    self.size = gr.Slider(least, most, usual, step=step, label="Shorter side", elem_id="size")
                 with gr.Column(scale=3, min_width=320), gr.Tabs():
                     with gr.Tab("Where it looks", elem_id="looks"):
                         self._looks()
@@ -94,13 +94,14 @@ class Page:
         )
         return file, picks
 
-    def _gallery(self, name: str, columns: int = 4) -> Any:
+    def _gallery(self, name: str, columns: int = 4, visible: bool = True) -> Any:
         return gr.Gallery(
             columns=columns,
             show_label=False,
             object_fit="contain",
             interactive=False,
             buttons=[],
+            visible=visible,
             elem_id=name,
             elem_classes="tight",
         )
@@ -111,13 +112,12 @@ class Page:
             return gr.Image(show_label=False, interactive=False, buttons=["fullscreen"], elem_id=name)
 
     def _looks(self) -> None:
-        gr.Markdown(LOOKS if self.explorer.sees else NO_ATTENTION)
-        self.heads = self._gallery("heads")
-        gr.Markdown(MASKS, visible=self.explorer.sees)
-        self.mass = gr.Slider(
-            0.05, 0.95, 0.6, step=0.05, label="Share of the attention", visible=self.explorer.sees, elem_id="mass"
-        )
-        self.masks = self._gallery("masks")
+        sees = self.explorer.sees
+        gr.Markdown(LOOKS if sees else NO_ATTENTION[0].upper() + NO_ATTENTION[1:])
+        self.heads = self._gallery("heads", visible=sees)
+        gr.Markdown(MASKS, visible=sees)
+        self.mass = gr.Slider(0.05, 0.95, 0.6, step=0.05, label="Share of the attention", visible=sees, elem_id="mass")
+        self.masks = self._gallery("masks", visible=sees)
 
     def _alike(self) -> None:
         gr.Markdown(ALIKE)
