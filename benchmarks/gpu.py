@@ -3,7 +3,8 @@
     python benchmarks/gpu.py
     python benchmarks/train.py --device cuda --images FOLDER --compile     # end to end, another five minutes
 
-Steps are compared with the plain peer in fp16, as the reference ships it (fp32 with fp32). Rendering is everything from
+Steps are compared with the plain peer in fp16, as the reference ships it (fp32 with fp32), or with `--reference
+CHECKOUT` with the reference's own step. Rendering is everything from
 decoded images in the training process to normalised views, compared with the time of a step of as many. What is done is
 written at once, so a slot that ends early loses only the rest.
 """
@@ -11,6 +12,7 @@ written at once, so a slot that ends early loses only the rest.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--minutes", type=float, default=9, help="no new measurement is started after these")
+    parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/dino to compare with")
     parser.add_argument("--device", default="cuda", help="cpu: to see that this runs, with a small --batch")
     options = harness.parse(parser)
     device, started = torch.device(options.device), time.monotonic()
@@ -80,8 +83,7 @@ def main() -> None:
             "benchmarks/gpu.py measures an NVIDIA GPU and PyTorch sees none; run it on a machine with one."
         )
     result: dict[str, Any] = {
-        "what": "training steps and rendering on a GPU, plain / ours",
-        "peer": "the same mathematics written plainly",
+        "what": "training steps and rendering on a GPU, peer / ours",
         "rendering": rendering(options.batch, options.pairs, device),
         "steps": [],
     }
@@ -92,7 +94,7 @@ def main() -> None:
         precision = "bf16" if way.precision == "fp16" and not on_gpu else way.precision
         peer = "fp32" if way.precision == "fp32" or not on_gpu else "fp16"
         sizes = (way.arch, options.batch, options.prototypes, options.pairs, device)
-        result["steps"].append(step.measure(*sizes, precision, peer, way.compiled, way.patch))
+        result["steps"].append(step.measure(*sizes, precision, peer, way.compiled, way.patch, options.reference))
         if on_gpu:
             torch.cuda.empty_cache()
         took = result["steps"][0]["ours_seconds"]["median"]

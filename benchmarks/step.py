@@ -1,15 +1,19 @@
 """One full training step (teacher, student, loss, backward, clipping, AdamW, EMA): ours against the same mathematics
 written plainly, alternating in one process.
 
-    python benchmarks/step.py --arch vit_small --batch 8 --pairs 5
+    python benchmarks/step.py --arch vit_small --batch 8 --pairs 5 [--reference CHECKOUT]
 
 The peer computes explicit softmax attention in every block, one log-softmax per pair of views, and loops over
-parameters for clipping, AdamW and the teacher, as the reference does. Ratios first: peer time / our time.
+parameters for clipping, AdamW and the teacher, as the reference does; with `--reference` it is the reference's own code
+from a checkout of facebookresearch/dino. Ratios first: peer time / our time.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from dino.engine import optim, parallel
 from dino.method import DINO, Network
 from dino.models import Head, create
 from dino.models.vit import Attention, Block, VisionTransformer
+from reference import Reference
 
 
 class PlainAttention(nn.Module):
@@ -150,6 +155,13 @@ def sides(
     return Side(ours, our_optimizer, device, precision), Side(plain, plain_optimizer, device, peer_precision)
 
 
+def peer_of(plain: Side, arch: str, patch: int, reference: Path | None) -> Callable[[list[Tensor]], float]:
+    """The plain step, or the reference's own from the same weights."""
+    if reference is None:
+        return functools.partial(plain_step, plain)
+    return Reference(reference, plain.method, arch, patch, plain.device, plain.precision).step
+
+
 def views(images: int, num_local: int, device: torch.device) -> list[Tensor]:
     torch.manual_seed(1)
     return [torch.randn(v * images, 3, s, s, device=device) for v, s in ((2, 224), (num_local, 96))]
@@ -165,14 +177,16 @@ def measure(
     peer_precision: str = "fp32",
     compiled: bool = False,
     patch: int = 16,
+    reference: Path | None = None,
 ) -> dict[str, Any]:
     """Ours against the peer, in turns with matrix products in the same precision."""
     ours, plain = sides(arch, prototypes, device, precision, peer_precision, patch)
+    peer_step = peer_of(plain, arch, patch, reference)
     groups = views(batch, 8, device)
     with FlopCounterMode(display=False) as counter:
         loss = our_step(ours, groups)
     tolerance = 1e-4 if {precision, peer_precision} == {"fp32"} else 0.05
-    assert abs(loss - (peer := plain_step(plain, groups))) < tolerance * peer, (loss, peer)
+    assert abs(loss - (peer := peer_step(groups))) < tolerance * peer, (loss, peer)
     if compiled:
         parallel.compile_networks(ours.method)  # pyright: ignore[reportAttributeAccessIssue]
         our_step(ours, groups)
@@ -180,11 +194,12 @@ def measure(
     dtype = parallel.DTYPES.get(precision, torch.float32)
     turns = {
         "ours": lambda: our_step(ours, groups),
-        "plain": lambda: plain_step(plain, groups),
+        "peer": lambda: peer_step(groups),
         "product": lambda: rates.append(matrix_rate(device, dtype)),
     }
     took = harness.alternate(turns, pairs, device)
     return {
+        "peer": "the same mathematics written plainly" if reference is None else "the reference's own step",
         "arch": arch,
         "patch_size": patch,
         "batch": batch,
@@ -192,13 +207,13 @@ def measure(
         "precision": precision,
         "peer_precision": peer_precision,
         "compiled": compiled,
-        "ratio": harness.ratio(took["plain"], took["ours"]),
+        "ratio": harness.ratio(took["peer"], took["ours"]),
         "ours_seconds": harness.spread(took["ours"]),
         "ours_images_per_second": harness.spread([batch / t for t in took["ours"]]),
         "gflop_per_image": flops / batch / 1e9,
         "matrix_product_gflops_per_second": harness.spread([rate / 1e9 for rate in rates]),
         "share_of_matrix_product": harness.spread([flops / t / r for t, r in zip(took["ours"], rates, strict=True)]),
-        "peak_bytes": {name: harness.peak_bytes(turns[name], device) for name in ("ours", "plain")},
+        "peak_bytes": {name: harness.peak_bytes(turns[name], device) for name in ("ours", "peer")},
     }
 
 
@@ -207,10 +222,11 @@ def main() -> None:
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prototypes", type=int, default=65536)
+    parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/dino to compare with")
     options = harness.parse(parser)
-    figures = measure(options.arch, options.batch, options.prototypes, options.pairs, torch.device("cpu"))
-    peer = "the same mathematics written plainly"
-    harness.write({"what": "training step, plain / ours", "peer": peer} | figures, options.json)
+    sizes = (options.arch, options.batch, options.prototypes, options.pairs, torch.device("cpu"))
+    figures = measure(*sizes, reference=options.reference)
+    harness.write({"what": "training step, peer / ours"} | figures, options.json)
 
 
 if __name__ == "__main__":

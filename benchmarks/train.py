@@ -5,8 +5,8 @@
 Each turn is a loader with its workers and some steps of a run (2 x 224 + 8 x 96 views), timed after its first steps.
 'In memory' are the same steps of ours with one batch of views that lies on the device already: what the loader and the
 rendering cost is the difference. The peer reads the same files with torchvision's transforms (with `--reference`, the
-class DataAugmentationDINO of a checkout of facebookresearch/dino) and trains with the plain step of `step.py`, in fp16
-on a GPU as the reference ships it.
+class DataAugmentationDINO of a checkout of facebookresearch/dino) and trains with the plain step of `step.py` or of
+that checkout, in fp16 on a GPU as the reference ships it.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
         parallel.compile_networks(memory.method)
     _, plain = step.sides(options.arch, options.prototypes, device, "fp32", "fp16" if on_gpu else "fp32")
 
+    peer_step = step.peer_of(plain, options.arch, 16, options.reference)
+
     def our_turn(trainer: Trainer) -> float:
         trainer.step, trainer.student = 0, trainer.method.student
         prepared = iterate(trainer.batches, 0, WARM_UP + options.steps, workers, on_gpu)
@@ -105,7 +107,7 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
 
         def one() -> None:
             crops = [crop.to(device, non_blocking=True) for crop in next(batches)]
-            step.plain_step(plain, [torch.cat(crops[:2]), torch.cat(crops[2:])])
+            peer_step([torch.cat(crops[:2]), torch.cat(crops[2:])])
 
         return timed(one, options.steps, batch, device)
 
@@ -132,7 +134,9 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
 def main() -> None:
     parser = harness.parser(__doc__, "train-cpu")
     parser.add_argument("--images", type=Path, required=True, help="folder of JPEGs, searched at any depth")
-    parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/dino, for its augmentation")
+    parser.add_argument(
+        "--reference", type=Path, help="checkout of facebookresearch/dino, whose augmentation and step are the peer"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--prototypes", type=int, default=65536)
@@ -145,8 +149,12 @@ def main() -> None:
     peer = views.plain_peer() if options.reference is None else views.reference_peer(options.reference)
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(paths, peer, Path(folder), options)
-    reads = "torchvision transforms on Pillow" if options.reference is None else "the reference's DataAugmentationDINO"
-    what = {"what": "training from JPEG files, images/s of ours / the peer's", "peer": f"{reads}, the step of step.py"}
+    plain = "torchvision transforms on Pillow, the plain step of step.py"
+    own = "the reference's DataAugmentationDINO and step, in PyTorch's loader"
+    what = {
+        "what": "training from JPEG files, images/s of ours / the peer's",
+        "peer": own if options.reference else plain,
+    }
     harness.write(what | figures, options.json, options.device)
 
 

@@ -14,10 +14,8 @@ import os
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -34,6 +32,7 @@ from dino.data.decode import decode
 from dino.data.render import CpuRenderer, crop, normalise
 from dino.data.scenes import Scenes
 from dino.data.views import draw_views
+from reference import imported
 
 OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 SIZES = (224,) * 2 + (96,) * OPTIONS.num_local
@@ -86,10 +85,7 @@ def plain_peer() -> Peer:
 
 
 def reference_peer(checkout: Path) -> Peer:
-    if not (checkout / "main_dino.py").is_file():
-        raise ValueError(f"{checkout} holds no main_dino.py; --reference takes a checkout of facebookresearch/dino.")
-    sys.path.insert(0, str(checkout))
-    kind = import_module("main_dino").DataAugmentationDINO
+    kind = imported(checkout, "main_dino").DataAugmentationDINO
     return kind(OPTIONS.global_scale, OPTIONS.local_scale, OPTIONS.num_local)
 
 
