@@ -20,14 +20,11 @@ import torch
 
 import harness
 import step
+import views
 from dino.bench import seconds
-from dino.config import ViewOptions
 from dino.data.device_render import DeviceRenderer, pack
 from dino.data.render import normalise
 from dino.data.views import draw_views
-
-VIEWS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
-SIZES = (224,) * 2 + (96,) * VIEWS.num_local
 
 
 class Way(NamedTuple):
@@ -50,7 +47,7 @@ WAYS = (  # the ones that matter most first
 def rendering(batch: int, pairs: int, device: torch.device) -> dict[str, Any]:
     """From `batch` decoded images of ImageNet's usual size in pinned memory to normalised views."""
     images = list(np.random.default_rng(0).integers(0, 256, (batch, 375, 500, 3), np.uint8))
-    drawn = draw_views(VIEWS, SIZES, 0, 0, range(batch), np.array([image.shape[:2] for image in images]))
+    drawn = draw_views(views.OPTIONS, views.SIZES, 0, 0, range(batch), np.array([image.shape[:2] for image in images]))
     packed, renderer = pack(images, drawn), DeviceRenderer(device)
     if device.type == "cuda":
         packed = [x.pin_memory() for x in packed]

@@ -6,7 +6,7 @@ A page's visitors share the model, so whatever runs it holds the lock. Errors ar
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,15 @@ from torch import Tensor
 
 from dino.data.decode import BadImage, decode
 from dino.data.sources import Source
-from dino.inference.embed import Embedding, Folder, embed, images_of
+from dino.engine.checkpoint import Checkpoints
+from dino.inference.cache import fingerprint
+from dino.inference.embed import Folder, embed, images_of
 from dino.inference.features import spread
-from dino.inference.patches import main_axes, patch_features
-from dino.inference.search import duplicates, fingerprint, search
+from dino.inference.patches import axes_of, patch_features
+from dino.inference.search import Index, ask, duplicates, refuse_other
 from dino.models import Backbone, weights
-from dino.report.pictures import Look, attention_maps, chosen_size, coloured, fitted, heat, large, mosaic
+from dino.report.find import Lasting
+from dino.report.pictures import Coloured, Look, attention_maps, chosen_size, fitted, heat, large, mosaic
 
 MOST_PIXELS, MOST_SIZE = 50_000_000, 1024  # of an image that a browser sends; of its shorter side as it is looked at
 THUMBNAIL, LEGIBLE = 240, 360  # pixels of the longer edge; at least of the shorter
@@ -42,6 +45,7 @@ class Shown:
     pixels: np.ndarray  # [h, w, 3] uint8, of whole patches
     original: np.ndarray  # as it was read
     features: Tensor  # [cells, d], of length 1
+    colours: np.ndarray  # [h, w, 3] uint8, the features on their three main axes
     look: Look | None  # None: this model has no attention
 
     @property
@@ -62,7 +66,7 @@ class Explorer:
         self.model, self.run, self.data = model, run, data
         self.lock = threading.Lock()
         self.source: Source | None = None if data is None else images_of(data)
-        self.embedding: Embedding | None = None
+        self.neighbours: Index | None = None  # of an embedding
         if embedding is not None:
             self._use(Folder.open(embedding))
             if self.source is None:
@@ -81,8 +85,9 @@ class Explorer:
     def resize(self, original: np.ndarray, size: int) -> Shown:
         with self.lock:
             pixels = fitted(self.model, original, size)
-            features = F.normalize(patch_features(self.model, pixels), dim=1)
-            return Shown(pixels, original, features, attention_maps(self.model, pixels, size) if self.sees else None)
+            features = patch_features(self.model, pixels)
+            look = attention_maps(self.model, pixels, size) if self.sees else None
+            return Shown(pixels, original, F.normalize(features, dim=1), self._painted(pixels, features), look)
 
     @property
     def sees(self) -> bool:
@@ -111,13 +116,16 @@ class Explorer:
 
     def colours(self, shown: Shown) -> np.ndarray:
         """Its patches' features as colours."""
-        with self.lock:
-            return shown.zoomed(coloured(self.model, shown.pixels, main_axes(self.model, [shown.pixels])).picture)
+        return shown.zoomed(shown.colours)
+
+    def _painted(self, pixels: np.ndarray, features: Tensor) -> np.ndarray:
+        colours = axes_of([features]).colours(features).view(*self.model.grid(*pixels.shape[:2]), 3)
+        return Coloured(pixels, colours.numpy()).picture
 
     def alike(self, a: Shown, b: Shown | None, point: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         """How like the patch at `point` (x, y; pixels of `a` zoomed) is to each patch of `a` and of `b`."""
         rows, columns = self._grid(a)
-        height, width = a.zoomed().shape[:2]
+        height, width = (a.zoom * edge for edge in a.pixels.shape[:2])
         row, column = min(point[1] * rows // height, rows - 1), min(point[0] * columns // width, columns - 1)
         wanted = a.features[row * columns + column]
         first = self._heated(a, a.features @ wanted, row * columns + column)
@@ -144,7 +152,7 @@ class Explorer:
 
     @cached_property
     def checkpoints(self) -> list[Path]:
-        found = sorted((self.run / "checkpoints").glob("step-*.pt")) if self.run is not None else []
+        found = Checkpoints(self.run / "checkpoints").complete() if self.run is not None else []
         return [found[i] for i in spread(len(found), MOST_CHECKPOINTS)]
 
     def over_time(self, shown: Shown, size: int) -> np.ndarray:
@@ -156,47 +164,29 @@ class Explorer:
             model = weights.load(path).to(next(self.model.parameters()).device)
             if self.sees:
                 rows[0].append(attention_maps(model, shown.pixels, size).maps[-1])
-            rows[1].append(coloured(model, shown.pixels, main_axes(model, [shown.pixels])).picture)
+            rows[1].append(self._painted(shown.pixels, patch_features(model, shown.pixels)))
         titles = ["image", *(f"step {int(path.stem.removeprefix('step-')):,}" for path in self.checkpoints)]
         return np.asarray(mosaic(rows if self.sees else [[shown.pixels, *rows[1][1:]]], titles))
 
     # --- many images -------------------------------------------------------------------------------------------------
 
     @cached_property
-    def offered(self) -> list[Captioned]:
+    def offered(self) -> list[np.ndarray]:
         """Some images of the data, as thumbnails."""
-        found = []
-        for position in self._spread():
-            name = self.source.name(position) if self.source is not None else ""
-            found.append((self._thumbnail(self.source, position), name))
-        return found
+        return [] if self.source is None else [thumbnail(self.source, i) for i in self._spread(self.source)]
 
-    def _spread(self) -> list[int]:
-        return [] if self.source is None else list(spread(len(self.source), OFFERED))
+    @staticmethod
+    def _spread(source: Source) -> Sequence[int]:
+        return spread(len(source), OFFERED)
 
     def _offered(self, number: int) -> np.ndarray:
         assert self.source is not None
-        return self.source.read(self._spread()[number])
-
-    @staticmethod
-    def _thumbnail(source: Source | None, position: int) -> np.ndarray:
-        """A grey square where the image cannot be read."""
-        assert source is not None
-        try:
-            picture = Image.fromarray(source.read(position))
-        except BadImage:
-            return np.full((THUMBNAIL, THUMBNAIL, 3), 160, np.uint8)
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        return np.asarray(picture)
+        return self.source.read(self._spread(self.source)[number])
 
     def _use(self, folder: Folder) -> None:
-        if (made := folder.about["model_sha256"]) != (own := fingerprint(self.model)):
-            raise ValueError(
-                f"{folder.path} was made by another model ({folder.about['model'] or 'unnamed'}, {made[:12]}) than this "
-                f"one ({own[:12]}); give its own, or embed anew."
-            )
-        self.embedding = folder.read()
-        self.images = self.embedding.images()
+        refuse_other(folder, self.model)
+        embedding = folder.read()
+        self.images, self.neighbours = embedding.images(), Index(embedding)
 
     def index(self, cache: Path) -> Iterator[tuple[int, int]]:
         """Embed the data, or use what `cache` has of it: images done, and of how many."""
@@ -224,33 +214,40 @@ class Explorer:
 
     def nearest(self, shown: Shown, k: int) -> list[Captioned]:
         """The most similar images of the embedding, with cosine and name."""
-        embedding = self._ready()
         with self.lock:
-            found = search(embedding, [shown.original], k, model=self.model)
+            found = ask(self._ready(), self.model, [shown.original], k)
+        embedding = found.embedding
         return [
-            (self._thumbnail(self.images, int(embedding.positions[row])), f"{cosine:.3f}  {embedding.names[row]}")
+            (thumbnail(self.images, int(embedding.positions[row])), f"{cosine:.3f}  {embedding.names[row]}")
             for cosine, row in zip(found.cosine[0].tolist(), found.rows[0].tolist(), strict=True)
         ]
 
     def copies(self) -> tuple[str, list[Captioned]]:
         """Groups of near-copies: how many there are, and the largest."""
-        embedding = self._ready()
+        embedding = self._ready().embedding
         groups = duplicates(embedding)
         count = sum(map(len, groups))
         said = f"{count:,} of {len(embedding.names):,} images are near-copies, in groups: {len(groups):,}."
         if len(groups) > MOST_GROUPS:
             said += f" The {MOST_GROUPS} largest are shown."
         shown = [
-            (self._thumbnail(self.images, int(embedding.positions[row])), f"{number} · {embedding.names[row]}")
+            (thumbnail(self.images, int(embedding.positions[row])), f"{number} · {embedding.names[row]}")
             for number, group in enumerate(groups[:MOST_GROUPS], 1)
             for row in group[:MOST_OF_GROUP]
         ]
         return said, shown
 
-    def _ready(self) -> Embedding:
-        if self.embedding is None:
+    def _ready(self) -> Index:
+        if self.neighbours is None:
             raise ValueError("The images are not indexed yet: press the button first.")
-        return self.embedding
+        return self.neighbours
+
+
+def thumbnail(source: Source, position: int) -> np.ndarray:
+    """A grey square where the image cannot be read."""
+    picture = Image.fromarray(Lasting(source).read(position))
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return np.asarray(picture)
 
 
 def newest_run(folder: Path = Path("runs")) -> str:

@@ -81,7 +81,7 @@ class Page:
         offered = self.explorer.offered
         file = gr.File(label=label, height=160, elem_id=f"{name}-file")
         picks = gr.Gallery(
-            [picture for picture, _ in offered],
+            offered,
             show_label=False,
             columns=columns,
             height=300,
@@ -132,7 +132,7 @@ class Page:
         explorer = self.explorer
         gr.Markdown(NEAREST)
         total = 0 if explorer.source is None else len(explorer.source)
-        wanted = explorer.embedding is None and total > 0
+        wanted = explorer.neighbours is None and total > 0
         self.index = gr.Button(f"Index the {total:,} images", variant="primary", visible=wanted, elem_id="index")
         self.progress = gr.Markdown("" if total else NOTHING, elem_id="progress")
         self.found = self._gallery("found", 5)
@@ -198,7 +198,7 @@ class Page:
         return heads, masks, shown.zoomed(), e.colours(shown)
 
     def _nearest_of(self, shown: Shown | None) -> Any:
-        return None if shown is None or self.explorer.embedding is None else self.explorer.nearest(shown, 10)
+        return None if shown is None or self.explorer.neighbours is None else self.explorer.nearest(shown, 10)
 
     def _alike_to(self, first: Shown | None, second: Shown | None, event: gr.SelectData) -> tuple[Any, Any]:
         return (None, None) if first is None else self.explorer.alike(first, second, event.index)

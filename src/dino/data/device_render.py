@@ -10,6 +10,7 @@ Axes: n images, v views of a size, s pixels of their edge; m = v * n, view by vi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,12 +53,12 @@ class DeviceRenderer:
     def __call__(self, packed: list[Tensor], views: Views) -> list[Tensor]:
         """Views by group of equal size: uint8 [v, n, s, s, 3] on the device."""
         which, num_images = packed[1].numpy(), len(views.box)
-        canvas, small, *cut = (self._send(x) for x in packed)
-        others = self._send(np.setdiff1d(np.arange(num_images), which))
+        canvas, small, *cut = (x.to(self.device, non_blocking=True) for x in packed)
+        others = _send(np.setdiff1d(np.arange(num_images), which), self.device)
         pages = canvas.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.contiguous_format)
         kernels, groups = blur_kernels(views.sigma), []
         for crops, group in zip(cut, views.groups, strict=True):
-            box, flip = self._send(views.box[which, group]), self._send(views.flip[which, group])
+            box, flip = (_send(drawn[which, group], self.device) for drawn in (views.box, views.flip))
             widest = max(1.0, views.box[which, group, 2:].max(initial=1) / crops.shape[2])
             x = crop_batch(pages, box, flip, crops.shape[2], widest)
             if len(which) < num_images:
@@ -72,8 +73,9 @@ class DeviceRenderer:
         coloured = _colour_batch(crops.flatten(0, 1), parameters).to(torch.uint8)
         return coloured.permute(0, 2, 3, 1).contiguous().unflatten(0, crops.shape[:2])
 
-    def _send(self, x: Tensor | np.ndarray) -> Tensor:
-        return torch.as_tensor(x).to(self.device, non_blocking=True)
+
+def _send(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
 
 def crop_batch(pages: Tensor, box: Tensor, flip: Tensor, size: int, widest: float) -> Tensor:
@@ -129,9 +131,7 @@ class Parameters:
         def rows(values: np.ndarray) -> np.ndarray:
             return values[:, group].swapaxes(0, 1).reshape(-1, *values.shape[2:])
 
-        def send(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
-
+        send = functools.partial(_send, device=device)
         jitter, order, factors = rows(views.jitter), rows(views.order), rows(views.factors)
         steps = (factors[:, HUE] * HUE_STEPS).astype(np.int64)
         taken = np.take_along_axis(factors, order.astype(np.int64), 1)

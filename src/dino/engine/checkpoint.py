@@ -38,6 +38,10 @@ class Checkpoints:
         path = self.folder / pointer.read_text().strip()
         return path if path.is_file() else None
 
+    def complete(self) -> list[Path]:
+        """All that are kept, the oldest first."""
+        return sorted(self.folder.glob("step-*.pt"))
+
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write `state` as the checkpoint of `step`.
 
@@ -55,8 +59,7 @@ class Checkpoints:
             good = self.latest()
             kept = f"the previous checkpoint {good} is still good" if good else "there is no earlier checkpoint"
             raise CheckpointError(f"the checkpoint of step {step} could not be written ({error}); {kept}.") from error
-        complete = sorted(self.folder.glob("step-*.pt"))
-        for old in complete[: -self.keep]:
+        for old in self.complete()[: -self.keep]:
             old.unlink()
         return path
 

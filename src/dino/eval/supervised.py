@@ -134,19 +134,11 @@ def train(
         ValueError: `folder` holds the checkpoint of another training.
     """
     checkpoints, terminal = Checkpoints(folder, keep=1), Terminal(distributed.is_main())
-    identity, start = json.loads(json.dumps(identity)), 0
-    if (state := checkpoints.load()) is not None:
-        if state["identity"] != identity:
-            changed = [key for key in identity if state["identity"].get(key) != identity[key]]
-            raise ValueError(
-                f"{folder} holds a training with another {' and '.join(changed)}; repeat its command to go on with it, "
-                "delete the folder, or choose another --json."
-            )
-        trainee.load_state_dict(state["trainee"])
-        start = state["step"]
-        terminal.say(f"Resuming after step {start} of {epochs * batches.steps_per_epoch}.")
+    identity, total = json.loads(json.dumps(identity)), epochs * batches.steps_per_epoch
+    if start := _resume(trainee, checkpoints, identity):
+        terminal.say(f"Resuming after step {start} of {total}.")
     distributed.barrier()  # all ranks have read the checkpoint before the main one writes the next
-    total, saved = epochs * batches.steps_per_epoch, time.monotonic()
+    saved = time.monotonic()
     if num_workers is None:
         num_workers = spare_cores(distributed.world_size()) if device.type == "cuda" else 0
     loader = DataLoader(
@@ -178,6 +170,20 @@ def train(
     finally:
         terminal.stop()
     say_bad([entry for part in distributed.gather(bad) for entry in part.items()], "training")
+
+
+def _resume(trainee: Trainee, checkpoints: Checkpoints, identity: Mapping[str, Any]) -> int:
+    """Give `trainee` the state of the newest checkpoint; the steps it has done, 0 where there is none."""
+    if (state := checkpoints.load()) is None:
+        return 0
+    if state["identity"] != identity:
+        changed = [key for key in identity if state["identity"].get(key) != identity[key]]
+        raise ValueError(
+            f"{checkpoints.folder} holds a training with another {' and '.join(changed)}; repeat its command to go on "
+            "with it, delete the folder, or choose another --json."
+        )
+    trainee.load_state_dict(state["trainee"])
+    return state["step"]
 
 
 def per_class(labels: np.ndarray, share: float, seed: int, least: int = 1) -> np.ndarray:

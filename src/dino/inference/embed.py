@@ -95,16 +95,13 @@ def embed(
     }
     folder = Path(out)
     missing = distributed.from_main(lambda: _missing(folder, about))
-    mine = [
-        range(i * shard, min((i + 1) * shard, len(source)))
-        for i in missing[distributed.rank() :: distributed.world_size()]
-    ]
-    positions = np.concatenate([np.zeros(0, np.int64), *(np.arange(r.start, r.stop) for r in mine)])
-    batches = stream(model, source, size, blank.device, positions.tolist(), batch, None, "embed", readout, fp16=fp16)
+    mine = missing[distributed.rank() :: distributed.world_size()]
+    positions = [i for part in mine for i in range(part * shard, min((part + 1) * shard, len(source)))]
+    batches = stream(model, source, size, blank.device, positions, batch, None, "embed", readout, fp16=fp16)
     for part in mine:
-        found = [*islice(batches, -(-len(part) // batch))]
-        table = _table(found, source, shape, about)
-        with files.replacing(folder / f"part-{part.start // shard:06d}.parquet", flush=True) as temporary:
+        # The last shard has fewer batches; nothing comes after it.
+        table = _table([*islice(batches, shard // batch)], source, shape, about)
+        with files.replacing(folder / f"part-{part:06d}.parquet", flush=True) as temporary:
             pq.write_table(table, temporary, use_dictionary=["path"], write_page_checksum=True)
     distributed.barrier()
     written = Folder.open(folder)

@@ -45,11 +45,12 @@ class Basis(NamedTuple):
 
 def main_axes(model: Backbone, images: Iterable[np.ndarray]) -> Basis:
     """The three main axes (PCA) of the patches of `images`, taken one by one; give at most BASIS_IMAGES of them."""
-    thinned = []
-    for image in images:
-        features = patch_features(model, image)
-        thinned.append(features[spread(len(features), BASIS_PATCHES)])
-    flat = torch.cat(thinned)
+    return axes_of(patch_features(model, image) for image in images)
+
+
+def axes_of(images: Iterable[Tensor]) -> Basis:
+    """The same of the images' features, each [cells, d]."""
+    flat = torch.cat([features[spread(len(features), BASIS_PATCHES)] for features in images])
     mean = flat.mean(dim=0)
     flat = flat - mean
     axes = torch.linalg.eigh((flat.T @ flat).double()).eigenvectors[:, -3:].flip(1).float()

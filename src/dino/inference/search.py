@@ -181,28 +181,34 @@ def search(
     if k < 1:
         raise ValueError(f"k is {k}; ask for at least 1 neighbour.")
     embedding = opened(embedding)
-    about, where = embedding.folder.about, embedding.folder.path
-    wanted = about["model"] if model is None else model
+    wanted = embedding.folder.about["model"] if model is None else model
     if isinstance(wanted, str) and not wanted:
-        raise ValueError(f"{where} does not say where its model lies; give it with --model.")
+        raise ValueError(f"{embedding.folder.path} does not say where its model lies; give it with --model.")
     asked = weights.load(wanted).to(distributed.start(device)) if isinstance(wanted, str) else wanted
-    if (own := fingerprint(asked)) != about["model_sha256"]:
+    refuse_other(embedding.folder, asked)
+    return ask(Index(embedding, index, rebuild), asked, images, k)
+
+
+def refuse_other(folder: Folder, model: Backbone) -> None:
+    """Refuse a model that is not the one `folder` was made by."""
+    if (own := fingerprint(model)) != (made := folder.about["model_sha256"]):
         raise ValueError(
-            f"{where} was made by another model ({about['model'] or 'unnamed'}, {about['model_sha256'][:12]}) than the "
-            f"query's ({own[:12]}); give its own with --model, or embed anew."
+            f"{folder.path} was made by another model ({folder.about['model'] or 'unnamed'}, {made[:12]}) than the one "
+            f"asked with ({own[:12]}); give its own (dino search: with --model), or embed anew."
         )
-    source = Images(images)
-    on = next(asked.parameters()).device
-    found = extract(asked, source, about["size"], on, readout=about["readout"])
+
+
+def ask(index: Index, model: Backbone, images: Sequence[str | os.PathLike[str] | np.ndarray], k: int) -> Found:
+    """The same as `search` of an index that is there already, with the model that made its embedding."""
+    source, about = Images(images), index.embedding.folder.about
+    found = extract(model, source, about["size"], next(model.parameters()).device, readout=about["readout"])
     for name, reason in found.bad:
         print(f"Skipped {name}: {reason}", file=sys.stderr)
     if not len(found.indices):
         raise ValueError(f"none of the {len(source)} query images can be read; give others.")
-    made = Index(embedding, index, rebuild)
-    cosine, rows = made.nearest(found.values, k)
-    return Found(
-        Images([source.items[i] for i in found.indices]), cosine.numpy(), rows.numpy(), embedding, made, found.bad
-    )
+    cosine, rows = index.nearest(found.values, k)
+    queries = Images([source.items[i] for i in found.indices])
+    return Found(queries, cosine.numpy(), rows.numpy(), index.embedding, index, found.bad)
 
 
 def duplicates(

@@ -112,7 +112,7 @@ def outliers(options: OutliersOptions) -> None:
     _write(options, embedding, result, "Outliers", top, body)
 
 
-class Shown:
+class Lasting:
     """The images of a `Source`, and a grey square for one that cannot be read any more."""
 
     def __init__(self, source: Source):
@@ -176,6 +176,6 @@ def _write(
         }
         Path(options.json).write_text(json.dumps(about | result, indent=2) + "\n")
     if options.html is not None:
-        html = body(cast("Source", Shown(embedding.images()))) or "<p>None.</p>"
+        html = body(cast("Source", Lasting(embedding.images()))) or "<p>None.</p>"
         page = document(embedding.folder.path.name, kicker, f"<p>{escape(top)}</p>", {kicker: html})
         Path(options.html).write_text(page, encoding="utf-8", errors="replace")
