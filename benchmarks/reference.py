@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino.method import DINO
+from dino.method import DINO, Network
 
 EPOCH = 10  # of 100: warm-up and frozen prototypes are over
 
@@ -40,8 +40,9 @@ class Reference:
             dist.init_process_group(backend, init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
         prototypes = ours.centre.value.numel()
 
-        def network(trained: nn.Module) -> nn.Module:
-            backbone = getattr(vit, arch)(patch_size=patch)
+        def network(trained: Network) -> nn.Module:
+            rate = trained.backbone.blocks[-1].drop_path.rate  # pyright: ignore
+            backbone = getattr(vit, arch)(patch_size=patch, drop_path_rate=rate)
             made = self.utils.MultiCropWrapper(backbone, vit.DINOHead(backbone.embed_dim, prototypes))
             made.load_state_dict(trained.state_dict())
             return made.to(device)

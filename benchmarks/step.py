@@ -30,6 +30,8 @@ from dino.models import Head, create
 from dino.models.vit import Attention, Block, VisionTransformer
 from reference import Reference
 
+DROP_PATH = 0.1  # as the reference and we train by default
+
 
 class PlainAttention(nn.Module):
     def __init__(self, ours: Attention):
@@ -52,8 +54,15 @@ class PlainBlock(nn.Module):
         self.attn = PlainAttention(ours.attn)
 
     def forward(self, x: Tensor, only_cls: bool = False) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self._drop(self.attn(self.norm1(x)))
+        return x + self._drop(self.mlp(self.norm2(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Stochastic depth that computes what it drops."""
+        if not (self.training and self.drop_path.rate):
+            return x
+        keep = 1 - self.drop_path.rate
+        return x * (x.new_empty(len(x), 1, 1).bernoulli_(keep) / keep)
 
 
 def plain_copy(method: DINO) -> DINO:
@@ -130,11 +139,10 @@ def plain_step(side: Side, groups: list[Tensor]) -> float:
     return loss.item()
 
 
-def build(arch: str, prototypes: int, patch: int = 16, size: int = 224) -> DINO:
+def build(arch: str, prototypes: int, patch: int = 16, size: int = 224, drop_path: float = 0.0) -> DINO:
     torch.manual_seed(0)
-    student, teacher = (
-        Network(b, Head(b.embed_dim, prototypes)) for b in (create(arch, patch, size), create(arch, patch, size))
-    )
+    backbones = create(arch, patch, size, drop_path=drop_path), create(arch, patch, size)
+    student, teacher = (Network(b, Head(b.embed_dim, prototypes)) for b in backbones)
     return DINO(student, teacher)
 
 
@@ -146,20 +154,24 @@ def sides(
     peer_precision: str,
     patch: int = 16,
     size: int = 224,
+    drop_path: float = 0.0,
 ) -> tuple[Side, Side]:
     """Ours and the peer, on the device, from the same weights."""
-    ours = build(arch, prototypes, patch, size).to(device)
+    ours = build(arch, prototypes, patch, size, drop_path).to(device)
     plain = plain_copy(ours)
     plain_optimizer = torch.optim.AdamW(optim.parameter_groups(plain.student), lr=0.0, weight_decay=0.04)
     our_optimizer = optim.create(OptimOptions(), ours.student)
     return Side(ours, our_optimizer, device, precision), Side(plain, plain_optimizer, device, peer_precision)
 
 
-def peer_of(plain: Side, arch: str, patch: int, reference: Path | None) -> Callable[[list[Tensor]], float]:
-    """The plain step, or the reference's own from the same weights."""
+def peer_of(
+    plain: Side, arch: str, patch: int, reference: Path | None
+) -> tuple[nn.Module, Callable[[list[Tensor]], float]]:
+    """The student and the step of the plain peer, or of the reference from the same weights."""
     if reference is None:
-        return functools.partial(plain_step, plain)
-    return Reference(reference, plain.method, arch, patch, plain.device, plain.precision).step
+        return plain.method.student, functools.partial(plain_step, plain)
+    peer = Reference(reference, plain.method, arch, patch, plain.device, plain.precision)
+    return peer.student, peer.step
 
 
 def views(images: int, num_local: int, device: torch.device) -> list[Tensor]:
@@ -180,13 +192,17 @@ def measure(
     reference: Path | None = None,
 ) -> dict[str, Any]:
     """Ours against the peer, in turns with matrix products in the same precision."""
-    ours, plain = sides(arch, prototypes, device, precision, peer_precision, patch)
-    peer_step = peer_of(plain, arch, patch, reference)
+    ours, plain = sides(arch, prototypes, device, precision, peer_precision, patch, drop_path=DROP_PATH)
+    peer_student, peer_step = peer_of(plain, arch, patch, reference)
     groups = views(batch, 8, device)
-    with FlopCounterMode(display=False) as counter:
-        loss = our_step(ours, groups)
+    students = ours.method.student.eval(), peer_student.eval()  # without stochastic depth, to compare
+    loss, peer = our_step(ours, groups), peer_step(groups)
     tolerance = 1e-4 if {precision, peer_precision} == {"fp32"} else 0.05
-    assert abs(loss - (peer := peer_step(groups))) < tolerance * peer, (loss, peer)
+    assert abs(loss - peer) < tolerance * peer, (loss, peer)
+    for student in students:
+        student.train()
+    with FlopCounterMode(display=False) as counter:
+        our_step(ours, groups)
     if compiled:
         parallel.compile_networks(ours.method)  # pyright: ignore[reportAttributeAccessIssue]
         our_step(ours, groups)
@@ -204,6 +220,7 @@ def measure(
         "patch_size": patch,
         "batch": batch,
         "prototypes": prototypes,
+        "drop_path": DROP_PATH,
         "precision": precision,
         "peer_precision": peer_precision,
         "compiled": compiled,

@@ -90,9 +90,9 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
     if options.compile:
         parallel.compile_networks(ours.method)
         parallel.compile_networks(memory.method)
-    _, plain = step.sides(options.arch, options.prototypes, device, "fp32", "fp16" if on_gpu else "fp32")
-
-    peer_step = step.peer_of(plain, options.arch, 16, options.reference)
+    precisions = "fp32", "fp16" if on_gpu else "fp32"
+    _, plain = step.sides(options.arch, options.prototypes, device, *precisions, drop_path=step.DROP_PATH)
+    _, peer_step = step.peer_of(plain, options.arch, 16, options.reference)
 
     def our_turn(trainer: Trainer) -> float:
         trainer.step, trainer.student = 0, trainer.method.student

@@ -27,12 +27,13 @@ for rate in (0.0, 0.3):
         found = []
         for method in (plain, compiled):
             method.zero_grad()
+            torch.manual_seed(step)  # stochastic depth drops the same samples
             loss = method(groups, 0.04).loss
             loss.backward()
             found.append([loss, *(p.grad for p in method.student.parameters() if p.grad is not None)])
             method.update_teacher(0.9)
         for a, b in zip(*found, strict=True):
-            assert rate or (a - b).norm() <= 1e-4 * a.norm() + 1e-6, (step, a.norm(), (a - b).norm())
+            assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6, (step, a.norm(), (a - b).norm())
         graphs = graphs if step else counters["stats"]["unique_graphs"]
     assert counters["stats"]["unique_graphs"] == graphs <= 2, counters["stats"]  # the student's and the teacher's
     assert not counters["graph_break"], counters["graph_break"]

@@ -7,9 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.func import functional_call
 
 from conftest import GOLDEN, golden_images, load_golden_weights
 from dino.models import Head, VisionTransformer, create
+from dino.models.head import Prototypes
 from dino.models.vit import DropPath
 
 SIZES = [(224, 224), (96, 96), (160, 256)]
@@ -97,14 +100,39 @@ def test_positions_change_only_at_other_sizes(interp):
     assert model._positions(4, 10).shape == (1, 1 + 4 * 10, 96)
 
 
-def test_drop_path_keeps_the_mean_and_drops_whole_samples():
+@pytest.mark.parametrize("masked", [False, True])  # as on GPUs and where the networks are compiled
+def test_drop_path_keeps_the_mean_and_drops_whole_samples(monkeypatch, masked):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: masked)
     torch.manual_seed(0)
-    drop = DropPath(0.25)
-    y = drop(torch.ones(20000, 2, 3))
+    drop, x = DropPath(0.25), torch.full((20000, 2, 3), 5.0)
+    y = drop(x, lambda given: given / 5, x) - x
     assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert torch.equal(y.amax(dim=(1, 2)), y.amin(dim=(1, 2)))
     assert abs(y.mean().item() - 1) < 0.02
-    assert torch.equal(drop.eval()(y), y)
+    assert torch.equal(drop.eval()(x, lambda given: given / 5, x), x + 1)
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.999])  # the second drops every sample
+def test_dropped_samples_are_not_computed_but_give_the_same_gradients(monkeypatch, rate):
+    model = create("vit_nano", patch_size=8, image_size=32, depth=3, drop_path=rate).double()
+    images, found, computed = torch.randn(4, 3, 32, 32).double(), [], []
+    model.blocks[2].mlp.register_forward_hook(lambda _, inputs, __: computed.append(len(inputs[0])))
+    for masked in (True, False):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda masked=masked: masked)
+        torch.manual_seed(2)
+        model.zero_grad()
+        output = model(images)
+        output.square().sum().backward()
+        found.append([output, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    assert computed[0] == 4 > computed[1] == (0 if rate == 0.999 else computed[1])
+
+
+def test_a_dropped_branch_keeps_the_precision_of_the_residual():
+    model = create("vit_nano", patch_size=8, image_size=32, drop_path=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(4, 3, 32, 32)).dtype == torch.float32
 
 
 def test_init_statistics():
@@ -120,6 +148,17 @@ def test_init_statistics():
 def test_scores_are_cosines():
     head = Head(16, 50)
     assert head(torch.randn(7, 16)).abs().max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("count", [3, 12])  # fewer images than the width: scores are scaled; else weights
+def test_prototypes_scale_whichever_is_smaller(count):
+    layer, x = Prototypes(8, 20, fixed_gain=False).double(), torch.randn(count, 8).double()
+    layer.weight_g.data.uniform_(0.5, 2)
+    assert torch.autograd.gradcheck(
+        lambda v, g: functional_call(layer, {"weight_v": v, "weight_g": g}, x), (layer.weight_v, layer.weight_g)
+    )
+    expected = x @ (layer.weight_g * F.normalize(layer.weight_v, dim=1)).T
+    torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize(

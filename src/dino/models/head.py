@@ -28,7 +28,10 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_dim, dim).uniform_(-(dim**-0.5), dim**-0.5))
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+        scale = self.weight_g / self.weight_v.norm(dim=1, keepdim=True)
+        if len(x) < x.shape[1]:  # fewer scores than weights to scale
+            return F.linear(x, self.weight_v) * scale.T
+        return F.linear(x, self.weight_v * scale)
 
 
 class Head(nn.Module):

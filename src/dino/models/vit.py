@@ -8,6 +8,7 @@ Letters: n images, t tokens (1 + patches), d width, h heads.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -33,17 +34,22 @@ class ImageSizeError(ValueError):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for whole samples, and scales the kept ones by 1 / (1 - rate)."""
+    """Stochastic depth: a residual branch is added for random samples only, scaled by 1 / (1 - rate)."""
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+    def forward(self, x: Float[Tensor, "n q d"], branch: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        """`x` plus what `branch` makes of `given` [n, ...]."""
         if self.rate == 0 or not self.training:
-            return x
+            return x + branch(given)
         keep = 1 - self.rate
-        return x * (x.new_empty(x.shape[0], 1, 1).bernoulli_(keep) / keep)
+        kept = x.new_empty(len(x)).bernoulli_(keep)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():  # their number would be waited for
+            return x + branch(given) * (kept / keep)[:, None, None]
+        rows = kept.nonzero()[:, 0]  # what is dropped need not be computed
+        return x.index_add(0, rows, branch(given.index_select(0, rows)).to(x.dtype), alpha=1 / keep)
 
 
 class Attention(nn.Module):
@@ -90,9 +96,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "n t d"], only_cls: bool = False) -> Float[Tensor, "n q d"]:
-        attended = self.attn(self.norm1(x), only_cls)
-        x = (x[:, :1] if only_cls else x) + self.drop_path(attended)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self.drop_path(x[:, :1] if only_cls else x, lambda x: self.attn(self.norm1(x), only_cls), x)
+        return self.drop_path(x, lambda x: self.mlp(self.norm2(x)), x)
 
 
 class PatchEmbed(nn.Module):
