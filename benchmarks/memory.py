@@ -1,4 +1,5 @@
-"""Memory of one training step of ViT-S/16 with 2 x 224 + 10 x 96 views: ours, whole and recomputed, and the plain peer.
+"""Memory of one training step of ViT-S/16 with 2 x 224 + 10 x 96 views: the trainer's, whole, in parts (`--accumulate`)
+and with activations computed twice (`--recompute`), and the plain peer's.
 
     python benchmarks/memory.py
 
@@ -9,42 +10,76 @@ not a measurement. With more images another moment of the step may become the pe
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from torch import Tensor, nn
 
 import harness
-from step import Side, our_loss, plain_loss, sides, views
+from dino import api
+from dino.config import TrainOptions, replace
+from dino.engine.log import Terminal
+from dino.engine.memory import Split
+from step import plain_loss, sides, views
 
 LOCALS, IMAGES = 10, 64
 
 
-def added(side: Side, recompute: bool, plain: bool, images: int) -> int:
+WAYS = {
+    "ours": Split(1, recompute=False),
+    "ours, in 2 parts": Split(2, recompute=False),
+    "ours, in 4 parts": Split(4, recompute=False),
+    "ours, recomputed": Split(1, recompute=True),
+}
+
+
+def added(student: nn.Module, step: Callable[[list[Tensor]], object], images: int) -> int:
     """Bytes that teacher, student, loss and backward add to weights, gradients and the optimiser's state."""
     device = torch.device("cpu")
-    side.method.student.backbone.set_grad_checkpointing(recompute)  # pyright: ignore[reportCallIssue]
-    for p in side.method.student.parameters():
+    for p in student.parameters():
         p.grad = torch.zeros_like(p)
     groups = views(images, LOCALS, device)
-    return harness.peak_bytes(lambda: side.backward((plain_loss if plain else our_loss)(side, groups)), device)
+    return harness.peak_bytes(lambda: step(groups), device)
 
 
 def main() -> None:
     parser = harness.parser(__doc__, "memory-cpu")
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--prototypes", type=int, default=65536)
-    parser.add_argument("--images", type=int, nargs=2, default=(1, 2), help="two numbers, the smaller first")
+    parser.add_argument("--images", type=int, nargs=2, default=(4, 8), help="two numbers, the smaller first")
     options = harness.parse(parser)
     low, high = options.images
-    if not 1 <= low < high:
-        raise ValueError(f"--images is {low} {high}; give two numbers from 1 on, the smaller first.")
-    ours, plain = sides(options.arch, options.prototypes, torch.device("cpu"), "fp32", "fp32")
-    learnt = sum(p.numel() * p.element_size() for p in ours.method.student.parameters() if p.requires_grad)
+    if not 4 <= low < high or low % 4 or high % 4:
+        raise ValueError(f"--images is {low} {high}; give two multiples of 4, the smaller first.")
+    _, plain = sides(options.arch, options.prototypes, torch.device("cpu"), "fp32", "fp32")
+    learnt = sum(p.numel() * p.element_size() for p in plain.method.student.parameters() if p.requires_grad)
     fixed = 5 * learnt  # student, teacher, gradients, and the two moments of AdamW
-    ways = {"plain": (plain, False, True), "ours": (ours, False, False), "ours, recomputed": (ours, True, False)}
     figures, at = {}, f"bytes_at_{IMAGES}_images_extrapolated"
-    for name, way in ways.items():
-        few, more = fixed + added(*way, low), fixed + added(*way, high)
+
+    def add(name: str, student: nn.Module, step: Callable[[list[Tensor]], object]) -> None:
+        few, more = (fixed + added(student, step, images) for images in (low, high))
         line = round(few + (IMAGES - low) * (more - few) / (high - low))
         figures[name] = {f"bytes_{low}_images": few, f"bytes_{high}_images": more, at: line}
+
+    add("plain", plain.method.student, lambda groups: plain.backward(plain_loss(plain, groups)))
+    wanted = {
+        "model.arch": options.arch,
+        "head.out_dim": options.prototypes,
+        "model.drop_path": 0.0,
+        "batch_size": high,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, _ = api.set_up(
+            replace(TrainOptions(), wanted | {"views.num_local": LOCALS, "model.patch_size": 16}),
+            Path(folder),
+            torch.device("cpu"),
+            Terminal(False),
+        )
+        for name, split in WAYS.items():
+            trainer.split_steps(split)
+            add(name, trainer.method.student, lambda groups: trainer.gradients(groups, 0.04))
     result = {
         "what": "peak bytes of a step, weights and optimiser included; plain / ours",
         "peer": "the same mathematics written plainly",
@@ -54,7 +89,7 @@ def main() -> None:
         "precision": "fp32",
         "bytes_of_weights_gradients_optimiser": fixed,
         **figures,
-        "ratio_extrapolated": {name: figures["plain"][at] / figures[name][at] for name in list(ways)[1:]},
+        "ratio_extrapolated": {name: figures["plain"][at] / figures[name][at] for name in WAYS},
     }
     harness.write(result, options.json)
 

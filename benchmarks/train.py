@@ -77,6 +77,7 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
     values = {
         "data.path": str(options.images),
         "data.num_workers": workers,
+        "data.decode": options.decode,
         "data.val_fraction": 0.0,
         "batch_size": batch,
         "model.arch": options.arch,
@@ -122,6 +123,7 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
         "prototypes": options.prototypes,
         "batch": batch,
         "workers": workers,
+        "decode": options.decode,
         "precision": ours.precision,
         "compiled": options.compile,
         "images": len(paths),
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a turn")
     parser.add_argument("--workers", type=int, default=spare_cores())
+    parser.add_argument("--decode", choices=("workers", "device"), default="workers", help="who decodes for us")
     parser.add_argument("--compile", action="store_true")
     options = harness.parse(parser)
     paths = views.jpeg_paths(options.images)

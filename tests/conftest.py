@@ -18,6 +18,11 @@ from PIL import Image
 
 GOLDEN = Path(__file__).parent / "golden"
 
+if tests_at_once := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Threads that wait for a core which another test keeps busy make both slow; so do those of the commands tests start.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(tests_at_once)))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 
 def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     z = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(int(np.prod(shape)))

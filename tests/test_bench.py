@@ -151,8 +151,8 @@ def test_step_and_memory_benchmarks_write_their_figures(tmp_path, monkeypatch):
         assert result["peer"] == "the same mathematics written plainly"
     assert step["ratio"]["min"] <= step["ratio"]["median"] <= step["ratio"]["max"]
     assert 0 < step["share_of_matrix_product"]["median"] < 1
-    assert memory["ours, recomputed"]["bytes_2_images"] < memory["ours"]["bytes_2_images"]
-    assert memory["ours"]["bytes_2_images"] < memory["plain"]["bytes_2_images"]
+    peaks = [memory[name]["bytes_8_images"] for name in ("ours, recomputed", "ours, in 2 parts", "ours", "plain")]
+    assert peaks == sorted(peaks)
 
 
 def test_training_from_files_is_measured_against_a_peer(images, tmp_path):

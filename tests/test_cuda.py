@@ -11,8 +11,11 @@ import torch
 import dino
 from conftest import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
 from dino.config import TrainOptions, replace
+from dino.data.decode import decode
+from dino.data.device_decode import decode_jpegs
 from dino.engine.log import read_metrics
 from dino.engine.train import Trainer
+from test_device_decode import TO_DEVICE, as_bytes, without_tables
 
 pytestmark = [
     pytest.mark.cuda,
@@ -72,6 +75,28 @@ def test_fit_keeps_to_the_memory_given(tmp_path):
         assert done.returncode == 0, done.stderr
         peaks.append(read_metrics(tmp_path / name / "metrics.jsonl")[-2]["peak_memory_gb"])
     assert peaks[1] < 0.3 < peaks[0]
+
+
+def test_the_gpu_decodes_the_files_and_leaves_broken_ones_to_us(tmp_path):
+    """nvJPEG's pixels are not libjpeg's to the last level; which files are refused is the same."""
+    images, losses, bad = draw_images(tmp_path / "images"), [], []
+    (images / "class0" / "003.jpg").write_bytes(without_tables((images / "class0" / "003.jpg").read_bytes()))
+    for who in ("workers", "device"):
+        wanted = {"device": "cuda", "precision": "fp32", "log.every": 1, "data.num_workers": 2, "data.decode": who}
+        options = replace(TrainOptions(), TINY | wanted | {"data.max_bad_fraction": 0.5})
+        run = dino.train(options, data=str(images), out=str(tmp_path / who), epochs=1)
+        losses.append([line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line])
+        bad.append([line["image"] for line in read_metrics(run / "quarantine.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert bad[0] == bad[1] == ["class0/003.jpg"]
+
+
+@pytest.mark.parametrize("name", TO_DEVICE)
+def test_the_gpu_makes_about_the_pixels_that_we_do(name):
+    expected = torch.from_numpy(decode(TO_DEVICE[name])).int()
+    (found,) = decode_jpegs([as_bytes(TO_DEVICE[name])], [tuple(expected.shape[:2])], torch.device("cuda"))
+    difference = (found.cpu().permute(1, 2, 0).int() - expected).abs().float()
+    assert difference.mean() < 3  # colours of 2 x 2 pixels may be spread otherwise
 
 
 def test_steps_between_logs_wait_for_nothing(tmp_path, monkeypatch):

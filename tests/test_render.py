@@ -352,7 +352,7 @@ def test_a_device_renders_whole_batches_in_half_precision():
 def test_large_images_are_cut_by_the_worker():
     images = [draw_picture(h, w, 0) for h, w in [(300, 400), (100, LARGEST + 1), (LARGEST, 200), (1500, 1200)]]
     views = draw_views(OPTIONS, SIZES, 0, 0, range(4), np.array([i.shape[:2] for i in images]))
-    canvas, small, *cut = pack(images, views)
+    canvas, _, _, small, *cut = pack(images, views)
     assert canvas.shape == (2, LARGEST, 400, 3)
     assert small.tolist() == [0, 2]
     for groups, expected, of in zip(cut, crop(images, views), on_device(images, views), strict=True):

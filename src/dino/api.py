@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ import torch
 from dino import config_file, distributed, files, recipes
 from dino.config import TrainOptions, flatten, known, replace
 from dino.config_file import to_dict
-from dino.data.device_render import DeviceRenderer, pack
-from dino.data.loader import ViewBatches, spare_cores
+from dino.data import device_decode
+from dino.data.device_render import LARGEST, DeviceRenderer, pack
+from dino.data.loader import ViewBatches, read_pixels, spare_cores
 from dino.data.render import CpuRenderer
 from dino.data.sources import Source, open_source, split
 from dino.engine import log, memory, start
@@ -93,7 +95,7 @@ def set_up(
     found = distributed.from_main(lambda: starting_weights(options, folder))
     adopted = options if found is None else start.adopt(options, found)
     resolved = recipes.resolve(adopted, len(source), edge, device.type == "cuda", workers)
-    check(resolved, source)
+    check(resolved, source, device)
     chosen = {n: v for n, v in flatten(resolved).items() if flatten(options)[n] is None and v is not None}
     if chosen and options.resume is None:
         terminal.say(f"Chosen for {len(source)} images: " + ", ".join(f"{n} {v}" for n, v in chosen.items()))
@@ -109,7 +111,9 @@ def set_up(
     if found is not None:
         terminal.say(start.initialise(trainer.method, found))
         if start.needs_centre(trainer.method, found):
-            globals_only = view_batches(replace(resolved, {"views.num_local": 0}), source, device)
+            globals_only = view_batches(
+                replace(resolved, {"views.num_local": 0, "data.decode": "workers"}), source, device
+            )
             terminal.say(f"The centre is the mean over {start.estimate_centre(trainer, globals_only)} global views.")
     distributed.from_main(lambda: prepare(resolved, folder))
     if options.resume is not None and trainer.resume():
@@ -178,12 +182,15 @@ def open_pair(options: TrainOptions, folder: Path | None) -> tuple[Source, Sourc
 
 def view_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:
     prepare = pack if device.type == "cuda" else CpuRenderer()
+    read = functools.partial(device_decode.read, largest=LARGEST) if options.data.decode == "device" else read_pixels
     ranks = (distributed.rank(), distributed.world_size())
-    return ViewBatches(source, options.views, prepare, known(options.batch_size), options.seed, *ranks)
+    return ViewBatches(source, options.views, prepare, known(options.batch_size), options.seed, *ranks, read)
 
 
-def check(options: TrainOptions, source: Source) -> None:
-    """Contradictions that only show once data and options are both known."""
+def check(options: TrainOptions, source: Source, device: torch.device) -> None:
+    """Contradictions that only show once data, device and options are all known."""
+    if options.data.decode == "device":
+        device_decode.check_device(device)
     batch, ranks = known(options.batch_size), distributed.world_size()
     if batch > len(source):
         raise ValueError(

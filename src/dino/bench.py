@@ -126,7 +126,7 @@ def measure_data(batches: ViewBatches, workers: int, limit: float) -> dict[str, 
     for index in indices:
         begun = time.perf_counter()
         with contextlib.suppress(BadImage):
-            images.append(batches.source.read(int(index)))
+            images.append(batches.read(batches.source, int(index)))
             read += time.perf_counter() - begun
         if time.perf_counter() - started > limit / 2:
             break
@@ -210,7 +210,9 @@ def advise(trainer: Trainer, data: dict[str, float], loader: float, step: dict[s
         if workers < cores:
             return f"{found}: use --data.num-workers {cores}."
         if data["decode"] > data["render"]:
-            return f"{found}, mostly decoding: store the images smaller, or use more cores."
+            on_gpu = trainer.device.type == "cuda" and options.data.decode == "workers"
+            device = "let the GPU decode (--data.decode device), " if on_gpu else ""
+            return f"{found}, mostly decoding: {device}store the images smaller, or use more cores."
         return f"{found}, mostly rendering: fewer views (--views.num-local), or more cores."
     total = sum(step["parts"].values())
     fixed = sum(step["parts"][name] for name in ONCE) / total

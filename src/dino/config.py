@@ -44,6 +44,8 @@ class DataOptions:
     """The run ends when more than this share of the images cannot be read."""
     num_workers: Annotated[int | None, NOT_NEGATIVE] = None
     """Processes that read, decode and render images. 0: the training process itself. None: one per spare core."""
+    decode: Literal["workers", "device"] = "workers"
+    """Who decodes JPEG files: the workers, or a GPU (needs TorchCodec), for where too few cores feed it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from dino.recipe_table import RECIPES, Recipe
 # Options that change neither the mathematics nor the data, so that a resumed run may have others.
 FREE_ON_RESUME = {
     *("resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"),
-    *("fit", "accumulate", "recompute", "compile"),
+    *("fit", "accumulate", "recompute", "compile", "data.decode"),
 }
 
 

@@ -24,7 +24,7 @@ MAX_PIXELS = 178_956_970  # where Pillow, too, refuses: 512 MB as 8-bit RGB
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
 _READ_WHOLE = 2**26  # bytes; one read is quicker than Pillow's many, but of a huge file it may need only a part
-_ORIENTATION = 0x0112  # EXIF tag
+ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -58,7 +58,7 @@ def decode(file: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray
         # Not simplefilter("ignore"): should two threads leave in the wrong order, only Pillow's warnings stay off.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            with io.BytesIO(file) if isinstance(file, bytes) else _open(file) as stream:
+            with io.BytesIO(file) if isinstance(file, bytes) else open_file(file) as stream:
                 return _pixels(stream, max_pixels)
     except BadImage:
         raise
@@ -66,7 +66,8 @@ def decode(file: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray
         raise BadImage(_reason(error)) from error
 
 
-def _open(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path) -> BinaryIO:
+    """A regular file, in memory unless it is huge."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
         raise BadImage("not a regular file")
@@ -96,7 +97,7 @@ def _upright(image: Image.Image) -> Image.Image:
     if not ("exif" in info or "xmp" in info or "XML:com.adobe.xmp" in info or "Raw profile type exif" in info):
         return image
     try:
-        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        method = _UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF: the pixels are good, and upright for all we know
         return image
     return image if method is None else image.transpose(method)

@@ -5,6 +5,8 @@ more bytes than their views. The training process sends them to the device and d
 Cutting and resizing are two matrix products, columns first, with Pillow's own weights (bicubic, antialiased) in matrices
 that are zero outside of a view's box. An image too large for that is cut by its worker, where decoding takes longer.
 
+Of files that the device decodes itself (`dino.data.device_decode`) the worker hands over the bytes.
+
 Axes: n images, v views of a size, s pixels of their edge; m = v * n, view by view. Colour is RGB, 0 to 255.
 """
 
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino.data.device_decode import Jpeg, decode_jpegs
 from dino.data.render import HUE_STEPS, LUMA, blur_kernels, crop
 from dino.data.views import CONTRAST, HUE, SATURATION, Views
 
@@ -27,20 +30,31 @@ AT_ONCE = 2**27  # numbers between the two products, at most
 REACH = 2  # of the bicubic filter, pixels of the smaller picture
 
 
-def pack(images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
+def pack(images: Sequence[np.ndarray | Jpeg], views: Views) -> list[Tensor]:
     """What a worker does: the images of at most LARGEST pixels in one tensor, and the views of the others cut.
 
     Returns:
-        uint8 [k, H, W, 3], each in the upper left corner; int64 [k], which images these are; then as `crop` returns
-        them, the views of the n - k others.
+        uint8 [k, H, W, 3], each in the upper left corner; the bytes of e files, one after the other; int64 [e, 3], their
+        lengths, heights and widths; int64 [k + e], which images these are; then as `crop` returns them, the views of the
+        others.
     """
-    small = [i for i, image in enumerate(images) if max(image.shape[:2]) <= LARGEST]
-    large = [i for i, image in enumerate(images) if max(image.shape[:2]) > LARGEST]
-    height, width = (max([images[i].shape[axis] for i in small], default=0) for axis in (0, 1))
-    canvas = torch.empty((len(small), height, -(-width // ALIGNED) * ALIGNED, 3), dtype=torch.uint8)
-    for page, i in zip(canvas.numpy(), small, strict=True):
-        page[: len(images[i]), : images[i].shape[1]] = images[i]
-    return [canvas, torch.tensor(small, dtype=torch.int64), *crop([images[i] for i in large], views.of(large))]
+    files = {i: image for i, image in enumerate(images) if isinstance(image, Jpeg)}
+    pixels = {i: image for i, image in enumerate(images) if not isinstance(image, Jpeg)}
+    small = {i: image for i, image in pixels.items() if max(image.shape) <= LARGEST}
+    large = {i: image for i, image in pixels.items() if i not in small}
+    canvas = torch.empty((len(small), *_extent([image.shape for image in small.values()]), 3), dtype=torch.uint8)
+    for page, image in zip(canvas.numpy(), small.values(), strict=True):
+        page[: len(image), : image.shape[1]] = image
+    data = torch.frombuffer(bytearray().join(jpeg.data for jpeg in files.values()) or bytearray(1), dtype=torch.uint8)
+    sizes = torch.tensor([(len(jpeg.data), *jpeg.shape[:2]) for jpeg in files.values()], dtype=torch.int64).view(-1, 3)
+    which = torch.tensor([*small, *files], dtype=torch.int64)
+    return [canvas, data, sizes, which, *crop(list(large.values()), views.of(list(large)))]
+
+
+def _extent(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+    """Height and width of pages that hold images of such shapes."""
+    height, width = (max([shape[axis] for shape in shapes], default=0) for axis in (0, 1))
+    return height, -(-width // ALIGNED) * ALIGNED
 
 
 class DeviceRenderer:
@@ -51,22 +65,40 @@ class DeviceRenderer:
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
 
     def __call__(self, packed: list[Tensor], views: Views) -> list[Tensor]:
-        """Views by group of equal size: uint8 [v, n, s, s, 3] on the device."""
-        which, num_images = packed[1].numpy(), len(views.box)
-        canvas, small, *cut = (x.to(self.device, non_blocking=True) for x in packed)
+        """Views by group of equal size: uint8 [v, n, s, s, 3] on the device.
+
+        Raises:
+            Undecodable: the device cannot decode a file.
+        """
+        which, num_images = packed[3].numpy(), len(views.box)
+        pages = self._pages(*packed[:3])
+        placed, *cut = (x.to(self.device, non_blocking=True) for x in packed[3:])
         others = _send(np.setdiff1d(np.arange(num_images), which), self.device)
-        pages = canvas.permute(0, 3, 1, 2).to(self.dtype, memory_format=torch.contiguous_format)
         kernels, groups = blur_kernels(views.sigma), []
         for crops, group in zip(cut, views.groups, strict=True):
             box, flip = (_send(drawn[which, group], self.device) for drawn in (views.box, views.flip))
             widest = max(1.0, views.box[which, group, 2:].max(initial=1) / crops.shape[2])
             x = crop_batch(pages, box, flip, crops.shape[2], widest)
-            if len(which) < num_images:
+            if not np.array_equal(which, np.arange(num_images)):
                 whole = x.new_empty(len(x), num_images, *x.shape[2:])
-                whole[:, small], whole[:, others] = x, crops.permute(0, 1, 4, 2, 3).to(x.dtype)
+                whole[:, placed], whole[:, others] = x, crops.permute(0, 1, 4, 2, 3).to(x.dtype)
                 x = whole
             groups.append(self.colour(x, Parameters(views, kernels, group, self.device)))
         return groups
+
+    def _pages(self, canvas: Tensor, data: Tensor, sizes: Tensor) -> Tensor:
+        """[k + e, 3, H, W] in the precision of the products."""
+        pages = canvas.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        if not len(sizes):
+            return pages.to(self.dtype, memory_format=torch.contiguous_format)
+        lengths, *edges = sizes.T.tolist()
+        decoded = decode_jpegs(data.split(lengths), list(zip(*edges, strict=True)), self.device)
+        images = [*pages, *decoded]
+        height, width = _extent([image.shape[1:] for image in images])
+        whole = torch.zeros((len(images), 3, height, width), dtype=self.dtype, device=self.device)
+        for page, image in zip(whole, images, strict=True):
+            page[:, : image.shape[1], : image.shape[2]] = image
+        return whole
 
     def colour(self, crops: Tensor, parameters: Parameters) -> Tensor:
         """Crops [v, n, 3, s, s] of whole numbers, coloured: uint8 [v, n, s, s, 3]."""

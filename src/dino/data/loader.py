@@ -10,7 +10,7 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -25,7 +25,8 @@ from dino.data.views import Stream, Views, draw_views, generator
 FARTHEST_STAND_IN = 1000  # unreadable images in a row after which a batch is given up
 
 
-Prepare = Callable[[Sequence[np.ndarray], Views], list[Tensor]]
+Read = Callable[[Source, int], Any]  # an image, or what a device makes one of; has its `shape`
+Prepare = Callable[[Sequence[Any], Views], list[Tensor]]  # of what was read
 
 
 class Batch(NamedTuple):
@@ -40,10 +41,15 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     return generator(Stream.ORDER, seed, epoch, 0).permutation(num_images)
 
 
+def read_pixels(source: Source, index: int) -> np.ndarray:
+    return source.read(index)
+
+
 class ViewBatches(Dataset[Batch]):
     """Rank `rank` of `world_size` gets its contiguous share of every global batch.
 
-    `prepare` is the worker's share of the rendering: all of it (`CpuRenderer`), or what a device needs (`pack`).
+    `prepare` is the worker's share of the rendering: all of it (`CpuRenderer`), or what a device needs (`pack`); `read`
+    is its share of the decoding: all of it, or what `dino.data.device_decode` leaves to it.
     """
 
     def __init__(
@@ -55,9 +61,10 @@ class ViewBatches(Dataset[Batch]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        read: Read = read_pixels,
     ):
         self.source, self.options, self.prepare, self.seed = source, options, prepare, seed
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.batch_size, self.rank, self.world_size, self.read = batch_size, rank, world_size, read
         self.steps_per_epoch = len(source) // batch_size
         assert options.global_size is not None
         assert options.local_size is not None
@@ -72,9 +79,16 @@ class ViewBatches(Dataset[Batch]):
         return order[start : start + share]
 
     def __getitem__(self, step: int) -> Batch:
+        return self._batch(step, self.read)
+
+    def decoded(self, step: int) -> Batch:
+        """The batch of `step`, decoded here whatever `read` leaves to a device."""
+        return self._batch(step, read_pixels)
+
+    def _batch(self, step: int, read: Read) -> Batch:
         bad: list[tuple[str, str]] = []
         indices = self.indices(step)
-        images = [image for index in indices if (image := self._read(int(index), bad)) is not None]
+        images = [image for index in indices if (image := self._try(read, int(index), bad)) is not None]
         if len(images) < len(indices):
             return Batch([], None, bad)
         shapes = np.array([image.shape[:2] for image in images])
@@ -82,12 +96,12 @@ class ViewBatches(Dataset[Batch]):
         views = draw_views(self.options, self.sizes, self.seed, epoch, indices.tolist(), shapes)
         return Batch(self.prepare(images, views), views, bad)
 
-    def _read(self, index: int, bad: list[tuple[str, str]]) -> np.ndarray | None:
+    def _try(self, read: Read, index: int, bad: list[tuple[str, str]]) -> Any:
         """The image at `index`, or the next readable one after it: the same stand-in for any worker or rank."""
         for offset in range(min(len(self.source), FARTHEST_STAND_IN)):
             position = (index + offset) % len(self.source)
             try:
-                return self.source.read(position)
+                return read(self.source, position)
             except BadImage as error:
                 bad.append((self.source.name(position), error.reason))
         return None

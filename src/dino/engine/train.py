@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dino import distributed
 from dino.config import TrainOptions, known
 from dino.config_file import to_dict
+from dino.data.device_decode import Undecodable
 from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.render import normalise
 from dino.data.sources import Source
@@ -198,9 +199,6 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step in the reference's order (main_dino.py, train_one_epoch); what to log, on the device."""
-        self._bad += batch.bad
-        if not batch.prepared:
-            self._check_quarantine(force=True)
         step, method = self.step, self.method
         # Stochastic depth is the only other randomness; keyed by step and rank it needs no state in checkpoints.
         key = np.random.SeedSequence([self.options.seed, distributed.rank(), step])
@@ -240,9 +238,10 @@ class Trainer:
         A GPU renders them on a stream of their own, while it still computes the step before.
         """
         with torch.cuda.stream(self.beside):
-            groups = batch.prepared
-            if self.render is not None and batch.views is not None:
-                groups = self.render(groups, batch.views)
+            try:
+                groups = self._render(batch)
+            except Undecodable:  # decoding it here names the file, and takes the stand-in that a worker would take
+                groups = self._render(self.batches.decoded(self.step))
             groups = [normalise(g, self.options.model.in_channels) for g in groups]
         if self.beside is not None:
             step = torch.cuda.current_stream(self.device)
@@ -250,6 +249,14 @@ class Trainer:
             for g in groups:
                 g.record_stream(step)  # its memory is not to be used again before the step is done
         return groups
+
+    def _render(self, batch: Batch) -> list[Tensor]:
+        self._bad += batch.bad
+        if not batch.prepared:
+            self._check_quarantine(force=True)
+        if self.render is None or batch.views is None:
+            return batch.prepared
+        return self.render(batch.prepared, batch.views)
 
     # --- between steps -----------------------------------------------------------------------------------------
 

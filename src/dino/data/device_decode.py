@@ -1,0 +1,110 @@
+"""JPEG files as they are, for a device to decode (`--data.decode device`): a worker reads no more than their headers.
+
+What a device might make other pixels of than `dino.data.decode` does, or what it cannot decode at all, a worker decodes as
+ever: other formats, other colours than YCbCr and grey, images to be turned upright, files that are cut off.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dino import errors
+from dino.data.decode import ORIENTATION, open_file
+from dino.data.sources import Files, Source, Subset
+
+_EDGE = 2  # pixels of the image that shows whether a device decodes at all
+
+
+class Undecodable(Exception):
+    """The device cannot decode a batch, and does not say which image is at fault."""
+
+
+class Jpeg(NamedTuple):
+    """A file's bytes and the shape [h, w, 3] of what they decode to."""
+
+    data: bytes
+    shape: tuple[int, int, int]
+
+
+def check_device(device: torch.device) -> None:
+    """Whether `device` decodes, found by trying.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if device.type != "cuda":
+        raise ValueError("data.decode is device, but the device is the CPU; use --data.decode workers.")
+    stream = io.BytesIO()
+    Image.new("RGB", (_EDGE, _EDGE)).save(stream, "JPEG")
+    try:
+        errors.optional("torchcodec.decoders", "data.decode device needs TorchCodec", "gpu")
+        decode_jpegs([torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)], [(_EDGE, _EDGE)], device)
+    except (Undecodable, RuntimeError, OSError) as error:  # the last two: its libraries cannot be loaded
+        raise ValueError(
+            f"data.decode is device, but this TorchCodec cannot decode on it ({errors.first_line(error)}); install its "
+            "build for CUDA, or use --data.decode workers."
+        ) from error
+
+
+def read(source: Source, index: int, largest: int) -> np.ndarray | Jpeg:
+    """The image at `index`, as a `Jpeg` if a device can decode it and neither edge is above `largest` pixels.
+
+    Raises:
+        BadImage: there is no usable image.
+    """
+    while isinstance(source, Subset):
+        source, index = source.source, int(source.indices[index])
+    if isinstance(source, Files):
+        try:
+            with open_file(os.path.join(source.root, source.name(index))) as stream:
+                jpeg = _decodable(stream.getvalue()) if isinstance(stream, io.BytesIO) else None
+        except Exception:  # whatever it is, decoding will say
+            jpeg = None
+        if jpeg is not None and max(jpeg.shape) <= largest:
+            return jpeg
+    return source.read(index)
+
+
+def _decodable(data: bytes) -> Jpeg | None:
+    """A file if a device can be trusted with it."""
+    if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        image = Image.open(io.BytesIO(data), formats=("JPEG",))
+        upright = image.getexif().get(ORIENTATION, 1) == 1 if {"exif", "xmp"} & image.info.keys() else True
+    stored = {"L": [1], "RGB": [1, 2, 3]}  # numbers of grey, and of Y, Cb and Cr
+    usual = [component[0] for component in getattr(image, "layer", ())] == stored.get(image.mode)
+    if not upright or not usual or image.info.get("adobe_transform", 1) != 1:
+        return None
+    return Jpeg(data, (image.height, image.width, 3))
+
+
+def decode_jpegs(data: Sequence[Tensor], shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    """uint8 [3, h, w] on the device of each of the files (uint8 [bytes], on the CPU).
+
+    On a GPU this is one call of nvJPEG, by the hardware decoder where there is one; it waits for what the current stream
+    has to do.
+
+    Raises:
+        Undecodable: the device cannot decode one of them, or makes another shape of it.
+    """
+    from torchcodec.decoders import decode_jpeg  # pyright: ignore[reportPrivateImportUsage]
+
+    try:
+        images = decode_jpeg(list(data), mode="RGB", device=device)
+        assert isinstance(images, list)
+    except RuntimeError as error:
+        raise Undecodable(errors.first_line(error)) from error
+    if [tuple(image.shape[1:]) for image in images] != list(shapes):
+        raise Undecodable("other shapes than the headers say")
+    return images
