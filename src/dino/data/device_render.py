@@ -70,7 +70,7 @@ class DeviceRenderer:
         Raises:
             Undecodable: the device cannot decode a file.
         """
-        which, num_images = packed[3].numpy(), len(views.box)
+        which, num_images = np.array(packed[3].tolist(), np.int64), len(views.box)
         pages = self._pages(*packed[:3])
         placed, *cut = (x.to(self.device, non_blocking=True) for x in packed[3:])
         others = _send(np.setdiff1d(np.arange(num_images), which), self.device)
@@ -91,7 +91,7 @@ class DeviceRenderer:
         pages = canvas.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         if not len(sizes):
             return pages.to(self.dtype, memory_format=torch.contiguous_format)
-        lengths, *edges = sizes.T.tolist()
+        lengths, *edges = zip(*sizes.tolist(), strict=True)
         decoded = decode_jpegs(data.split(lengths), list(zip(*edges, strict=True)), self.device)
         images = [*pages, *decoded]
         height, width = _extent([image.shape[1:] for image in images])

@@ -67,10 +67,9 @@ def normalise(views: Tensor, channels: int = 3) -> Tensor:
     """
     num_views, num_images, height, width = views.shape[:4]
     if channels == 1:
-        weights = torch.tensor(LUMA)
-        mean, std = weights @ torch.tensor(MEAN), weights @ torch.tensor(STD)
-        luma = views.reshape(-1, 3).float() @ (weights / (255 * std)).to(views.device, non_blocking=True)
-        return luma.view(num_views * num_images, 1, height, width) - (mean / std).item()
+        mean, std = (sum(w * x for w, x in zip(LUMA, of, strict=True)) for of in (MEAN, STD))
+        weights = torch.tensor([w / (255 * std) for w in LUMA]).to(views.device, non_blocking=True)
+        return (views.reshape(-1, 3).float() @ weights).view(-1, 1, height, width) - mean / std
     assert channels == 3
     # Rows of w * 3 numbers are worth more to the processor than pixels of 3.
     scale = torch.tensor([1 / (255 * s) for s in STD]).repeat(width).to(views.device, non_blocking=True)

@@ -26,7 +26,7 @@ def create(options: OptimOptions, module: nn.Module) -> torch.optim.Optimizer:
     if options.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=options.weight_decay, fused=True)
     if options.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=options.weight_decay)
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=options.weight_decay, fused=True)
     return LARS(groups, weight_decay=options.weight_decay)
 
 
