@@ -52,19 +52,21 @@ WAYS = {
 def train(way: Way, source: Source, options: Any) -> tuple[list[float], step.Side]:
     """Losses of all steps, and what was trained."""
     device, size = torch.device(options.device), options.size
-    ours, plain = step.sides(options.arch, options.prototypes, device, way.precision, "fp32", options.patch, size)
+    sizes = options.patch, size, step.DROP_PATH
+    ours, plain = step.sides(options.arch, options.prototypes, device, way.precision, "fp32", *sizes)
     side, one = (plain, step.plain_step) if way.plain else (ours, step.our_step)
     if way.compiled:
         parallel.compile_networks(side.method)
     optim.set_rates(side.optimizer, RATE, 0.04)
-    sizes = {"global_size": size, "local_size": size // 2, "num_local": options.num_local}
-    views = ViewOptions(**sizes, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
+    edges = {"global_size": size, "local_size": size // 2}
+    views = ViewOptions(**edges, num_local=options.num_local, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
     render = DeviceRenderer(device) if way.on_device else None
     batches = ViewBatches(source, views, pack if way.on_device else CpuRenderer(), options.batch, way.seed)
     losses = []
     for batch in iterate(batches, 0, options.steps, options.workers, pin_memory=False):
         assert batch.views is not None
         groups = batch.prepared if render is None else render(batch.prepared, batch.views)
+        torch.manual_seed(len(losses))  # stochastic depth drops the same samples in all ways
         losses.append(one(side, [normalise(group.to(device)) for group in groups]))
     return losses, side
 

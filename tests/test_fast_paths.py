@@ -1,0 +1,67 @@
+"""Every fast way to take a step against the plain one in float64: loss, gradients and centre.
+
+Plain is the peer of benchmarks/step.py: whole attention of whole blocks, one softmax per pair of views. Its stochastic
+depth computes what it drops. Compiled networks: tests/test_compile.py; thirty steps of the reference: tests/test_method.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import TINY, draw_images
+from dino.api import view_batches
+from dino.config import TrainOptions, replace
+from dino.data.sources import open_source
+from dino.engine.log import Terminal
+from dino.engine.memory import Split
+from dino.engine.train import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from step import Side, plain_copy, plain_loss
+
+# Relative error allowed of the loss, and of all gradients as one vector. A number alone is rounded by 6e-8, 5e-4 and 4e-3.
+TOLERANCE = {"fp32": (1e-6, 1e-5), "fp16": (1e-3, 1e-2), "bf16": (1e-2, 8e-2)}
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+PLACES = [
+    ("cpu", "fp32"),
+    ("cpu", "bf16"),
+    *(pytest.param("cuda", precision, marks=[pytest.mark.cuda, GPU]) for precision in TOLERANCE),
+]
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+@pytest.mark.parametrize("split", [Split(1, False), Split(3, False), Split(2, True)], ids=str)
+@pytest.mark.parametrize(("device", "precision"), PLACES)
+def test_a_step_is_the_plain_one(tmp_path, device, precision, split, drop_path):
+    if drop_path and (device == "cuda" or split.parts > 1):
+        pytest.skip("other samples are dropped")
+    where, source = torch.device(device), open_source(str(draw_images(tmp_path / "images")))
+    wanted = {"model.drop_path": drop_path, "batch_size": 6, "precision": precision, "device": device}
+    wanted |= {"model.depth": 4, "model.width": 64, "views.num_local": 4}
+    options = replace(TrainOptions(), TINY | wanted)
+    trainer = Trainer(options, tmp_path, source, view_batches(options, source, where), where, Terminal(False))
+    plain = Side(plain_copy(trainer.method).double(), trainer.optimizer, where, "fp32")
+    torch.manual_seed(1)
+    groups = [torch.randn(v * 6, 3, s, s) for v, s in ((2, 32), (4, 16))]
+
+    torch.manual_seed(2)
+    exact = plain_loss(plain, [group.to(where).double() for group in groups])
+    exact.backward()
+    torch.manual_seed(2)
+    trainer.split_steps(split)
+    loss, _ = trainer.gradients([group.to(where) for group in groups], 0.04)
+    trainer.scaler.unscale_(trainer.optimizer)
+
+    ours, theirs = (
+        torch.cat([p.grad.double().flatten() for _, p in sorted(student.named_parameters()) if p.grad is not None])
+        for student in (trainer.method.student, plain.method.student)
+    )
+    of_loss, of_gradient = TOLERANCE[precision]
+    assert abs(loss.item() / exact.item() - 1) <= of_loss
+    assert (ours - theirs).norm() <= of_gradient * theirs.norm()
+    centres = (trainer.method.centre.value.double(), plain.method.centre.value)
+    torch.testing.assert_close(*centres, rtol=of_gradient, atol=of_gradient * float(centres[1].abs().max()))
