@@ -18,12 +18,14 @@ test: $(STAMP)  ## every check: format, lint, types, import layers, tests
 BENCH_DATA ?=
 BENCH := $(BIN)/python benchmarks
 
-bench: $(STAMP)  ## every benchmark, short; BENCH_DATA=folder for real JPEGs; JSON in benchmarks/results/
-	$(BENCH)/views.py --num 32 --pairs 3 $(if $(BENCH_DATA),--images "$(BENCH_DATA)")
-	$(BENCH)/step.py --batch 2 --pairs 3
-	$(BENCH)/memory.py --images 4 8
-	$(BENCH)/knn.py --bank 50000 --queries 2000 --pairs 3
-	$(BENCH)/davis.py --pairs 3
+SHORT := benchmarks/results/short
+
+bench: $(STAMP)  ## every benchmark, short; BENCH_DATA=folder for real JPEGs; JSON in benchmarks/results/short/
+	$(BENCH)/views.py --num 32 --pairs 3 --json $(SHORT)/views.json $(if $(BENCH_DATA),--images "$(BENCH_DATA)")
+	$(BENCH)/step.py --batch 2 --pairs 3 --json $(SHORT)/step.json
+	$(BENCH)/memory.py --json $(SHORT)/memory.json
+	$(BENCH)/knn.py --bank 50000 --queries 2000 --pairs 3 --json $(SHORT)/knn.json
+	$(BENCH)/davis.py --pairs 3 --json $(SHORT)/davis.json
 	! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BENCH)/gpu.py
 
 docs: $(STAMP)  ## the documentation as pages to open in a browser: build/site/index.html
