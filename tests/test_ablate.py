@@ -51,7 +51,7 @@ def test_every_row_is_valid_options_at_both_scales(name):
     ],
 )
 def test_rows_run_on_the_gpus_that_were_given(monkeypatch, tmp_path, visible, gpus, places):
-    ablation = Ablation(AblateOptions("activation", data=str(tmp_path), out=str(tmp_path / "out"), jobs=2))
+    ablation = Ablation(AblateOptions(table="activation", data=str(tmp_path), out=str(tmp_path / "out"), jobs=2))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:

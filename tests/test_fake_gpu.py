@@ -1,7 +1,7 @@
 """A GPU's step where there is none: PyTorch's fake tensors have a device, a shape and a type, but no numbers.
 
-So a tensor on the wrong device, and a read-back from the GPU (`item`, `nonzero`, a condition), which
-would be waited for, are errors here as there. What they cannot show: PyTorch's own backward pass and kernels, and whether numbers are right;
+So a tensor on the wrong device, and a read-back from the GPU (`item`, `nonzero`, a condition), which would be waited for,
+are errors here as there. What they cannot show: PyTorch's own backward pass and kernels, and whether numbers are right;
 for that CPU tests compare the same code with float64, and test_cuda.py runs on GPUs.
 
 All cases run in one process of their own, `python test_fake_gpu.py`, that prints a line for each. What is not a step of
