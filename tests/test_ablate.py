@@ -10,9 +10,12 @@ import time
 
 import pytest
 import tomli_w
+import torch
 
 from conftest import TINY, dino_command, run_dino
 from dino import recipes, tables
+from dino.ablate import Ablation
+from dino.cli import AblateOptions
 from dino.config import TrainOptions, replace
 from dino.config_file import to_dict
 from dino.engine.checkpoint import sole_writer
@@ -35,6 +38,25 @@ def test_every_row_is_valid_options_at_both_scales(name):
         recipes.resolve(paper, 1_281_167, 400, on_gpu=True, cores=8)
         tiny = table.base if row.tiny is None else {**table.base, **row.tiny}
         replace(recipes.get(tables.TINY_RECIPE).options, {**tiny, "epochs": tables.TINY_EPOCHS})
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "places"),
+    [
+        (None, 2, ["cuda:0", "cuda:1"]),
+        ("2,3", 2, ["cuda:2", "cuda:3"]),
+        ("GPU-8f2a", 1, ["cuda:GPU-8f2a"]),
+        ("1,-1,0", 1, ["cuda:1"]),  # CUDA stops at what is not there
+        ("", 0, ["cpu", "cpu"]),
+    ],
+)
+def test_rows_run_on_the_gpus_that_were_given(monkeypatch, tmp_path, visible, gpus, places):
+    ablation = Ablation(AblateOptions(table="activation", data=str(tmp_path), out=str(tmp_path / "out"), jobs=2))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert ablation._places() == places
 
 
 def table(out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 
@@ -116,3 +117,21 @@ def test_steps_between_logs_wait_for_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_train_step", watched)
     dino.train(options, data=str(images), out=str(tmp_path / "run"))
+
+
+def test_knn_agrees_with_the_cpu(tmp_path, saved_model):
+    images, found = draw_images(tmp_path / "images", 120), {}
+    for device in ("cpu", "cuda"):
+        environment = os.environ | {"DINO_CACHE": str(tmp_path / device)}  # features of its own
+        flags = ["--data", images, "--k", 10, "--device", device, "--json", tmp_path / f"{device}.json"]
+        done = run_dino("eval", "knn", saved_model, *flags, env=environment)
+        assert done.returncode == 0, done.stderr
+        found[device] = json.loads((tmp_path / f"{device}.json").read_text())["figures"]
+    assert found["cuda"] == pytest.approx(found["cpu"], abs=10)  # of twelve images, one may be on the border
+
+
+def test_fine_tunes_on_a_gpu(tmp_path, saved_model):
+    flags = ["--epochs", 2, "--batch-size", 32, "--device", "cuda", "--json", tmp_path / "tuned.json"]
+    done = run_dino("eval", "finetune", saved_model, "--data", draw_images(tmp_path / "images", 120), *flags)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "tuned.json").read_text())["figures"].keys() >= {"imagenet_top1"}

@@ -4,7 +4,8 @@ So a tensor on the wrong device, and a read-back from the GPU (`item`, `nonzero`
 are errors here as there. What they cannot show: PyTorch's own backward pass and kernels, and whether numbers are right;
 for that CPU tests compare the same code with float64, and test_cuda.py runs on GPUs.
 
-All cases run in one process of their own, `python test_fake_gpu.py`, that prints a line for each.
+All cases run in one process of their own, `python test_fake_gpu.py`, that prints a line for each. What is not a step of
+training is in test_fake_gpu_beside.py.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -31,7 +34,7 @@ from dino.data import device_render
 from dino.data.device_decode import Jpeg
 from dino.data.device_render import LARGEST, DeviceRenderer, pack
 from dino.data.loader import ViewBatches
-from dino.engine import train
+from dino.engine import parallel, train
 from dino.engine.build import build_method
 from dino.engine.log import Terminal
 from dino.engine.train import Trainer
@@ -91,40 +94,55 @@ def without_driver() -> None:
     """What of PyTorch asks for the GPU's driver before our own code can run, and its backward pass."""
     nn.Module.to = to_gpu  # pyright: ignore
     torch.cuda.Stream = lambda _: None  # pyright: ignore
-    torch.cuda.is_bf16_supported = lambda: True
+    torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # pyright: ignore
 
 
-def one_step(changes: dict[str, Any], planted: Any = None) -> str:
-    """What is wrong with a GPU's steps under these options; '' if nothing."""
+def without_backward(network: nn.Module) -> None:
+    """PyTorch's backward pass cannot run on fake tensors; gradients are there after it."""
+
+    def backward(_: Tensor) -> None:
+        for p in filter(lambda p: p.requires_grad, network.parameters()):
+            p.grad = torch.empty_like(p)
+
+    Tensor.backward = backward  # pyright: ignore
+
+
+def with_trainer(changes: dict[str, Any], work: Any) -> Any:
+    """What `work` makes of a trainer on the GPU, under these options, and a batch."""
     source = Pictures()
     wanted = {"device": "cuda", "precision": "bf16", "batch_size": len(source), "model.drop_path": 0.3}
     options = resolve(replace(TrainOptions(), TINY | wanted | changes), len(source), 50, on_gpu=True, cores=0)
     batches = ViewBatches(source, options.views, pack, len(source), options.seed)
-    batch, method, seen = batches[0], build_method(options), set()
+    batch, method = batches[0], build_method(options)
     train.build_method = lambda _: method  # its initial weights are numbers, which fake tensors have not
-    if planted is not None:
-        plain = method.learn
-        method.learn = lambda *arguments: planted(plain(*arguments), method.centre.value)
-
-    def backward(_: Tensor) -> None:
-        for p in filter(lambda p: p.requires_grad, method.student.parameters()):
-            p.grad = torch.empty_like(p)
-
-    Tensor.backward = backward  # pyright: ignore
+    without_backward(method.student)
     with tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=True):
         terminal, renderer = Terminal(False), DeviceRenderer(GPU)
         subject = Trainer(options, Path(folder), source, batches, GPU, terminal, None, renderer)
+        return work(subject, batch)
+
+
+def one_step(changes: dict[str, Any], planted: Any = None) -> str:
+    """What is wrong with a GPU's steps under these options; '' if nothing."""
+
+    def work(subject: Trainer, batch: Any) -> str:
+        method, seen = subject.method, set()
+        if planted is not None:
+            plain = method.learn
+            method.learn = lambda *arguments: planted(plain(*arguments), method.centre.value)
         linear = next(m for m in method.student.modules() if isinstance(m, nn.Linear))
         linear.register_forward_hook(lambda _, given, made: seen.add(made.dtype))
         for _ in range(2):  # before and after the prototypes are set free
             logged = subject._train_step(batch)
             subject.step += subject.plan.steps_per_epoch
         devices = {value.device for value in [*logged.values(), *method.state_dict().values()]}
-    if devices != {GPU}:
-        return f"tensors on {devices}"
-    expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
-    return "" if seen == {expected} else f"computed in {seen}"
+        if devices != {GPU}:
+            return f"tensors on {devices}"
+        expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[subject.precision]
+        return "" if seen == {expected} else f"computed in {seen}"
+
+    return with_trainer(changes, work)
 
 
 def rendering_of_files() -> str:
@@ -148,12 +166,10 @@ def rendering_of_files() -> str:
     return "" if found == expected else str(found)
 
 
-def main() -> None:
+def report(cases: dict[str, Callable[[], str]]) -> NoReturn:
+    """Run the cases and print what each finds."""
     without_driver()
     gc.disable()  # fake tensors of a device that is not there are better left alone
-    cases = {name: functools.partial(one_step, changes) for name, changes in STEPS.items()}
-    cases |= {name: functools.partial(one_step, {}, act) for name, (_, act) in PLANTED.items()}
-    cases["rendering of files"] = rendering_of_files
     for name, case in cases.items():
         try:
             found = case()
@@ -163,11 +179,16 @@ def main() -> None:
     os._exit(0)
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, str]:
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300)
+def reported(file: str) -> dict[str, str]:
+    """What `report` prints when `file` runs by itself."""
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, str]:
+    return reported(__file__)
 
 
 @pytest.mark.parametrize("case", [*STEPS, "rendering of files"])
@@ -180,5 +201,16 @@ def test_what_is_planted_is_found(found, case):
     assert PLANTED[case][0] in found[case]
 
 
+@pytest.mark.parametrize(("major", "precision"), [(7, "fp16"), (8, "bf16")])
+def test_bf16_is_for_gpus_that_do_not_emulate_it(monkeypatch, major, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert parallel.choose_precision("auto", GPU) == precision
+
+
 if __name__ == "__main__":
-    main()
+    cases = {name: functools.partial(one_step, changes) for name, changes in STEPS.items()}
+    cases |= {name: functools.partial(one_step, {}, act) for name, (_, act) in PLANTED.items()}
+    report(cases | {"rendering of files": rendering_of_files})

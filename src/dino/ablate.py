@@ -140,7 +140,9 @@ class Ablation:
 
     def _places(self) -> list[str]:
         gpus = torch.cuda.device_count() if self.options.device != "cpu" else 0
-        return [f"cuda:{i}" for i in range(gpus)] if gpus else ["cpu"] * self.options.jobs
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")  # which of the machine's this process may use
+        names = [name.strip() for name in given.split(",")] if given else range(gpus)
+        return [f"cuda:{name}" for name in names][:gpus] if gpus else ["cpu"] * self.options.jobs
 
     def _row(self, name: str, place: str) -> dict[str, Any] | None:
         """Train row `name` to its end and measure it; None when it did not get there."""

@@ -17,7 +17,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def choose_precision(precision: str, device: torch.device) -> str:
     """'auto' as what this device does best; an impossible wish is refused."""
-    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    # GPUs before Ampere emulate it, slowly, and PyTorch counts that as support unless told otherwise.
+    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
         return ("bf16" if bf16 else "fp16") if device.type == "cuda" else "fp32"
     if precision == "fp16" and device.type == "cpu":

@@ -56,7 +56,7 @@ def axes_of(images: Iterable[Tensor]) -> Basis:
     axes = torch.linalg.eigh((flat.T @ flat).double()).eigenvectors[:, -3:].flip(1).float()
     # An axis has no sign of its own; the same data should give the same colours.
     axes = torch.where((flat @ axes).pow(3).sum(dim=0) < 0, -axes, axes)
-    return Basis(mean, axes, *(flat @ axes).quantile(torch.tensor([0.02, 0.98]), dim=0))
+    return Basis(mean, axes, *(flat @ axes).quantile(flat.new_tensor([0.02, 0.98]), dim=0))
 
 
 def mutual_nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ def mutual_nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """
     a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
     forth, back = ((torch.cat([(part @ y.T).argmax(dim=1) for part in x.split(AT_ONCE)])) for x, y in ((a, b), (b, a)))
-    chosen = torch.nonzero(back[forth] == torch.arange(len(a)))[:, 0]
+    chosen = torch.nonzero(back[forth] == torch.arange(len(a), device=a.device))[:, 0]
     pairs = torch.stack([chosen, forth[chosen]], dim=1)
     cosine, order = (a[pairs[:, 0]] * b[pairs[:, 1]]).sum(dim=1).sort(descending=True, stable=True)
     return pairs[order], cosine
