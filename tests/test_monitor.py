@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from dino.engine.log import Metrics
 from dino.engine.monitor import CollapseMonitor, feature_health
 
 LIMIT = math.log(1024)
@@ -91,3 +92,11 @@ def test_feature_health_of_known_shapes():
     assert line["effective_rank"] < 3
     same = feature_health(torch.ones(100, 32) + 1e-6 * torch.randn(100, 32))
     assert same["feature_std"] < 1e-3
+
+
+def test_metrics_are_json_whatever_the_numbers(tmp_path):
+    """A step that fp16's scaler leaves out has an infinite gradient norm, and JSON no such number."""
+    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    metrics.write(3, {"loss": 5.0, "grad_norm": math.inf, "kl": math.nan})
+    metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "loss": 5.0}\n'

@@ -90,6 +90,20 @@ def test_features_are_timms_own(backbones):
         torch.testing.assert_close(model(images), model.model(images))
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "xcit_nano_12_p16_224"])
+def test_no_images_have_no_features(backbones, name):
+    """As a rank's share of a last batch; many of timm's own fail. The gradients of the others' ranks wait for its zeros."""
+    model, none = backbones(name).eval(), torch.zeros(0, 3, 64, 64)
+    assert model(none).shape == (0, model.embed_dim)
+    (tokens,) = model.tokens(none)
+    assert tokens.shape == (0, *model.tokens(torch.zeros(1, 3, 64, 64))[0].shape[1:])
+    model.zero_grad()
+    model(none).sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert any(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+
+
 def test_cells_of_a_convnet_average_to_the_feature(backbones):
     model, images = backbones("resnet18").eval(), torch.randn(2, 3, 64, 96)
     (tokens,) = model.tokens(images)

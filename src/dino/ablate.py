@@ -154,6 +154,8 @@ class Ablation:
         environment = dict(os.environ)
         if place.startswith("cuda"):
             environment["CUDA_VISIBLE_DEVICES"] = place.removeprefix("cuda:")
+            if self.runs[name].data.num_workers is None:
+                flags += ["--data.num-workers", str(spare_cores(len(self._places())))]
         else:
             threads = self.runs[name].threads or spare_cores(self.options.jobs)
             flags += ["--device", "cpu", "--threads", str(threads)]

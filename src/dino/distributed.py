@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,6 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+PATIENCE = datetime.timedelta(
+    hours=2
+)  # of the other ranks, while one lists millions of files or propagates a long video
 
 
 def rank() -> int:
@@ -42,10 +47,12 @@ def start(device: str) -> torch.device:
                 f"torchrun started local rank {local} but this machine has {torch.cuda.device_count()} GPUs; "
                 "lower --nproc-per-node, or use --device cpu."
             )
-        dist.init_process_group("nccl" if use_gpu else "gloo")
+        own = torch.device("cuda", local) if use_gpu else None
+        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=PATIENCE, device_id=own)
     if not use_gpu:
         return torch.device("cpu")
     torch.cuda.set_device(local)
+    torch.backends.cudnn.allow_tf32 = False  # of convolutions, and the default is True; fp32 means fp32 here
     return torch.device("cuda", local)
 
 

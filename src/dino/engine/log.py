@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Metrics:
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no other numbers
         self.file.write(json.dumps({"step": step} | values) + "\n")
         if self.events is not None:
             for name, value in values.items():

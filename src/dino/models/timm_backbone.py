@@ -68,6 +68,8 @@ class TimmBackbone(nn.Module):
 
     def forward(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n d"]:
         """The feature that a classifier would see: the normed [CLS] token or the pooled last map."""
+        if _none(images):
+            return self(images.new_zeros(1, *images.shape[1:]))[:0]
         return self.model.forward_head(self.model.forward_features(images))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -82,6 +84,8 @@ class TimmBackbone(nn.Module):
         Raises:
             ValueError: `layers` is above 1 and the architecture's blocks do not all have tokens of the last width.
         """
+        if _none(images):
+            return [tokens[:0] for tokens in self.tokens(images.new_zeros(1, *images.shape[1:]), layers)]
         if layers == 1:
             return [self._tokens(self.model.forward_features(images))]
         if not isinstance(self.model, TimmViT):
@@ -192,6 +196,11 @@ def build(name: str, in_channels: int, wishes: dict[str, Any]) -> tuple[Any, dic
                 f"timm:{name} cannot be built for images of {wishes.get('img_size')} pixels and {in_channels} channels "
                 f"({error}); use another size or architecture."
             ) from error
+
+
+def _none(images: Tensor) -> bool:
+    """Whether a rank has no image of a batch, which many of timm's cannot take; an exported graph is not to ask."""
+    return not torch.compiler.is_compiling() and len(images) == 0
 
 
 def _shrink_stem(model: Any, name: str) -> None:
