@@ -26,7 +26,12 @@ def create(options: OptimOptions, module: nn.Module) -> torch.optim.Optimizer:
     if options.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=options.weight_decay, fused=True)
     if options.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=options.weight_decay, fused=True)
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=options.weight_decay, fused=True)
+        for parameter in (p for group in groups for p in group["params"]):
+            # From zero momentum the first step is the same. Left to itself the fused kernel wants either no momentum or
+            # all of it, and fails when the last layer, frozen during the first epoch, takes its first step after the others.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return LARS(groups, weight_decay=options.weight_decay)
 
 
