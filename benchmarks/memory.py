@@ -45,7 +45,7 @@ def added(student: nn.Module, step: Callable[[list[Tensor]], object], images: in
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, "memory-cpu")
+    parser = harness.parser(__doc__, "memory")
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--images", type=int, nargs=2, default=(4, 8), help="two numbers, the smaller first")
@@ -91,7 +91,7 @@ def main() -> None:
         **figures,
         "ratio_extrapolated": {name: figures["plain"][at] / figures[name][at] for name in WAYS},
     }
-    harness.write(result, options.json)
+    harness.write(result, options)
 
 
 if __name__ == "__main__":

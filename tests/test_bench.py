@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -129,8 +130,26 @@ def test_turns_alternate_and_ratios_are_of_pairs():
     took = harness.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert [len(times) for times in took.values()] == [3, 3]
-    assert harness.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == {"median": 3.0, "min": 2.0, "max": 4.0}
+    assert harness.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == {"median": 3.0, "min": 2.0, "max": 4.0, "count": 3}
     assert seconds(lambda: time.sleep(0.02), torch.device("cpu")) >= 0.02
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("", "step-cpu.json"),
+        ("--device cuda", "step-cuda.json"),
+        ("--arch b --threads 3 --reference some/where", "step-cpu-arch-b-threads-3-reference.json"),
+    ],
+)
+def test_results_of_other_devices_and_options_go_to_other_files(flags, name):
+    parser = harness.parser(None, "step")
+    parser.add_argument("--arch", default="a")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--reference", type=Path)
+    threads = torch.get_num_threads()
+    assert harness.parse(parser, flags.split()).json == harness.RESULTS / name
+    torch.set_num_threads(threads)
 
 
 def test_peak_bytes_counts_what_is_alive():
@@ -153,6 +172,35 @@ def test_step_and_memory_benchmarks_write_their_figures(tmp_path, monkeypatch):
     assert 0 < step["share_of_matrix_product"]["median"] < 1
     peaks = [memory[name]["bytes_8_images"] for name in ("ours, recomputed", "ours, in 2 parts", "ours", "plain")]
     assert peaks == sorted(peaks)
+
+
+def test_a_batch_that_does_not_fit_a_gpu_is_halved(monkeypatch):
+    """No more is lost of a benchmark's slot than the try."""
+    gpu, tried = importlib.import_module("gpu"), []
+
+    def measure(_: str, batch: int, *rest: object) -> dict[str, int]:
+        tried.append(batch)
+        if batch > 16:
+            raise torch.OutOfMemoryError("out of memory")
+        return {"batch": batch}
+
+    monkeypatch.setattr(gpu.step, "measure", measure)
+    options = argparse.Namespace(device="cpu", prototypes=64, pairs=1, reference=None)
+    assert gpu.measure_what_fits(gpu.WAYS[0], 64, options) == {"batch": 16}
+    assert tried == [64, 32, 16]
+
+
+def test_rendering_is_a_share_of_what_the_machine_can():
+    gpu = importlib.import_module("gpu")
+    found = gpu.rendering(2, 1, torch.device("cpu"))
+    canvas = 375 * 504 * 3  # rows of whole words
+    assert canvas <= found["bytes_sent_per_image"] < canvas + 100
+    # Columns first, then rows, of the two products of each of 2 views of 224 and 8 of 96 pixels.
+    products = sum(v * 2 * 3 * (375 * 504 * s + 375 * s * s) for v, s in ((2, 224), (8, 96)))
+    blur_too = 1.2 * products
+    assert products <= 1e9 * found["gflop_per_image"] < blur_too
+    assert 0 < found["share_of_matrix_product"]["median"] < 1
+    assert found["images_per_second"]["median"] * found["seconds"]["median"] == pytest.approx(2)
 
 
 def test_training_from_files_is_measured_against_a_peer(images, tmp_path):
