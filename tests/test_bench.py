@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
+import os
 import subprocess
 import sys
 import time
@@ -74,22 +76,40 @@ def test_flops_are_those_of_the_model(images, tmp_path):
         (["no_such_recipe"], "no_such_recipe"),
         (["--data", "{images}", "--batch-size", "4000"], "only"),
         (["--data", "{images}", "--json", "missing/result.json"], "--json missing/result.json cannot be written"),
+        (["--data", "{images}", "--json", "{images}"], "is a folder; give the name of a file in it"),
+        (["--data", "{images}", "--batch-size", "4", "--accumulate", "5"], "use --accumulate 4 or less"),
+        (["--data", "{images}", "--compile"], "install a C++ compiler such as g++, or leave out --compile"),
         (["{images}"], "dino bench --data"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, said, images, tmp_path):
-    done = run_dino("bench", *[a.replace("{images}", str(images)) for a in arguments], cwd=tmp_path)
+    no_compiler = os.environ | {
+        "CXX": "/nonexistent",
+        "CC": "/nonexistent",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "i"),
+    }
+    arguments = [a.replace("{images}", str(images)) for a in arguments]
+    done = run_dino("bench", *arguments, cwd=tmp_path, env=no_compiler)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("dino: ")
     assert said in last
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.iterdir() if path.name != "i"]
 
 
 def test_no_time_is_refused():
     with pytest.raises(ValueError, match="seconds is 0"):
         BenchOptions(seconds=0)
+    with pytest.raises(ValueError, match="seconds is inf"):
+        BenchOptions(seconds=math.inf)
+
+
+def test_fewer_images_come_in_parts_of_the_same_size(images, tmp_path):
+    """Else a step in parts would be measured with parts of an image or two, which no run has."""
+    subject = trainer(images, tmp_path, accumulate=3, optim__warmup_epochs=1.0, method__teacher_temp_epochs=1.0)
+    assert measure_step(subject, 1e-6)["images_measured"] == 2
+    assert subject.split.parts == 1
 
 
 def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
@@ -107,6 +127,9 @@ def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
     assert "--views.global-size" in asked(1000.0, views__num_local=0)
     assert "--no-recompute" in asked(1000.0, recompute=True)
     assert "--batch-size" in asked(1000.0, parts | {"optimiser": 6.0})
+    step["share_of_matrix_product"] = 0.2
+    assert "--precision fp32" in asked(1000.0, precision="bf16")
+    assert "from 1 worker where" in asked(50.0, data__num_workers=1)
 
 
 def test_watched_functions_are_timed_and_put_back():
