@@ -57,12 +57,13 @@ def alternate(
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes at most while `work` runs: all that is allocated on a GPU; on a CPU what `work` adds, tensor by tensor."""
+    """Bytes that `work` adds at most to what there was before; on a CPU counted tensor by tensor."""
     if device.type != "cuda":
         return peak(work)
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)  # where ours is measured the peer's weights are, too
     work()
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
