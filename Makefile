@@ -26,6 +26,8 @@ bench: $(STAMP)  ## every benchmark, short; BENCH_DATA=folder for real JPEGs; JS
 	$(BENCH)/memory.py --json $(SHORT)/memory.json
 	$(BENCH)/knn.py --bank 50000 --queries 2000 --pairs 3 --json $(SHORT)/knn.json
 	$(BENCH)/davis.py --pairs 3 --json $(SHORT)/davis.json
+	$(BENCH)/search.py --rows 100000 --pairs 10 --json $(SHORT)/search.json
+	$(if $(BENCH_DATA),$(BENCH)/features.py --images "$(BENCH_DATA)" --num 32 --pairs 3 --json $(SHORT)/features.json)
 	! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BENCH)/gpu.py
 
 docs: $(STAMP)  ## the documentation as pages to open in a browser: build/site/index.html

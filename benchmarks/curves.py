@@ -83,7 +83,7 @@ def _features(model: Any, source: Any, size: int, device: torch.device) -> tuple
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, "curves-cpu")
+    parser = harness.parser(__doc__, "curves")
     parser.add_argument("--images", type=Path, required=True, help="folder with a folder of images per class")
     parser.add_argument("--arch", default="vit_nano")
     parser.add_argument("--patch", type=int, default=4)
@@ -118,7 +118,7 @@ def main() -> None:
             "curve": [round(float(value), 5) for value in curve],
         }
         print(name, {k: v for k, v in result["ways"][name].items() if k != "curve"}, file=sys.stderr)
-        harness.write(result, options.json, options.device)
+        harness.write(result, options)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def plain_propagate(target: Tensor, sources: Tensor, labels: Tensor, mask: Tenso
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, "davis-cpu-patch16")
+    parser = harness.parser(__doc__, "davis")
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--dim", type=int, default=384)
     options = harness.parse(parser)
@@ -80,7 +80,7 @@ def main() -> None:
         "bytes_plain": memory[1] + mask.numel() * 4,
         "largest_difference": difference,
     }
-    harness.write(result, options.json)
+    harness.write(result, options)
 
 
 if __name__ == "__main__":

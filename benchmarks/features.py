@@ -23,7 +23,7 @@ from dino.models import create
 
 @torch.no_grad()
 def main() -> None:
-    parser = harness.parser(__doc__, "features-cpu")
+    parser = harness.parser(__doc__, "features")
     parser.add_argument("--images", type=Path, required=True, help="folder of JPEGs, searched at any depth")
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--size", type=int, default=224)
@@ -63,7 +63,7 @@ def main() -> None:
             [flops / t / rate for t, rate in zip(took["forward"], rates, strict=True)]
         ),
     }
-    harness.write(result, options.json, device)
+    harness.write(result, options)
 
 
 if __name__ == "__main__":

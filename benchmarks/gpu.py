@@ -6,11 +6,13 @@
 Steps are compared with the plain peer in fp16, as the reference ships it (fp32 with fp32), or with `--reference
 CHECKOUT` with the reference's own step. Rendering is everything from decoded images in the training process to normalised
 views, or from the bytes of their files where the device decodes (`--data.decode device`); compared with the time of a
-step of as many. What is done is written at once, so a slot that ends early loses only the rest.
+step of as many. A batch that does not fit is halved, for both. What is done is written at once, so a slot that ends early
+loses only the rest.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +20,12 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import harness
 import step
 import views
-from dino.bench import seconds
+from dino.bench import matrix_rate, seconds
 from dino.data.device_decode import Jpeg, check_device
 from dino.data.device_render import DeviceRenderer, pack
 from dino.data.render import normalise
@@ -69,31 +72,43 @@ def rendering(batch: int, pairs: int, device: torch.device, from_files: bool = F
         for group in renderer(packed, drawn):
             normalise(group)
 
-    render()
-    took = [seconds(render, device) for _ in range(pairs)]
+    with FlopCounterMode(display=False) as counter:
+        render()
+    copies = [torch.empty_like(x, device=device) for x in packed]
+    turns = {
+        "render": render,
+        "transfer": lambda: [copy.copy_(x, non_blocking=True) for copy, x in zip(copies, packed, strict=True)],
+        "product": lambda: rates.append(matrix_rate(device, renderer.dtype)),
+    }
+    rates: list[float] = []
+    took = harness.alternate(turns, pairs, device)
+    products = [counter.get_total_flops() / t / rate for t, rate in zip(took["render"], rates, strict=True)]
     packing = [seconds(lambda: pack(images, drawn), torch.device("cpu")) for _ in range(pairs)]
     return {
-        "seconds": harness.spread(took),
-        "images_per_second": harness.spread([batch / t for t in took]),
+        "seconds": harness.spread(took["render"]),
+        "images_per_second": harness.spread([batch / t for t in took["render"]]),
+        "gflop_per_image": counter.get_total_flops() / batch / 1e9,
+        "share_of_matrix_product": harness.spread(products),
+        "bytes_sent_per_image": sum(x.nbytes for x in packed) / batch,
+        "transfer_share": harness.ratio(took["transfer"], took["render"]),
         "worker_seconds": harness.spread(packing),
     }
 
 
-def measured(way: Way, batch: int, options: Any, device: torch.device) -> dict[str, Any]:
-    """A way's step, with half the images as often as memory runs out: the peer holds whole attention matrices."""
-    on_gpu = device.type == "cuda"
-    precision = "bf16" if way.precision == "fp16" and not on_gpu else way.precision
-    peer = "fp32" if way.precision == "fp32" or not on_gpu else "fp16"
+def measure_what_fits(way: Way, batch: int, options: Any) -> dict[str, Any]:
+    """`step.measure` of the largest batch, halved from `batch`, whose step and the peer's fit into memory."""
+    device = torch.device(options.device)
+    precision = "bf16" if way.precision == "fp16" and device.type == "cpu" else way.precision
+    peer = "fp32" if way.precision == "fp32" or device.type == "cpu" else "fp16"
     sizes = (way.arch, batch, options.prototypes, options.pairs, device)
     try:
         return step.measure(*sizes, precision, peer, way.compiled, way.patch, options.reference)
     except torch.OutOfMemoryError:
         if batch == 1:
             raise
-    finally:
-        if on_gpu:
-            torch.cuda.empty_cache()
-    return measured(way, batch // 2, options, device)
+    gc.collect()  # here, where the error no longer holds what was allocated
+    torch.cuda.empty_cache()
+    return measure_what_fits(way, batch // 2, options)
 
 
 def main() -> None:
@@ -123,10 +138,12 @@ def main() -> None:
     for way in WAYS:
         if time.monotonic() - started > 60 * options.minutes:
             break
-        result["steps"].append(measured(way, options.batch, options, device))
-        rates = result["steps"][0]["ours_images_per_second"], result["rendering"]["images_per_second"]
-        result["rendering_share_of_step"] = rates[0]["median"] / rates[1]["median"]
-        harness.write(result, options.json, device)
+        result["steps"].append(measure_what_fits(way, options.batch, options))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        step_rate = result["steps"][0]["ours_images_per_second"]["median"]
+        result["rendering_share_of_step"] = step_rate / result["rendering"]["images_per_second"]["median"]
+        harness.write(result, options)
 
 
 if __name__ == "__main__":

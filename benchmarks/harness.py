@@ -17,24 +17,30 @@ from dino.bench import device_name, seconds
 from dino.engine.memory import peak
 
 RESULTS = Path(__file__).parent / "results"
+NAMED = ("arch", "patch", "threads", "compile", "reference")  # options whose results go to files of their own
 
 
 def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
-    """Options of every benchmark; JSON goes to results/`name`.json unless told otherwise."""
+    """Options of every benchmark; JSON goes to results/`name`-DEVICE.json unless told otherwise."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--pairs", type=int, default=5, help="times that ours and the peer take turns")
     made.add_argument("--threads", type=int, default=0, help="0: PyTorch's choice")
-    made.add_argument("--json", type=Path, default=RESULTS / f"{name}.json")
+    made.add_argument("--json", type=Path, help=f"default: results/{name}-DEVICE[-WHAT IS UNUSUAL].json")
+    made.set_defaults(name=name, device="cpu")
     return made
 
 
 def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed options, with the number of threads set."""
+    """Parsed options, with the number of threads set and a file to write to."""
     options = made.parse_args(arguments)
     if options.pairs < 1:
         raise ValueError(f"--pairs is {options.pairs}; it must be at least 1.")
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.json is None:
+        given = {name: value for name in NAMED if (value := getattr(options, name, None)) != made.get_default(name)}
+        words = [name if name in ("compile", "reference") else f"{name}-{value}" for name, value in given.items()]
+        options.json = RESULTS / ("-".join([options.name, torch.device(options.device).type, *words]) + ".json")
     return options
 
 
@@ -51,16 +57,17 @@ def alternate(
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes at most while `work` runs: all that is allocated on a GPU; on a CPU what `work` adds, tensor by tensor."""
+    """Bytes that `work` adds at most to what there was before; on a CPU counted tensor by tensor."""
     if device.type != "cuda":
         return peak(work)
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)  # where ours is measured the peer's weights are, too
     work()
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "count": len(values)}
 
 
 def ratio(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
@@ -68,13 +75,13 @@ def ratio(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(peer, ours, strict=True)])
 
 
-def write(result: dict[str, Any], path: Path, device: torch.device | str = "cpu") -> None:
+def write(result: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the result and write it, with what it was measured on."""
-    where = {"device": device_name(torch.device(device)), "torch": torch.__version__, "date": f"{date.today()}"}
-    text = json.dumps(where | result, indent=2)
+    device = device_name(torch.device(options.device))
+    text = json.dumps({"device": device, "torch": torch.__version__, "date": f"{date.today()}"} | result, indent=2)
     print(text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(text + "\n", encoding="utf-8")
 
 
 def run(main: Callable[[], None]) -> None:

@@ -32,7 +32,7 @@ def plain(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) ->
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, "knn-cpu")
+    parser = harness.parser(__doc__, "knn")
     parser.add_argument("--bank", type=int, default=200_000)
     parser.add_argument("--queries", type=int, default=4000)
     parser.add_argument("--dim", type=int, default=384)
@@ -61,7 +61,7 @@ def main() -> None:
         "share_of_matrix_product": harness.spread([flops / t / r for t, r in zip(took["ours"], rates, strict=True)]),
         "ratio": harness.ratio(took["plain"], took["ours"]),
     }
-    harness.write(result, options.json)
+    harness.write(result, options)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def milliseconds(work: Callable[..., object], *arguments: object) -> float:
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, "search-cpu")
+    parser = harness.parser(__doc__, "search")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--kinds", nargs="*", default=["ivf", "hnsw"])
@@ -78,7 +78,7 @@ def main() -> None:
     result["recall"] = {
         kind: (exact[:, :, None] == rows[:, None]).any(dim=2).float().mean().item() for kind, rows in found.items()
     }
-    harness.write(result, options.json)
+    harness.write(result, options)
 
 
 if __name__ == "__main__":

@@ -218,6 +218,7 @@ def measure(
         "peer": "the same mathematics written plainly" if reference is None else "the reference's own step",
         "arch": arch,
         "patch_size": patch,
+        "views": "2 x 224 + 8 x 96",
         "batch": batch,
         "prototypes": prototypes,
         "drop_path": DROP_PATH,
@@ -235,7 +236,7 @@ def measure(
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, "step-cpu")
+    parser = harness.parser(__doc__, "step")
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prototypes", type=int, default=65536)
@@ -243,7 +244,7 @@ def main() -> None:
     options = harness.parse(parser)
     sizes = (options.arch, options.batch, options.prototypes, options.pairs, torch.device("cpu"))
     figures = measure(*sizes, reference=options.reference)
-    harness.write({"what": "training step, peer / ours"} | figures, options.json)
+    harness.write({"what": "training step, peer / ours"} | figures, options)
 
 
 if __name__ == "__main__":

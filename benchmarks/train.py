@@ -2,7 +2,8 @@
 
     python benchmarks/train.py --images FOLDER [--reference CHECKOUT] [--device cuda]
 
-Each turn is a loader with its workers and some steps of a run (2 x 224 + 8 x 96 views), timed after its first steps.
+Each turn is a loader with its workers and some steps of a run (2 x 224 + 8 x 96 views), timed once the batches that
+workers make ahead are used up, and for whole rounds of the workers: a slow loader delivers a batch of each at once.
 'In memory' are the same steps of ours with one batch of views that lies on the device already: what the loader and the
 rendering cost is the difference. The peer reads the same files with torchvision's transforms (with `--reference`, the
 class DataAugmentationDINO of a checkout of facebookresearch/dino) and trains with the plain step of `step.py` or of
@@ -34,7 +35,8 @@ from dino.engine.log import Terminal
 from dino.engine.train import Trainer
 
 VIEWS = {"views.global_scale": views.OPTIONS.global_scale, "views.local_scale": views.OPTIONS.local_scale}
-WARM_UP = 3  # steps that are not timed: kernels are chosen, workers fill their queues
+WARM_UP = 3  # steps that are not timed, beside those that take what the workers made ahead: kernels are chosen
+AHEAD = 2  # batches that a worker makes ahead, here and in PyTorch's loader
 
 
 class PeerImages(Dataset[list[Tensor]]):
@@ -60,14 +62,15 @@ class InMemory(Trainer):
         return self.ready
 
 
-def timed(one: Callable[[], object], steps: int, batch: int, device: torch.device) -> float:
-    """Images per second of `steps` steps, after WARM_UP others."""
+def timed(one: Callable[[], object], steps: int, workers: int, batch: int, device: torch.device) -> float:
+    """Images per second of `steps` steps, more for a whole number of rounds of the workers, after others."""
 
     def work(count: int) -> None:
         for _ in range(count):
             one()
 
-    work(WARM_UP)
+    work(WARM_UP + AHEAD * workers)
+    steps = -(-steps // max(1, workers)) * max(1, workers)
     return steps * batch / seconds(lambda: work(steps), device)
 
 
@@ -96,11 +99,12 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
     _, peer_step = step.peer_of(plain, options.arch, 16, options.reference)
 
     def our_turn(trainer: Trainer) -> float:
-        trainer.step, trainer.student = 0, trainer.method.student
-        prepared = iterate(trainer.batches, 0, WARM_UP + options.steps, workers, on_gpu)
-        first = next(prepared)
-        one = lambda: trainer._train_step(first if trainer is memory else next(prepared, first))  # noqa: E731
-        return timed(one, options.steps, batch, device)
+        trainer.step = trainer.plan.total // 2  # away from warm-up and frozen prototypes, as the peer
+        if trainer is memory:
+            first = trainer.batches[trainer.step]
+            return timed(lambda: trainer._train_step(first), options.steps, 0, batch, device)
+        prepared = iterate(trainer.batches, trainer.step, 10**9, workers, on_gpu)
+        return timed(lambda: trainer._train_step(next(prepared)), options.steps, workers, batch, device)
 
     def peer_turn() -> float:
         loader = DataLoader(PeerImages(paths, peer), batch, num_workers=workers, pin_memory=on_gpu)
@@ -110,7 +114,7 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
             crops = [crop.to(device, non_blocking=True) for crop in next(batches)]
             peer_step([torch.cat(crops[:2]), torch.cat(crops[2:])])
 
-        return timed(one, options.steps, batch, device)
+        return timed(one, options.steps, workers, batch, device)
 
     turns = {"ours": lambda: our_turn(ours), "in memory": lambda: our_turn(memory), "peer": peer_turn}
     rates: dict[str, list[float]] = {name: [] for name in turns}
@@ -120,6 +124,7 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
         print("   ".join(f"{name} {rate[-1]:.1f} images/s" for name, rate in rates.items()), file=sys.stderr)
     return {
         "arch": options.arch,
+        "views": "2 x 224 + 8 x 96",
         "prototypes": options.prototypes,
         "batch": batch,
         "workers": workers,
@@ -134,7 +139,7 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, "train-cpu")
+    parser = harness.parser(__doc__, "train")
     parser.add_argument("--images", type=Path, required=True, help="folder of JPEGs, searched at any depth")
     parser.add_argument(
         "--reference", type=Path, help="checkout of facebookresearch/dino, whose augmentation and step are the peer"
@@ -143,7 +148,7 @@ def main() -> None:
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of a turn")
+    parser.add_argument("--steps", type=int, default=40, help="timed steps of a turn")
     parser.add_argument("--workers", type=int, default=spare_cores())
     parser.add_argument("--decode", choices=("workers", "device"), default="workers", help="who decodes for us")
     parser.add_argument("--compile", action="store_true")
@@ -158,7 +163,7 @@ def main() -> None:
         "what": "training from JPEG files, images/s of ours / the peer's",
         "peer": own if options.reference else plain,
     }
-    harness.write(what | figures, options.json, options.device)
+    harness.write(what | figures, options)
 
 
 if __name__ == "__main__":

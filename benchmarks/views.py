@@ -210,7 +210,7 @@ def drawn(num: int) -> list[bytes]:
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, "views-cpu")
+    parser = harness.parser(__doc__, "views")
     parser.add_argument("--images", type=Path, help="folder of JPEGs, searched at any depth; None: drawn ones")
     parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/dino to compare with")
     parser.add_argument("--num", type=int, default=64, help="images")
@@ -242,7 +242,7 @@ def main() -> None:
         "share_of_decoding_alone": harness.ratio(decoding, [clock["ours, uint8"][0] for clock in clocks]),
         **summary,
     }
-    harness.write(result, args.json)
+    harness.write(result, args)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import math
+import os
 import subprocess
 import sys
 import time
@@ -73,22 +76,40 @@ def test_flops_are_those_of_the_model(images, tmp_path):
         (["no_such_recipe"], "no_such_recipe"),
         (["--data", "{images}", "--batch-size", "4000"], "only"),
         (["--data", "{images}", "--json", "missing/result.json"], "--json missing/result.json cannot be written"),
+        (["--data", "{images}", "--json", "{images}"], "is a folder; give the name of a file in it"),
+        (["--data", "{images}", "--batch-size", "4", "--accumulate", "5"], "use --accumulate 4 or less"),
+        (["--data", "{images}", "--compile"], "install a C++ compiler such as g++, or leave out --compile"),
         (["{images}"], "dino bench --data"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, said, images, tmp_path):
-    done = run_dino("bench", *[a.replace("{images}", str(images)) for a in arguments], cwd=tmp_path)
+    no_compiler = os.environ | {
+        "CXX": "/nonexistent",
+        "CC": "/nonexistent",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "i"),
+    }
+    arguments = [a.replace("{images}", str(images)) for a in arguments]
+    done = run_dino("bench", *arguments, cwd=tmp_path, env=no_compiler)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("dino: ")
     assert said in last
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.iterdir() if path.name != "i"]
 
 
 def test_no_time_is_refused():
     with pytest.raises(ValueError, match="seconds is 0"):
         BenchOptions(seconds=0)
+    with pytest.raises(ValueError, match="seconds is inf"):
+        BenchOptions(seconds=math.inf)
+
+
+def test_fewer_images_come_in_parts_of_the_same_size(images, tmp_path):
+    """Else a step in parts would be measured with parts of an image or two, which no run has."""
+    subject = trainer(images, tmp_path, accumulate=3, optim__warmup_epochs=1.0, method__teacher_temp_epochs=1.0)
+    assert measure_step(subject, 1e-6)["images_measured"] == 2
+    assert subject.split.parts == 1
 
 
 def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
@@ -106,6 +127,9 @@ def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
     assert "--views.global-size" in asked(1000.0, views__num_local=0)
     assert "--no-recompute" in asked(1000.0, recompute=True)
     assert "--batch-size" in asked(1000.0, parts | {"optimiser": 6.0})
+    step["share_of_matrix_product"] = 0.2
+    assert "--precision fp32" in asked(1000.0, precision="bf16")
+    assert "from 1 worker where" in asked(50.0, data__num_workers=1)
 
 
 def test_watched_functions_are_timed_and_put_back():
@@ -129,8 +153,26 @@ def test_turns_alternate_and_ratios_are_of_pairs():
     took = harness.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert [len(times) for times in took.values()] == [3, 3]
-    assert harness.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == {"median": 3.0, "min": 2.0, "max": 4.0}
+    assert harness.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == {"median": 3.0, "min": 2.0, "max": 4.0, "count": 3}
     assert seconds(lambda: time.sleep(0.02), torch.device("cpu")) >= 0.02
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("", "step-cpu.json"),
+        ("--device cuda", "step-cuda.json"),
+        ("--arch b --threads 3 --reference some/where", "step-cpu-arch-b-threads-3-reference.json"),
+    ],
+)
+def test_results_of_other_devices_and_options_go_to_other_files(flags, name):
+    parser = harness.parser(None, "step")
+    parser.add_argument("--arch", default="a")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--reference", type=Path)
+    threads = torch.get_num_threads()
+    assert harness.parse(parser, flags.split()).json == harness.RESULTS / name
+    torch.set_num_threads(threads)
 
 
 def test_peak_bytes_counts_what_is_alive():
@@ -153,6 +195,35 @@ def test_step_and_memory_benchmarks_write_their_figures(tmp_path, monkeypatch):
     assert 0 < step["share_of_matrix_product"]["median"] < 1
     peaks = [memory[name]["bytes_8_images"] for name in ("ours, recomputed", "ours, in 2 parts", "ours", "plain")]
     assert peaks == sorted(peaks)
+
+
+def test_a_batch_that_does_not_fit_a_gpu_is_halved(monkeypatch):
+    """No more is lost of a benchmark's slot than the try."""
+    gpu, tried = importlib.import_module("gpu"), []
+
+    def measure(_: str, batch: int, *rest: object) -> dict[str, int]:
+        tried.append(batch)
+        if batch > 16:
+            raise torch.OutOfMemoryError("out of memory")
+        return {"batch": batch}
+
+    monkeypatch.setattr(gpu.step, "measure", measure)
+    options = argparse.Namespace(device="cpu", prototypes=64, pairs=1, reference=None)
+    assert gpu.measure_what_fits(gpu.WAYS[0], 64, options) == {"batch": 16}
+    assert tried == [64, 32, 16]
+
+
+def test_rendering_is_a_share_of_what_the_machine_can():
+    gpu = importlib.import_module("gpu")
+    found = gpu.rendering(2, 1, torch.device("cpu"))
+    canvas = 375 * 504 * 3  # rows of whole words
+    assert canvas <= found["bytes_sent_per_image"] < canvas + 100
+    # Columns first, then rows, of the two products of each of 2 views of 224 and 8 of 96 pixels.
+    products = sum(v * 2 * 3 * (375 * 504 * s + 375 * s * s) for v, s in ((2, 224), (8, 96)))
+    blur_too = 1.2 * products
+    assert products <= 1e9 * found["gflop_per_image"] < blur_too
+    assert 0 < found["share_of_matrix_product"]["median"] < 1
+    assert found["images_per_second"]["median"] * found["seconds"]["median"] == pytest.approx(2)
 
 
 def test_training_from_files_is_measured_against_a_peer(images, tmp_path):

@@ -18,6 +18,7 @@ from dino.engine import memory
 from dino.engine.log import Terminal, read_metrics
 from dino.engine.memory import Split
 from dino.engine.train import Trainer
+from dino.rules import bytes_of
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +128,13 @@ def test_views_of_a_part_stay_view_major():
 
 @pytest.mark.parametrize(("text", "size"), [("8GB", 8e9), ("1.5 gb", 1.5e9), ("500MB", 5e8), ("2GiB", 2**31)])
 def test_sizes_are_read(text, size):
-    assert memory.parse_size(text) == size
+    assert bytes_of(text) == size
 
 
 @pytest.mark.parametrize("text", ["8", "GB", "-1GB", "0GB", "much"])
 def test_other_sizes_are_refused(text):
-    with pytest.raises(ValueError, match="write an amount of memory such as 8GB"):
-        memory.parse_size(text)
+    with pytest.raises(ValueError, match=f"fit is {text}; write an amount of memory such as 8GB"):
+        TrainOptions(fit=text)
 
 
 def test_peak_counts_what_is_alive_at_once():
@@ -194,7 +195,7 @@ def test_parts_on_two_ranks_equal_the_whole_on_one(photos, tmp_path):
 
 def test_fit_from_the_command_line(photos, tmp_path):
     flags = ["--data", photos, "--out", tmp_path / "run", *tiny_flags(epochs=1)]
-    for size, said in (("lots", "write an amount of memory such as 8GB"), ("10MB", "more than --fit allows")):
+    for size, said in (("lots", "fit is lots"), ("10MB", "more than --fit allows")):
         done = run_dino("train", *flags, "--fit", size)
         assert done.returncode == 2
         assert said in done.stderr

@@ -19,13 +19,14 @@ from dino.data.device_render import LARGEST, DeviceRenderer, pack
 from dino.data.loader import ViewBatches, read_pixels, spare_cores
 from dino.data.render import CpuRenderer
 from dino.data.sources import Source, open_source, split
-from dino.engine import log, memory, start
+from dino.engine import log, memory, parallel, start
 from dino.engine.checkpoint import LOCK, Checkpoints, sole_writer
 from dino.engine.train import Trainer
 from dino.eval import judge
 from dino.eval.judge import MOST_HELD_OUT, agreeing, open_scenes
 from dino.eval.online import OnlineEvaluation, probe
 from dino.models import weights
+from dino.rules import bytes_of
 
 if TYPE_CHECKING:
     from dino.cli import ReportOptions
@@ -105,7 +106,7 @@ def set_up(
     render = DeviceRenderer(device) if device.type == "cuda" else None
     trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, render)
     if resolved.fit is not None:
-        split, needed = distributed.gather(memory.fit(trainer, memory.parse_size(resolved.fit)))[0]
+        split, needed = distributed.gather(memory.fit(trainer, bytes_of(resolved.fit)))[0]
         trainer.split_steps(split)
         terminal.say(describe_split(split, needed))
     if found is not None:
@@ -191,6 +192,8 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
     """Contradictions that only show once data, device and options are all known."""
     if options.data.decode == "device":
         device_decode.check_device(device)
+    if options.compile:
+        parallel.check_compiler(device)
     batch, ranks = known(options.batch_size), distributed.world_size()
     if batch > len(source):
         raise ValueError(
@@ -199,6 +202,11 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
         )
     if batch % ranks:
         raise ValueError(f"batch_size {batch} cannot be shared by {ranks} processes; use a multiple of {ranks}.")
+    if options.accumulate > batch // ranks:
+        raise ValueError(
+            f"accumulate is {options.accumulate} but a step has only {batch // ranks} images (of a process); "
+            f"use --accumulate {batch // ranks} or less."
+        )
     if options.method.loss == "infonce" and options.method.queue_size < 2 * batch:
         raise ValueError(
             f"method.queue_size is {options.method.queue_size}, but each step adds two views of {batch} images; "

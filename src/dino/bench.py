@@ -173,6 +173,8 @@ def measure_step(trainer: Trainer, limit: float) -> dict[str, Any]:
         trainer._train_step(of(few))
         each = seconds(lambda: trainer._train_step(of(few)), device) / few
         images = max(few, min(size, int(LONGEST_STEP * limit / each)))
+        fewer = max(1, round(trainer.split.parts * images / size))
+        trainer.split_steps(trainer.split._replace(parts=fewer))  # as large as those of the whole step
     batch, dtype = of(images), parallel.DTYPES.get(trainer.precision, torch.float32)
     with FlopCounterMode(display=False) as counter:
         trainer._train_step(batch)
@@ -206,7 +208,8 @@ def advise(trainer: Trainer, data: dict[str, float], loader: float, step: dict[s
         part = 100 * rate / (rate + loader)
         return f"Views are made in the training process, {part:.0f} % of its time: use --data.num-workers {cores}."
     if workers and loader < rate:
-        found = f"The data is the bottleneck: {loader:,.0f} images/s from {workers} workers where the step takes {rate:,.0f}"
+        delivered = f"{loader:,.0f} images/s from {_workers(workers)}"
+        found = f"The data is the bottleneck: {delivered} where the step takes {rate:,.0f}"
         if workers < cores:
             return f"{found}: use --data.num-workers {cores}."
         if data["decode"] > data["render"]:
@@ -222,12 +225,19 @@ def advise(trainer: Trainer, data: dict[str, float], loader: float, step: dict[s
         return f"The step is the bottleneck, {100 * fixed:.0f} % of it optimiser and EMA: use a larger --batch-size."
     if trainer.device.type == "cuda" and trainer.precision == "fp32":
         return f"{found}, in full precision: use --precision bf16."
+    if trainer.device.type == "cpu" and trainer.precision == "bf16" and share < 0.3:
+        return f"{found}, in bf16, which helps little here: use --precision fp32."
     if trainer.split.recompute:
         return f"{found}, with activations computed twice: use --no-recompute if memory allows."
     if trainer.device.type == "cuda" and share < 0.3:
-        return f"{found}, at {100 * share:.0f} % of the machine's matrix-product rate: use a larger --batch-size."
+        compiled = "" if options.compile else "--compile, or "
+        return f"{found}, at {100 * share:.0f} % of the machine's matrix-product rate: use {compiled}a larger --batch-size."
     fewer = "fewer views (--views.num-local)" if options.views.num_local else "smaller views (--views.global-size)"
     return f"{found}, at {100 * share:.0f} % of the machine's matrix-product rate: {fewer} or a smaller --model.arch."
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker" + "s" * (count != 1)
 
 
 def shares(parts: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -244,7 +254,7 @@ def show(result: dict[str, Any]) -> None:
     console = Console(width=None if os.isatty(1) else 120, highlight=False, soft_wrap=True)
     console.print(table)
     console.print(
-        f"Loader {result['loader_images_per_second']:,.1f} images/s with {result['workers']} workers; step "
+        f"Loader {result['loader_images_per_second']:,.1f} images/s with {_workers(result['workers'])}; step "
         f"{result['step_images_per_second']:,.1f} images/s, {result['gflop_per_image']:.1f} GFLOP an image, "
         f"{100 * result['share_of_matrix_product']:.0f} % of this machine's matrix-product rate "
         f"({result['matrix_product_gflops_per_second']:,.0f} GFLOP/s)."
@@ -261,8 +271,12 @@ def bench(options: BenchOptions) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("dino bench measures one process; start it without torchrun.")
     file = None if options.json is None else Path(options.json)
-    if file is not None and not (file.absolute().parent.is_dir() and not file.is_dir()):
-        raise ValueError(f"--json {file} cannot be written: no folder {file.absolute().parent}, or a folder itself.")
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ValueError(
+            f"--json {file} cannot be written: there is no folder {file.absolute().parent}; make it first."
+        )
+    if file is not None and file.is_dir():
+        raise ValueError(f"--json {file} is a folder; give the name of a file in it.")
     device, terminal = distributed.start(options.device), log.Terminal(True)
     api.set_threads(options, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -271,7 +285,7 @@ def bench(options: BenchOptions) -> None:
         batches, workers = trainer.batches, known(trainer.options.data.num_workers)
         terminal.say("1/3 decoding and rendering ...")
         data = measure_data(batches, workers, DATA * options.seconds)
-        terminal.say(f"2/3 the loader with {workers} workers ...")
+        terminal.say(f"2/3 the loader with {_workers(workers)} ...")
         loader = measure_loader(batches, workers, device.type == "cuda", LOADER * options.seconds)
         terminal.say("3/3 teacher, student, backward, optimiser, EMA ...")
         step = measure_step(trainer, options.seconds)

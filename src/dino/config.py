@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from dino.rules import AREA, BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, TURN, at_least, check
+from dino.rules import AREA, BELOW_ONE, COUNT, MEMORY, NOT_NEGATIVE, POSITIVE, SEED, SHARE, TURN, at_least, check
 
 Scale = tuple[float, float]
 
@@ -211,7 +211,7 @@ class TrainOptions:
     """Where to compute."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass: 'auto' is bf16 on a GPU that has it, fp32 on a CPU."""
-    fit: str | None = None
+    fit: Annotated[str | None, MEMORY] = None
     """Memory of the device to stay within, e.g. 8GB: chooses `accumulate` and `recompute`. The gradients stay the same."""
     accumulate: Annotated[int, COUNT] = 1
     """Parts that a step's images are computed in, one after the other; the same gradients in less memory."""

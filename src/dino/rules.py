@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_type_hints
 
@@ -19,13 +21,22 @@ def at_least(least: int, text: str) -> Rule:
     return Rule(lambda value: value >= least, text)
 
 
+def bytes_of(size: str) -> int:
+    """Bytes of "8GB", "500 MB" or "7.5GiB"; 0 if it is none of these."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([MG])(i?)B", size.strip(), re.IGNORECASE)
+    if match is None:
+        return 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** {"M": 2, "G": 3}[match[2].upper()])
+
+
 COUNT = at_least(1, "it must be at least 1")
 NOT_NEGATIVE = at_least(0, "it cannot be negative")
-POSITIVE = Rule(lambda value: value > 0, "it must be above 0")
+POSITIVE = Rule(lambda value: 0 < value < math.inf, "it must be above 0 and finite")
 SHARE = Rule(lambda value: 0 <= value <= 1, "a probability or share lies between 0 and 1")
 BELOW_ONE = Rule(lambda value: 0 <= value < 1, "it must be in [0, 1)")
 AREA = Rule(lambda value: 0 < value <= 1, "a share of the image area lies above 0 and is at most 1")
 TURN = Rule(lambda value: 0 <= value <= 0.5, "a hue shift lies in [0, 0.5] turns")
+MEMORY = Rule(lambda value: bytes_of(value) > 0, "write an amount of memory such as 8GB or 500MB")
 SEED = Rule(lambda value: 0 <= value < 2**32, "a seed lies in [0, 2**32)")
 
 

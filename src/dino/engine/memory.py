@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import resource
 import weakref
 from collections.abc import Callable, Sequence
@@ -42,18 +41,6 @@ def parts_of(images: int, parts: int) -> list[slice]:
 def views_of(groups: Sequence[Tensor], images: slice, total: int) -> list[Tensor]:
     """The views of some of the `total` images in view-major groups, view-major again."""
     return [group.unflatten(0, (-1, total))[:, images].flatten(0, 1) for group in groups]
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "8GB", "500 MB" or "7.5GiB".
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([MG])(i?)B", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise ValueError(f"fit is {text!r}; write an amount of memory such as 8GB or 500MB.")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** {"M": 2, "G": 3}[match[2].upper()])
 
 
 class Peak(TorchDispatchMode):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dino import distributed
+from dino import distributed, errors
 from dino.method import DINO
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,6 +43,21 @@ def synchronise_batch_norm(module: nn.Module) -> None:
     from timm.layers.norm_act import convert_sync_batchnorm  # PyTorch's would lose the activation in some of timm's
 
     convert_sync_batchnorm(module)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Whether networks can be compiled for `device` here, found by trying.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"compile does not work here ({errors.first_line(error)}); install a C++ compiler such as g++, or leave out "
+            "--compile."
+        ) from error
 
 
 def compile_networks(method: DINO, backend: str = "inductor") -> None:
