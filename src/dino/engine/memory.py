@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dino.engine.train import Trainer
 
 MARGIN = 1.1  # kernels' workspaces and fragmentation
+KEPT = 0.3e9  # bytes that a CPU's allocator does not give back after some dozens of steps, and the monitor's
 OVERHEAD = 2  # images' worth of time that a part costs beside its images; recomputing costs a third of all
 
 
@@ -117,7 +118,7 @@ def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
         for recompute in (False, True):
             low, high = of_part(few, recompute), of_part(2 * few, recompute)
             lines[recompute] = (2 * low - high, (high - low) / few)
-        fixed += in_use(device)  # now, with what the trial has left behind
+        fixed += in_use(device) + (KEPT if device.type == "cpu" else 0)  # now, with what the trial has left behind
         return choose(limit, images, fixed, lines, parts_allowed=not parallel.has_batch_norm(method))
     finally:
         trainer.split_steps(before)
@@ -151,9 +152,9 @@ def choose(
     ways = sorted((Split(parts, r) for parts in counts for r in (False, True)), key=seconds)
     fitting = next((way for way in ways if needed(way) <= limit), None)
     if fitting is None:
-        least = min(map(needed, ways)) / 1e9
+        least = math.ceil(min(map(needed, ways)) / 1e8) / 10
         raise ValueError(
-            f"even in the smallest parts a step needs about {least:.2g} GB, more than --fit allows; use a smaller model, "
+            f"even in the smallest parts a step needs about {least:.1f} GB, more than --fit allows; use a smaller model, "
             "smaller or fewer views, or a smaller --batch-size."
         )
     return fitting, needed(fitting)
