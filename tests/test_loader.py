@@ -25,6 +25,7 @@ def batches(source, rank: int = 0, ranks: int = 1, batch_size: int = 6) -> ViewB
     return ViewBatches(source, OPTIONS, CpuRenderer(), batch_size, 5, rank, ranks)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")  # on two cores
 def test_identical_for_0_1_and_4_workers(source):
     expected = list(iterate(batches(source), 0, 7, 0, False))
     assert [tuple(g.shape) for g in expected[0].prepared] == [(2, 6, 32, 32, 3), (3, 6, 16, 16, 3)]

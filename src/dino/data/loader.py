@@ -129,7 +129,11 @@ def iterate(batches: ViewBatches, start: int, stop: int, num_workers: int, pin_m
     )
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def spare_cores(share: int = 1) -> int:
     """Worker processes for one of `share` ranks on this machine: the cores left beside each rank's own."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // share - 1)
+    return max(1, cores() // share - 1)
