@@ -350,6 +350,45 @@ def test_any_damage(data: bytes, changes: list[tuple[int, int]]) -> None:
     image_or_reason(bytes(damaged))
 
 
+def pillow(data: bytes) -> np.ndarray | None:
+    try:
+        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (OSError, SyntaxError):
+        return None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["L", "4:4:4", "4:2:2", "4:2:0", "stored as RGB"]),
+    st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    st.fixed_dictionaries(
+        {"quality": st.integers(1, 100)},
+        optional={"progressive": st.just(True), "restart_marker_blocks": st.integers(1, 4)},
+    ),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4),
+    st.integers(0, 30),
+    st.integers(0, 2**32 - 1),
+)
+def test_jpegs_are_what_pillow_makes_of_them(
+    colours: str, size: tuple[int, int], options: dict, changes: list[tuple[float, int]], cut: int, seed: int
+) -> None:
+    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8) // 4
+    image = Image.fromarray(noise + picture(*size) // 2)
+    if colours == "L":
+        image = image.convert("L")
+    else:
+        options |= {"keep_rgb": True} if colours == "stored as RGB" else {"subsampling": colours}
+    data = bytearray(encode(image, "JPEG", **options))
+    start = data.index(b"\xff\xda")  # the pixels: a fault in front of them is what `test_any_damage` tries
+    for place, value in changes:
+        data[start + int(place * (len(data) - start))] = value
+    data = bytes(data[: max(start, len(data) - cut)])
+    expected, out = pillow(data), image_or_reason(data)
+    assert (out is None) == (expected is None)
+    if out is not None and expected is not None:
+        np.testing.assert_array_equal(out, expected)
+
+
 @pytest.mark.skipif("DINO_DATA" not in os.environ, reason="needs DINO_DATA, a folder with real images")
 def test_real_images() -> None:
     files = [path for path in sorted(Path(os.environ["DINO_DATA"]).rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
