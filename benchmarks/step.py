@@ -53,16 +53,18 @@ class PlainBlock(nn.Module):
         self.norm1, self.norm2, self.mlp, self.drop_path = ours.norm1, ours.norm2, ours.mlp, ours.drop_path
         self.attn = PlainAttention(ours.attn)
 
-    def forward(self, x: Tensor, only_cls: bool = False) -> Tensor:
-        x = x + self._drop(self.attn(self.norm1(x)))
-        return x + self._drop(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, only_cls: bool = False, draws: Tensor | None = None) -> Tensor:
+        first, second = (None, None) if draws is None else draws.unbind()
+        x = x + self._drop(self.attn(self.norm1(x)), first)
+        return x + self._drop(self.mlp(self.norm2(x)), second)
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def _drop(self, x: Tensor, draw: Tensor | None) -> Tensor:
         """Stochastic depth that computes what it drops."""
         if not (self.training and self.drop_path.rate):
             return x
         keep = 1 - self.drop_path.rate
-        return x * (x.new_empty(len(x), 1, 1).bernoulli_(keep) / keep)
+        kept = x.new_empty(len(x)).bernoulli_(keep) if draw is None else draw < keep
+        return x * (kept / keep)[:, None, None]
 
 
 def plain_copy(method: DINO) -> DINO:
@@ -106,12 +108,12 @@ def our_step(side: Side, groups: list[Tensor]) -> float:
     return loss.item()
 
 
-def plain_loss(side: Side, groups: list[Tensor]) -> Tensor:
+def plain_loss(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None) -> Tensor:
     method = side.method
     with parallel.autocast(side.device, side.precision):
         with torch.no_grad():
             teacher = method.teacher(groups[:1])
-        student = (method.student(groups) / 0.1).chunk(sum(len(g) for g in groups) // (len(groups[0]) // 2))
+        student = (method.student(groups, draws) / 0.1).chunk(sum(len(g) for g in groups) // (len(groups[0]) // 2))
         targets = ((teacher - method.centre.value) / 0.04).softmax(dim=-1).chunk(2)
         terms = [
             -(q * F.log_softmax(s, dim=-1)).sum(dim=-1).mean()

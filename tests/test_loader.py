@@ -44,6 +44,16 @@ def test_two_ranks_share_the_batch_of_one(source):
             assert torch.equal(x, torch.cat([a, b], dim=1))
 
 
+def test_two_ranks_share_what_stochastic_depth_draws(source):
+    whole = batches(source).draws(3, 4)
+    assert [(x.shape, x.dtype) for x in whole] == [((4, 2, 6), np.float32), ((4, 3, 6), np.float32)]
+    assert all(x.min() >= 0 and x.max() < 1 for x in whole)
+    parts = [batches(source, rank, 2).draws(3, 4) for rank in (0, 1)]
+    for x, a, b in zip(whole, *parts, strict=True):
+        assert np.array_equal(x, np.concatenate([a, b], axis=2))
+    assert not np.array_equal(whole[0], batches(source).draws(4, 4)[0])
+
+
 def test_starting_later_is_the_same_run(source):
     late, early = list(iterate(batches(source), 4, 6, 0, False)), list(iterate(batches(source), 0, 6, 0, False))[4:]
     for a, b in zip(late, early, strict=True):

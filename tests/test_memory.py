@@ -29,7 +29,7 @@ def images(tmp_path_factory) -> Path:
 def trainer(images: Path, folder: Path, **changes: Any) -> Trainer:
     named = {name.replace("__", "."): value for name, value in changes.items()}
     options = replace(
-        TrainOptions(), TINY | {"data.path": str(images), "batch_size": 6, "model.drop_path": 0.0} | named
+        TrainOptions(), TINY | {"data.path": str(images), "batch_size": 6, "model.drop_path": 0.3} | named
     )
     source = open_source(str(images), "none")
     batches = view_batches(options, source, torch.device("cpu"))
@@ -46,7 +46,7 @@ def views(subject: Trainer) -> list[torch.Tensor]:
 def state_and_gradients(subject: Trainer, split: Split) -> tuple[float, dict[str, torch.Tensor]]:
     subject.split_steps(split)
     subject.optimizer.zero_grad()
-    loss, signs = subject.gradients(views(subject), 0.05)
+    loss, signs = subject.gradients(views(subject), 0.05, subject._draws(0))
     found = {f"grad {n}": p.grad for n, p in subject.method.student.named_parameters() if p.grad is not None}
     return loss.item(), found | {f"after {n}": b.clone() for n, b in subject.method.named_buffers()} | signs
 
@@ -75,6 +75,22 @@ def test_gradients_are_those_of_the_whole_step(name, split, images, tmp_path):
     assert any(key.startswith("grad") for key in whole)
     for key in whole:
         torch.testing.assert_close(parts[key], whole[key], rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_views_of_one_size_are_still_global_and_local(images, tmp_path):
+    """The teacher sees the 2 global views alone: the loss is Eq. 3 over its pairs with the other views."""
+    subject = trainer(
+        images, tmp_path, views__global_size=32, views__local_size=32, views__num_local=3, model__drop_path=0.0
+    )
+    groups = subject.views_of(subject.batches[0])
+    assert [tuple(group.shape) for group in groups] == [(2 * 6, 3, 32, 32), (3 * 6, 3, 32, 32)]
+
+    with torch.no_grad():
+        targets = (subject.method.teacher(groups[:1]) / 0.05).softmax(-1).chunk(2)  # the centre is still zero
+        scores = (torch.cat([subject.method.student([group]) for group in groups]) / 0.1).log_softmax(-1).chunk(5)
+    pairs = [-(t * s).sum(-1).mean() for i, t in enumerate(targets) for j, s in enumerate(scores) if i != j]
+    loss, _ = subject.gradients(groups, 0.05)
+    torch.testing.assert_close(loss, torch.stack(pairs).mean())
 
 
 def test_recomputed_blocks_drop_the_same_samples(images, tmp_path):
@@ -182,7 +198,7 @@ def test_fit_leaves_the_run_as_it_was(images, tmp_path):
 
 
 def test_parts_on_two_ranks_equal_the_whole_on_one(photos, tmp_path):
-    flags = tiny_flags(epochs=2, log__every=1, model__drop_path=0.0)
+    flags = tiny_flags(epochs=2, log__every=1, model__drop_path=0.2)
     for name, ranks, more in (("whole", 1, []), ("parts", 2, ["--accumulate", 2, "--recompute"])):
         done = run_dino("train", "--data", photos, "--out", tmp_path / name, *flags, *more, ranks=ranks)
         assert done.returncode == 0, done.stderr

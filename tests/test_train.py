@@ -155,7 +155,7 @@ def test_a_signal_saves_says_how_to_resume_and_exits_0(photos, tmp_path, number)
 
 def test_two_ranks_equal_one_rank(photos, tmp_path):
     """The same global batch on one and on two processes: within 1e-5 after 10 steps and more."""
-    flags = tiny_flags(epochs=3, model__drop_path=0.0)
+    flags = tiny_flags(epochs=3, model__drop_path=0.2)
     for ranks in (1, 2):
         done = run_dino("train", "--data", photos, "--out", tmp_path / f"r{ranks}", *flags, ranks=ranks)
         assert done.returncode == 0, done.stderr

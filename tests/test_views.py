@@ -191,11 +191,11 @@ def test_streams_do_not_overlap():
     assert len(numbers) == len(Stream)
 
 
-def test_groups_are_runs_of_equal_size():
+def test_groups_are_the_global_views_and_runs_of_equal_size():
     assert draw(1).groups == [slice(0, 2), slice(2, 10)]
     assert draw(1, num_local=0).groups == [slice(0, 2)]
     equal = dataclasses.replace(draw(1), sizes=(96,) * 10)
-    assert equal.groups == [slice(0, 10)]
+    assert equal.groups == [slice(0, 2), slice(2, 10)]  # the teacher sees the first group
 
 
 def test_types_and_shapes():

@@ -38,9 +38,14 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, groups: list[Tensor]) -> Float[Tensor, "vn k"]:
-        """Prototype scores of view-major groups of equal resolution: one backbone pass each, one head pass for all."""
-        return self.head(torch.cat([self.backbone(group) for group in groups]))
+    def forward(self, groups: list[Tensor], draws: list[Tensor] | None = None) -> Float[Tensor, "vn k"]:
+        """Prototype scores of view-major groups of equal resolution: one backbone pass each, one head pass for all.
+
+        Args:
+            draws: by which stochastic depth chooses, per group (see `VisionTransformer.forward`).
+        """
+        arguments = zip(groups) if draws is None else zip(groups, draws, strict=True)
+        return self.head(torch.cat([self.backbone(*of_group) for of_group in arguments]))
 
 
 def _at_least_float32(scores: Tensor) -> Tensor:

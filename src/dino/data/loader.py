@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino.config import ViewOptions
 from dino.data.decode import BadImage
 from dino.data.sources import Source
-from dino.data.views import Stream, Views, draw_views, generator
+from dino.data.views import Stream, Views, draw_views, generator, groups_of
 
 FARTHEST_STAND_IN = 1000  # unreadable images in a row after which a batch is given up
 
@@ -77,6 +77,17 @@ class ViewBatches(Dataset[Batch]):
         share = self.batch_size // self.world_size
         start = batch * self.batch_size + self.rank * share
         return order[start : start + share]
+
+    def draws(self, step: int, num: int) -> list[np.ndarray]:
+        """`num` uniform numbers in [0, 1) for each view of this rank's samples at `step`: float32 [num, v, n] by group.
+
+        For stochastic depth, which drops the same branches of the same views whatever the ranks and the parts of a step.
+        """
+        share = self.batch_size // self.world_size
+        shape = (num, len(self.sizes), self.batch_size)
+        drawn = generator(Stream.DEPTH, self.seed, 0, step).random(shape, np.float32)
+        own = drawn[:, :, self.rank * share : (self.rank + 1) * share]
+        return [own[:, group] for group in groups_of(self.sizes)]
 
     def __getitem__(self, step: int) -> Batch:
         return self._batch(step, self.read)

@@ -39,6 +39,7 @@ class Stream(IntEnum):
 
     ORDER = 1
     VIEWS = 2
+    DEPTH = 3
 
 
 def generator(stream: Stream, seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -46,6 +47,12 @@ def generator(stream: Stream, seed: int, epoch: int, index: int) -> np.random.Ge
     key = np.array([seed, epoch], np.uint64)
     counter = np.array([0, 0, index, stream], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def groups_of(sizes: Sequence[int]) -> list[slice]:
+    """The 2 global views, then runs of consecutive views of equal size: one tensor, and one pass of the backbone, each."""
+    ends = [i for i in range(1, len(sizes)) if i == 2 or sizes[i] != sizes[i - 1]]
+    return [slice(a, b) for a, b in itertools.pairwise([0, *ends, len(sizes)])]
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,7 @@ class Views:
 
     @property
     def groups(self) -> list[slice]:
-        """Runs of consecutive views of equal size: one tensor, and one pass of the backbone, each."""
-        ends = [i for i in range(1, len(self.sizes)) if self.sizes[i] != self.sizes[i - 1]]
-        return [slice(a, b) for a, b in itertools.pairwise([0, *ends, len(self.sizes)])]
+        return groups_of(self.sizes)
 
     def of(self, images: Sequence[int]) -> Views:
         """Those of some images, by position."""

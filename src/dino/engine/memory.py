@@ -44,6 +44,11 @@ def views_of(groups: Sequence[Tensor], images: slice, total: int) -> list[Tensor
     return [group.unflatten(0, (-1, total))[:, images].flatten(0, 1) for group in groups]
 
 
+def draws_of(draws: Sequence[Tensor], images: slice) -> list[Tensor]:
+    """What `ViewBatches.draws` drew for some of the images, as the student takes it: [num, v * images] by group."""
+    return [group[:, :, images].flatten(1) for group in draws]
+
+
 class Peak(TorchDispatchMode):
     """Counts the bytes of tensors that are made within it and alive at the same time, on any device."""
 
@@ -108,7 +113,11 @@ def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
     def of_part(count: int, recompute: bool) -> int:
         trainer.split_steps(Split(1, recompute))
         groups = [torch.zeros(v * count, *shape, device=device) for v, *shape in pixels]
-        return peak(lambda: trainer.gradients(groups, known(options.method.teacher_temp)))
+        # Stochastic depth drops none then.
+        draws = (
+            [torch.zeros(trainer.num_draws, v, count, device=device) for v, *_ in pixels] if trainer.num_draws else None
+        )
+        return peak(lambda: trainer.gradients(groups, known(options.method.teacher_temp), draws))
 
     try:
         for p in filter(lambda p: p.requires_grad, method.student.parameters()):

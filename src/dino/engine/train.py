@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from dino.engine.checkpoint import CheckpointError, Checkpoints
 from dino.engine.log import Metrics, Quarantine, Terminal
 from dino.engine.monitor import CollapseMonitor
 from dino.method import DINO
-from dino.models import weights
+from dino.models import Backbone, weights
 
 Callback = Callable[[DINO, int], dict[str, float]]  # measures the method after so many steps; all ranks call it
 
@@ -63,6 +63,7 @@ class Trainer:
         self.precision = parallel.choose_precision(options.precision, device)
         self.method = build_method(options).to(device)
         self.student: nn.Module = self.method.student
+        self.num_draws = cast(Backbone, self.method.student.backbone).num_draws
         self.split_steps(memory.Split(options.accumulate, options.recompute))
         self._share_batch_norm()
         self.optimizer = optim.create(options.optim, self.method.student)
@@ -200,13 +201,13 @@ class Trainer:
     def _train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step in the reference's order (main_dino.py, train_one_epoch); what to log, on the device."""
         step, method = self.step, self.method
-        # Stochastic depth is the only other randomness; keyed by step and rank it needs no state in checkpoints.
+        # For what timm's stochastic depth draws; keyed by step and rank it needs no state in checkpoints.
         key = np.random.SeedSequence([self.options.seed, distributed.rank(), step])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
         optim.set_rates(self.optimizer, self.plan.lr(step), self.plan.weight_decay(step))
         groups = self.views_of(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, signs = self.gradients(groups, self.plan.teacher_temp(step))
+        loss, signs = self.gradients(groups, self.plan.teacher_temp(step), self._draws(step))
         self.scaler.unscale_(self.optimizer)
         grad_norm = optim.clip_per_parameter_(method.student.parameters(), self.options.optim.clip_grad)
         if step < self.plan.steps(self.options.optim.freeze_last_layer):
@@ -216,8 +217,19 @@ class Trainer:
         method.update_teacher(self.plan.momentum(step), (step + 1) % self.plan.steps_per_epoch == 0)
         return {"loss": loss, **signs, "grad_norm": grad_norm}
 
-    def gradients(self, groups: list[Tensor], teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its (scaled) gradients, in parts where memory is short; teacher and centre once a step."""
+    def _draws(self, step: int) -> list[Tensor] | None:
+        if not self.num_draws:
+            return None
+        drawn = self.batches.draws(step, self.num_draws)
+        return [torch.from_numpy(group).to(self.device, non_blocking=True) for group in drawn]
+
+    def gradients(
+        self, groups: list[Tensor], teacher_temp: float, draws: list[Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its (scaled) gradients, in parts where memory is short; teacher and centre once a step.
+
+        `draws` of stochastic depth are [num, v, n] by group of views, where the backbone does not draw for itself.
+        """
         images = len(groups[0]) // 2
         parts = memory.parts_of(images, self.split.parts)
         with parallel.autocast(self.device, self.precision):
@@ -226,7 +238,8 @@ class Trainer:
         for part in parts:
             with parallel.without_sync(self.student, part != parts[-1]):
                 with parallel.autocast(self.device, self.precision):
-                    scores = self.student(memory.views_of(groups, part, images))
+                    drawn = None if draws is None else memory.draws_of(draws, part)
+                    scores = self.student(memory.views_of(groups, part, images), drawn)
                     loss = self.method.learn(scores, taught.of(part)) * ((part.stop - part.start) / images)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())

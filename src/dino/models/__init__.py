@@ -37,6 +37,7 @@ class Backbone(Protocol):
     image_size: int  # what it was built for, pixels
     patch_size: int  # edge of a cell, pixels
     has_attention: bool
+    num_draws: int  # branches for which stochastic depth takes what it draws as a second argument
 
     def __call__(self, images: Tensor) -> Tensor: ...  # [n, embed_dim]
     def tokens(self, images: Tensor, layers: int = 1) -> list[Tensor]: ...  # normed [n, 1 + cells, embed_dim]

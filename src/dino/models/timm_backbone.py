@@ -42,6 +42,8 @@ class TimmBackbone(nn.Module):
         ValueError: no such architecture, or one that cannot be built so.
     """
 
+    num_draws = 0  # its stochastic depth draws for itself
+
     def __init__(
         self,
         name: str,

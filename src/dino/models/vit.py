@@ -40,12 +40,18 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Float[Tensor, "n q d"], branch: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
-        """`x` plus what `branch` makes of `given` [n, ...]."""
+    def forward(
+        self,
+        x: Float[Tensor, "n q d"],
+        branch: Callable[[Tensor], Tensor],
+        given: Tensor,
+        draw: Float[Tensor, " n"] | None = None,
+    ) -> Tensor:
+        """`x` plus what `branch` makes of `given` [n, ...]; `draw`: see `VisionTransformer.forward`."""
         if self.rate == 0 or not self.training:
             return x + branch(given)
         keep = 1 - self.rate
-        kept = x.new_empty(len(x)).bernoulli_(keep)
+        kept = x.new_empty(len(x)).bernoulli_(keep) if draw is None else (draw < keep).to(x.dtype)
         if x.device.type != "cpu" or torch.compiler.is_compiling():  # their number would be waited for
             return x + branch(given) * (kept / keep)[:, None, None]
         rows = kept.nonzero()[:, 0]  # what is dropped need not be computed
@@ -95,9 +101,12 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "n t d"], only_cls: bool = False) -> Float[Tensor, "n q d"]:
-        x = self.drop_path(x[:, :1] if only_cls else x, lambda x: self.attn(self.norm1(x), only_cls), x)
-        return self.drop_path(x, lambda x: self.mlp(self.norm2(x)), x)
+    def forward(
+        self, x: Float[Tensor, "n t d"], only_cls: bool = False, draws: Float[Tensor, "2 n"] | None = None
+    ) -> Float[Tensor, "n q d"]:
+        first, second = (None, None) if draws is None else draws.unbind()
+        x = self.drop_path(x[:, :1] if only_cls else x, lambda x: self.attn(self.norm1(x), only_cls), x, first)
+        return self.drop_path(x, lambda x: self.mlp(self.norm2(x)), x, second)
 
 
 class PatchEmbed(nn.Module):
@@ -146,18 +155,28 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, dim))
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.num_draws = 2 * depth if drop_path else 0
         self.blocks = nn.ModuleList(Block(dim, num_heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_linear)  # the patch convolution keeps PyTorch's default, as in the reference
 
-    def forward(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n d"]:
-        """The normed [CLS] feature."""
+    def forward(
+        self, images: Float[Tensor, "n c height width"], draws: Float[Tensor, "branches n"] | None = None
+    ) -> Float[Tensor, "n d"]:
+        """The normed [CLS] feature.
+
+        Args:
+            draws: uniform numbers in [0, 1) by which stochastic depth chooses, for each of `num_draws` branches in the order
+                of the blocks, which samples skip it; drawn here where None.
+        """
         x = self._embed(images)
-        for block in self.blocks[:-1]:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
-        return self.norm(self.blocks[-1](x, only_cls=True))[:, 0]
+        of_blocks = [None] * self.depth if draws is None else draws.unflatten(0, (-1, 2)).unbind()
+        recompute = self.recompute and self.training
+        for block, own in zip(self.blocks[:-1], of_blocks, strict=False):
+            x = checkpoint(block, x, False, own, use_reentrant=False) if recompute else block(x, draws=own)
+        return self.norm(self.blocks[-1](x, only_cls=True, draws=of_blocks[-1]))[:, 0]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input for the backward pass, and compute the block again there: less memory, more time."""
