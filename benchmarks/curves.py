@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from dino.data.sources import Source, open_source, split
 from dino.engine import optim, parallel
 from dino.eval import knn
 from dino.inference.features import extract
+from dino.models import Backbone
 
 RATE, WINDOW = 5e-4, 20  # learning rate; steps
 
@@ -62,12 +63,13 @@ def train(way: Way, source: Source, options: Any) -> tuple[list[float], step.Sid
     views = ViewOptions(**edges, num_local=options.num_local, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
     render = DeviceRenderer(device) if way.on_device else None
     batches = ViewBatches(source, views, pack if way.on_device else CpuRenderer(), options.batch, way.seed)
-    losses = []
+    backbone, losses = cast(Backbone, side.method.student.backbone), []
     for batch in iterate(batches, 0, options.steps, options.workers, pin_memory=False):
         assert batch.views is not None
         groups = batch.prepared if render is None else render(batch.prepared, batch.views)
-        torch.manual_seed(len(losses))  # stochastic depth drops the same samples in all ways
-        losses.append(one(side, [normalise(group.to(device)) for group in groups]))
+        drawn = batches.draws(len(losses), backbone.num_draws)  # all ways drop the same branches
+        draws = [torch.from_numpy(of_group).to(device).flatten(1) for of_group in drawn]
+        losses.append(one(side, [normalise(group.to(device)) for group in groups], draws))
     return losses, side
 
 

@@ -93,13 +93,16 @@ class Side:
         self.scaler.update()
 
 
-def our_loss(side: Side, groups: list[Tensor]) -> Tensor:
+def our_loss(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None) -> Tensor:
+    method = side.method
     with parallel.autocast(side.device, side.precision):
-        return side.method(groups, 0.04).loss
+        taught = method.teach(groups[0], 0.04)
+        return method.learn(method.student(groups, draws), taught)
 
 
-def our_step(side: Side, groups: list[Tensor]) -> float:
-    loss = our_loss(side, groups)
+def our_step(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None) -> float:
+    """`draws` of stochastic depth: see `Network.forward`."""
+    loss = our_loss(side, groups, draws)
     side.optimizer.zero_grad(set_to_none=True)
     side.backward(loss)
     optim.clip_per_parameter_(side.method.student.parameters(), 3.0)
@@ -125,8 +128,8 @@ def plain_loss(side: Side, groups: list[Tensor], draws: list[Tensor] | None = No
         return torch.stack(terms).mean()
 
 
-def plain_step(side: Side, groups: list[Tensor]) -> float:
-    loss, method = plain_loss(side, groups), side.method
+def plain_step(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None) -> float:
+    loss, method = plain_loss(side, groups, draws), side.method
     side.optimizer.zero_grad()
     side.backward(loss)
     for p in method.student.parameters():
