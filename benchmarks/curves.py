@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import harness
@@ -50,7 +52,7 @@ WAYS = {
 }
 
 
-def train(way: Way, source: Source, options: Any) -> tuple[list[float], step.Side]:
+def train(way: Way, source: Source, options: Any, steps: int) -> tuple[list[float], step.Side]:
     """Losses of all steps, and what was trained."""
     device, size = torch.device(options.device), options.size
     sizes = options.patch, size, step.DROP_PATH
@@ -64,7 +66,7 @@ def train(way: Way, source: Source, options: Any) -> tuple[list[float], step.Sid
     render = DeviceRenderer(device) if way.on_device else None
     batches = ViewBatches(source, views, pack if way.on_device else CpuRenderer(), options.batch, way.seed)
     backbone, losses = cast(Backbone, side.method.student.backbone), []
-    for batch in iterate(batches, 0, options.steps, options.workers, pin_memory=False):
+    for batch in iterate(batches, 0, steps, options.workers, pin_memory=False):
         assert batch.views is not None
         groups = batch.prepared if render is None else render(batch.prepared, batch.views)
         drawn = batches.draws(len(losses), backbone.num_draws)  # all ways drop the same branches
@@ -84,6 +86,26 @@ def _features(model: Any, source: Any, size: int, device: torch.device) -> tuple
     return found.values, torch.from_numpy(np.asarray(source.labels)[found.indices])
 
 
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Every way's curve, and how far it is from the plain one."""
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        plain = np.array(result["ways"]["plain"]["curve"])
+        steps = WINDOW * (1 + np.arange(len(plain)))
+        for name, way in result["ways"].items():
+            curve, dotted = np.array(way["curve"]), ":" if "other views" in name else "-"
+            wide = {"color": "silver", "lw": 5} if name == "plain" else {"lw": 1.2}  # the others lie on it
+            left.plot(steps, curve, label=f"{name}: 20-NN {way['knn20_top1']:.1f} %", ls=dotted, **wide)
+            right.plot(steps, np.maximum(np.abs(curve - plain), 1e-7), ls=dotted, **wide)
+        left.set(xlabel="step", ylabel=f"loss, mean of {WINDOW} steps")
+        left.set_title(f"Loss; 20-NN of the untrained network {result['knn20_top1_untrained']:.1f} %", loc="left")
+        right.set(xlabel="step", ylabel="difference of loss", yscale="log", ylim=(2e-7, None))
+        right.set_title("Difference from the plain step's curve", loc="left")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = harness.parser(__doc__, "curves")
     parser.add_argument("--images", type=Path, required=True, help="folder with a folder of images per class")
@@ -96,6 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--picture", type=Path, help="PNG or SVG to draw them in")
     options = harness.parse(parser)
     source, held_out = split(open_source(str(options.images)), 0.1, 1000, 0)
     assert held_out is not None
@@ -106,21 +129,24 @@ def main() -> None:
         "images": len(source),
         "batch": options.batch,
         "steps": options.steps,
+        "knn20_top1_untrained": accuracy(train(Way(), source, options, 0)[1], source, held_out, options.size),
         "ways": {},
     }
     plain = None
     for name, way in WAYS.items():
-        losses, side = train(way, source, options)
+        losses, side = train(way, source, options, options.steps)
         curve = np.array(losses)[: len(losses) // WINDOW * WINDOW].reshape(-1, WINDOW).mean(1)
         plain = curve if plain is None else plain
         result["ways"][name] = {
             "largest_difference": float(np.abs(curve - plain).max()),
             "last_loss": float(curve[-1]),
             "knn20_top1": accuracy(side, source, held_out, options.size),
-            "curve": [round(float(value), 5) for value in curve],
+            "curve": [round(float(value), 7) for value in curve],
         }
         print(name, {k: v for k, v in result["ways"][name].items() if k != "curve"}, file=sys.stderr)
         harness.write(result, options)
+    if options.picture is not None:
+        draw(result, options.picture)
 
 
 if __name__ == "__main__":

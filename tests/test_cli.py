@@ -15,7 +15,7 @@ from PIL import Image
 
 import dino
 from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
-from dino import cli, config, config_file, recipes
+from dino import api, cli, config, config_file, recipes
 from dino.engine.build import Plan, build_method
 
 
@@ -271,6 +271,24 @@ def test_automatic_choices_are_consistent_for_any_data(count, edge, gpu):
     assert options.views.local_size % options.model.patch_size == 0
     assert options.views.local_size < options.views.global_size
     assert 0.9 <= options.method.momentum < 1
+
+
+def test_chosen_values_are_round():
+    options = recipes.resolve(config.replace(config.TrainOptions(), {"epochs": 12}), 1000, 300, False, 1)
+    assert options.method.teacher_temp_epochs == 3.6  # they are shown to people, who need no 3.5999999999999996
+
+
+@pytest.mark.parametrize(("allowed", "used"), [(1, 1), (4, 3)])
+def test_threads_are_left_for_the_worker_but_none_added(allowed, used, monkeypatch):
+    """Whoever sets OMP_NUM_THREADS=1 on a shared machine gets one thread."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(api, "spare_cores", lambda: 3)
+    try:
+        torch.set_num_threads(allowed)
+        api.set_threads(config.TrainOptions(), torch.device("cpu"))
+        assert torch.get_num_threads() == used
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_eval_knn_prints_a_table(photos, tmp_path):

@@ -81,7 +81,8 @@ def set_threads(options: TrainOptions, device: torch.device) -> None:
         torch.set_num_threads(options.threads)
     elif device.type == "cpu" and distributed.world_size() == 1 and spare_cores() > 2:
         # One core for the data worker and whatever else runs: threads that wait for a busy core make all of them slow.
-        torch.set_num_threads(spare_cores())
+        # Never more than torch has: OMP_NUM_THREADS may say how many this user is allowed.
+        torch.set_num_threads(min(torch.get_num_threads(), spare_cores()))
 
 
 def set_up(

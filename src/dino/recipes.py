@@ -73,11 +73,11 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     # Little data needs thousands of steps all the same; a million images need no more than 100 epochs.
     steps = max(1, num_images // batch)
     epochs = choose("epochs", min(800, max(100 if on_gpu else 10, round((20_000 if on_gpu else 4_000) / steps))))
-    choose("optim.warmup_epochs", min(10, epochs / 10))
+    choose("optim.warmup_epochs", min(10, round(epochs / 10, 6)))
     choose("optim.lr", 8e-3 if nano else 5e-4)
     start = choose("method.teacher_temp_start", 0.03 if nano else 0.04)
     choose("method.teacher_temp", 0.07 if epochs >= 300 and not nano else start)
-    choose("method.teacher_temp_epochs", min(30, 0.3 * epochs))
+    choose("method.teacher_temp_epochs", min(30, round(0.3 * epochs, 6)))
     if options.method.teacher == "momentum":
         # A teacher that moves too slowly for a short run stays an untrained one.
         choose("method.momentum", 0.99 if little else 0.996)
