@@ -55,7 +55,7 @@ class Reference:
         self.device, self.precision = device, precision
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    def step(self, groups: list[Tensor]) -> float:
+    def gradients(self, groups: list[Tensor]) -> float:
         images = len(groups[0]) // 2
         crops = [crop for group in groups for crop in group.split(images)]
         self.loss.ncrops = len(crops)
@@ -65,6 +65,10 @@ class Reference:
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
+        return loss.item()
+
+    def step(self, groups: list[Tensor]) -> float:
+        loss = self.gradients(groups)
         self.utils.clip_gradients(self.student, 3.0)
         self.utils.cancel_gradients_last_layer(EPOCH, self.student, 1)
         self.scaler.step(self.optimizer)
@@ -72,4 +76,4 @@ class Reference:
         with torch.no_grad():
             for q, k in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
                 k.data.mul_(0.996).add_((1 - 0.996) * q.detach().data)
-        return loss.item()
+        return loss

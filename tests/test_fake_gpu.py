@@ -47,7 +47,8 @@ OWN = dict.fromkeys(("model.width", "model.depth", "model.num_heads", "model.pat
 STEPS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "fp16": {"precision": "fp16"},
-    "in parts": {"accumulate": 3, "recompute": True},
+    "in parts": {"accumulate": 3, "recompute": "blocks"},
+    "recomputed": {"recompute": "elementwise"},
     "grey": {"model.in_channels": 1},
     "LARS": {"optim.name": "lars"},
     "ResNet": OWN | {"model.arch": "timm:resnet18", "model.drop_path": 0.0},

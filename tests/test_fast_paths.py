@@ -34,7 +34,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
-@pytest.mark.parametrize("split", [Split(1, False), Split(3, False), Split(2, True)], ids=str)
+@pytest.mark.parametrize("split", [Split(), Split(3), Split(1, "elementwise"), Split(2, "blocks")], ids=str)
 @pytest.mark.parametrize(("device", "precision"), PLACES)
 def test_a_step_is_the_plain_one(tmp_path, device, precision, split, drop_path):
     where, source = torch.device(device), open_source(str(draw_images(tmp_path / "images")))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import TINY, draw_images, run_dino, tiny_flags
 from dino.api import view_batches
@@ -18,6 +19,7 @@ from dino.engine import memory
 from dino.engine.log import Terminal, read_metrics
 from dino.engine.memory import Split
 from dino.engine.train import Trainer
+from dino.models import Recompute
 from dino.rules import bytes_of
 
 
@@ -61,11 +63,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("split", [Split(2, False), Split(4, False), Split(6, True), Split(1, True)], ids=str)
+@pytest.mark.parametrize(
+    "split",
+    [Split(2), Split(4, "elementwise"), Split(6, "blocks"), Split(1, "elementwise"), Split(1, "blocks")],
+    ids=str,
+)
 def test_gradients_are_those_of_the_whole_step(name, split, images, tmp_path):
     """In float64 to rounding: loss, every gradient, and the centre or queue moved once."""
     results = []
-    for way in (Split(1, False), split):
+    for way in (Split(), split):
         subject = trainer(images, tmp_path, **VARIANTS[name])
         subject.method.double()
         results.append(state_and_gradients(subject, way))
@@ -96,15 +102,16 @@ def test_views_of_one_size_are_still_global_and_local(images, tmp_path):
 def test_recomputed_blocks_drop_the_same_samples(images, tmp_path):
     """Stochastic depth draws once: the backward pass repeats what the forward pass dropped."""
     found = []
-    for recompute in (False, True):
+    for recompute in ("nothing", "elementwise", "blocks"):
         subject = trainer(images, tmp_path, model__drop_path=0.5, model__depth=4)
         subject.split_steps(Split(1, recompute))
         groups = views(subject)
         torch.manual_seed(0)
         subject.gradients(groups, 0.05)
         found.append([p.grad for p in subject.method.student.parameters() if p.grad is not None])
-    for a, b in zip(*found, strict=True):
+    for a, b, c in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, c)
 
 
 FIXED = ("model.patch_size", "model.width", "model.depth", "model.num_heads")
@@ -112,7 +119,7 @@ FIXED = ("model.patch_size", "model.width", "model.depth", "model.num_heads")
 
 def test_a_timm_backbone_recomputes_too(images, tmp_path):
     results = []
-    for recompute in (False, True):
+    for recompute in ("nothing", "blocks"):
         changes: dict[str, Any] = {"model.arch": "timm:vit_tiny_patch16_224", "views.local_size": 16}
         subject = trainer(images, tmp_path, **changes, **dict.fromkeys(FIXED))
         results.append(state_and_gradients(subject, Split(1, recompute)))
@@ -120,6 +127,25 @@ def test_a_timm_backbone_recomputes_too(images, tmp_path):
     assert again == pytest.approx(loss, rel=1e-5)
     for key in (key for key in whole if key.startswith("grad")):
         torch.testing.assert_close(parts[key], whole[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_what_timm_cannot_recompute_is_refused(images, tmp_path):
+    changes: dict[str, Any] = {
+        "model.arch": "timm:vit_tiny_patch16_224",
+        "views.local_size": 16,
+        "recompute": "elementwise",
+    }
+    with pytest.raises(ValueError, match="which timm:vit_tiny_patch16_224 cannot; use --recompute nothing or blocks"):
+        trainer(images, tmp_path, **changes, **dict.fromkeys(FIXED))
+
+
+def test_elementwise_repeats_no_matrix_product(images, tmp_path):
+    subject, flops = trainer(images, tmp_path, model__depth=4), {}
+    for recompute in subject.method.student.backbone.recomputable:
+        with FlopCounterMode(display=False) as counter:
+            state_and_gradients(subject, Split(1, recompute))
+        flops[recompute] = counter.get_total_flops()
+    assert flops["nothing"] == flops["elementwise"] < flops["blocks"]
 
 
 def test_batch_norm_keeps_a_step_whole(images, tmp_path):
@@ -169,16 +195,25 @@ def test_peak_counts_what_is_alive_at_once():
 def test_peak_sees_what_recomputing_saves(images, tmp_path):
     subject = trainer(images, tmp_path, model__depth=12)
     found = [
-        memory.peak(lambda s=split: state_and_gradients(subject, s)) for split in (Split(1, False), Split(1, True))
+        memory.peak(lambda s=split: state_and_gradients(subject, s))
+        for split in (Split(), Split(1, "elementwise"), Split(1, "blocks"))
     ]
-    assert found[1] < 0.6 * found[0]
+    assert found[1] < 0.8 * found[0]
+    assert found[2] < 0.6 * found[0]
 
 
 def test_the_fastest_way_that_fits_is_chosen():
-    lines = {False: (0.0, 100.0), True: (0.0, 20.0)}
-    ways = [memory.choose(limit, 16, 50.0, lines, parts_allowed=True)[0] for limit in (2000, 1000, 410, 150, 80)]
-    assert ways == [Split(1, False), Split(2, False), Split(1, True), Split(4, True), Split(16, True)]
-    assert memory.choose(500, 16, 50.0, lines, parts_allowed=False)[0] == Split(1, True)
+    lines: dict[Recompute, tuple[float, float]] = {
+        "nothing": (0.0, 100.0),
+        "elementwise": (0.0, 80.0),
+        "blocks": (0.0, 20.0),
+    }
+    ways = [memory.choose(limit, 16, 50.0, lines, parts_allowed=True)[0] for limit in (2000, 1500, 1000, 410, 150, 80)]
+    assert ways == [
+        *(Split(), Split(1, "elementwise"), Split(2)),
+        *(Split(1, "blocks"), Split(4, "blocks"), Split(16, "blocks")),
+    ]
+    assert memory.choose(500, 16, 50.0, lines, parts_allowed=False)[0] == Split(1, "blocks")
     for limit in (2000, 1000, 410, 150, 80):
         assert memory.choose(limit, 16, 50.0, lines, parts_allowed=True)[1] <= limit
     with pytest.raises(ValueError, match="even in the smallest parts a step needs about"):
@@ -190,7 +225,7 @@ def test_fit_leaves_the_run_as_it_was(images, tmp_path):
     subject = trainer(images, tmp_path, model__depth=8)
     before = {k: v.clone() for k, v in subject.method.state_dict().items()}
     _, whole = memory.fit(subject, 10**12)
-    assert subject.split == Split(1, False)
+    assert subject.split == Split()
     for key, value in subject.method.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=key)
     assert all(p.grad is None for p in subject.method.student.parameters())
@@ -199,7 +234,7 @@ def test_fit_leaves_the_run_as_it_was(images, tmp_path):
 
 def test_parts_on_two_ranks_equal_the_whole_on_one(photos, tmp_path):
     flags = tiny_flags(epochs=2, log__every=1, model__drop_path=0.2)
-    for name, ranks, more in (("whole", 1, []), ("parts", 2, ["--accumulate", 2, "--recompute"])):
+    for name, ranks, more in (("whole", 1, []), ("parts", 2, ["--accumulate", 2, "--recompute", "elementwise"])):
         done = run_dino("train", "--data", photos, "--out", tmp_path / name, *flags, *more, ranks=ranks)
         assert done.returncode == 0, done.stderr
     a, b = ([x for x in read_metrics(tmp_path / n / "metrics.jsonl") if "loss" in x] for n in ("whole", "parts"))

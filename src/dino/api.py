@@ -222,7 +222,7 @@ def describe(source: Source, spec: str) -> str:
 
 def describe_split(split: memory.Split, needed: float) -> str:
     parts = f"in {split.parts} parts" if split.parts > 1 else "in one part"
-    again = ", activations recomputed" if split.recompute else ""
+    again = "" if split.recompute == "nothing" else f", recomputing {split.recompute} activations"
     return f"Fits: each step {parts}{again}, about {needed / 1e9:.2g} GB."
 
 

@@ -227,8 +227,8 @@ def advise(trainer: Trainer, data: dict[str, float], loader: float, step: dict[s
         return f"{found}, in full precision: use --precision bf16."
     if trainer.device.type == "cpu" and trainer.precision == "bf16" and share < 0.3:
         return f"{found}, in bf16, which helps little here: use --precision fp32."
-    if trainer.split.recompute:
-        return f"{found}, with activations computed twice: use --no-recompute if memory allows."
+    if trainer.split.recompute != "nothing":
+        return f"{found}, with activations computed twice: use --recompute nothing if memory allows."
     if trainer.device.type == "cuda" and share < 0.3:
         compiled = "" if options.compile else "--compile, or "
         return f"{found}, at {100 * share:.0f} % of the machine's matrix-product rate: use {compiled}a larger --batch-size."

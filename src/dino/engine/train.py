@@ -83,10 +83,16 @@ class Trainer:
         if split.parts > 1 and parallel.has_batch_norm(self.method):
             raise ValueError(
                 f"accumulate is {split.parts}, but this model has BatchNorm, whose statistics are of all images of a step; "
-                "use --recompute instead, or a smaller --batch-size."
+                "use --recompute blocks instead, or a smaller --batch-size."
+            )
+        backbone = cast(Backbone, self.method.student.backbone)
+        if split.recompute not in backbone.recomputable:
+            raise ValueError(
+                f"recompute is {split.recompute}, which {self.options.model.arch} cannot; use --recompute "
+                f"{' or '.join(backbone.recomputable)}."
             )
         self.split = split
-        self.method.student.backbone.set_grad_checkpointing(split.recompute)  # pyright: ignore[reportCallIssue]
+        backbone.set_recompute(split.recompute)
 
     def _share_batch_norm(self) -> None:
         if distributed.world_size() == 1 or not parallel.has_batch_norm(self.method):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from dino import errors
 from dino.models.head import Head
-from dino.models.vit import SIZES, ImageSizeError, PositionInterpolation, VisionTransformer
+from dino.models.vit import SIZES, ImageSizeError, PositionInterpolation, Recompute, VisionTransformer
 
 if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
 
-__all__ = ["NO_ATTENTION", "SIZES", "Backbone", "Head", "ImageSizeError", "VisionTransformer", "create"]
+__all__ = ["NO_ATTENTION", "SIZES", "Backbone", "Head", "ImageSizeError", "Recompute", "VisionTransformer", "create"]
 
 TIMM = "timm:"  # before the name of an architecture that timm builds
 NO_ATTENTION = (
@@ -37,6 +37,7 @@ class Backbone(Protocol):
     image_size: int  # what it was built for, pixels
     patch_size: int  # edge of a cell, pixels
     has_attention: bool
+    recomputable: tuple[Recompute, ...]  # what it can compute again in the backward pass
     num_draws: int  # branches for which stochastic depth takes what it draws as a second argument
 
     def __call__(self, images: Tensor) -> Tensor: ...  # [n, embed_dim]
@@ -44,7 +45,7 @@ class Backbone(Protocol):
     def grid(self, height: int, width: int) -> tuple[int, int]: ...  # rows and columns of cells; ValueError: cannot
     def attention(self, images: Tensor) -> Tensor: ...  # [n, heads, tokens, tokens]; ValueError: has none
     def cls_attention(self, images: Tensor) -> Tensor: ...  # [n, heads, cells]; ValueError: has none
-    def set_grad_checkpointing(self, enable: bool = True) -> None: ...  # recompute activations in the backward pass
+    def set_recompute(self, what: Recompute) -> None: ...  # in the backward pass, one of `recomputable`
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
 

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
 from dino import errors
-from dino.models import NO_ATTENTION
+from dino.models import NO_ATTENTION, Recompute
 
 # Asked of every architecture; one that does not know an option is built without it.
 WISHES: dict[str, Any] = {
@@ -67,6 +67,7 @@ class TimmBackbone(nn.Module):
         self.patch_size = -(-image_size // rows)
         self.embed_dim = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)
         self.has_attention = _has_cls_attention(self.model)
+        self.recomputable: tuple[Recompute, ...] = ("nothing", "blocks")
 
     def forward(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n d"]:
         """The feature that a classifier would see: the normed [CLS] token or the pooled last map."""
@@ -74,9 +75,10 @@ class TimmBackbone(nn.Module):
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
         return self.model.forward_head(self.model.forward_features(images))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """See `VisionTransformer.set_grad_checkpointing`."""
-        self.model.set_grad_checkpointing(enable)
+    def set_recompute(self, what: Recompute) -> None:
+        """See `VisionTransformer.set_recompute`."""
+        assert what in self.recomputable
+        self.model.set_grad_checkpointing(what == "blocks")
 
     def tokens(self, images: Float[Tensor, "n c height width"], layers: int = 1) -> list[Float[Tensor, "n t d"]]:
         """The image's feature, then those of its cells row by row, normed; of the last `layers` blocks, oldest first.

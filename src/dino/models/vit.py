@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 PositionInterpolation = Literal["offset", "size", "antialias"]
+Recompute = Literal["nothing", "elementwise", "blocks"]
 
 # name: width, depth, heads. `vit_nano` is ours, for CPUs and small images.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -65,21 +66,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "n t d"], only_cls: bool = False) -> Float[Tensor, "n q d"]:
-        q, k, v = self._heads(x)
-        if only_cls:
-            q = q[:, :, :1]
+    def forward(
+        self, x: Float[Tensor, "n t d"], norm: nn.Module, only_cls: bool = False, recompute: bool = False
+    ) -> Float[Tensor, "n q d"]:
+        """Of `x`, normed first; `recompute`: see `_up_to_a_product`."""
+        q, k, v = self._heads(_up_to_a_product(lambda x: self.qkv(norm(x)), x, recompute), only_cls)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-    def weights(self, x: Float[Tensor, "n t d"], only_cls: bool = False) -> Float[Tensor, "n h q t"]:
-        q, k, _ = self._heads(x)
-        if only_cls:
-            q = q[:, :, :1]
+    def weights(self, x: Float[Tensor, "n t d"], norm: nn.Module, only_cls: bool = False) -> Float[Tensor, "n h q t"]:
+        q, k, _ = self._heads(self.qkv(norm(x)), only_cls)
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+    def _heads(self, qkv: Float[Tensor, "n t _"], only_cls: bool) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q[:, :, :1] if only_cls else q, k, v
 
 
 class Mlp(nn.Module):
@@ -88,8 +88,19 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.Module, recompute: bool = False) -> Tensor:
+        """Of `x`, normed first; `recompute`: see `_up_to_a_product`."""
+        hidden = _up_to_a_product(lambda x: self.fc1(norm(x)), x, recompute)
+        return _up_to_a_product(lambda hidden: self.fc2(F.gelu(hidden)), hidden, recompute)
+
+
+def _up_to_a_product(work: Callable[[Tensor], Tensor], x: Tensor, recompute: bool) -> Tensor:
+    """`work(x)`, which ends in a matrix product.
+
+    With `recompute` only `x` is kept for the backward pass, which computes again what leads to the product, but not the
+    product: PyTorch stops where it has all it needs.
+    """
+    return checkpoint(work, x, use_reentrant=False, preserve_rng_state=False) if recompute else work(x)
 
 
 class Block(nn.Module):
@@ -100,13 +111,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
+        self.recompute = False  # norms and GELU; needs a backward pass
 
     def forward(
         self, x: Float[Tensor, "n t d"], only_cls: bool = False, draws: Float[Tensor, "2 n"] | None = None
     ) -> Float[Tensor, "n q d"]:
         first, second = (None, None) if draws is None else draws.unbind()
-        x = self.drop_path(x[:, :1] if only_cls else x, lambda x: self.attn(self.norm1(x), only_cls), x, first)
-        return self.drop_path(x, lambda x: self.mlp(self.norm2(x)), x, second)
+        again = self.recompute and self.training
+        x = self.drop_path(x[:, :1] if only_cls else x, lambda x: self.attn(x, self.norm1, only_cls, again), x, first)
+        return self.drop_path(x, lambda x: self.mlp(x, self.norm2, again), x, second)
 
 
 class PatchEmbed(nn.Module):
@@ -149,7 +162,8 @@ class VisionTransformer(nn.Module):
         self.image_size, self.in_channels = image_size, in_channels
         self.pos_interp: PositionInterpolation = pos_interp
         self.has_attention = True
-        self.recompute = False
+        self.recomputable: tuple[Recompute, ...] = ("nothing", "elementwise", "blocks")
+        self.recompute: Recompute = "nothing"
         self.grid(image_size, image_size)
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -173,14 +187,21 @@ class VisionTransformer(nn.Module):
         """
         x = self._embed(images)
         of_blocks = [None] * self.depth if draws is None else draws.unflatten(0, (-1, 2)).unbind()
-        recompute = self.recompute and self.training
+        again = self.recompute == "blocks" and self.training
         for block, own in zip(self.blocks[:-1], of_blocks, strict=False):
-            x = checkpoint(block, x, False, own, use_reentrant=False) if recompute else block(x, draws=own)
+            x = checkpoint(block, x, False, own, use_reentrant=False) if again else block(x, draws=own)
         return self.norm(self.blocks[-1](x, only_cls=True, draws=of_blocks[-1]))[:, 0]
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input for the backward pass, and compute the block again there: less memory, more time."""
-        self.recompute = enable
+    def set_recompute(self, what: Recompute) -> None:
+        """What the backward pass computes again, so that it need not be kept: less memory, more time, same gradients.
+
+        "elementwise" is norms and GELU, no matrix product; of "blocks" nothing is kept but each block's input.
+        """
+        assert what in self.recomputable
+        self.recompute = what
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recompute = what == "elementwise"
 
     def tokens(self, images: Float[Tensor, "n c height width"], layers: int = 1) -> list[Float[Tensor, "n t d"]]:
         """Normed tokens ([CLS] first) after each of the last `layers` blocks, oldest first."""
@@ -225,7 +246,7 @@ class VisionTransformer(nn.Module):
             x = block(x)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        return last.attn.weights(last.norm1(x), only_cls)
+        return last.attn.weights(x, last.norm1, only_cls)
 
     def _embed(self, images: Tensor) -> Float[Tensor, "n t d"]:
         rows, columns = self.grid(*images.shape[-2:])
