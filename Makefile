@@ -28,7 +28,7 @@ bench: $(STAMP)  ## every benchmark, short; BENCH_DATA=folder for real JPEGs; JS
 	$(BENCH)/davis.py --pairs 3 --json $(SHORT)/davis.json
 	$(BENCH)/search.py --rows 100000 --pairs 10 --json $(SHORT)/search.json
 	$(if $(BENCH_DATA),$(BENCH)/features.py --images "$(BENCH_DATA)" --num 32 --pairs 3 --json $(SHORT)/features.json)
-	! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BENCH)/gpu.py
+	! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BENCH)/gpu.py $(if $(BENCH_DATA),--images "$(BENCH_DATA)")
 
 docs: $(STAMP)  ## the documentation as pages to open in a browser: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

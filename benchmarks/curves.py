@@ -71,7 +71,7 @@ def train(way: Way, source: Source, options: Any, steps: int) -> tuple[list[floa
         groups = batch.prepared if render is None else render(batch.prepared, batch.views)
         drawn = batches.draws(len(losses), backbone.num_draws)  # all ways drop the same branches
         draws = [torch.from_numpy(of_group).to(device).flatten(1) for of_group in drawn]
-        losses.append(one(side, [normalise(group.to(device)) for group in groups], draws))
+        losses.append(float(one(side, [normalise(group.to(device)) for group in groups], draws)))
     return losses, side
 
 

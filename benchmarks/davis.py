@@ -12,8 +12,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import harness
+from dino.bench import matrix_rate
 from dino.engine.memory import peak
 from dino.eval.propagation import TEMPERATURE, neighbourhoods, propagate
 
@@ -63,7 +65,11 @@ def main() -> None:
         "neighbourhood, plain": lambda: plain_mask(h, w),
         "frame, ours": lambda: propagate(*ours_in, RADIUS, TOPK),
         "frame, plain": lambda: plain_propagate(*plain_in, mask),
+        "product": lambda: rates.append(matrix_rate(torch.device("cpu"))),
     }
+    rates: list[float] = []
+    with FlopCounterMode(display=False) as counter:
+        turns["frame, ours"]()
     took = harness.alternate(turns, options.pairs)
     difference = (propagate(*ours_in, RADIUS, TOPK).flatten(0, 1) - plain_propagate(*plain_in, mask)).abs().max().item()
     assert difference < 1e-4, difference
@@ -76,6 +82,10 @@ def main() -> None:
         "seconds": {name: harness.spread(times) for name, times in took.items()},
         "neighbourhood_ratio": harness.ratio(took["neighbourhood, plain"], took["neighbourhood, ours"]),
         "frame_ratio": harness.ratio(took["frame, plain"], took["frame, ours"]),
+        "gflop_of_a_frame": counter.get_total_flops() / 1e9,
+        "share_of_matrix_product": harness.spread(
+            [counter.get_total_flops() / t / rate for t, rate in zip(took["frame, ours"], rates, strict=True)]
+        ),
         "bytes_ours": memory[0],
         "bytes_plain": memory[1] + mask.numel() * 4,
         "largest_difference": difference,

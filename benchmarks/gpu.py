@@ -1,149 +1,169 @@
-"""The GPU's benchmarks in one go of at most ten minutes on an H100: rendering, steps, their memory.
+"""All figures of a GPU by one command, in slots of ten minutes: every part is a benchmark of its own, in its own process.
 
-    python benchmarks/gpu.py
-    python benchmarks/train.py --device cuda --images FOLDER --compile     # end to end, another five minutes
+    python benchmarks/gpu.py [--images FOLDER] [--reference CHECKOUT]
 
-Steps are compared with the plain peer in fp16, as the reference ships it (fp32 with fp32), or with `--reference
-CHECKOUT` with the reference's own step. Rendering is everything from decoded images in the training process to normalised
-views, or from the bytes of their files where the device decodes (`--data.decode device`); compared with the time of a
-step of as many. A batch that does not fit is halved, for both. What is done is written at once, so a slot that ends early
-loses only the rest.
+The parts that matter most come first. After each one what is known is written, so a slot that ends early loses one part at
+most, and the same command again goes on with what is missing or has failed. Without FOLDER, JPEGs of ImageNet's size are
+drawn. With `--device cpu` tiny networks go the same way, to see that all of it runs; such figures mean nothing.
 """
 
 from __future__ import annotations
 
-import gc
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
-import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import harness
-import step
-import views
-from dino.bench import matrix_rate, seconds
-from dino.data.device_decode import Jpeg, check_device
-from dino.data.device_render import DeviceRenderer, pack
-from dino.data.render import normalise
-from dino.data.views import draw_views
+from dino.bench import device_name
+from render import draw_pictures, encoded
+
+HERE = Path(__file__).parent
+PARTS = {  # name: benchmark and flags
+    "step of S/16, compiled": "step --precision bf16 --compile",
+    "training from files": "train --compile --pairs 3",
+    "step of S/16": "step --precision bf16",
+    "rendering": "render",
+    "memory": "memory --images 32 64",
+    "step of B/16, compiled": "step --arch vit_base --precision bf16 --compile",
+    "features": "features --num 1024",
+    "step of S/8, compiled": "step --patch 8 --precision bf16 --compile",
+    "step of S/16, fp16": "step --precision fp16",
+    "decoding and rendering": "render --from-files",
+    "training from files, decoded there": "train --compile --decode device --pairs 3",
+    "step of S/16, norms and GELU twice": "step --precision bf16 --recompute elementwise",
+    "step of S/16, fp32": "step --precision fp32",
+    "learning curves": "curves --steps 300 --batch 64",
+    "tests": "pytest",
+}
+TAKES = {"images": ("train", "features", "curves"), "reference": ("step", "train", "memory")}  # flags passed on
+TINY = {  # on a CPU, behind the others
+    "step": "--arch vit_tiny --prototypes 64 --batch 2 --pairs 1",
+    "train": "--arch vit_tiny --prototypes 64 --batch 2 --steps 1 --pairs 1 --workers 0 --decode workers",
+    "render": "--batch 2 --pairs 1",
+    "memory": "--arch vit_tiny --prototypes 64 --images 4 8",
+    "features": "--arch vit_nano --num 4 --pairs 1",
+    "curves": "--steps 20 --batch 4 --workers 0",
+}
+LEAST = 20  # seconds that a part is worth starting for
+FOLDERS, FILES = 4, 64  # drawn: classes, and images of each
+HEADLINES = {  # of a part's figures, what the table shows
+    "ratio": "{:.2f}x the peer",
+    "images_per_second": "{:,.0f} images/s",
+    "ours_images_per_second": "{:,.0f} images/s",
+    "share_of_matrix_product": "{:.0%} of the matrix-product rate",
+    "share_of_in_memory": "{:.0%} of views in memory",
+    "share_of_forward": "{:.0%} of the forward pass",
+}
 
 
-class Way(NamedTuple):
-    arch: str
-    patch: int
-    precision: str
-    compiled: bool
+def draw_files(folder: Path) -> Path:
+    for i, image in enumerate(draw_pictures(FOLDERS * FILES)):
+        path = folder / f"class{i % FOLDERS}" / f"{i:04d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(image))
+    return folder
 
 
-WAYS = (  # the ones that matter most first
-    Way("vit_small", 16, "bf16", True),
-    Way("vit_small", 16, "bf16", False),
-    Way("vit_base", 16, "bf16", True),
-    Way("vit_small", 8, "bf16", True),
-    Way("vit_small", 16, "fp16", False),
-    Way("vit_small", 16, "fp32", False),
-)
+def command(part: str, options: Any, images: Path, json_file: Path) -> list[str]:
+    name, *flags = PARTS[part].split()
+    if name == "pytest":
+        return [sys.executable, "-m", "pytest", "-q", "-m", "cuda", str(HERE.parent / "tests")]
+    given = {"images": images, "reference": options.reference}
+    passed = [str(x) for flag, value in given.items() if value and name in TAKES[flag] for x in (f"--{flag}", value)]
+    tiny = TINY[name].split() if options.device == "cpu" else []
+    if tiny:  # what takes minutes there
+        flags = [flag for flag in flags if flag != "--compile"]
+    return [
+        *(sys.executable, str(HERE / f"{name}.py"), *flags, *passed, "--device", options.device),
+        *("--json", str(json_file), *tiny),
+    ]
 
 
-def draw_pictures(batch: int) -> list[np.ndarray]:
-    """Of ImageNet's usual size, with about as much in them: a file of each has some 80 kB, as its photographs have."""
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (batch, 24, 32, 3), np.uint8)
-    smooth = [cv2.resize(image, (500, 375), interpolation=cv2.INTER_CUBIC) for image in coarse]
-    return [np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8) for image in smooth]
+def run(part: str, options: Any, images: Path, limit: float) -> dict[str, Any]:
+    """A part's figures; or {"failed": why}, in `limit` seconds at most."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, said = Path(folder, "result.json"), Path(folder, "said")
+        with said.open("w") as stream:
+            given = command(part, options, images, file)
+            try:
+                code = subprocess.run(given, stdout=stream, stderr=stream, timeout=limit, cwd=HERE.parent).returncode
+            except subprocess.TimeoutExpired:
+                return {"failed": f"not done after {limit:.0f} s"}
+        lines = said.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        if PARTS[part] == "pytest" and code == 0:
+            return {"tests": lines[-1].strip("= ")}
+        return (
+            json.loads(file.read_text())
+            if code == 0 and file.exists()
+            else {"failed": lines[-1], "output": lines[-30:]}
+        )
 
 
-def rendering(batch: int, pairs: int, device: torch.device, from_files: bool = False) -> dict[str, Any]:
-    """From `batch` decoded images, or the bytes of their files, in pinned memory to normalised views."""
-    images: list[Any] = draw_pictures(batch)
-    drawn = draw_views(views.OPTIONS, views.SIZES, 0, 0, range(batch), np.array([image.shape[:2] for image in images]))
-    if from_files:
-        files = [cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes() for image in images]
-        images = [Jpeg(data, image.shape) for data, image in zip(files, images, strict=True)]
-    packed, renderer = pack(images, drawn), DeviceRenderer(device)
-    if device.type == "cuda":
-        packed = [x.pin_memory() for x in packed]
-
-    def render() -> None:
-        for group in renderer(packed, drawn):
-            normalise(group)
-
-    with FlopCounterMode(display=False) as counter:
-        render()
-    copies = [torch.empty_like(x, device=device) for x in packed]
-    turns = {
-        "render": render,
-        "transfer": lambda: [copy.copy_(x, non_blocking=True) for copy, x in zip(copies, packed, strict=True)],
-        "product": lambda: rates.append(matrix_rate(device, renderer.dtype)),
-    }
-    rates: list[float] = []
-    took = harness.alternate(turns, pairs, device)
-    products = [counter.get_total_flops() / t / rate for t, rate in zip(took["render"], rates, strict=True)]
-    packing = [seconds(lambda: pack(images, drawn), torch.device("cpu")) for _ in range(pairs)]
-    return {
-        "seconds": harness.spread(took["render"]),
-        "images_per_second": harness.spread([batch / t for t in took["render"]]),
-        "gflop_per_image": counter.get_total_flops() / batch / 1e9,
-        "share_of_matrix_product": harness.spread(products),
-        "bytes_sent_per_image": sum(x.nbytes for x in packed) / batch,
-        "transfer_share": harness.ratio(took["transfer"], took["render"]),
-        "worker_seconds": harness.spread(packing),
-    }
+def headline(figures: dict[str, Any]) -> str:
+    """What is worth knowing of a part at once."""
+    if "failed" in figures:
+        return f"FAILED: {figures['failed']}"
+    said = []
+    for name, text in HEADLINES.items():
+        value = figures.get(name, {})
+        value = value.get("ours", value) if name == "images_per_second" else value
+        if "median" in value:
+            said.append(text.format(value["median"]))
+    ratios = figures.get("ratio") or figures.get("ratio_extrapolated") or {}
+    said += [f"{way} {value:.2f}x" for way, value in ratios.items() if way.startswith("ours")]
+    if "ways" in figures:
+        said += [f"{way} {f['largest_difference']:.1g}" for way, f in figures["ways"].items() if way != "plain"]
+    return figures.get("tests") or ", ".join(said)
 
 
-def measure_what_fits(way: Way, batch: int, options: Any) -> dict[str, Any]:
-    """`step.measure` of the largest batch, halved from `batch`, whose step and the peer's fit into memory."""
-    device = torch.device(options.device)
-    precision = "bf16" if way.precision == "fp16" and device.type == "cpu" else way.precision
-    peer = "fp32" if way.precision == "fp32" or device.type == "cpu" else "fp16"
-    sizes = (way.arch, batch, options.prototypes, options.pairs, device)
-    try:
-        return step.measure(*sizes, precision, peer, way.compiled, way.patch, options.reference)
-    except torch.OutOfMemoryError:
-        if batch == 1:
-            raise
-    gc.collect()  # here, where the error no longer holds what was allocated
-    torch.cuda.empty_cache()
-    return measure_what_fits(way, batch // 2, options)
+def show(parts: dict[str, dict[str, Any]]) -> None:
+    for name in PARTS:
+        print(f"{name:36}{headline(parts[name]) if name in parts else 'not yet'}")
+    if {"rendering", "step of S/16, compiled"} <= {name for name in parts if "failed" not in parts[name]}:
+        rates = parts["step of S/16, compiled"]["ours_images_per_second"], parts["rendering"]["images_per_second"]
+        print(f"{'rendering, of the compiled step':36}{rates[0]['median'] / rates[1]['median']:.1%}")
 
 
 def main() -> None:
     parser = harness.parser(__doc__, "gpu")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--prototypes", type=int, default=65536)
-    parser.add_argument("--minutes", type=float, default=7, help="no new measurement is started after these")
+    parser.add_argument("--images", type=Path, help="folder with a folder of JPEGs per class; None: drawn ones")
     parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/dino to compare with")
-    parser.add_argument("--device", default="cuda", help="cpu: to see that this runs, with a small --batch")
-    options = harness.parse(parser)
-    device, started = torch.device(options.device), time.monotonic()
-    if device.type == "cuda" and not torch.cuda.is_available():
+    parser.add_argument("--minutes", type=float, default=9.5, help="of this slot")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="None: all", metavar="PART")
+    parser.add_argument("--again", action="store_true", help="measure what is known already once more")
+    parser.set_defaults(device="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu"))
+    options, started = harness.parse(parser), time.monotonic()
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "benchmarks/gpu.py measures an NVIDIA GPU and PyTorch sees none; run it on a machine with one."
         )
-    result: dict[str, Any] = {
-        "what": "training steps and rendering on a GPU, peer / ours",
-        "rendering": rendering(options.batch, options.pairs, device),
-        "steps": [],
-    }
-    try:
-        if device.type == "cuda":
-            check_device(device)
-        result["decoding and rendering"] = rendering(options.batch, options.pairs, device, from_files=True)
-    except ValueError as error:  # without nvJPEG the rest is worth measuring all the same
-        result["decoding and rendering"] = str(error)
-    for way in WAYS:
-        if time.monotonic() - started > 60 * options.minutes:
-            break
-        result["steps"].append(measure_what_fits(way, options.batch, options))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        step_rate = result["steps"][0]["ours_images_per_second"]["median"]
-        result["rendering_share_of_step"] = step_rate / result["rendering"]["images_per_second"]["median"]
-        harness.write(result, options)
+    device = device_name(torch.device(options.device))
+    known: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
+    same = (known.get("device"), known.get("torch")) == (device, torch.__version__)
+    parts: dict[str, Any] = known["parts"] if same else {}
+    with tempfile.TemporaryDirectory() as folder:
+        images = options.images or draw_files(Path(folder))
+        for part in options.parts:
+            left = 60 * options.minutes - (time.monotonic() - started)
+            if part in parts and "failed" not in parts[part] and not options.again:
+                continue
+            if left < LEAST:
+                print("The slot is over; the same command goes on with what is missing.", file=sys.stderr)
+                break
+            print(f"{part} ...", file=sys.stderr, flush=True)
+            begun = time.monotonic()
+            parts[part] = run(part, options, images.absolute(), left)
+            parts[part]["took_seconds"] = round(time.monotonic() - begun)
+            print(f"  {headline(parts[part])} ({parts[part]['took_seconds']} s)", file=sys.stderr, flush=True)
+            harness.save({"what": "all that is measured on a GPU; peer / ours", "parts": parts}, options)
+    show(parts)
 
 
 if __name__ == "__main__":

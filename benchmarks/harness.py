@@ -17,7 +17,16 @@ from dino.bench import device_name, seconds
 from dino.engine.memory import peak
 
 RESULTS = Path(__file__).parent / "results"
-NAMED = ("arch", "patch", "threads", "compile", "reference")  # options whose results go to files of their own
+NAMED = (
+    "arch",
+    "patch",
+    "precision",
+    "threads",
+    "compile",
+    "recompute",
+    "from_files",
+    "reference",
+)  # options whose results go to files of their own
 
 
 def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
@@ -39,7 +48,8 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
         torch.set_num_threads(options.threads)
     if options.json is None:
         given = {name: value for name in NAMED if (value := getattr(options, name, None)) != made.get_default(name)}
-        words = [name if name in ("compile", "reference") else f"{name}-{value}" for name, value in given.items()]
+        plain = "compile", "from_files", "reference"
+        words = [name.replace("_", "-") if name in plain else f"{name}-{value}" for name, value in given.items()]
         options.json = RESULTS / ("-".join([options.name, torch.device(options.device).type, *words]) + ".json")
     return options
 
@@ -77,11 +87,16 @@ def ratio(peer: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
 
 def write(result: dict[str, Any], options: argparse.Namespace) -> None:
     """Print the result and write it, with what it was measured on."""
+    print(save(result, options))
+
+
+def save(result: dict[str, Any], options: argparse.Namespace) -> str:
+    """What was written: the result, with what it was measured on."""
     device = device_name(torch.device(options.device))
     text = json.dumps({"device": device, "torch": torch.__version__, "date": f"{date.today()}"} | result, indent=2)
-    print(text)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(text + "\n", encoding="utf-8")
+    return text
 
 
 def run(main: Callable[[], None]) -> None:

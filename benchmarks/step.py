@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from dino.bench import matrix_rate
 from dino.config import OptimOptions
 from dino.engine import optim, parallel
 from dino.method import DINO, Network
-from dino.models import Head, create
+from dino.models import Backbone, Head, Recompute, create
 from dino.models.vit import Attention, Block, VisionTransformer
 from reference import Reference
 
@@ -100,15 +101,15 @@ def our_loss(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None
         return method.learn(method.student(groups, draws), taught)
 
 
-def our_step(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None) -> float:
-    """`draws` of stochastic depth: see `Network.forward`."""
+def our_step(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None) -> Tensor:
+    """The loss, which stays on the device as in the trainer; `draws` of stochastic depth: see `Network.forward`."""
     loss = our_loss(side, groups, draws)
     side.optimizer.zero_grad(set_to_none=True)
     side.backward(loss)
     optim.clip_per_parameter_(side.method.student.parameters(), 3.0)
     side.update()
     side.method.update_teacher(0.996)
-    return loss.item()
+    return loss.detach()
 
 
 def plain_loss(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None) -> Tensor:
@@ -195,13 +196,15 @@ def measure(
     compiled: bool = False,
     patch: int = 16,
     reference: Path | None = None,
+    recompute: Recompute = "nothing",
 ) -> dict[str, Any]:
     """Ours against the peer, in turns with matrix products in the same precision."""
     ours, plain = sides(arch, prototypes, device, precision, peer_precision, patch, drop_path=DROP_PATH)
     peer_student, peer_step = peer_of(plain, arch, patch, reference)
     groups = views(batch, 8, device)
+    cast(Backbone, ours.method.student.backbone).set_recompute(recompute)
     students = ours.method.student.eval(), peer_student.eval()  # without stochastic depth, to compare
-    loss, peer = our_step(ours, groups), peer_step(groups)
+    loss, peer = our_step(ours, groups).item(), peer_step(groups)
     tolerance = 1e-4 if {precision, peer_precision} == {"fp32"} else 0.05
     assert abs(loss - peer) < tolerance * peer, (loss, peer)
     for student in students:
@@ -213,12 +216,14 @@ def measure(
         our_step(ours, groups)
     rates, flops = [], counter.get_total_flops()
     dtype = parallel.DTYPES.get(precision, torch.float32)
+    steps = 10 if device.type == "cuda" else 1  # of a turn: a GPU works on one while the next is prepared
     turns = {
-        "ours": lambda: our_step(ours, groups),
-        "peer": lambda: peer_step(groups),
+        "ours": lambda: [our_step(ours, groups) for _ in range(steps)],
+        "peer": lambda: [peer_step(groups) for _ in range(steps)],
         "product": lambda: rates.append(matrix_rate(device, dtype)),
     }
     took = harness.alternate(turns, pairs, device)
+    took = {name: [t / steps for t in times] for name, times in took.items()}
     return {
         "peer": "the same mathematics written plainly" if reference is None else "the reference's own step",
         "arch": arch,
@@ -230,6 +235,7 @@ def measure(
         "precision": precision,
         "peer_precision": peer_precision,
         "compiled": compiled,
+        "recompute": recompute,
         "ratio": harness.ratio(took["peer"], took["ours"]),
         "ours_seconds": harness.spread(took["ours"]),
         "ours_images_per_second": harness.spread([batch / t for t in took["ours"]]),
@@ -240,15 +246,42 @@ def measure(
     }
 
 
+def measure_what_fits(batch: int, options: Any) -> dict[str, Any]:
+    """`measure` of the largest batch, halved from `batch`, whose step and the peer's fit into memory."""
+    device = torch.device(options.device)
+    half = options.precision != "fp32" and device.type == "cuda"  # in which the reference ships it
+    sizes = (
+        options.arch,
+        batch,
+        options.prototypes,
+        options.pairs,
+        device,
+        options.precision,
+        "fp16" if half else "fp32",
+    )
+    try:
+        return measure(*sizes, options.compile, options.patch, options.reference, options.recompute)
+    except torch.OutOfMemoryError:
+        if batch == 1:
+            raise
+    gc.collect()  # here, where the error no longer holds what was allocated
+    torch.cuda.empty_cache()
+    return measure_what_fits(batch // 2, options)
+
+
 def main() -> None:
     parser = harness.parser(__doc__, "step")
     parser.add_argument("--arch", default="vit_small")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--patch", type=int, default=16)
+    parser.add_argument("--batch", type=int, help="images; None: 64 on a GPU, halved until a step fits, and 8 on a CPU")
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/dino to compare with")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="ours")
+    parser.add_argument("--recompute", choices=("nothing", "elementwise", "blocks"), default="nothing", help="ours")
     options = harness.parse(parser)
-    sizes = (options.arch, options.batch, options.prototypes, options.pairs, torch.device("cpu"))
-    figures = measure(*sizes, reference=options.reference)
+    figures = measure_what_fits(options.batch or (64 if options.device == "cuda" else 8), options)
     harness.write({"what": "training step, peer / ours"} | figures, options)
 
 

@@ -200,7 +200,7 @@ def test_step_and_memory_benchmarks_write_their_figures(tmp_path, monkeypatch):
 
 def test_a_batch_that_does_not_fit_a_gpu_is_halved(monkeypatch):
     """No more is lost of a benchmark's slot than the try."""
-    gpu, tried = importlib.import_module("gpu"), []
+    step, tried = importlib.import_module("step"), []
 
     def measure(_: str, batch: int, *rest: object) -> dict[str, int]:
         tried.append(batch)
@@ -208,15 +208,15 @@ def test_a_batch_that_does_not_fit_a_gpu_is_halved(monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return {"batch": batch}
 
-    monkeypatch.setattr(gpu.step, "measure", measure)
-    options = argparse.Namespace(device="cpu", prototypes=64, pairs=1, reference=None)
-    assert gpu.measure_what_fits(gpu.WAYS[0], 64, options) == {"batch": 16}
+    monkeypatch.setattr(step, "measure", measure)
+    open_ones = dict.fromkeys(("compile", "patch", "reference", "recompute"))
+    options = argparse.Namespace(device="cpu", arch="", prototypes=64, pairs=1, precision="bf16", **open_ones)
+    assert step.measure_what_fits(64, options) == {"batch": 16}
     assert tried == [64, 32, 16]
 
 
 def test_rendering_is_a_share_of_what_the_machine_can():
-    gpu = importlib.import_module("gpu")
-    found = gpu.rendering(2, 1, torch.device("cpu"))
+    found = importlib.import_module("render").measure(2, 1, torch.device("cpu"))
     canvas = 375 * 504 * 3  # rows of whole words
     assert canvas <= found["bytes_sent_per_image"] < canvas + 100
     # Columns first, then rows, of the two products of each of 2 views of 224 and 8 of 96 pixels.
@@ -253,3 +253,29 @@ def test_gpu_benchmarks_refuse_a_machine_without_one(tmp_path):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_gpu_benchmarks_go_on_with_what_is_missing(tmp_path):
+    """Each part in its own process: one that fails is recorded, leaves the others alone, and is tried again."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (flat / "a.jpg").write_bytes(b"no picture")
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--json", str(tmp_path / "gpu.json")]
+
+    def parts(*flags: str) -> tuple[dict, str]:
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        for line in ("learning curves", "tests"):
+            assert line in done.stdout  # a line for every part, measured or not
+        return json.loads((tmp_path / "gpu.json").read_text())["parts"], done.stderr
+
+    first, _ = parts("--parts", "features", "rendering", "--images", str(flat))
+    assert set(first) == {"features", "rendering"}
+    assert "failed" in first["features"]
+    assert first["rendering"]["images_per_second"]["median"] > 0
+    second, said = parts("--parts", "rendering", "features")
+    assert second["rendering"] == first["rendering"]
+    assert "rendering ..." not in said
+    assert second["features"]["share_of_forward"]["median"] > 0
+    _, said = parts("--parts", "step of S/16", "--minutes", "0.1")
+    assert "the same command goes on with what is missing" in said

@@ -52,11 +52,15 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32, edge: int | None = None) -> float:
-    """Floating-point operations per second of one product of two square matrices, the limit for any network."""
-    edge = edge or (8192 if device.type == "cuda" else 2048)
+    """Floating-point operations per second of products of two square matrices, the limit for any network."""
+    on_gpu = device.type == "cuda"
+    edge, count = (
+        edge or (8192 if on_gpu else 2048),
+        10 if on_gpu else 1,
+    )  # one takes a GPU little longer than being asked
     square = torch.randn(edge, edge, device=device, dtype=dtype)
     seconds(lambda: square @ square, device)  # the first one also starts the library
-    return 2 * edge**3 / seconds(lambda: square @ square, device)
+    return 2 * edge**3 * count / seconds(lambda: [square @ square for _ in range(count)], device)
 
 
 def device_name(device: torch.device) -> str:
@@ -181,10 +185,11 @@ def measure_step(trainer: Trainer, limit: float) -> dict[str, Any]:
     if trainer.options.compile:
         parallel.compile_networks(trainer.method)
         trainer._train_step(batch)
+    several = 5 if device.type == "cuda" else 1  # a GPU works on one step while the next is prepared
     rates, wholes, parts, started = [], [], [], time.perf_counter()
     while len(parts) < 3 or (time.perf_counter() - started < STEPS * limit and len(parts) < 30):
         rates.append(matrix_rate(device, dtype))
-        wholes.append(seconds(lambda: trainer._train_step(batch), device))
+        wholes.append(seconds(lambda: [trainer._train_step(batch) for _ in range(several)], device) / several)
         parts.append(step_parts(trainer, batch))
     ms = {n: 1e3 * statistics.median(p[n] for p in parts) / (size if n in ONCE else images) for n in parts[0]}
     once = sum(ms[name] for name in ONCE)
