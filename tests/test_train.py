@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -165,6 +167,30 @@ def test_two_ranks_equal_one_rank(photos, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-5, msg=name)
     losses = [[x["loss"] for x in read_metrics(tmp_path / f"r{r}" / "metrics.jsonl") if "loss" in x] for r in (1, 2)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+THREADS = """
+import os, sys
+from pathlib import Path
+import dino
+from conftest import TINY
+dino.train(data=sys.argv[1], out=sys.argv[2], stop_after=2, **TINY)
+left = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+Path(f"{sys.argv[2]}-{os.environ['RANK']}").write_text(" ".join(name for name in left if "gloo" in name))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed on Linux only")
+def test_ranks_leave_no_threads_of_their_group(photos, tmp_path):
+    """Those that are left when Python exits make it abort now and then, and torchrun call the finished run a failure."""
+    script = tmp_path / "script.py"
+    script.write_text(THREADS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [*launch, str(script), str(photos), str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"run-{rank}").read_text() for rank in (0, 1)] == ["", ""]
 
 
 def test_two_ranks_refuse_with_one_sentence(photos, tmp_path):

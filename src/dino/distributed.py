@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -47,6 +48,9 @@ def start(device: str) -> torch.device:
                 f"torchrun started local rank {local} but this machine has {torch.cuda.device_count()} GPUs; "
                 "lower --nproc-per-node, or use --device cpu."
             )
+        # DistributedDataParallel imports this, and its functions' defaults keep the group of that moment for ever. Threads of
+        # a group that is never let go make Python abort, now and then, as it exits.
+        importlib.import_module("torch.distributed.nn.functional")
         own = torch.device("cuda", local) if use_gpu else None
         dist.init_process_group("nccl" if use_gpu else "gloo", timeout=PATIENCE, device_id=own)
     if not use_gpu:
