@@ -121,6 +121,10 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="PNG or SVG to draw them in")
     options = harness.parse(parser)
     source, held_out = split(open_source(str(options.images)), 0.1, 1000, 0)
+    if source.labels is None:
+        raise ValueError(
+            f"--images {options.images} holds no classes; give a folder with a folder of images per class."
+        )
     assert held_out is not None
     result: dict[str, Any] = {
         "what": f"loss (mean of {WINDOW} steps) and k-NN of the fast paths against the plain step",

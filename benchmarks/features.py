@@ -27,17 +27,16 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of JPEGs, searched at any depth")
     parser.add_argument("--arch", default="vit_small")
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--num", type=int, default=256, help="images")
+    parser.add_argument("--num", type=int, default=256, help="images, the same ones again where there are fewer")
     parser.add_argument("--device", default="cpu")
     options = harness.parse(parser)
     device, size = torch.device(options.device), options.size
     count = len(views.jpeg_paths(options.images))
     source = open_source(str(options.images))
-    source = subset(
-        source, [i * count // options.num for i in range(options.num)] if options.num < count else range(count)
-    )
+    spread = [i * count // options.num if options.num < count else i % count for i in range(options.num)]
+    source = subset(source, spread)
     model = create(options.arch, image_size=size).to(device).eval()
-    whole = EvaluationViews(source, range(len(source)), size, batch_of(size), "centre")
+    whole = EvaluationViews(source, range(len(source)), size, batch_of(size), "centre", torch.get_num_threads())
     batches = [part for item in range(len(whole)) for part in whole[item][0]]
     ready = [normalise(batch.to(device)) for batch in batches]
     with FlopCounterMode(display=False) as counter:

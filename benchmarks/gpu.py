@@ -31,14 +31,14 @@ PARTS = {  # name: benchmark and flags
     "rendering": "render",
     "memory": "memory --images 32 64",
     "step of B/16, compiled": "step --arch vit_base --precision bf16 --compile",
-    "features": "features --num 1024",
-    "step of S/8, compiled": "step --patch 8 --precision bf16 --compile",
+    "features": "features --num 8192 --pairs 3",
+    "step of S/8, compiled": "step --patch 8 --batch 32 --precision bf16 --compile",
     "step of S/16, fp16": "step --precision fp16",
     "decoding and rendering": "render --from-files",
     "training from files, decoded there": "train --compile --decode device --pairs 3",
     "step of S/16, norms and GELU twice": "step --precision bf16 --recompute elementwise",
     "step of S/16, fp32": "step --precision fp32",
-    "learning curves": "curves --steps 300 --batch 64",
+    "learning curves": "curves --steps 300 --batch 64 --workers 14",
     "tests": "pytest",
 }
 TAKES = {"images": ("train", "features", "curves"), "reference": ("step", "train", "memory")}  # flags passed on
@@ -50,7 +50,8 @@ TINY = {  # on a CPU, behind the others
     "features": "--arch vit_nano --num 4 --pairs 1",
     "curves": "--steps 20 --batch 4 --workers 0",
 }
-LEAST = 20  # seconds that a part is worth starting for
+LEAST, MOST = 60, 240  # seconds that a part is worth starting for, and that it may take
+KEPT = 200  # lines of what a part that failed has said
 FOLDERS, FILES = 4, 64  # drawn: classes, and images of each
 HEADLINES = {  # of a part's figures, what the table shows
     "ratio": "{:.2f}x the peer",
@@ -73,7 +74,8 @@ def draw_files(folder: Path) -> Path:
 def command(part: str, options: Any, images: Path, json_file: Path) -> list[str]:
     name, *flags = PARTS[part].split()
     if name == "pytest":
-        return [sys.executable, "-m", "pytest", "-q", "-m", "cuda", str(HERE.parent / "tests")]
+        files = [str(HERE.parent / "tests" / f"test_{file}.py") for file in ("cuda", "fast_paths", "render")]
+        return [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "cuda", *files]
     given = {"images": images, "reference": options.reference}
     passed = [str(x) for flag, value in given.items() if value and name in TAKES[flag] for x in (f"--{flag}", value)]
     tiny = TINY[name].split() if options.device == "cpu" else []
@@ -94,15 +96,16 @@ def run(part: str, options: Any, images: Path, limit: float) -> dict[str, Any]:
             try:
                 code = subprocess.run(given, stdout=stream, stderr=stream, timeout=limit, cwd=HERE.parent).returncode
             except subprocess.TimeoutExpired:
-                return {"failed": f"not done after {limit:.0f} s"}
+                partly = json.loads(file.read_text()) if file.exists() else {}
+                lines = said.read_text(errors="replace").splitlines()
+                return partly | {"failed": f"not done after {limit:.0f} s", "output": lines[-KEPT:]}
         lines = said.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         if PARTS[part] == "pytest" and code == 0:
             return {"tests": lines[-1].strip("= ")}
-        return (
-            json.loads(file.read_text())
-            if code == 0 and file.exists()
-            else {"failed": lines[-1], "output": lines[-30:]}
-        )
+        if code == 0 and file.exists():
+            return json.loads(file.read_text())
+        last = next((line for line in reversed(lines) if "destroy_process_group" not in line), lines[-1])  # a warning
+        return {"failed": last, "output": lines[-KEPT:]}
 
 
 def headline(figures: dict[str, Any]) -> str:
@@ -159,7 +162,7 @@ def main() -> None:
                 break
             print(f"{part} ...", file=sys.stderr, flush=True)
             begun = time.monotonic()
-            parts[part] = run(part, options, images.absolute(), left)
+            parts[part] = run(part, options, images.absolute(), min(left, MOST))
             parts[part]["took_seconds"] = round(time.monotonic() - begun)
             print(f"  {headline(parts[part])} ({parts[part]['took_seconds']} s)", file=sys.stderr, flush=True)
             harness.save({"what": "all that is measured on a GPU; peer / ours", "parts": parts}, options)

@@ -44,6 +44,7 @@ def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None = None)
     options = made.parse_args(arguments)
     if options.pairs < 1:
         raise ValueError(f"--pairs is {options.pairs}; it must be at least 1.")
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, as in the trainer
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.json is None:

@@ -70,6 +70,7 @@ def peer_of(plain: Side, arch: str, reference: Path | None) -> tuple[nn.Module, 
     if reference is not None:
         own = Reference(reference, plain.method, arch, 16, plain.device, plain.precision)
         student, scaler, backward = own.student, own.scaler, own.gradients
+        own.optimizer.zero_grad = lambda *_, **__: None  # gradients count as there throughout, as ours
     else:
         student, scaler = plain.method.student, plain.scaler
         backward = lambda groups: plain.backward(plain_loss(plain, groups))  # noqa: E731

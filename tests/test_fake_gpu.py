@@ -95,6 +95,7 @@ def without_driver() -> None:
     """What of PyTorch asks for the GPU's driver before our own code can run, and its backward pass."""
     nn.Module.to = to_gpu  # pyright: ignore
     torch.cuda.Stream = lambda _: None  # pyright: ignore
+    Tensor.pin_memory = lambda self: self  # pyright: ignore
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # pyright: ignore
 

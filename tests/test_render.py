@@ -376,8 +376,8 @@ def test_the_device_is_not_waited_for():
     renderer, packed = DeviceRenderer("cuda"), [x.pin_memory() for x in pack(images, views)]
     expected = [normalise(group) for group in on_device(images, views)]
     renderer(packed, views)  # chooses kernels
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         ours = [normalise(group) for group in renderer(packed, views)]
     finally:
         torch.cuda.set_sync_debug_mode("default")

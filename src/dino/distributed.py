@@ -67,14 +67,14 @@ def stop() -> None:
 
 def sum_(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place."""
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def max_(tensor: Tensor) -> Tensor:
     """Maximum over ranks, in place."""
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dino.engine.train import Trainer
 
 MARGIN = 1.1  # kernels' workspaces and fragmentation
+WORKSPACE = 34e6  # bytes that cuBLAS takes for the stream that renders
 KEPT = 0.3e9  # bytes that a CPU's allocator does not give back after some dozens of steps, and the monitor's
 OVERHEAD = 2  # images' worth of time that a part costs beside its images
 
@@ -132,7 +133,9 @@ def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
         for recompute in cast(Backbone, method.student.backbone).recomputable:
             low, high = of_part(few, recompute), of_part(2 * few, recompute)
             lines[recompute] = (2 * low - high, (high - low) / few)
-        fixed += in_use(device) + (KEPT if device.type == "cpu" else 0)  # now, with what the trial has left behind
+        fixed += in_use(device) + (
+            KEPT if device.type == "cpu" else WORKSPACE
+        )  # now, with what the trial has left behind
         return choose(limit, images, fixed, lines, parts_allowed=not parallel.has_batch_norm(method))
     finally:
         trainer.split_steps(before)

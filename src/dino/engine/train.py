@@ -226,8 +226,12 @@ class Trainer:
     def _draws(self, step: int) -> list[Tensor] | None:
         if not self.num_draws:
             return None
-        drawn = self.batches.draws(step, self.num_draws)
-        return [torch.from_numpy(group).to(self.device, non_blocking=True) for group in drawn]
+        drawn = [torch.from_numpy(np.ascontiguousarray(g)) for g in self.batches.draws(step, self.num_draws)]
+        if (
+            self.device.type == "cuda"
+        ):  # from memory that is not pinned, copying more than a little waits for the step before
+            drawn = [group.pin_memory() for group in drawn]
+        return [group.to(self.device, non_blocking=True) for group in drawn]
 
     def gradients(
         self, groups: list[Tensor], teacher_temp: float, draws: list[Tensor] | None = None
