@@ -135,7 +135,9 @@ def test_what_timm_cannot_recompute_is_refused(images, tmp_path):
         "views.local_size": 16,
         "recompute": "elementwise",
     }
-    with pytest.raises(ValueError, match="which timm:vit_tiny_patch16_224 cannot; use --recompute nothing or blocks"):
+    with pytest.raises(
+        ValueError, match="which timm:vit_tiny_patch16_224 does not offer; use --recompute nothing or blocks"
+    ):
         trainer(images, tmp_path, **changes, **dict.fromkeys(FIXED))
 
 

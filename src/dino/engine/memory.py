@@ -133,9 +133,8 @@ def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
         for recompute in cast(Backbone, method.student.backbone).recomputable:
             low, high = of_part(few, recompute), of_part(2 * few, recompute)
             lines[recompute] = (2 * low - high, (high - low) / few)
-        fixed += in_use(device) + (
-            KEPT if device.type == "cpu" else WORKSPACE
-        )  # now, with what the trial has left behind
+        # Now, with what the trial has left behind.
+        fixed += in_use(device) + (KEPT if device.type == "cpu" else WORKSPACE)
         return choose(limit, images, fixed, lines, parts_allowed=not parallel.has_batch_norm(method))
     finally:
         trainer.split_steps(before)

@@ -88,8 +88,8 @@ class Trainer:
         backbone = cast(Backbone, self.method.student.backbone)
         if split.recompute not in backbone.recomputable:
             raise ValueError(
-                f"recompute is {split.recompute}, which {self.options.model.arch} cannot; use --recompute "
-                f"{' or '.join(backbone.recomputable)}."
+                f"recompute is {split.recompute}, which {self.options.model.arch} does not offer; use "
+                f"--recompute {' or '.join(backbone.recomputable)}."
             )
         self.split = split
         backbone.set_recompute(split.recompute)
@@ -227,9 +227,7 @@ class Trainer:
         if not self.num_draws:
             return None
         drawn = [torch.from_numpy(np.ascontiguousarray(g)) for g in self.batches.draws(step, self.num_draws)]
-        if (
-            self.device.type == "cuda"
-        ):  # from memory that is not pinned, copying more than a little waits for the step before
+        if self.device.type == "cuda":  # copying more than a little of other memory would wait for the step before
             drawn = [group.pin_memory() for group in drawn]
         return [group.to(self.device, non_blocking=True) for group in drawn]
 
