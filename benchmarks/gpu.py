@@ -77,7 +77,12 @@ def command(part: str, options: Any, images: Path, json_file: Path) -> list[str]
         files = [str(HERE.parent / "tests" / f"test_{file}.py") for file in ("cuda", "fast_paths", "render")]
         return [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "cuda", *files]
     given = {"images": images, "reference": options.reference}
-    passed = [str(x) for flag, value in given.items() if value and name in TAKES[flag] for x in (f"--{flag}", value)]
+    passed = [
+        str(x)
+        for flag, value in given.items()
+        if value and name in TAKES[flag]
+        for x in (f"--{flag}", value.absolute())
+    ]
     tiny = TINY[name].split() if options.device == "cpu" else []
     if tiny:  # what takes minutes there
         flags = [flag for flag in flags if flag != "--compile"]
@@ -162,7 +167,7 @@ def main() -> None:
                 break
             print(f"{part} ...", file=sys.stderr, flush=True)
             begun = time.monotonic()
-            parts[part] = run(part, options, images.absolute(), min(left, MOST))
+            parts[part] = run(part, options, images, min(left, MOST))
             parts[part]["took_seconds"] = round(time.monotonic() - begun)
             print(f"  {headline(parts[part])} ({parts[part]['took_seconds']} s)", file=sys.stderr, flush=True)
             harness.save({"what": "all that is measured on a GPU; peer / ours", "parts": parts}, options)

@@ -17,16 +17,8 @@ from dino.bench import device_name, seconds
 from dino.engine.memory import peak
 
 RESULTS = Path(__file__).parent / "results"
-NAMED = (
-    "arch",
-    "patch",
-    "precision",
-    "threads",
-    "compile",
-    "recompute",
-    "from_files",
-    "reference",
-)  # options whose results go to files of their own
+# Options whose results go to files of their own.
+NAMED = ("arch", "patch", "precision", "threads", "compile", "recompute", "from_files", "reference")
 
 
 def parser(doc: str | None, name: str) -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -250,17 +250,10 @@ def measure_what_fits(batch: int, options: Any) -> dict[str, Any]:
     """`measure` of the largest batch, halved from `batch`, whose step and the peer's fit into memory."""
     device = torch.device(options.device)
     half = options.precision != "fp32" and device.type == "cuda"  # in which the reference ships it
-    sizes = (
-        options.arch,
-        batch,
-        options.prototypes,
-        options.pairs,
-        device,
-        options.precision,
-        "fp16" if half else "fp32",
-    )
+    sizes = (options.arch, batch, options.prototypes, options.pairs, device)
+    precisions = options.precision, "fp16" if half else "fp32"
     try:
-        return measure(*sizes, options.compile, options.patch, options.reference, options.recompute)
+        return measure(*sizes, *precisions, options.compile, options.patch, options.reference, options.recompute)
     except torch.OutOfMemoryError:
         if batch == 1:
             raise
@@ -279,7 +272,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="ours")
-    parser.add_argument("--recompute", choices=("nothing", "elementwise", "blocks"), default="nothing", help="ours")
+    parser.add_argument("--recompute", choices=get_args(Recompute), default="nothing", help="ours")
     options = harness.parse(parser)
     figures = measure_what_fits(options.batch or (64 if options.device == "cuda" else 8), options)
     harness.write({"what": "training step, peer / ours"} | figures, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import os
@@ -279,3 +280,14 @@ def test_gpu_benchmarks_go_on_with_what_is_missing(tmp_path):
     assert second["features"]["share_of_forward"]["median"] > 0
     _, said = parts("--parts", "step of S/16", "--minutes", "0.1")
     assert "the same command goes on with what is missing" in said
+
+
+def test_gpu_parts_find_what_is_given_relative_to_where_they_were_started(tmp_path, monkeypatch):
+    """They run in the project's folder."""
+    gpu = importlib.import_module("gpu")
+    monkeypatch.chdir(tmp_path)
+    options = argparse.Namespace(device="cpu", reference=Path("checkout"))
+    words = gpu.command("training from files", options, Path("photos"), Path("/result.json"))
+    given = dict(itertools.pairwise(words))
+    assert given["--reference"] == str(tmp_path / "checkout")
+    assert given["--images"] == str(tmp_path / "photos")

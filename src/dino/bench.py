@@ -54,10 +54,8 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32, edge: int | None = None) -> float:
     """Floating-point operations per second of products of two square matrices, the limit for any network."""
     on_gpu = device.type == "cuda"
-    edge, count = (
-        edge or (8192 if on_gpu else 2048),
-        10 if on_gpu else 1,
-    )  # one takes a GPU little longer than being asked
+    edge = edge or (8192 if on_gpu else 2048)
+    count = 10 if on_gpu else 1  # one takes a GPU little longer than being asked
     square = torch.randn(edge, edge, device=device, dtype=dtype)
     seconds(lambda: square @ square, device)  # the first one also starts the library
     return 2 * edge**3 * count / seconds(lambda: [square @ square for _ in range(count)], device)
