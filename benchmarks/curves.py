@@ -21,15 +21,15 @@ from torch import Tensor
 
 import harness
 import step
-from dino.config import ViewOptions
 from dino.data.device_render import DeviceRenderer, pack
 from dino.data.loader import ViewBatches, iterate
 from dino.data.render import CpuRenderer, normalise
 from dino.data.sources import Source, open_source, split
 from dino.engine import optim, parallel
 from dino.eval import knn
-from dino.inference.features import extract
+from dino.features.extract import extract
 from dino.models import Backbone
+from dino.options.train import ViewOptions
 
 RATE, WINDOW = 5e-4, 20  # learning rate; steps
 

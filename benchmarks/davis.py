@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import harness
 from dino.bench import matrix_rate
-from dino.engine.memory import peak
+from dino.engine.fit import peak
 from dino.eval.propagation import TEMPERATURE, neighbourhoods, propagate
 
 RADIUS, TOPK, SOURCES = 12, 5, 8

@@ -17,7 +17,7 @@ import views
 from dino.bench import matrix_rate
 from dino.data.render import normalise
 from dino.data.sources import open_source, subset
-from dino.inference.features import EvaluationViews, batch_of, extract
+from dino.features.extract import EvaluationViews, batch_of, extract
 from dino.models import create
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dino.bench import device_name, seconds
-from dino.engine.memory import peak
+from dino.engine.fit import peak
 
 RESULTS = Path(__file__).parent / "results"
 # Options whose results go to files of their own.

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import harness
-from dino import api
-from dino.config import TrainOptions, replace
+from dino import run
+from dino.engine.fit import Split
 from dino.engine.log import Terminal
-from dino.engine.memory import Split
+from dino.options.train import TrainOptions, replace
 from reference import Reference
 from step import Side, plain_loss, sides, views
 
@@ -117,7 +117,7 @@ def main() -> None:
         "model.patch_size": 16,
     }
     with tempfile.TemporaryDirectory() as folder:
-        trainer, _ = api.set_up(replace(TrainOptions(), wanted), Path(folder), device, Terminal(False))
+        trainer, _ = run.set_up(replace(TrainOptions(), wanted), Path(folder), device, Terminal(False))
         for name, split in WAYS.items():
             trainer.split_steps(split)
             add(name, trainer.method.student, lambda groups: trainer.gradients(groups, 0.04))

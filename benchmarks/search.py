@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 import harness
-from dino.inference.embed import Embedding, Folder
-from dino.inference.search import Index
+from dino.features.embed import Embedding, Folder
+from dino.features.search import Index
 
 K, SPREAD = 10, 1.0  # neighbours; noise about a centre of length 1
 

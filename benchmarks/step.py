@@ -24,11 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import harness
 from dino.bench import matrix_rate
-from dino.config import OptimOptions
 from dino.engine import optim, parallel
 from dino.method import DINO, Network
 from dino.models import Backbone, Head, Recompute, create
 from dino.models.vit import Attention, Block, VisionTransformer
+from dino.options.train import OptimOptions
 from reference import Reference
 
 DROP_PATH = 0.1  # as the reference and we train by default

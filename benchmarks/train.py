@@ -26,13 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 import harness
 import step
 import views
-from dino import api
+from dino import run
 from dino.bench import seconds
-from dino.config import TrainOptions, replace
 from dino.data.loader import Batch, iterate, spare_cores
 from dino.engine import parallel
 from dino.engine.log import Terminal
 from dino.engine.train import Trainer
+from dino.options.train import TrainOptions, replace
 
 VIEWS = {"views.global_scale": views.OPTIONS.global_scale, "views.local_scale": views.OPTIONS.local_scale}
 WARM_UP = 3  # steps that are not timed, beside those that take what the workers made ahead: kernels are chosen
@@ -88,7 +88,7 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
         "log.knn_every": 0,
     }
     wanted = replace(TrainOptions(), VIEWS | values)
-    ours, _ = api.set_up(wanted, folder / "ours", device, Terminal(False))
+    ours, _ = run.set_up(wanted, folder / "ours", device, Terminal(False))
     memory = InMemory(*(getattr(ours, name) for name in ("options", "run", "source", "batches", "device", "terminal")))
     memory.render = ours.render
     if options.compile:

@@ -27,11 +27,11 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 import harness
-from dino.config import ViewOptions
 from dino.data.decode import decode
 from dino.data.render import CpuRenderer, crop, normalise
 from dino.data.scenes import Scenes
 from dino.data.views import draw_views
+from dino.options.train import ViewOptions
 from reference import imported
 
 OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))

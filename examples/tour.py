@@ -9,7 +9,7 @@ from PIL import Image
 
 import dino
 from dino.data.scenes import Scenes
-from dino.inference.features import extract
+from dino.features.extract import extract
 
 out = Path("tour")
 run = dino.train("demo", out=str(out / "run"), overwrite=True, epochs=2)

@@ -78,7 +78,7 @@ def draw_images(folder: Path, count: int = 24, classes: int = 3, seed: int = 0) 
 def saved_model(tmp_path_factory) -> Path:
     """A folder with an untrained ViT of 32 pixels and patches of 8."""
     import dino
-    from dino.models import weights
+    from dino import weights
 
     folder, arguments = tmp_path_factory.mktemp("model"), {"arch": "vit_nano", "patch_size": 8, "image_size": 32}
     torch.manual_seed(0)

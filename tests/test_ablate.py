@@ -13,12 +13,13 @@ import tomli_w
 import torch
 
 from conftest import TINY, dino_command, run_dino
-from dino import recipes, tables
+from dino import paper
 from dino.ablate import Ablation
 from dino.cli import AblateOptions
-from dino.config import TrainOptions, replace
-from dino.config_file import to_dict
 from dino.engine.checkpoint import sole_writer
+from dino.options import auto
+from dino.options.toml import to_dict
+from dino.options.train import TrainOptions, replace
 
 
 @pytest.fixture
@@ -29,15 +30,15 @@ def recipe(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", tables.TABLES)
+@pytest.mark.parametrize("name", paper.TABLES)
 def test_every_row_is_valid_options_at_both_scales(name):
-    table = tables.get(name)
+    table = paper.get(name)
     assert len({row.name for row in table.rows}) == len(table.rows)
     for row in table.rows:
-        paper = replace(recipes.get(table.recipe).options, {**table.paper_base, **table.base, **row.changes})
-        recipes.resolve(paper, 1_281_167, 400, on_gpu=True, cores=8)
+        paper = replace(auto.get(table.recipe).options, {**table.paper_base, **table.base, **row.changes})
+        auto.resolve(paper, 1_281_167, 400, on_gpu=True, cores=8)
         tiny = table.base if row.tiny is None else {**table.base, **row.tiny}
-        replace(recipes.get(tables.TINY_RECIPE).options, {**tiny, "epochs": tables.TINY_EPOCHS})
+        replace(auto.get(paper.TINY_RECIPE).options, {**tiny, "epochs": paper.TINY_EPOCHS})
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_a_table_runs_skips_what_is_finished_and_is_written(photos, tmp_path, re
     done = run_dino(*command)
     assert done.returncode == 0, done.stderr
     rows = table(out)
-    assert [row[0] for row in rows[1:]] == [row.name for row in tables.get("activation").rows]
+    assert [row[0] for row in rows[1:]] == [row.name for row in paper.get("activation").rows]
     assert all(0 <= float(row[1]) <= 100 and row[2] in ("yes", "no") for row in rows[1:])
     assert [row[3] for row in rows[1:]] == ["69.7", "68.6", "68.9"]
     assert "| BN, GELU |" in (out / "table.md").read_text()

@@ -20,8 +20,8 @@ from PIL import Image
 
 import dino
 from conftest import TINY, dino_command, draw_images
+from dino import weights
 from dino.cli import main
-from dino.models import weights
 
 gradio = pytest.importorskip("gradio")
 from dino.app.explorer import Explorer, newest_run  # noqa: E402

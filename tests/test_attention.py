@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import dino
 from dino.data.render import normalise
-from dino.inference.attention import cls_attention, enlarge, fit, jaccard, mass_mask
-from dino.report.pictures import attention_maps
+from dino.look.attention import cls_attention, enlarge, fit, jaccard, mass_mask
+from dino.look.pictures import attention_maps
 
 
 def test_masks_are_the_references(golden):

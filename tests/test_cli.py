@@ -15,8 +15,9 @@ from PIL import Image
 
 import dino
 from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
-from dino import api, cli, config, config_file, recipes
+from dino import cli, run
 from dino.engine.build import Plan, build_method
+from dino.options import auto, toml, train
 
 
 def test_help_is_quick_and_loads_no_torch():
@@ -199,19 +200,19 @@ def test_toml_file_and_flags(tmp_path):
         cli._parse_train([str(file)])
 
 
-@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+@pytest.mark.parametrize("name", sorted(auto.RECIPES))
 def test_recipes_resolve_and_survive_a_round_trip(name, tmp_path):
-    recipe = recipes.get(name)
+    recipe = auto.get(name)
     assert recipe.about
     assert recipe.command.startswith(("dino train", "torchrun"))
     assert recipe.expected
     for gpu in (False, True):
-        options = recipes.resolve(recipe.options, 50_000, 32 if "cifar10" in name else 400, gpu, 2)
-        missing = {n for n, v in config.flatten(options).items() if v is None and n in RESOLVED}
+        options = auto.resolve(recipe.options, 50_000, 32 if "cifar10" in name else 400, gpu, 2)
+        missing = {n for n, v in train.flatten(options).items() if v is None and n in RESOLVED}
         expected = {"model.patch_size"} if options.model.arch.startswith("timm:") else set()
         assert missing == expected | ({"method.momentum"} if options.method.teacher != "momentum" else set())
         (tmp_path / "a.toml").write_text(toml(options))
-        assert config_file.read_toml(tmp_path / "a.toml") == options
+        assert toml.read_toml(tmp_path / "a.toml") == options
 
 
 # Backbone parameters of the reference's models, and the figures it publishes for them.
@@ -233,10 +234,10 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(recipes.RECIPES))
+@pytest.mark.parametrize("name", sorted(auto.RECIPES))
 def test_recipes_build_the_models_they_name(name):
-    recipe = recipes.get(name)
-    options = recipes.resolve(recipe.options, 1_281_167, 400, True, 1)
+    recipe = auto.get(name)
+    options = auto.resolve(recipe.options, 1_281_167, 400, True, 1)
     with torch.device("meta"):
         method = build_method(options)
     assert Plan(options, 1_281_167 // options.batch_size).lr(0) == 0
@@ -255,17 +256,17 @@ RESOLVED = {"epochs", "batch_size", "head.out_dim", "method.momentum", "method.t
 RESOLVED |= {"model.patch_size", "views.global_size", "views.local_size", "optim.warmup_epochs", "data.num_workers"}
 
 
-def toml(options: config.TrainOptions) -> str:
+def toml(options: train.TrainOptions) -> str:
     import tomli_w
 
-    return tomli_w.dumps(config_file.to_dict(options))
+    return tomli_w.dumps(toml.to_dict(options))
 
 
 @pytest.mark.parametrize("count", [1, 3, 10, 100, 5_000, 1_300_000])
 @pytest.mark.parametrize("edge", [8, 32, 64, 500])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_automatic_choices_are_consistent_for_any_data(count, edge, gpu):
-    options = recipes.resolve(config.TrainOptions(), count, edge, gpu, 1)
+    options = auto.resolve(train.TrainOptions(), count, edge, gpu, 1)
     assert 1 <= options.batch_size <= count
     assert options.views.global_size % options.model.patch_size == 0
     assert options.views.local_size % options.model.patch_size == 0
@@ -274,7 +275,7 @@ def test_automatic_choices_are_consistent_for_any_data(count, edge, gpu):
 
 
 def test_chosen_values_are_round():
-    options = recipes.resolve(config.replace(config.TrainOptions(), {"epochs": 12}), 1000, 300, False, 1)
+    options = auto.resolve(train.replace(train.TrainOptions(), {"epochs": 12}), 1000, 300, False, 1)
     assert options.method.teacher_temp_epochs == 3.6  # they are shown to people, who need no 3.5999999999999996
 
 
@@ -282,17 +283,17 @@ def test_chosen_values_are_round():
 def test_threads_are_left_for_the_worker_but_none_added(allowed, used, monkeypatch):
     """Whoever sets OMP_NUM_THREADS=1 on a shared machine gets one thread."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(api, "spare_cores", lambda: 3)
+    monkeypatch.setattr(run, "spare_cores", lambda: 3)
     try:
         torch.set_num_threads(allowed)
-        api.set_threads(config.TrainOptions(), torch.device("cpu"))
+        run.set_threads(train.TrainOptions(), torch.device("cpu"))
         assert torch.get_num_threads() == used
     finally:
         torch.set_num_threads(before)
 
 
 def test_eval_knn_prints_a_table(photos, tmp_path):
-    dino.train(data=str(photos), out=str(tmp_path / "run"), recipe=config.replace(config.TrainOptions(), TINY))
+    dino.train(data=str(photos), out=str(tmp_path / "run"), recipe=train.replace(train.TrainOptions(), TINY))
     done = run_dino("eval", "knn", tmp_path / "run", "--data", photos, "--k", "10", "20", "100")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[2:-1]]

@@ -14,8 +14,8 @@ from PIL import Image
 from conftest import GOLDEN, draw_images, ranks_agree
 from dino.cli import main
 from dino.eval import copydetect
-from dino.eval.options import CopydetectOptions
 from dino.eval.ranking import average_precision
+from dino.options.evaluate import CopydetectOptions
 
 
 def test_average_precision_is_the_references():

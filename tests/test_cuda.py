@@ -11,11 +11,11 @@ import torch
 
 import dino
 from conftest import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
-from dino.config import TrainOptions, replace
 from dino.data.decode import decode
 from dino.data.device_decode import decode_jpegs
 from dino.engine.log import read_metrics
 from dino.engine.train import Trainer
+from dino.options.train import TrainOptions, replace
 from test_device_decode import TO_DEVICE, as_bytes, without_tables
 
 pytestmark = [

@@ -20,8 +20,8 @@ from PIL import Image
 import dino
 from conftest import run_dino
 from dino.cli import main
-from dino.eval import davis, judge, propagation
-from dino.eval.options import DavisOptions
+from dino.eval import davis, evaluate, propagation
+from dino.options.evaluate import DavisOptions
 
 CPU = torch.device("cpu")
 SECONDS = {"deadline": None, "max_examples": 40}
@@ -256,7 +256,7 @@ def test_command_line_on_drawn_clips(saved_model, clips, tmp_path):
 def test_finished_videos_are_not_computed_again(saved_model, clips, tmp_path):
     def run(**options):
         out = tmp_path / "out"
-        found = judge.evaluate("davis", str(saved_model), data=str(clips), out=str(out), device="cpu", **options)
+        found = evaluate.evaluate("davis", str(saved_model), data=str(clips), out=str(out), device="cpu", **options)
         return found.figures, {p.parent.name: p.stat().st_mtime_ns for p in sorted(out.glob("*/00003.png"))}
 
     def changed(before, after):
@@ -287,7 +287,7 @@ def test_the_paper_stands_beside_the_whole_validation_set(model, tmp_path):
     assert found.counts == {"videos": 30, "frames": 90, "objects": 61}
     for theirs in davis.PAPER.values():
         assert theirs.keys() < found.figures.keys()
-    assert "paper (vit_small/16)" in judge.table("m", found, davis.PAPER["vit_small/16"], "vit_small/16")
+    assert "paper (vit_small/16)" in evaluate.table("m", found, davis.PAPER["vit_small/16"], "vit_small/16")
 
 
 # --- what cannot be used --------------------------------------------------------------------------------------------

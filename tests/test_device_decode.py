@@ -16,8 +16,6 @@ from PIL import Image, ImageDraw
 
 import dino
 from conftest import TINY, draw_images, run_dino, tiny_flags
-from dino import config_file
-from dino.config import TrainOptions, ViewOptions, replace
 from dino.data import device_decode
 from dino.data.decode import ORIENTATION, BadImage, decode
 from dino.data.device_decode import Jpeg, Undecodable, check_device, decode_jpegs
@@ -26,7 +24,9 @@ from dino.data.loader import ViewBatches, iterate, read_pixels
 from dino.data.sources import Source, open_source, subset
 from dino.engine.log import Terminal, read_metrics
 from dino.engine.train import Trainer, TrainingError
-from dino.recipes import check_resumable, resolve
+from dino.options import toml
+from dino.options.auto import check_resumable, resolve
+from dino.options.train import TrainOptions, ViewOptions, replace
 
 CPU = torch.device("cpu")
 VIEWS = ViewOptions(global_size=32, local_size=16, num_local=3, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
@@ -231,5 +231,5 @@ def test_refused_on_a_cpu_before_anything_is_written(photos, tmp_path):
 
 def test_who_decodes_may_change_on_resume(photos, tmp_path):
     run = dino.train(replace(TrainOptions(), TINY), data=str(photos), out=str(tmp_path / "run"), stop_after=3)
-    recorded = config_file.recorded(str(run))
+    recorded = toml.recorded(str(run))
     check_resumable(recorded, replace(recorded, {"data.decode": "device"}))

@@ -17,9 +17,9 @@ import dino
 from conftest import dino_command, draw_images, run_dino
 from dino.cli import main
 from dino.data.sources import open_source
-from dino.inference.cache import fingerprint
-from dino.inference.embed import Folder, images_of
-from dino.inference.features import extract
+from dino.features.cache import fingerprint
+from dino.features.embed import Folder, images_of
+from dino.features.extract import extract
 
 pq = pytest.importorskip("pyarrow.parquet")
 

@@ -11,14 +11,14 @@ import torch
 
 import dino
 from conftest import TINY, draw_images, run_dino
-from dino import cli
-from dino.config import TrainOptions, replace
+from dino import cli, weights
 from dino.data.decode import decode
 from dino.data.render import normalise
-from dino.inference.features import preprocess
-from dino.models import compare, create, weights
+from dino.exports import card, compare
+from dino.features.extract import preprocess
+from dino.models import create
 from dino.models.vit import _resize_symbolically, resize_positions
-from dino.report import card
+from dino.options.train import TrainOptions, replace
 
 SIZES = (32, 32), (56, 32), (16, 40), (88, 64)
 

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import TINY
-from dino.config import TrainOptions, replace
 from dino.data import device_render
 from dino.data.device_decode import Jpeg
 from dino.data.device_render import LARGEST, DeviceRenderer, pack
@@ -38,7 +37,8 @@ from dino.engine import parallel, train
 from dino.engine.build import build_method
 from dino.engine.log import Terminal
 from dino.engine.train import Trainer
-from dino.recipes import resolve
+from dino.options.auto import resolve
+from dino.options.train import TrainOptions, replace
 from test_memory import VARIANTS
 
 GPU = torch.device("cuda", 0)

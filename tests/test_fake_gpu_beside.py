@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino import bench
 from dino.data.scenes import Scenes
-from dino.engine import memory, start
+from dino.engine import fit, init
 from dino.engine.train import Trainer
 from dino.eval import copydetect, finetune, knn, linear, lowshot, masks, online, propagation
 from dino.eval.supervised import Batch
 from dino.eval.sweep import Sweep
-from dino.inference.features import READOUTS, stream
-from dino.inference.patches import axes_of, mutual_nearest
+from dino.features.extract import READOUTS, stream
+from dino.look.patches import axes_of, mutual_nearest
 from dino.models import create
 from test_fake_gpu import GPU, Pictures, report, reported, with_trainer, without_backward
 
@@ -115,8 +115,8 @@ EVALUATIONS: dict[str, Any] = {
 
 
 TRAINERS: dict[str, Any] = {
-    "fit": lambda trainer, batch: memory.fit(trainer, 10**12),
-    "centre": lambda trainer, batch: start.estimate_centre(trainer, trainer.batches),
+    "fit": lambda trainer, batch: fit.fit(trainer, 10**12),
+    "centre": lambda trainer, batch: init.estimate_centre(trainer, trainer.batches),
     "bench": lambda trainer, batch: bench.step_parts(trainer, batch),
 }
 PLANTED: dict[str, tuple[str, Any]] = {

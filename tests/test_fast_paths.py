@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from conftest import TINY, draw_images
-from dino.api import view_batches
-from dino.config import TrainOptions, replace
 from dino.data.sources import open_source
+from dino.engine.fit import Split
 from dino.engine.log import Terminal
-from dino.engine.memory import Split
 from dino.engine.train import Trainer
+from dino.options.train import TrainOptions, replace
+from dino.run import view_batches
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from step import Side, plain_copy, plain_loss

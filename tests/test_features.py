@@ -16,7 +16,7 @@ from dino.data.render import normalise
 from dino.data.scenes import Scenes
 from dino.data.sources import open_source
 from dino.eval.online import OnlineEvaluation, probe, scene_masks
-from dino.inference.features import extract, preprocess, spread
+from dino.features.extract import extract, preprocess, spread
 from dino.method import DINO, Network
 from dino.models import Head
 

@@ -20,13 +20,13 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 import dino
 from conftest import TINY, assert_same_bits, dino_command, draw_images, run_dino
 from dino import cli
-from dino.config import TrainOptions, replace
 from dino.data.torchvision_sets import TorchvisionSet, torchvision_pair
 from dino.eval import finetune
 from dino.eval.finetune import RECIPES, Classifier, Finetuning, Recipe
-from dino.eval.options import FinetuneOptions
 from dino.eval.supervised import Batch
 from dino.models import create
+from dino.options.evaluate import FinetuneOptions
+from dino.options.train import TrainOptions, replace
 
 CPU = torch.device("cpu")
 FLAGS = ("--epochs", 4, "--batch-size", 32, "--lr", 0.01, "--checkpoint-minutes", 0)

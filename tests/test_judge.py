@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 import dino
 from conftest import TINY, draw_images, run_dino, tiny_flags
-from dino.config import TrainOptions, replace
 from dino.data.sources import open_source
 from dino.engine.log import read_metrics
-from dino.eval import judge, knn
-from dino.eval.options import KnnOptions
-from dino.inference import cache
-from dino.inference.features import READOUTS, VIEWS, extract
+from dino.eval import evaluate, knn
+from dino.features import cache
+from dino.features.extract import READOUTS, VIEWS, extract
 from dino.models import VisionTransformer
+from dino.options.evaluate import KnnOptions
+from dino.options.train import TrainOptions, replace
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_two_ranks_give_the_same_result(trained, tmp_path):
 
 def test_features_are_reused_until_something_changes(model, photos, cache_folder):
     source = open_source(str(photos), "folders")
-    digest = judge.fingerprint(model)
+    digest = evaluate.fingerprint(model)
 
     def features(size=32, readout="cls"):
         return cache.features(model, digest, open_source(str(photos), "folders"), size, torch.device("cpu"), readout)
@@ -92,7 +92,7 @@ def test_features_are_reused_until_something_changes(model, photos, cache_folder
     assert torch.equal(features().values, first.values)
     assert not torch.equal(features(size=24).values, first.values)
     assert features(readout="cls+gem").values.shape == (24, 48)
-    digest = judge.fingerprint(model)
+    digest = evaluate.fingerprint(model)
     second = features()
     assert not torch.equal(second.values, first.values)
     image = next(photos.rglob("*.jpg"))
@@ -103,7 +103,7 @@ def test_features_are_reused_until_something_changes(model, photos, cache_folder
 
 
 def test_a_damaged_or_unwritable_cache_is_no_obstacle(model, photos, cache_folder, monkeypatch):
-    source, digest = open_source(str(photos), "folders"), judge.fingerprint(model)
+    source, digest = open_source(str(photos), "folders"), evaluate.fingerprint(model)
     first = cache.features(model, digest, source, 32, torch.device("cpu"))
     (file,) = cache_folder.iterdir()
     file.write_bytes(file.read_bytes()[:100])
@@ -174,8 +174,8 @@ def test_the_same_from_python(trained):
 
 def test_names_of_the_papers_models():
     with torch.device("meta"):
-        assert judge.paper_name(dino.create("vit_small", patch_size=8)) == "vit_small/8"
-        assert judge.paper_name(dino.create("vit_small", patch_size=8, depth=3)) == ""
+        assert evaluate.paper_name(dino.create("vit_small", patch_size=8)) == "vit_small/8"
+        assert evaluate.paper_name(dino.create("vit_small", patch_size=8, depth=3)) == ""
 
 
 def test_a_result_that_cannot_be_written_is_said(trained):

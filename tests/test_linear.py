@@ -14,14 +14,14 @@ from torch import nn
 import dino
 from conftest import TINY, assert_same_bits, draw_images, run_dino
 from dino import cli
-from dino.config import TrainOptions, replace
 from dino.data.sources import open_source
 from dino.eval import linear
-from dino.eval.judge import labels_of
+from dino.eval.evaluate import labels_of
 from dino.eval.supervised import LabelledBatches, accuracies, per_class
 from dino.eval.sweep import Sweep
-from dino.inference.features import READOUTS, extract
+from dino.features.extract import READOUTS, extract
 from dino.models import create
+from dino.options.train import TrainOptions, replace
 
 CPU = torch.device("cpu")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from conftest import draw_images
-from dino.config import ViewOptions
 from dino.data.device_render import DeviceRenderer, pack
 from dino.data.loader import ViewBatches, epoch_order, iterate
 from dino.data.render import CpuRenderer
 from dino.data.sources import open_source
+from dino.options.train import ViewOptions
 
 OPTIONS = ViewOptions(global_size=32, local_size=16, num_local=3, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 

@@ -16,13 +16,13 @@ from PIL import Image
 
 import dino
 from conftest import draw_images, run_dino
+from dino import weights
 from dino.cli import main
 from dino.data.decode import decode
-from dino.inference.attention import cls_attention
-from dino.inference.patches import as_input, mutual_nearest
-from dino.inference.video import Clip, Frame, evenly, write_video
-from dino.models import weights
-from dino.report.look import names
+from dino.look.attention import cls_attention
+from dino.look.commands import names
+from dino.look.patches import as_input, mutual_nearest
+from dino.look.video import Clip, Frame, evenly, write_video
 
 HEADS = 3
 
@@ -332,7 +332,7 @@ def test_neighbours_agree_with_the_evaluation(saved_model, photos, tmp_path):
 
 
 def test_class_map_puts_like_classes_together(saved_model, photos, tmp_path, capsys):
-    from dino.figures import class_map
+    from dino.look.figures import class_map
 
     centres = torch.nn.functional.one_hot(torch.arange(12) // 4, 8).float()  # three groups of four classes
     labels = torch.arange(12).repeat_interleave(5)

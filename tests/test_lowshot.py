@@ -14,11 +14,11 @@ from torch import Tensor
 import dino
 from conftest import TINY, draw_images, run_dino
 from dino import cli
-from dino.config import TrainOptions, replace
 from dino.data.sources import open_source
 from dino.eval import knn, lowshot
-from dino.eval.judge import labelled_pair
-from dino.inference.features import extract
+from dino.eval.evaluate import labelled_pair
+from dino.features.extract import extract
+from dino.options.train import TrainOptions, replace
 
 
 def problem(n: int = 60, d: int = 7, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:

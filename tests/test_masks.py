@@ -17,8 +17,8 @@ from dino.data.render import normalise
 from dino.data.scenes import Scenes
 from dino.eval import masks
 from dino.eval.online import scene_masks
-from dino.eval.options import MasksOptions
-from dino.inference.attention import cls_attention
+from dino.look.attention import cls_attention
+from dino.options.evaluate import MasksOptions
 
 CPU = torch.device("cpu")
 

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import TINY, draw_images, run_dino, tiny_flags
-from dino.api import view_batches
-from dino.config import TrainOptions, replace
 from dino.data.sources import open_source
-from dino.engine import memory
+from dino.engine import fit
+from dino.engine.fit import Split
 from dino.engine.log import Terminal, read_metrics
-from dino.engine.memory import Split
 from dino.engine.train import Trainer
 from dino.models import Recompute
-from dino.rules import bytes_of
+from dino.options.rules import bytes_of
+from dino.options.train import TrainOptions, replace
+from dino.run import view_batches
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_batch_norm_keeps_a_step_whole(images, tmp_path):
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_parts_cover_every_image_once_and_evenly(images, parts):
-    found = memory.parts_of(images, parts)
+    found = fit.parts_of(images, parts)
     assert [i for part in found for i in range(images)[part]] == list(range(images))
     sizes = [part.stop - part.start for part in found]
     assert len(found) == min(images, parts)
@@ -166,7 +166,7 @@ def test_parts_cover_every_image_once_and_evenly(images, parts):
 
 def test_views_of_a_part_stay_view_major():
     group = torch.arange(2 * 5).float()[:, None, None, None].expand(10, 3, 2, 2)  # view v of image i is 5 v + i
-    (part,) = memory.views_of([group], slice(1, 3), 5)
+    (part,) = fit.views_of([group], slice(1, 3), 5)
     assert part[:, 0, 0, 0].tolist() == [1, 2, 6, 7]
 
 
@@ -191,13 +191,13 @@ def test_peak_counts_what_is_alive_at_once():
         a.add_(b)
         b.view(16, 16)
 
-    assert memory.peak(work) == 4 * 1024
+    assert fit.peak(work) == 4 * 1024
 
 
 def test_peak_sees_what_recomputing_saves(images, tmp_path):
     subject = trainer(images, tmp_path, model__depth=12)
     found = [
-        memory.peak(lambda s=split: state_and_gradients(subject, s))
+        fit.peak(lambda s=split: state_and_gradients(subject, s))
         for split in (Split(), Split(1, "elementwise"), Split(1, "blocks"))
     ]
     assert found[1] < 0.8 * found[0]
@@ -210,23 +210,23 @@ def test_the_fastest_way_that_fits_is_chosen():
         "elementwise": (0.0, 80.0),
         "blocks": (0.0, 20.0),
     }
-    ways = [memory.choose(limit, 16, 50.0, lines, parts_allowed=True)[0] for limit in (2000, 1500, 1000, 410, 150, 80)]
+    ways = [fit.choose(limit, 16, 50.0, lines, parts_allowed=True)[0] for limit in (2000, 1500, 1000, 410, 150, 80)]
     assert ways == [
         *(Split(), Split(1, "elementwise"), Split(2)),
         *(Split(1, "blocks"), Split(4, "blocks"), Split(16, "blocks")),
     ]
-    assert memory.choose(500, 16, 50.0, lines, parts_allowed=False)[0] == Split(1, "blocks")
+    assert fit.choose(500, 16, 50.0, lines, parts_allowed=False)[0] == Split(1, "blocks")
     for limit in (2000, 1000, 410, 150, 80):
-        assert memory.choose(limit, 16, 50.0, lines, parts_allowed=True)[1] <= limit
+        assert fit.choose(limit, 16, 50.0, lines, parts_allowed=True)[1] <= limit
     with pytest.raises(ValueError, match="even in the smallest parts a step needs about"):
-        memory.choose(60, 16, 50.0, lines, parts_allowed=True)
+        fit.choose(60, 16, 50.0, lines, parts_allowed=True)
 
 
 def test_fit_leaves_the_run_as_it_was(images, tmp_path):
     """The trial moves neither centre nor weights, and what it chooses is less than the whole step."""
     subject = trainer(images, tmp_path, model__depth=8)
     before = {k: v.clone() for k, v in subject.method.state_dict().items()}
-    _, whole = memory.fit(subject, 10**12)
+    _, whole = fit.fit(subject, 10**12)
     assert subject.split == Split()
     for key, value in subject.method.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=key)

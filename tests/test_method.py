@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import golden_images, load_golden_weights
-from dino.config import OptimOptions
 from dino.engine import optim
 from dino.method import DINO, Centre, Network, cross_entropy, sharpen
 from dino.models import Head, VisionTransformer
+from dino.options.train import OptimOptions
 from dino.schedules import cosine, linear_then_constant, warmup_cosine
 
 

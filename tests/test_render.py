@@ -22,10 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
-from dino.config import ViewOptions
 from dino.data.device_render import LARGEST, DeviceRenderer, Parameters, crop_batch, pack
 from dino.data.render import MEAN, STD, CpuRenderer, blur_kernels, crop, normalise
 from dino.data.views import HUE, Views, draw_views
+from dino.options.train import ViewOptions
 
 SIZE = 160
 OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))

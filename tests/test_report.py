@@ -17,9 +17,9 @@ from PIL import Image
 
 import dino
 from conftest import TINY, draw_images, run_dino
-from dino.config import TrainOptions, known, replace
 from dino.data.sources import open_source, split
 from dino.engine.log import read_metrics
+from dino.options.train import TrainOptions, known, replace
 from dino.report.gallery import choose
 from dino.report.page import write
 

@@ -19,7 +19,7 @@ from conftest import GOLDEN, draw_images, ranks_agree
 from dino.cli import main
 from dino.data.sources import open_source
 from dino.eval import ranking, retrieval
-from dino.eval.options import RetrievalOptions
+from dino.options.evaluate import RetrievalOptions
 
 CPU = torch.device("cpu")
 

@@ -17,10 +17,10 @@ from PIL import Image
 
 import dino
 from conftest import draw_images, run_dino
+from dino import weights
 from dino.cli import main
-from dino.inference.embed import Embedding, Folder
-from dino.inference.search import Index
-from dino.models import weights
+from dino.features.embed import Embedding, Folder
+from dino.features.search import Index
 
 pq = pytest.importorskip("pyarrow.parquet")
 

@@ -12,11 +12,11 @@ from torch import nn
 import dino
 from conftest import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
 from dino import cli
-from dino.config import TrainOptions, replace
 from dino.data.render import normalise
 from dino.engine import parallel
 from dino.engine.log import read_metrics
 from dino.models.timm_backbone import TimmBackbone
+from dino.options.train import TrainOptions, replace
 
 # name: width, cells per side at 64 pixels, a second size that it takes
 FAMILIES = {
@@ -210,7 +210,7 @@ def test_errors_say_value_rule_and_fix(call, words):
 
 
 def test_importing_the_models_does_not_import_timm():
-    code = "import sys, dino.models, dino.models.weights; print('timm' in sys.modules)"
+    code = "import sys, dino.models, dino.weights; print('timm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -55,7 +55,7 @@ def test_flat_unlabelled_folder(tmp_path):
 
 
 def options(**changes):
-    from dino.config import TrainOptions, replace
+    from dino.options.train import TrainOptions, replace
 
     return replace(TrainOptions(), TINY | {k.replace("__", "."): v for k, v in changes.items()})
 

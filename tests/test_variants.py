@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino import variants
-from dino.config import TrainOptions, ViewOptions, replace
 from dino.data.loader import ViewBatches
 from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
 from dino.engine import parallel
 from dino.method import DINO, Network
 from dino.models import Head, VisionTransformer, create
+from dino.options.train import TrainOptions, ViewOptions, replace
 
 VARIANTS = {
     "dino": {},

@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from dino.config import ViewOptions
 from dino.data.views import Stream, Views, draw_views, generator
+from dino.options.train import ViewOptions
 
 OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 SIZES = (224,) * 2 + (96,) * OPTIONS.num_local

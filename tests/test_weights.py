@@ -23,18 +23,19 @@ from timm.models.xcit import checkpoint_filter_fn
 
 import dino
 from conftest import GOLDEN, TINY, assert_same_bits, draw_images, final_state
-from dino import cli
-from dino.api import view_batches
-from dino.config import TrainOptions, replace
+from dino import cli, weights
 from dino.data.render import normalise
 from dino.data.sources import open_source
-from dino.engine import start
+from dino.engine import init
 from dino.engine.build import build_method
 from dino.engine.log import Terminal, read_metrics
 from dino.engine.train import Trainer
-from dino.models import Head, compare, create, formats, releases, weights
+from dino.exports import compare
+from dino.models import Head, create
 from dino.models.vit import resize_positions
-from dino.models.weights import Weights, read, read_linear, write_linear
+from dino.options.train import TrainOptions, replace
+from dino.run import view_batches
+from dino.weights import Weights, formats, read, read_linear, releases, write_linear
 
 SIZES = {
     "arch": "vit_nano",
@@ -165,7 +166,7 @@ def test_transformers_computes_the_same_features(size, tmp_path):
 def test_transformers_prepares_images_alike(tmp_path):
     import transformers
 
-    from dino.inference.features import preprocess
+    from dino.features.extract import preprocess
 
     compare.FORMATS["hf"].write(vit_weights(image_size=224), tmp_path / "out")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", use_fast=False)
@@ -455,7 +456,7 @@ def test_a_missing_centre_is_the_mean_of_the_teachers_outputs(photos, tmp_path):
     options = replace(options, {"optim.warmup_epochs": 0})
     trainer = Trainer(options, tmp_path / "run", source, batches, torch.device("cpu"), Terminal(False))
     trainer.method.centre.value.fill_(7)
-    assert start.estimate_centre(trainer, batches) == 2 * 4 * (24 // 4)
+    assert init.estimate_centre(trainer, batches) == 2 * 4 * (24 // 4)
     outputs = [trainer.method.teacher([normalise(batches[step].prepared[0])]) for step in range(24 // 4)]
     torch.testing.assert_close(trainer.method.centre.value, torch.cat(outputs).mean(dim=0))
 
@@ -487,9 +488,9 @@ def test_a_run_begun_from_weights_resumes_to_the_bit(photos, tmp_path):
 def test_other_sizes_are_interpolated(tmp_path):
     given = full_weights()
     options = replace(TrainOptions(), {"views.global_size": 96, "head.out_dim": 64, "model.num_heads": 3})
-    adopted = start.adopt(options, given)
+    adopted = init.adopt(options, given)
     assert (adopted.model.patch_size, adopted.head.hidden_dim, adopted.head.batch_norm) == (8, 32, True)
     method = build_method(replace(adopted, {"views.local_size": 48}))
-    start.initialise(method, given)
+    init.initialise(method, given)
     expected = resize_positions(given.backbone()["pos_embed"], 12, 12, "offset")
     assert torch.equal(method.teacher.backbone.pos_embed, expected)

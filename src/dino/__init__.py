@@ -6,37 +6,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dino.api import train
-    from dino.eval.judge import evaluate
-    from dino.exchange import export
-    from dino.inference.attention import finer_patches
-    from dino.inference.embed import embed
-    from dino.inference.search import duplicates, outliers, search
-    from dino.inference.transformer import DinoFeatures
+    from dino.eval.evaluate import evaluate
+    from dino.exports.export import export
+    from dino.features.embed import embed
+    from dino.features.search import duplicates, outliers, search
+    from dino.features.sklearn import DinoFeatures
+    from dino.look.attention import finer_patches
+    from dino.look.pictures import attention_maps, match_patches, pca_colours, video_frames
     from dino.models import create
-    from dino.models.weights import load
-    from dino.report.pictures import attention_maps, match_patches, pca_colours, video_frames
+    from dino.run import train
+    from dino.weights import load
 
 __version__ = "0.1.0"
 __all__ = ["DinoFeatures", "attention_maps", "create", "duplicates", "embed", "evaluate", "export", "finer_patches"]
 __all__ += ["load", "match_patches", "outliers", "pca_colours", "search", "train", "video_frames"]
 
 _HOME = {
-    "DinoFeatures": "dino.inference.transformer",
-    "attention_maps": "dino.report.pictures",
+    "DinoFeatures": "dino.features.sklearn",
+    "attention_maps": "dino.look.pictures",
     "create": "dino.models",
-    "duplicates": "dino.inference.search",
-    "embed": "dino.inference.embed",
-    "evaluate": "dino.eval.judge",
-    "export": "dino.exchange",
-    "finer_patches": "dino.inference.attention",
-    "load": "dino.models.weights",
-    "match_patches": "dino.report.pictures",
-    "outliers": "dino.inference.search",
-    "pca_colours": "dino.report.pictures",
-    "search": "dino.inference.search",
-    "train": "dino.api",
-    "video_frames": "dino.report.pictures",
+    "duplicates": "dino.features.search",
+    "embed": "dino.features.embed",
+    "evaluate": "dino.eval.evaluate",
+    "export": "dino.exports.export",
+    "finer_patches": "dino.look.attention",
+    "load": "dino.weights",
+    "match_patches": "dino.look.pictures",
+    "outliers": "dino.features.search",
+    "pca_colours": "dino.look.pictures",
+    "search": "dino.features.search",
+    "train": "dino.run",
+    "video_frames": "dino.look.pictures",
 }
 
 

@@ -25,16 +25,16 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dino import config, config_file, distributed, files, recipes, tables
-from dino.config import TrainOptions, known, replace
+from dino import distributed, files, paper, weights
 from dino.data.loader import spare_cores
 from dino.engine.checkpoint import LOCK, sole_writer
 from dino.engine.log import read_metrics
 from dino.eval import knn
-from dino.eval.judge import split_folders
-from dino.eval.options import KnnOptions
-from dino.models import weights
-from dino.tables import Row, Table
+from dino.eval.evaluate import split_folders
+from dino.options import auto, toml, train
+from dino.options.evaluate import KnnOptions
+from dino.options.train import TrainOptions, known, replace
+from dino.paper import Row, Table
 
 if TYPE_CHECKING:
     from dino.cli import AblateOptions
@@ -46,7 +46,7 @@ class Ablation:
     """One table, at one scale, on one data set, in one folder."""
 
     def __init__(self, options: AblateOptions):
-        self.options, self.table = options, tables.get(options.table)
+        self.options, self.table = options, paper.get(options.table)
         self.folder = Path(options.out or f"runs/ablate-{options.table}")
         self.data = split_folders(os.path.abspath(known(options.data)), options.val and os.path.abspath(options.val))
         self.results_file = self.folder / "results.json"
@@ -59,10 +59,10 @@ class Ablation:
     def _options(self, row: Row) -> TrainOptions:
         o, table = self.options, self.table
         if o.scale == "tiny":
-            base = _base(o.recipe or tables.TINY_RECIPE)
+            base = _base(o.recipe or paper.TINY_RECIPE)
             changes = {**table.base, **(row.changes if row.tiny is None else row.tiny)}
             if o.recipe is None:
-                changes = {"epochs": tables.TINY_EPOCHS} | changes
+                changes = {"epochs": paper.TINY_EPOCHS} | changes
         else:
             base, changes = _base(o.recipe or table.recipe), {**table.paper_base, **table.base, **row.changes}
         train, val = self.data
@@ -91,7 +91,7 @@ class Ablation:
         run = self.folder / slug(name)
         if not (run / "config.toml").exists():
             return True
-        recorded = _plain(config_file.recorded(str(run)))
+        recorded = _plain(toml.recorded(str(run)))
         return all(recorded.get(key) == value for key, value in _plain(self.runs[name]).items())
 
     def work(self) -> dict[str, dict[str, Any]]:
@@ -147,7 +147,7 @@ class Ablation:
     def _row(self, name: str, place: str) -> dict[str, Any] | None:
         """Train row `name` to its end and measure it; None when it did not get there."""
         run, file = self.folder / slug(name), self.folder / "rows" / f"{slug(name)}.toml"
-        file.write_text(tomli_w.dumps(config_file.to_dict(self.runs[name])))
+        file.write_text(tomli_w.dumps(toml.to_dict(self.runs[name])))
         started = (run / "config.toml").exists()
         flags = ["--resume", str(run)] if started else [str(file), "--out", str(run)]
         flags += [] if self.options.report else ["--no-report"]
@@ -199,13 +199,13 @@ def slug(name: str) -> str:
 
 def _base(recipe: str) -> TrainOptions:
     if recipe.endswith(".toml"):
-        return config_file.read_toml(Path(recipe))
-    return recipes.get(recipe).options
+        return toml.read_toml(Path(recipe))
+    return auto.get(recipe).options
 
 
 def _plain(options: TrainOptions) -> dict[str, Any]:
     """Options as JSON would give them back, without what may differ from machine to machine."""
-    flat = {k: v for k, v in config.flatten(options).items() if k not in recipes.FREE_ON_RESUME and v is not None}
+    flat = {k: v for k, v in train.flatten(options).items() if k not in auto.FREE_ON_RESUME and v is not None}
     return json.loads(json.dumps(flat))
 
 
@@ -269,7 +269,7 @@ def plot(table: Table, results: dict[str, dict[str, Any]], path: Path, note: str
 def ablate_command(options: AblateOptions) -> int:
     """Run a table and write table.md, table.csv and table.png; without a name, list the tables."""
     if not options.table:
-        for name, table in tables.TABLES.items():
+        for name, table in paper.TABLES.items():
             print(f"{name:<12} {table.title}: {'; '.join(row.name for row in table.rows)}")
         return 0
     if options.data is None:

@@ -24,13 +24,14 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import dino
-from dino import api, config, distributed
-from dino.config import known
+from dino import distributed, run
 from dino.data.decode import BadImage
 from dino.data.loader import Batch, ViewBatches, iterate, spare_cores
 from dino.data.views import draw_views
 from dino.engine import log, optim, parallel, train
 from dino.engine.train import Trainer
+from dino.options import train
+from dino.options.train import known
 
 if TYPE_CHECKING:
     from dino.cli import BenchOptions
@@ -281,10 +282,10 @@ def bench(options: BenchOptions) -> None:
     if file is not None and file.is_dir():
         raise ValueError(f"--json {file} is a folder; give the name of a file in it.")
     device, terminal = distributed.start(options.device), log.Terminal(True)
-    api.set_threads(options, device)
+    run.set_threads(options, device)
     with tempfile.TemporaryDirectory() as folder:
-        plain = config.replace(options, {"resume": None, "out": None})
-        trainer, _ = api.set_up(plain, Path(folder) / "run", device, terminal)
+        plain = train.replace(options, {"resume": None, "out": None})
+        trainer, _ = run.set_up(plain, Path(folder) / "run", device, terminal)
         batches, workers = trainer.batches, known(trainer.options.data.num_workers)
         terminal.say("1/3 decoding and rendering ...")
         data = measure_data(batches, workers, DATA * options.seconds)

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 from tyro.conf import Positional
 
-from dino import __version__, config, config_file, errors, recipes
-from dino.eval.options import EVALUATIONS
-from dino.report import options as looks
-from dino.rules import COUNT, POSITIVE, check
+from dino import __version__, errors
+from dino.options import auto, toml, train
+from dino.options import commands as looks
+from dino.options.evaluate import EVALUATIONS
+from dino.options.rules import COUNT, POSITIVE, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class AblateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions(config.TrainOptions):
+class BenchOptions(train.TrainOptions):
     json: str | None = None
     """File to write the figures to."""
     seconds: Annotated[float, POSITIVE] = 40
@@ -98,25 +99,25 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("learn from images without labels", config.TrainOptions, "dino.api:run"),
-    **{f"eval {name}": Command(what, kind, "dino.eval.judge:command") for name, (what, kind) in EVALUATIONS.items()},
+    "train": Command("learn from images without labels", train.TrainOptions, "dino.run:run"),
+    **{f"eval {name}": Command(what, kind, "dino.eval.evaluate:command") for name, (what, kind) in EVALUATIONS.items()},
     "ablate": Command("train the rows of one of the paper's tables", AblateOptions, "dino.ablate:ablate_command"),
     "bench": Command("what training costs on your data and machine, and what helps", BenchOptions, "dino.bench:bench"),
-    "attention": Command("pictures of where the model looks", looks.AttentionOptions, "dino.report.look:attention"),
-    "pca": Command("features of patches as colours", looks.PcaOptions, "dino.report.look:pca"),
-    "match": Command("corresponding patches of two images", looks.MatchOptions, "dino.report.look:match"),
-    "video": Command("attention, masks or colours over a clip", looks.VideoOptions, "dino.report.look:video"),
-    "embed": Command("features of a folder as Parquet", looks.EmbedOptions, "dino.report.find:embed"),
-    "search": Command("images most like yours", looks.SearchOptions, "dino.report.find:search"),
-    "duplicates": Command("near-copies, as groups", looks.DuplicatesOptions, "dino.report.find:duplicates"),
-    "outliers": Command("images unlike all others", looks.OutliersOptions, "dino.report.find:outliers"),
-    "figure tsne": Command("a map of classes (t-SNE)", looks.TsneOptions, "dino.figures:tsne"),
-    "figure neighbours": Command("where k-NN is right and wrong", looks.NeighboursOptions, "dino.figures:neighbours"),
+    "attention": Command("pictures of where the model looks", looks.AttentionOptions, "dino.look.commands:attention"),
+    "pca": Command("features of patches as colours", looks.PcaOptions, "dino.look.commands:pca"),
+    "match": Command("corresponding patches of two images", looks.MatchOptions, "dino.look.commands:match"),
+    "video": Command("attention, masks or colours over a clip", looks.VideoOptions, "dino.look.commands:video"),
+    "embed": Command("features of a folder as Parquet", looks.EmbedOptions, "dino.features.commands:embed"),
+    "search": Command("images most like yours", looks.SearchOptions, "dino.features.commands:search"),
+    "duplicates": Command("near-copies, as groups", looks.DuplicatesOptions, "dino.features.commands:duplicates"),
+    "outliers": Command("images unlike all others", looks.OutliersOptions, "dino.features.commands:outliers"),
+    "figure tsne": Command("a map of classes (t-SNE)", looks.TsneOptions, "dino.look.figures:tsne"),
+    "figure neighbours": Command("where k-NN is right and wrong", looks.NeighboursOptions, "dino.look.figures:neighbours"),
     "app": Command("a page to explore what a model sees", looks.AppOptions, "dino.app:command"),
-    "report": Command("write a run's report.html again", ReportOptions, "dino.api:report_command"),
-    "models": Command("list or download the released weights", ModelsOptions, "dino.exchange:models_command"),
-    "export": Command("write a model for other libraries and runtimes", ExportOptions, "dino.exchange:export_command"),
-    "convert": Command("another name of export", ExportOptions, "dino.exchange:export_command"),
+    "report": Command("write a run's report.html again", ReportOptions, "dino.run:report_command"),
+    "models": Command("list or download the released weights", ModelsOptions, "dino.exports.export:models_command"),
+    "export": Command("write a model for other libraries and runtimes", ExportOptions, "dino.exports.export:export_command"),
+    "convert": Command("another name of export", ExportOptions, "dino.exports.export:export_command"),
     "recipes": Command("list the named configurations", RecipesOptions, "dino.cli:show_recipes"),
 }
 
@@ -180,7 +181,7 @@ def _dispatch(arguments: list[str]) -> int:
         near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
         raise ValueError(f"there is no command '{name}'; known are {', '.join(known)}.{near}")
     command = COMMANDS[name]
-    if issubclass(command.options, config.TrainOptions):
+    if issubclass(command.options, train.TrainOptions):
         options = _parse_train(rest, command.options, name)
     else:
         options = tyro.cli(command.options, args=rest, prog=f"dino {name}")
@@ -190,28 +191,28 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _parse_train(
-    arguments: list[str], kind: type[config.TrainOptions] = config.TrainOptions, name: str = "train"
-) -> config.TrainOptions:
+    arguments: list[str], kind: type[train.TrainOptions] = train.TrainOptions, name: str = "train"
+) -> train.TrainOptions:
     """`dino train [RECIPE | FILE.toml] [FLAGS]`: flags win over the file or recipe they follow; as `dino bench`."""
-    default, flags = config.TrainOptions(), []
+    default, flags = train.TrainOptions(), []
     if arguments and not arguments[0].startswith("-"):
         first, arguments = arguments[0], arguments[1:]
         if first.endswith(".toml"):
-            flags = config_file.toml_flags(Path(first))
-        elif first not in recipes.RECIPES and Path(first).exists():
+            flags = toml.toml_flags(Path(first))
+        elif first not in auto.RECIPES and Path(first).exists():
             raise ValueError(f"'{first}' is not a recipe; to train on it write: dino {name} --data {first}")
         else:
-            default = recipes.get(first).options
+            default = auto.get(first).options
     elif not any(a.split("=")[0] in ("--data", "--data.path", "--resume", "-h", "--help") for a in arguments):
-        default = recipes.get("demo").options
+        default = auto.get("demo").options
     resuming = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
     resuming.add_argument("--resume")
     if (resume := resuming.parse_known_args(arguments)[0].resume) is not None:
-        default, flags = config_file.recorded(resume), []
+        default, flags = toml.recorded(resume), []
     default = kind(**{f.name: getattr(default, f.name) for f in fields(default)})
     options = tyro.cli(kind, args=flags + arguments, default=default, prog=f"dino {name} [RECIPE | FILE.toml]")
     if resume is not None and name == "train":
-        recipes.check_resumable(default, options)
+        auto.check_resumable(default, options)
     return options
 
 
@@ -219,9 +220,9 @@ def show_recipes(options: RecipesOptions) -> None:
     if options.name:
         import tomli_w
 
-        print(tomli_w.dumps(config_file.to_dict(recipes.get(options.name).options)), end="")
+        print(tomli_w.dumps(toml.to_dict(auto.get(options.name).options)), end="")
         return
-    for name, recipe in recipes.RECIPES.items():
+    for name, recipe in auto.RECIPES.items():
         print(f"{name}\n    {recipe.about}\n    {recipe.command}\n    expected: {recipe.expected}")
 
 

@@ -78,7 +78,7 @@ class Negatives(nn.Module):
     def push(self, keys: Float[Tensor, "b d"]) -> None:
         """Replace the oldest by `keys` and those of the other ranks."""
         keys = F.normalize(distributed.concatenate(keys), dim=-1)
-        assert len(keys) <= len(self.values), "dino.api.check compares the queue with the batch"
+        assert len(keys) <= len(self.values), "dino.run.check compares the queue with the batch"
         where = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.values)
         self.values[where] = keys.to(self.values.dtype)
         self.oldest.copy_((self.oldest + len(keys)) % len(self.values))

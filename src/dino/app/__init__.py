@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dino.report.options import AppOptions
+    from dino.options.commands import AppOptions
 
 
 def command(options: AppOptions) -> None:

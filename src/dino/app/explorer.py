@@ -16,17 +16,18 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from dino import weights
 from dino.data.decode import BadImage, decode
 from dino.data.sources import Source
 from dino.engine.checkpoint import Checkpoints
-from dino.inference.cache import fingerprint
-from dino.inference.embed import Folder, embed, images_of
-from dino.inference.features import spread
-from dino.inference.patches import axes_of, patch_features
-from dino.inference.search import Index, ask, duplicates, refuse_other
-from dino.models import Backbone, weights
-from dino.report.find import Lasting
-from dino.report.pictures import Coloured, Look, attention_maps, chosen_size, fitted, heat, large, mosaic
+from dino.features.cache import fingerprint
+from dino.features.commands import Lasting
+from dino.features.embed import Folder, embed, images_of
+from dino.features.extract import spread
+from dino.features.search import Index, ask, duplicates, refuse_other
+from dino.look.patches import axes_of, patch_features
+from dino.look.pictures import Coloured, Look, attention_maps, chosen_size, fitted, heat, large, mosaic
+from dino.models import Backbone
 
 MOST_PIXELS, MOST_SIZE = 50_000_000, 1024  # of an image that a browser sends; of its shorter side as it is looked at
 THUMBNAIL, LEGIBLE = 240, 360  # pixels of the longer edge; at least of the shorter

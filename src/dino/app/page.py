@@ -13,10 +13,11 @@ from typing import Any
 import gradio as gr
 from gradio import themes
 
-from dino import config_file, distributed, files
+from dino import distributed, files, weights
 from dino.app.explorer import Explorer, Shown, newest_run
-from dino.models import NO_ATTENTION, weights
-from dino.report.options import AppOptions
+from dino.models import NO_ATTENTION
+from dino.options import toml
+from dino.options.commands import AppOptions
 
 HOST = "127.0.0.1"
 LARGEST_UPLOAD = "40mb"
@@ -263,6 +264,6 @@ def _data_of(run: Path | None) -> str | None:
     """What a run was trained on, if it is still there."""
     with contextlib.suppress(ValueError, TypeError):
         if run is not None:
-            path = config_file.recorded(str(run)).data.path
+            path = toml.recorded(str(run)).data.path
             return path if path.startswith("scenes") or Path(path).exists() else None
     return None

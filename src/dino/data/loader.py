@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dino.config import ViewOptions
 from dino.data.decode import BadImage
 from dino.data.sources import Source
 from dino.data.views import Stream, Views, draw_views, generator, groups_of
+from dino.options.train import ViewOptions
 
 FARTHEST_STAND_IN = 1000  # unreadable images in a row after which a batch is given up
 

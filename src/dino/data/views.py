@@ -18,7 +18,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from dino.config import ViewOptions, known
+from dino.options.train import ViewOptions, known
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 

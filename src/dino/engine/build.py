@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from dino import schedules
-from dino.config import TrainOptions, ViewOptions, known
 from dino.method import DINO, Network
 from dino.models import Backbone, Head, ImageSizeError, create
+from dino.options.train import TrainOptions, ViewOptions, known
 
 
 @dataclass(frozen=True)

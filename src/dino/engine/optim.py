@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino.config import OptimOptions
+from dino.options.train import OptimOptions
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

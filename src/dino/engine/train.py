@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dino import distributed
-from dino.config import TrainOptions, known
-from dino.config_file import to_dict
+from dino import distributed, weights
 from dino.data.device_decode import Undecodable
 from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.render import normalise
 from dino.data.sources import Source
 from dino.data.views import Views
-from dino.engine import memory, optim, parallel
+from dino.engine import fit, optim, parallel
 from dino.engine.build import Plan, build_method, model_arguments
 from dino.engine.checkpoint import CheckpointError, Checkpoints
 from dino.engine.log import Metrics, Quarantine, Terminal
 from dino.engine.monitor import CollapseMonitor
 from dino.method import DINO
-from dino.models import Backbone, weights
+from dino.models import Backbone
+from dino.options.toml import to_dict
+from dino.options.train import TrainOptions, known
 
 Callback = Callable[[DINO, int], dict[str, float]]  # measures the method after so many steps; all ranks call it
 
@@ -64,7 +64,7 @@ class Trainer:
         self.method = build_method(options).to(device)
         self.student: nn.Module = self.method.student
         self.num_draws = cast(Backbone, self.method.student.backbone).num_draws
-        self.split_steps(memory.Split(options.accumulate, options.recompute))
+        self.split_steps(fit.Split(options.accumulate, options.recompute))
         self._share_batch_norm()
         self.optimizer = optim.create(options.optim, self.method.student)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
@@ -78,7 +78,7 @@ class Trainer:
         self._pending: list[dict[str, Tensor]] = []
         self._bad: list[tuple[str, str]] = []
 
-    def split_steps(self, split: memory.Split) -> None:
+    def split_steps(self, split: fit.Split) -> None:
         """Compute steps so from now on."""
         if split.parts > 1 and parallel.has_batch_norm(self.method):
             raise ValueError(
@@ -239,15 +239,15 @@ class Trainer:
         `draws` of stochastic depth are [num, v, n] by group of views, where the backbone does not draw for itself.
         """
         images = len(groups[0]) // 2
-        parts = memory.parts_of(images, self.split.parts)
+        parts = fit.parts_of(images, self.split.parts)
         with parallel.autocast(self.device, self.precision):
             taught = self.method.teach(groups[0], teacher_temp, len(parts))
         losses = []
         for part in parts:
             with parallel.without_sync(self.student, part != parts[-1]):
                 with parallel.autocast(self.device, self.precision):
-                    drawn = None if draws is None else memory.draws_of(draws, part)
-                    scores = self.student(memory.views_of(groups, part, images), drawn)
+                    drawn = None if draws is None else fit.draws_of(draws, part)
+                    scores = self.student(fit.views_of(groups, part, images), drawn)
                     loss = self.method.learn(scores, taught.of(part)) * ((part.stop - part.start) / images)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())

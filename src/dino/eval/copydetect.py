@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dino.data.sources import Source, open_source, subset
-from dino.eval.judge import Judgement
-from dino.eval.options import CopydetectOptions
+from dino.eval.evaluate import Judgement
 from dino.eval.ranking import average_precision, comparable
 from dino.models import Backbone
+from dino.options.evaluate import CopydetectOptions
 
 SIZE = 320  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
 TOP = 20  # ranks that the reference looks at

@@ -22,11 +22,11 @@ from dino import distributed, files
 from dino.data.decode import BadImage
 from dino.data.labels import text
 from dino.data.sources import Files, listed
-from dino.eval.judge import Judgement, fingerprint, result_path
+from dino.eval.evaluate import Judgement, fingerprint, result_path
 from dino.eval.masks import object_indices
-from dino.eval.options import DavisOptions
 from dino.eval.propagation import follow, hard, patch_features, soft, view_size
 from dino.models import Backbone
+from dino.options.evaluate import DavisOptions
 
 SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
 LIST = Path("ImageSets", "2017", "val.txt")

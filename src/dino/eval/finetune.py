@@ -21,11 +21,11 @@ from torchvision.transforms import v2
 
 from dino import distributed
 from dino.engine import parallel
-from dino.eval.judge import Judgement, fingerprint, labelled_pair, labels_of, work_folder
-from dino.eval.options import FinetuneOptions
+from dino.eval.evaluate import Judgement, fingerprint, labelled_pair, labels_of, work_folder
 from dino.eval.supervised import Batch, LabelledBatches, accuracies, save_weights, seed_all, train
-from dino.inference.features import extract
+from dino.features.extract import extract
 from dino.models import Backbone, VisionTransformer
+from dino.options.evaluate import FinetuneOptions
 
 MIXED = 16  # images are mixed within groups of so many of a batch, whatever the number of ranks
 WARMUP_LR = 1e-6

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.eval.judge import Judgement, fingerprint, labelled_pair, labels_of
-from dino.eval.options import KnnOptions
-from dino.inference import cache
+from dino.eval.evaluate import Judgement, fingerprint, labelled_pair, labels_of
+from dino.features import cache
 from dino.models import Backbone
+from dino.options.evaluate import KnnOptions
 
 KS = (10, 20, 100, 200)
 SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32

@@ -12,16 +12,16 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from dino import distributed, schedules
-from dino.config import known
 from dino.data.render import normalise
 from dino.data.sources import Source, subset
-from dino.eval.judge import Judgement, fingerprint, labelled_pair, labels_of, work_folder
-from dino.eval.options import LinearOptions
+from dino.eval.evaluate import Judgement, fingerprint, labelled_pair, labels_of, work_folder
 from dino.eval.supervised import Batch, LabelledBatches, accuracies, per_class, save_weights, train
 from dino.eval.sweep import Sweep, fit
-from dino.inference import cache
-from dino.inference.features import READOUTS, Readout
+from dino.features import cache
+from dino.features.extract import READOUTS, Readout
 from dino.models import Backbone
+from dino.options.evaluate import LinearOptions
+from dino.options.train import known
 
 FAST_RATES, FAST_DECAYS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 1e-5, 1e-4)
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino import distributed
-from dino.config import known
 from dino.data.labels import text
 from dino.data.sources import Source
 from dino.eval import knn
-from dino.eval.judge import Judgement, fingerprint, labelled_pair, labels_of
-from dino.eval.options import LowshotOptions
+from dino.eval.evaluate import Judgement, fingerprint, labelled_pair, labels_of
 from dino.eval.supervised import accuracies, per_class
-from dino.inference import cache
+from dino.features import cache
 from dino.models import Backbone
+from dino.options.evaluate import LowshotOptions
+from dino.options.train import known
 
 CS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 SCORES_AT_ONCE = 2**24  # 128 MB of float64

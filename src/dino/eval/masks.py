@@ -15,11 +15,11 @@ from dino import distributed
 from dino.data.decode import BadImage
 from dino.data.labels import text
 from dino.data.sources import Files, listed, open_source
-from dino.eval.judge import Judgement
-from dino.eval.options import MasksOptions
-from dino.inference.attention import cls_attention, enlarge, fit, jaccard, mass_mask
-from dino.inference.patches import as_input
+from dino.eval.evaluate import Judgement
+from dino.look.attention import cls_attention, enlarge, fit, jaccard, mass_mask
+from dino.look.patches import as_input
 from dino.models import NO_ATTENTION, Backbone
+from dino.options.evaluate import MasksOptions
 
 SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
 LAYOUT = (

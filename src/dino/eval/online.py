@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from dino import distributed
-from dino.config import known
 from dino.data.decode import BadImage
 from dino.data.render import normalise
 from dino.data.scenes import Scenes
 from dino.data.sources import Source
 from dino.engine.monitor import feature_health
-from dino.eval import judge, knn
-from dino.inference.attention import cls_attention, enlarge, jaccard, mass_mask
-from dino.inference.features import extract, preprocess, spread
+from dino.eval import evaluate, knn
+from dino.features.extract import extract, preprocess, spread
+from dino.look.attention import cls_attention, enlarge, jaccard, mass_mask
 from dino.method import DINO
 from dino.models import Backbone
+from dino.options.train import known
 
 BANK, QUERIES, MASKS = 5000, 1000, 200  # at most so many images, so that a check stays short beside an epoch
 
@@ -40,7 +40,7 @@ class OnlineEvaluation:
         held_out: Source | None,
         size: int,
         device: torch.device,
-        more: Sequence[judge.Callback] = (),
+        more: Sequence[evaluate.Callback] = (),
     ):
         self.train, self.held_out, self.size, self.device, self.more = train, held_out, size, device, more
         self.labelled = held_out is not None and train.labels is not None and held_out.labels is not None

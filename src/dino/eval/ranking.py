@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.sources import Source, open_source
-from dino.eval.judge import fingerprint
-from dino.eval.options import RankingOptions
-from dino.inference import cache
-from dino.inference.features import Readout, View
+from dino.eval.evaluate import fingerprint
+from dino.features import cache
+from dino.features.extract import Readout, View
 from dino.models import Backbone
+from dino.options.evaluate import RankingOptions
 
 
 def average_precision(positions: np.ndarray, total: int) -> float:

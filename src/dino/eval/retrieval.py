@@ -16,11 +16,12 @@ import torch
 
 from dino.data.decode import BadImage
 from dino.data.sources import Source, Subset, listed
-from dino.eval.judge import Judgement
-from dino.eval.options import RetrievalOptions
+from dino.eval.evaluate import Judgement
 from dino.eval.ranking import comparable, mean_precisions
-from dino.inference.features import shrink
-from dino.models import Backbone, pickles
+from dino.features.extract import shrink
+from dino.models import Backbone
+from dino.options.evaluate import RetrievalOptions
+from dino.weights import pickles
 
 # --- ground truth ---------------------------------------------------------------------------------------------------
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino import distributed
-from dino.config import known
 from dino.data.decode import BadImage
 from dino.data.loader import epoch_order, spare_cores, start_worker
 from dino.data.sources import Source
 from dino.engine.checkpoint import Checkpoints
 from dino.engine.log import Terminal
-from dino.eval.judge import result_path, say_bad
-from dino.eval.options import EvalOptions
+from dino.eval.evaluate import result_path, say_bad
+from dino.options.evaluate import EvalOptions
+from dino.options.train import known
 
 Transform = Callable[[Image.Image], Tensor]  # may draw from the global generators, which are seeded for each image
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from dino import distributed, schedules
 from dino.data.loader import epoch_order
 from dino.engine.log import Terminal
-from dino.eval.options import LinearOptions
-from dino.inference.features import Readout
+from dino.features.extract import Readout
+from dino.options.evaluate import LinearOptions
 
 SCORES_AT_ONCE = 2**26  # 256 MB of float32
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dino.config import known
+from dino.options.train import known
 from dino.report.run import Run
 
 MOST_POINTS = 300  # longer curves are averaged over equal runs of steps, with their range behind the line

@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dino.config import known
 from dino.data.decode import BadImage
 from dino.data.render import CpuRenderer, normalise
 from dino.data.scenes import Scenes
 from dino.data.sources import Source
 from dino.data.views import Views, draw_views
-from dino.inference.attention import jaccard
-from dino.inference.features import extract, preprocess, spread
+from dino.features.extract import extract, preprocess, spread
+from dino.look.attention import jaccard
+from dino.look.pictures import MOST_PATCHES, Look, attention_maps, pca_colours, to_bytes
 from dino.models import NO_ATTENTION, Backbone
-from dino.report.pictures import MOST_PATCHES, Look, attention_maps, pca_colours, to_bytes
+from dino.options.train import known
 from dino.report.run import Run
 
 SHOWN, VIEWED, NEIGHBOURS = 6, 4, 6

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from dino import files
-from dino.config import known
+from dino import files, weights
 from dino.data.sources import Source
-from dino.models import Backbone, weights
+from dino.models import Backbone
+from dino.options.train import known
 from dino.report import curves
 from dino.report.gallery import Gallery
 from dino.report.run import Run

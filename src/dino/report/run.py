@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dino.config import TrainOptions, known
-from dino.config_file import recorded
 from dino.engine.log import read_metrics
 from dino.engine.monitor import CollapseMonitor
+from dino.options.toml import recorded
+from dino.options.train import TrainOptions, known
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino import __version__, distributed, errors, files
+from dino import __version__, distributed, errors, files, weights
 from dino.data.render import normalise
 from dino.data.scenes import scenes_of
 from dino.data.sources import Source, open_source
 from dino.data.torchvision_sets import TORCHVISION, torchvision_pair
-from dino.inference.cache import fingerprint
-from dino.inference.features import READOUTS, Features, Readout, batch_of, stream
-from dino.models import Backbone, weights
+from dino.features.cache import fingerprint
+from dino.features.extract import READOUTS, Features, Readout, batch_of, stream
+from dino.models import Backbone
 
 SHARD, MOST_VALUES = 4096, 2**24  # most images of a shard, and most numbers in one: 64 MB
 WHAT_IT_IS = ("model_sha256", "data_sha256", "stamp", "images", "readout", "size", "fp16", "shard")

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dino import files
-from dino.inference.cache import fingerprint
-from dino.models import compare, releases, weights
-from dino.report import card
+from dino import files, weights
+from dino.exports import card, compare
+from dino.features.cache import fingerprint
+from dino.weights import releases
 
 if TYPE_CHECKING:
     from dino.cli import ExportOptions, ModelsOptions
@@ -40,7 +40,7 @@ def export(
 
     Args:
         model: as `dino.load` takes it.
-        to: a format: a key of `FORMATS` of `dino.models.compare`.
+        to: a format: a key of `FORMATS` of `dino.exports.compare`.
         out: file or folder to write; the card is its README.md, or lies beside it.
         num_heads, offline: as for `dino.load`.
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dino import files
-from dino.models import create, formats, pickles, releases
-from dino.models.formats import State
+from dino.models import create
 from dino.models.vit import VisionTransformer
+from dino.weights import formats, pickles, releases
+from dino.weights.formats import State
 
 if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone

@@ -1,4 +1,4 @@
-"""Finding a named configuration (`dino.recipe_table`), and the choices made for whoever names none."""
+"""Finding a named configuration (`dino.options.recipes`), and the choices made for whoever names none."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from dino import errors
-from dino.config import TrainOptions, flatten, replace
-from dino.recipe_table import RECIPES, Recipe
+from dino.options.recipes import RECIPES, Recipe
+from dino.options.train import TrainOptions, flatten, replace
 
 # Options that change neither the mathematics nor the data, so that a resumed run may have others.
 FREE_ON_RESUME = {

@@ -12,14 +12,14 @@ import math
 import torch
 
 from dino import distributed
-from dino.config import TrainOptions, flatten, known, replace
 from dino.data.loader import ViewBatches, iterate
 from dino.engine import parallel
 from dino.engine.train import Trainer
 from dino.method import DINO
-from dino.models.formats import full_sizes, head_options
 from dino.models.vit import SIZES, VisionTransformer, resize_positions
-from dino.models.weights import Weights, load_strictly
+from dino.options.train import TrainOptions, flatten, known, replace
+from dino.weights import Weights, load_strictly
+from dino.weights.formats import full_sizes, head_options
 
 CENTRE_IMAGES = 4096  # the mean over so many is known to a fraction of its spread
 

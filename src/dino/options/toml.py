@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from dino.config import TrainOptions, dotted, replace
+from dino.options.train import TrainOptions, dotted, replace
 
 
 def to_dict(options: Any) -> dict[str, Any]:

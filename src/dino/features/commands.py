@@ -15,12 +15,12 @@ import numpy as np
 from dino import distributed
 from dino.data.decode import BadImage
 from dino.data.sources import Source
-from dino.inference import embed as embeddings
-from dino.inference import search as finding
-from dino.inference.features import preprocess
+from dino.features import embed as embeddings
+from dino.features import search as finding
+from dino.features.extract import preprocess
+from dino.look.commands import expand, writable
+from dino.options.commands import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
 from dino.report.gallery import EDGE, NEIGHBOURS, neighbour_row, tile
-from dino.report.look import expand, writable
-from dino.report.options import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
 from dino.report.page import document
 
 MOST_ROWS = 50  # of a page

@@ -9,7 +9,7 @@ from typing import Any
 from dino import __version__
 from dino.engine.checkpoint import Checkpoints, read
 from dino.engine.log import read_metrics
-from dino.models import releases
+from dino.weights import releases
 
 USE = {
     "hf": """\

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.render import normalise
-from dino.inference.features import spread
+from dino.features.extract import spread
 from dino.models import Backbone
 
 BASIS_IMAGES, BASIS_PATCHES = 64, 1024  # most images a basis is made from, and most patches of each

@@ -178,7 +178,7 @@ def network(state: State) -> tuple[State, State, list[str]]:
 
 
 def head_options(head: State) -> dict[str, Any]:
-    """The sizes of a projection head by the names of `dino.config.HeadOptions`."""
+    """The sizes of a projection head by the names of `dino.options.train.HeadOptions`."""
     layers = [value for name, value in head.items() if re.fullmatch(r"mlp\.(\d+\.)?weight", name) and value.ndim == 2]
     out_dim, bottleneck_dim = head["last_layer.weight_v"].shape
     return {

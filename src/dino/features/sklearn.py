@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dino import distributed
-from dino.inference.features import Readout, extract
-from dino.inference.search import Images
-from dino.models import Backbone, weights
+from dino import distributed, weights
+from dino.features.extract import Readout, extract
+from dino.features.search import Images
+from dino.models import Backbone
 
 try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dino import distributed, files
-from dino.config import known
 from dino.data.sources import Source
-from dino.inference.features import Features, Readout, View, extract
+from dino.features.extract import Features, Readout, View, extract
 from dino.models import Backbone
+from dino.options.train import known
 
 _in_use = ContextVar("cache in use", default=True)
 
@@ -62,7 +62,7 @@ def features(
 
     Args:
         model_hash: digest of the model's weights.
-        readout, view: see `READOUTS` and `VIEWS` of `dino.inference.features`.
+        readout, view: see `READOUTS` and `VIEWS` of `dino.features.extract`.
     """
     if not _in_use.get():
         return extract(model, source, size, device, readout=readout, shared=True, progress=progress, view=view)

@@ -18,15 +18,15 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from dino import distributed
+from dino import distributed, weights
 from dino.data.sources import open_source
-from dino.inference.attention import finer_patches
-from dino.inference.features import spread
-from dino.inference.patches import BASIS_IMAGES, main_axes
-from dino.inference.video import Clip, Frame, write_video
-from dino.models import NO_ATTENTION, Backbone, weights
-from dino.report.options import AttentionOptions, LookOptions, MatchOptions, PcaOptions, VideoOptions
-from dino.report.pictures import attention_maps, chosen_size, coloured, fitted, match_patches, panel, video_frames
+from dino.features.extract import spread
+from dino.look.attention import finer_patches
+from dino.look.patches import BASIS_IMAGES, main_axes
+from dino.look.pictures import attention_maps, chosen_size, coloured, fitted, match_patches, panel, video_frames
+from dino.look.video import Clip, Frame, write_video
+from dino.models import NO_ATTENTION, Backbone
+from dino.options.commands import AttentionOptions, LookOptions, MatchOptions, PcaOptions, VideoOptions
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Models written for others: weights, the inverse of what `dino.models.weights` reads, and graphs for other runtimes."""
+"""Models written for others: weights, the inverse of what `dino.weights` reads, and graphs for other runtimes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dino import errors
-from dino.models import VisionTransformer, formats
-from dino.models.formats import State
-from dino.models.weights import Weights, build
+from dino.models import VisionTransformer
+from dino.weights import Weights, build, formats
+from dino.weights.formats import State
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which the evaluation views are normalised by
 
@@ -111,7 +111,7 @@ def hf(weights: Weights, out: Path) -> None:
         "num_channels": channels,
         "pos_interp": sizes.get("pos_interp", "offset"),
     }
-    resized = edge * 256 // 224 if edge >= 128 else edge  # the evaluation view of `dino.inference.features`
+    resized = edge * 256 // 224 if edge >= 128 else edge  # the evaluation view of `dino.features.extract`
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "size": {"shortest_edge": resized},

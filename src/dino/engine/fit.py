@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from dino.config import known
 from dino.engine import parallel
 from dino.models import Backbone, Recompute
+from dino.options.train import known
 
 if TYPE_CHECKING:
     from dino.engine.train import Trainer

@@ -2,9 +2,9 @@
 
 The text under a field is its help on the command line. Durations are epochs here and steps inside the engine;
 the batch size is global; the learning rate is given for a batch of 256 and scaled linearly (paper, section 3.2).
-``None`` means "chosen for you": `dino.recipes.resolve` fills it in from the data and the machine and prints what it
-chose. A value's rule (`dino.rules`) stands with its field, and what excludes each other in `_contradictions`; either
-is a ``ValueError`` that names the value and the rule or the fix. `dino.config_file` writes and reads them as TOML.
+``None`` means "chosen for you": `dino.options.auto.resolve` fills it in from the data and the machine and prints what it
+chose. A value's rule (`dino.options.rules`) stands with its field, and what excludes each other in `_contradictions`; either
+is a ``ValueError`` that names the value and the rule or the fix. `dino.options.toml` writes and reads them as TOML.
 """
 
 from __future__ import annotations
@@ -16,7 +16,19 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from dino.rules import AREA, BELOW_ONE, COUNT, MEMORY, NOT_NEGATIVE, POSITIVE, SEED, SHARE, TURN, at_least, check
+from dino.options.rules import (
+    AREA,
+    BELOW_ONE,
+    COUNT,
+    MEMORY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    TURN,
+    at_least,
+    check,
+)
 
 Scale = tuple[float, float]
 
@@ -25,7 +37,7 @@ T = TypeVar("T")
 
 
 def known(value: T | None) -> T:
-    """An option that `dino.recipes.resolve` has filled in."""
+    """An option that `dino.options.auto.resolve` has filled in."""
     assert value is not None
     return value
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from dino.config import TrainOptions, replace
+from dino.options.train import TrainOptions, replace
 
 
 class Recipe(NamedTuple):

@@ -20,17 +20,17 @@ import torch
 import tyro
 from torch import Tensor
 
-from dino import __version__, distributed, errors, files
-from dino.config import known
+from dino import __version__, distributed, errors, files, weights
 from dino.data.scenes import Scenes, scenes_of
 from dino.data.sources import Source, open_source, split, subset
 from dino.data.torchvision_sets import TORCHVISION, torchvision_pair
-from dino.eval.options import EVALUATIONS, EvalOptions
-from dino.inference import cache
-from dino.inference.cache import fingerprint
-from dino.inference.features import Features
-from dino.models import Backbone, VisionTransformer, weights
+from dino.features import cache
+from dino.features.cache import fingerprint
+from dino.features.extract import Features
+from dino.models import Backbone, VisionTransformer
 from dino.models.vit import SIZES
+from dino.options.evaluate import EVALUATIONS, EvalOptions
+from dino.options.train import known
 
 MOST_HELD_OUT, HELD_OUT_SCENES = 1000, 500
 

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 import torch
 
-from dino import config_file, distributed, files, recipes
-from dino.config import TrainOptions, flatten, known, replace
-from dino.config_file import to_dict
+from dino import distributed, files, weights
 from dino.data import device_decode
 from dino.data.device_render import LARGEST, DeviceRenderer, pack
 from dino.data.loader import ViewBatches, read_pixels, spare_cores
 from dino.data.render import CpuRenderer
 from dino.data.sources import Source, open_source, split
-from dino.engine import log, memory, parallel, start
+from dino.engine import fit, init, log, parallel
 from dino.engine.checkpoint import LOCK, Checkpoints, sole_writer
 from dino.engine.train import Trainer
-from dino.eval import judge
-from dino.eval.judge import MOST_HELD_OUT, agreeing, open_scenes
+from dino.eval import evaluate
+from dino.eval.evaluate import MOST_HELD_OUT, agreeing, open_scenes
 from dino.eval.online import OnlineEvaluation, probe
-from dino.models import weights
-from dino.rules import bytes_of
+from dino.options import auto, toml
+from dino.options.rules import bytes_of
+from dino.options.toml import to_dict
+from dino.options.train import TrainOptions, flatten, known, replace
 
 if TYPE_CHECKING:
     from dino.cli import ReportOptions
@@ -49,7 +49,7 @@ def train(
     if isinstance(recipe, TrainOptions):
         options = recipe
     else:
-        options = recipes.get(recipe or "demo").options if recipe or data is None else TrainOptions()
+        options = auto.get(recipe or "demo").options if recipe or data is None else TrainOptions()
     return run(replace(options, changes | {k: v for k, v in (("data.path", data), ("out", out)) if v is not None}))
 
 
@@ -95,28 +95,28 @@ def set_up(
     # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
     workers = spare_cores(distributed.world_size()) if device.type == "cuda" else int(spare_cores() > 2)
     found = distributed.from_main(lambda: starting_weights(options, folder))
-    adopted = options if found is None else start.adopt(options, found)
-    resolved = recipes.resolve(adopted, len(source), edge, device.type == "cuda", workers)
+    adopted = options if found is None else init.adopt(options, found)
+    resolved = auto.resolve(adopted, len(source), edge, device.type == "cuda", workers)
     check(resolved, source, device)
     chosen = {n: v for n, v in flatten(resolved).items() if flatten(options)[n] is None and v is not None}
     if chosen and options.resume is None:
         terminal.say(f"Chosen for {len(source)} images: " + ", ".join(f"{n} {v}" for n, v in chosen.items()))
-    more = [judge.Callback.parse(text, folder) for text in resolved.log.evaluate]
+    more = [evaluate.Callback.parse(text, folder) for text in resolved.log.evaluate]
     callback = OnlineEvaluation(source, held_out, known(resolved.views.global_size), device, more)
     batches = view_batches(resolved, source, device)
     render = DeviceRenderer(device) if device.type == "cuda" else None
     trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, render)
     if resolved.fit is not None:
-        split, needed = distributed.gather(memory.fit(trainer, bytes_of(resolved.fit)))[0]
+        split, needed = distributed.gather(fit.fit(trainer, bytes_of(resolved.fit)))[0]
         trainer.split_steps(split)
         terminal.say(describe_split(split, needed))
     if found is not None:
-        terminal.say(start.initialise(trainer.method, found))
-        if start.needs_centre(trainer.method, found):
+        terminal.say(init.initialise(trainer.method, found))
+        if init.needs_centre(trainer.method, found):
             globals_only = view_batches(
                 replace(resolved, {"views.num_local": 0, "data.decode": "workers"}), source, device
             )
-            terminal.say(f"The centre is the mean over {start.estimate_centre(trainer, globals_only)} global views.")
+            terminal.say(f"The centre is the mean over {init.estimate_centre(trainer, globals_only)} global views.")
     distributed.from_main(lambda: prepare(resolved, folder))
     if options.resume is not None and trainer.resume():
         terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
@@ -220,7 +220,7 @@ def describe(source: Source, spec: str) -> str:
     return f"{spec}: {len(source)} images{labels}."
 
 
-def describe_split(split: memory.Split, needed: float) -> str:
+def describe_split(split: fit.Split, needed: float) -> str:
     parts = f"in {split.parts} parts" if split.parts > 1 else "in one part"
     again = "" if split.recompute == "nothing" else f", recomputing {split.recompute} activations"
     return f"Fits: each step {parts}{again}, about {needed / 1e9:.2g} GB."
@@ -259,7 +259,7 @@ def report(folder: Path, source: Source, held_out: Source | None, device: torch.
 
 def report_command(options: ReportOptions) -> None:
     """Write a run's report again from what is in its directory."""
-    recorded = replace(config_file.recorded(options.run), {"resume": options.run})
+    recorded = replace(toml.recorded(options.run), {"resume": options.run})
     device = distributed.start("auto")
     set_threads(recorded, device)
     source, held_out = open_pair(recorded, Path(options.run))

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino import distributed, errors, files
+from dino import distributed, errors, files, weights
 from dino.data.decode import BadImage, decode
-from dino.inference.cache import fingerprint
-from dino.inference.embed import Embedding, Folder
-from dino.inference.features import extract, spread
-from dino.models import Backbone, weights
+from dino.features.cache import fingerprint
+from dino.features.embed import Embedding, Folder
+from dino.features.extract import extract, spread
+from dino.models import Backbone
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
 SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32

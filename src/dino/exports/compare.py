@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dino.models import VisionTransformer, export, weights
+from dino import weights
+from dino.exports import formats
+from dino.models import VisionTransformer
 from dino.models.vit import PositionInterpolation
-from dino.models.weights import Weights
+from dino.weights import Weights
 
 TOLERANCE = 1e-4  # of the largest number that the model gives
 
@@ -63,7 +65,7 @@ def compare(found: Weights, to: str, out: Path) -> list[Difference]:
     """
     own = weights.build(found)
     way = FORMATS[to].positions if isinstance(own, VisionTransformer) else None
-    models = [export.Outputs(own), export.Outputs(weights.build(found, pos_interp=way) if way else own)]
+    models = [formats.Outputs(own), formats.Outputs(weights.build(found, pos_interp=way) if way else own)]
     opened, patch = FORMATS[to].opened(out, found), own.patch_size
     cells, generator, differences = max(2, own.image_size // patch), torch.Generator().manual_seed(0), []
     for number, rows, columns in ((2, cells, cells), (1, cells + 3, cells), (3, max(2, cells // 2), cells + 1)):
@@ -91,7 +93,7 @@ def sentence(differences: list[Difference], to: str) -> str:
 def _ours(out: Path, found: Weights) -> Opened:
     """By `dino.load`, told what the reference's files do not say."""
     model = weights.load(out, **{k: found.arguments[k] for k in ("num_heads", "pos_interp") if k in found.arguments})
-    return export.Outputs(model)
+    return formats.Outputs(model)
 
 
 def _timm(out: Path, found: Weights) -> Opened:
@@ -127,11 +129,11 @@ def _torch_export(out: Path, found: Weights) -> Opened:
 
 
 FORMATS = {
-    "reference": Format(export.reference, _ours),
-    "reference-checkpoint": Format(export.reference_checkpoint, _ours),
-    "safetensors": Format(export.safetensors, _ours, ".safetensors"),
-    "timm": Format(export.timm, _timm, positions="antialias"),
-    "hf": Format(export.hf, _hf, needs=("transformers",), positions="size"),
-    "onnx": Format(export.onnx, _onnx, ".onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "torch-export": Format(export.torch_export, _torch_export, ".pt2"),
+    "reference": Format(formats.reference, _ours),
+    "reference-checkpoint": Format(formats.reference_checkpoint, _ours),
+    "safetensors": Format(formats.safetensors, _ours, ".safetensors"),
+    "timm": Format(formats.timm, _timm, positions="antialias"),
+    "hf": Format(formats.hf, _hf, needs=("transformers",), positions="size"),
+    "onnx": Format(formats.onnx, _onnx, ".onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "torch-export": Format(formats.torch_export, _torch_export, ".pt2"),
 }

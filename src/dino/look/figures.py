@@ -11,16 +11,15 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dino import distributed, errors
+from dino import distributed, errors, weights
 from dino.data.sources import Source
-from dino.eval.judge import fingerprint, labelled_pair, labels_of, open_labelled, split_folders
+from dino.eval.evaluate import fingerprint, labelled_pair, labels_of, open_labelled, split_folders
 from dino.eval.knn import votes
-from dino.inference import cache
-from dino.inference.features import preprocess, spread
-from dino.models import weights
+from dino.features import cache
+from dino.features.extract import preprocess, spread
+from dino.look.commands import writable
+from dino.options.commands import NeighboursOptions, TsneOptions
 from dino.report.gallery import EDGE, NEIGHBOURS, label_of, neighbour_row
-from dino.report.look import writable
-from dino.report.options import NeighboursOptions, TsneOptions
 from dino.report.page import document
 
 QUERIES_AT_ONCE = 64

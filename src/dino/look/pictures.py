@@ -21,10 +21,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dino.data.decode import BadImage, decode
-from dino.inference.attention import cls_attention, enlarge, fit, mass_mask
-from dino.inference.features import spread
-from dino.inference.patches import BASIS_IMAGES, Basis, as_input, main_axes, mutual_nearest, patch_features
-from dino.inference.video import Clip, Frame, evenly
+from dino.features.extract import spread
+from dino.look.attention import cls_attention, enlarge, fit, mass_mask
+from dino.look.patches import BASIS_IMAGES, Basis, as_input, main_axes, mutual_nearest, patch_features
+from dino.look.video import Clip, Frame, evenly
 from dino.models import NO_ATTENTION, Backbone
 
 MOST_PATCHES = 2**15  # of one image; the work grows with their square, and here a CPU needs minutes
@@ -210,7 +210,7 @@ def video_frames(
     head: int | None = None,
     mass: float = 0.6,
 ) -> Iterator[tuple[Frame, Frame]]:
-    """Each frame of `clip`, fitted to whole patches, and its picture; `dino.inference.video.write_video` takes them.
+    """Each frame of `clip`, fitted to whole patches, and its picture; `dino.look.video.write_video` takes them.
 
     Args:
         clip: a video file, an animated GIF, or a folder of frames.

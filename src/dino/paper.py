@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dino import errors
-from dino.recipe_table import BYOL, MOCO, NO_MOMENTUM, SWAV
+from dino.options.recipes import BYOL, MOCO, NO_MOMENTUM, SWAV
 
 Changes = Mapping[str, Any]
 

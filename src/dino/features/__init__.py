@@ -1,0 +1,1 @@
+"""Features of images: computed, kept, written to disk, searched."""
