@@ -23,7 +23,8 @@ import harness
 import step
 from dino.data.device_render import DeviceRenderer, pack
 from dino.data.loader import ViewBatches, iterate
-from dino.data.render import CpuRenderer, normalise
+from dino.data.normalize import normalize
+from dino.data.render import CpuRenderer
 from dino.data.sources import Source, open_source, split
 from dino.engine import optim, parallel
 from dino.eval import knn
@@ -71,7 +72,7 @@ def train(way: Way, source: Source, options: Any, steps: int) -> tuple[list[floa
         groups = batch.prepared if render is None else render(batch.prepared, batch.views)
         drawn = batches.draws(len(losses), backbone.num_draws)  # all ways drop the same branches
         draws = [torch.from_numpy(of_group).to(device).flatten(1) for of_group in drawn]
-        losses.append(float(one(side, [normalise(group.to(device)) for group in groups], draws)))
+        losses.append(float(one(side, [normalize(group.to(device)) for group in groups], draws)))
     return losses, side
 
 

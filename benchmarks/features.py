@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import harness
 import views
 from dino.bench import matrix_rate
-from dino.data.render import normalise
+from dino.data.normalize import normalize
 from dino.data.sources import open_source, subset
 from dino.features.extract import EvaluationViews, batch_of, extract
 from dino.models import create
@@ -38,7 +38,7 @@ def main() -> None:
     model = create(options.arch, image_size=size).to(device).eval()
     whole = EvaluationViews(source, range(len(source)), size, batch_of(size), "centre", torch.get_num_threads())
     batches = [part for item in range(len(whole)) for part in whole[item][0]]
-    ready = [normalise(batch.to(device)) for batch in batches]
+    ready = [normalize(batch.to(device)) for batch in batches]
     with FlopCounterMode(display=False) as counter:
         model(ready[0][:1])
     rates: list[float] = []

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import harness
-from dino.bench import device_name
+from dino.machine import device_name
 from render import draw_pictures, encoded
 
 HERE = Path(__file__).parent

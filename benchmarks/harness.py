@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from dino.bench import device_name, seconds
+from dino.bench import seconds
 from dino.engine.fit import peak
+from dino.machine import device_name
 
 RESULTS = Path(__file__).parent / "results"
 # Options whose results go to files of their own.

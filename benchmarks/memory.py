@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 
 import harness
 from dino import run
-from dino.engine.fit import Split
-from dino.engine.log import Terminal
-from dino.options.train import TrainOptions, replace
+from dino.engine.step import Split
+from dino.options import replace
+from dino.options.train import TrainOptions
+from dino.terminal import Terminal
 from reference import Reference
 from step import Side, plain_loss, sides, views
 

@@ -20,7 +20,7 @@ import views
 from dino.bench import matrix_rate, seconds
 from dino.data.device_decode import Jpeg, check_device
 from dino.data.device_render import DeviceRenderer, pack
-from dino.data.render import normalise
+from dino.data.normalize import normalize
 from dino.data.views import draw_views
 
 
@@ -47,7 +47,7 @@ def measure(batch: int, pairs: int, device: torch.device, from_files: bool = Fal
 
     def render() -> None:
         for group in renderer(packed, drawn):
-            normalise(group)
+            normalize(group)
 
     with FlopCounterMode(display=False) as counter:
         render()

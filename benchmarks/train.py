@@ -28,11 +28,13 @@ import step
 import views
 from dino import run
 from dino.bench import seconds
-from dino.data.loader import Batch, iterate, spare_cores
+from dino.data.loader import Batch, iterate
 from dino.engine import parallel
-from dino.engine.log import Terminal
 from dino.engine.train import Trainer
-from dino.options.train import TrainOptions, replace
+from dino.machine import spare_cores
+from dino.options import replace
+from dino.options.train import TrainOptions
+from dino.terminal import Terminal
 
 VIEWS = {"views.global_scale": views.OPTIONS.global_scale, "views.local_scale": views.OPTIONS.local_scale}
 WARM_UP = 3  # steps that are not timed, beside those that take what the workers made ahead: kernels are chosen

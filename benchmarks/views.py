@@ -28,7 +28,8 @@ from torchvision.transforms import InterpolationMode
 
 import harness
 from dino.data.decode import decode
-from dino.data.render import CpuRenderer, crop, normalise
+from dino.data.normalize import normalize
+from dino.data.render import CpuRenderer, crop
 from dino.data.scenes import Scenes
 from dino.data.views import draw_views
 from dino.options.train import ViewOptions
@@ -114,7 +115,7 @@ def run_ours(clock: Clock, files: list[bytes], epoch: int, as_float: bool) -> No
     views = draw_views(OPTIONS, SIZES, 0, epoch, range(len(files)), shapes)
     groups = CpuRenderer()(images, views)
     if as_float:
-        groups = [normalise(group) for group in groups]
+        groups = [normalize(group) for group in groups]
     lap(clock, "ours, float32 normalised" if as_float else "ours, uint8", start)
     del groups
 
@@ -130,7 +131,7 @@ def run_stages(clock: Clock, files: list[bytes], epoch: int) -> None:
     now = lap(clock, "crop, resize, flip", now)
     groups = CpuRenderer().colour(groups, views)
     now = lap(clock, "colour", now)
-    groups = [normalise(group) for group in groups]
+    groups = [normalize(group) for group in groups]
     lap(clock, "normalise", now)
 
 

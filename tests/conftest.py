@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino.data.loader import cores
+from dino.machine import cores
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -15,11 +15,12 @@ import torch
 from conftest import TINY, dino_command, run_dino
 from dino import paper
 from dino.ablate import Ablation
-from dino.cli import AblateOptions
 from dino.engine.checkpoint import sole_writer
-from dino.options import auto
+from dino.options import auto, replace
+from dino.options.commands import AblateOptions
+from dino.options.recipes import find_recipe
 from dino.options.toml import to_dict
-from dino.options.train import TrainOptions, replace
+from dino.options.train import TrainOptions
 
 
 @pytest.fixture
@@ -35,10 +36,10 @@ def test_every_row_is_valid_options_at_both_scales(name):
     table = paper.get(name)
     assert len({row.name for row in table.rows}) == len(table.rows)
     for row in table.rows:
-        paper = replace(auto.get(table.recipe).options, {**table.paper_base, **table.base, **row.changes})
-        auto.resolve(paper, 1_281_167, 400, on_gpu=True, cores=8)
+        full = replace(find_recipe(table.recipe).options, {**table.paper_base, **table.base, **row.changes})
+        auto.resolve(full, 1_281_167, 400, on_gpu=True, cores=8)
         tiny = table.base if row.tiny is None else {**table.base, **row.tiny}
-        replace(auto.get(paper.TINY_RECIPE).options, {**tiny, "epochs": paper.TINY_EPOCHS})
+        replace(find_recipe(paper.TINY_RECIPE).options, {**tiny, "epochs": paper.TINY_EPOCHS})
 
 
 @pytest.mark.parametrize(

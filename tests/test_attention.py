@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dino
-from dino.data.render import normalise
+from dino.data.normalize import normalize
 from dino.look.attention import cls_attention, enlarge, fit, jaccard, mass_mask
 from dino.look.pictures import attention_maps
 
@@ -62,7 +62,7 @@ def test_a_picture_is_what_the_model_attends_to(model):
     image = fit(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8), 48, 8)
     assert image.shape == (48, 72, 3)
     shown = attention_maps(model, image, 48)
-    attention = cls_attention(model, normalise(torch.from_numpy(image[:48, :48].copy())[None, None]))
+    attention = cls_attention(model, normalize(torch.from_numpy(image[:48, :48].copy())[None, None]))
     square = attention_maps(model, image[:48, :48], 48)
     assert len(shown.maps) == len(shown.overlays) == len(shown.masks) == model.num_heads + 1
     brightest = [np.unravel_index(m.sum(-1, dtype=int)[4::8, 4::8].argmax(), (6, 6)) for m in square.maps[:-1]]

@@ -18,7 +18,7 @@ import torch
 
 from conftest import draw_images, run_dino, tiny_flags
 from dino.bench import advise, measure_step, seconds, watched
-from dino.cli import BenchOptions
+from dino.options.commands import BenchOptions
 from test_memory import trainer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

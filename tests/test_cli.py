@@ -17,7 +17,9 @@ import dino
 from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
 from dino import cli, run
 from dino.engine.build import Plan, build_method
-from dino.options import auto, toml, train
+from dino.options import auto, flatten, replace, toml
+from dino.options.recipes import find_recipe
+from dino.options.train import TrainOptions
 
 
 def test_help_is_quick_and_loads_no_torch():
@@ -202,16 +204,16 @@ def test_toml_file_and_flags(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(auto.RECIPES))
 def test_recipes_resolve_and_survive_a_round_trip(name, tmp_path):
-    recipe = auto.get(name)
+    recipe = find_recipe(name)
     assert recipe.about
     assert recipe.command.startswith(("dino train", "torchrun"))
     assert recipe.expected
     for gpu in (False, True):
         options = auto.resolve(recipe.options, 50_000, 32 if "cifar10" in name else 400, gpu, 2)
-        missing = {n for n, v in train.flatten(options).items() if v is None and n in RESOLVED}
+        missing = {n for n, v in flatten(options).items() if v is None and n in RESOLVED}
         expected = {"model.patch_size"} if options.model.arch.startswith("timm:") else set()
         assert missing == expected | ({"method.momentum"} if options.method.teacher != "momentum" else set())
-        (tmp_path / "a.toml").write_text(toml(options))
+        (tmp_path / "a.toml").write_text(as_toml(options))
         assert toml.read_toml(tmp_path / "a.toml") == options
 
 
@@ -236,7 +238,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", sorted(auto.RECIPES))
 def test_recipes_build_the_models_they_name(name):
-    recipe = auto.get(name)
+    recipe = find_recipe(name)
     options = auto.resolve(recipe.options, 1_281_167, 400, True, 1)
     with torch.device("meta"):
         method = build_method(options)
@@ -256,7 +258,7 @@ RESOLVED = {"epochs", "batch_size", "head.out_dim", "method.momentum", "method.t
 RESOLVED |= {"model.patch_size", "views.global_size", "views.local_size", "optim.warmup_epochs", "data.num_workers"}
 
 
-def toml(options: train.TrainOptions) -> str:
+def as_toml(options: TrainOptions) -> str:
     import tomli_w
 
     return tomli_w.dumps(toml.to_dict(options))
@@ -266,7 +268,7 @@ def toml(options: train.TrainOptions) -> str:
 @pytest.mark.parametrize("edge", [8, 32, 64, 500])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_automatic_choices_are_consistent_for_any_data(count, edge, gpu):
-    options = auto.resolve(train.TrainOptions(), count, edge, gpu, 1)
+    options = auto.resolve(TrainOptions(), count, edge, gpu, 1)
     assert 1 <= options.batch_size <= count
     assert options.views.global_size % options.model.patch_size == 0
     assert options.views.local_size % options.model.patch_size == 0
@@ -275,7 +277,7 @@ def test_automatic_choices_are_consistent_for_any_data(count, edge, gpu):
 
 
 def test_chosen_values_are_round():
-    options = auto.resolve(train.replace(train.TrainOptions(), {"epochs": 12}), 1000, 300, False, 1)
+    options = auto.resolve(replace(TrainOptions(), {"epochs": 12}), 1000, 300, False, 1)
     assert options.method.teacher_temp_epochs == 3.6  # they are shown to people, who need no 3.5999999999999996
 
 
@@ -286,14 +288,14 @@ def test_threads_are_left_for_the_worker_but_none_added(allowed, used, monkeypat
     monkeypatch.setattr(run, "spare_cores", lambda: 3)
     try:
         torch.set_num_threads(allowed)
-        run.set_threads(train.TrainOptions(), torch.device("cpu"))
+        run.set_threads(TrainOptions(), torch.device("cpu"))
         assert torch.get_num_threads() == used
     finally:
         torch.set_num_threads(before)
 
 
 def test_eval_knn_prints_a_table(photos, tmp_path):
-    dino.train(data=str(photos), out=str(tmp_path / "run"), recipe=train.replace(train.TrainOptions(), TINY))
+    dino.train(data=str(photos), out=str(tmp_path / "run"), recipe=replace(TrainOptions(), TINY))
     done = run_dino("eval", "knn", tmp_path / "run", "--data", photos, "--k", "10", "20", "100")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[2:-1]]

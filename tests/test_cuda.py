@@ -15,7 +15,8 @@ from dino.data.decode import decode
 from dino.data.device_decode import decode_jpegs
 from dino.engine.log import read_metrics
 from dino.engine.train import Trainer
-from dino.options.train import TrainOptions, replace
+from dino.options import replace
+from dino.options.train import TrainOptions
 from test_device_decode import TO_DEVICE, as_bytes, without_tables
 
 pytestmark = [

@@ -22,11 +22,13 @@ from dino.data.device_decode import Jpeg, Undecodable, check_device, decode_jpeg
 from dino.data.device_render import LARGEST, DeviceRenderer, pack
 from dino.data.loader import ViewBatches, iterate, read_pixels
 from dino.data.sources import Source, open_source, subset
-from dino.engine.log import Terminal, read_metrics
+from dino.engine.log import read_metrics
 from dino.engine.train import Trainer, TrainingError
-from dino.options import toml
-from dino.options.auto import check_resumable, resolve
-from dino.options.train import TrainOptions, ViewOptions, replace
+from dino.options import replace, toml
+from dino.options.auto import resolve
+from dino.options.train import TrainOptions, ViewOptions
+from dino.run import check_resumable
+from dino.terminal import Terminal
 
 CPU = torch.device("cpu")
 VIEWS = ViewOptions(global_size=32, local_size=16, num_local=3, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))

@@ -20,7 +20,8 @@ import tyro
 import dino
 from conftest import TINY, as_flags, draw_images, run_dino
 from dino import cli, run
-from dino.options import auto, toml, train
+from dino.options import auto, replace, toml
+from dino.options.train import TrainOptions
 from test_davis import draw_video
 from test_look import draw, encode
 from test_retrieval import lay_out
@@ -79,7 +80,7 @@ def workspace(tmp_path_factory) -> Path:
             draw(root / images / f"{i}.png", seed=i)
             draw(root / masks / f"{i}.png")
     encode(root / "walk.mp4", [0, 0.1, 0.2])
-    (root / "mine.toml").write_text(tomli_w.dumps(toml.to_dict(train.replace(train.TrainOptions(), TINY))))
+    (root / "mine.toml").write_text(tomli_w.dumps(toml.to_dict(replace(TrainOptions(), TINY))))
     run = dino.train(data=str(root / "photos"), out=str(root / "runs/a"), **TINY | {"epochs": 1, "model.depth": 4})
     for name in RUNS[1:]:
         shutil.copytree(run, root / "runs" / name)
@@ -173,7 +174,7 @@ def test_table_of_choices_is_what_is_chosen(on_gpu):
     rows = re.findall(r"^\| ([\d,]+) \| ([\d,]+) \| ([\d/ ]+) \| ([\d/ ]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     assert len(rows) == 6
     for images, k, batch, epochs, momentum in rows:
-        options = auto.resolve(train.TrainOptions(), int(images.replace(",", "")), 300, on_gpu, 4)
+        options = auto.resolve(TrainOptions(), int(images.replace(",", "")), 300, on_gpu, 4)
         batch, epochs = (int(value.split(" / ")[-1 if on_gpu else 0]) for value in (batch, epochs))
         assert (options.head.out_dim, options.batch_size) == (int(k.replace(",", "")), batch)
         assert (options.epochs, options.method.momentum) == (epochs, float(momentum))

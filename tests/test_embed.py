@@ -16,10 +16,11 @@ import torch
 import dino
 from conftest import dino_command, draw_images, run_dino
 from dino.cli import main
+from dino.data.open import open_images
 from dino.data.sources import open_source
-from dino.features.cache import fingerprint
-from dino.features.embed import Folder, images_of
+from dino.features.embed import Folder
 from dino.features.extract import extract
+from dino.weights import fingerprint
 
 pq = pytest.importorskip("pyarrow.parquet")
 
@@ -150,7 +151,7 @@ def test_pandas_polars_and_duckdb_read_it(tmp_path, saved_model, readout, each, 
     out = tmp_path / "x.parquet"
     written = dino.embed(str(saved_model), "scenes:5", out, readout, fp16=fp16, shard=2, device="cpu")
     assert (written.rows, written.dim) == (5 * each, dim)
-    truth = extract(dino.load(saved_model), images_of("scenes:5"), 32, readout=readout)
+    truth = extract(dino.load(saved_model), open_images("scenes:5"), 32, readout=readout)
     expected, tolerance = truth.values.reshape(-1, dim).numpy(), 2e-3 if fp16 else 1e-5
     columns = ["path", "index", *(["patch"] if each > 1 else []), "feature"]
     a, b = pandas.read_parquet(out), polars.read_parquet(out)

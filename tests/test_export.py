@@ -13,12 +13,13 @@ import dino
 from conftest import TINY, draw_images, run_dino
 from dino import cli, weights
 from dino.data.decode import decode
-from dino.data.render import normalise
+from dino.data.evaluation_views import resize_and_crop
+from dino.data.normalize import normalize
 from dino.exports import card, compare
-from dino.features.extract import preprocess
 from dino.models import create
 from dino.models.vit import _resize_symbolically, resize_positions
-from dino.options.train import TrainOptions, replace
+from dino.options import replace
+from dino.options.train import TrainOptions
 
 SIZES = (32, 32), (56, 32), (16, 40), (88, 64)
 
@@ -101,7 +102,7 @@ def test_the_hugging_face_folder_gives_the_same_features_from_a_picture(run, tmp
     theirs = transformers.AutoModel.from_pretrained(out, add_pooling_layer=False).eval()
     image = decode(picture)
     found = theirs(**processor(image, return_tensors="pt")).last_hidden_state[:, 0]
-    expected = dino.load(run)(normalise(torch.from_numpy(preprocess(image, 32).copy())[None, None]))
+    expected = dino.load(run)(normalize(torch.from_numpy(resize_and_crop(image, 32).copy())[None, None]))
     assert torch.cosine_similarity(found, expected).item() > 0.999
 
 

@@ -35,10 +35,11 @@ from dino.data.device_render import LARGEST, DeviceRenderer, pack
 from dino.data.loader import ViewBatches
 from dino.engine import parallel, train
 from dino.engine.build import build_method
-from dino.engine.log import Terminal
 from dino.engine.train import Trainer
+from dino.options import replace
 from dino.options.auto import resolve
-from dino.options.train import TrainOptions, replace
+from dino.options.train import TrainOptions
+from dino.terminal import Terminal
 from test_memory import VARIANTS
 
 GPU = torch.device("cuda", 0)

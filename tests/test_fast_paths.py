@@ -14,11 +14,12 @@ import torch
 
 from conftest import TINY, draw_images
 from dino.data.sources import open_source
-from dino.engine.fit import Split
-from dino.engine.log import Terminal
+from dino.engine.step import Split
 from dino.engine.train import Trainer
-from dino.options.train import TrainOptions, replace
+from dino.options import replace
+from dino.options.train import TrainOptions
 from dino.run import view_batches
+from dino.terminal import Terminal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from step import Side, plain_copy, plain_loss

@@ -12,11 +12,13 @@ from torchvision import transforms
 
 import dino
 from conftest import draw_images
-from dino.data.render import normalise
+from dino.data.evaluation_views import resize_and_crop
+from dino.data.normalize import normalize
+from dino.data.open import probe
 from dino.data.scenes import Scenes
-from dino.data.sources import open_source
-from dino.eval.online import OnlineEvaluation, probe, scene_masks
-from dino.features.extract import extract, preprocess, spread
+from dino.data.sources import evenly_spaced, open_source
+from dino.eval.online import OnlineEvaluation, scene_masks
+from dino.features.extract import extract
 from dino.method import DINO, Network
 from dino.models import Head
 
@@ -31,13 +33,13 @@ def test_preprocess_is_the_references_resize_and_crop(height, width):
     image = noise(height, width)
     bicubic = transforms.InterpolationMode.BICUBIC
     expected = transforms.Compose([transforms.Resize(256, bicubic), transforms.CenterCrop(224)])(Image.fromarray(image))
-    assert np.array_equal(preprocess(image, 224), np.asarray(expected))
+    assert np.array_equal(resize_and_crop(image, 224), np.asarray(expected))
 
 
 def test_small_models_keep_the_border():
     image = noise(32, 32)
-    assert np.array_equal(preprocess(image, 32), image)
-    assert preprocess(noise(50, 90), 48).shape == (48, 48, 3)
+    assert np.array_equal(resize_and_crop(image, 32), image)
+    assert resize_and_crop(noise(50, 90), 48).shape == (48, 48, 3)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def model():
 
 def test_extract_keeps_order_whatever_the_batch_size_and_workers(model, tmp_path):
     source = open_source(str(draw_images(tmp_path / "images", 11)))
-    expected = [model(normalise(torch.tensor(preprocess(source.read(i), 32))[None, None])) for i in range(11)]
+    expected = [model(normalize(torch.tensor(resize_and_crop(source.read(i), 32))[None, None])) for i in range(11)]
     for batch_size, workers in ((3, 0), (100, 0), (4, 2)):
         found = extract(model, source, 32, batch_size=batch_size, num_workers=workers)
         torch.testing.assert_close(found.values, torch.cat(expected).detach(), rtol=1e-4, atol=1e-5)
@@ -73,8 +75,8 @@ def test_probe_wants_one_readable_image(tmp_path):
 
 
 def test_spread_covers_evenly():
-    assert list(spread(5, 10)) == [0, 1, 2, 3, 4]
-    chosen = list(spread(1000, 10))
+    assert list(evenly_spaced(5, 10)) == [0, 1, 2, 3, 4]
+    chosen = list(evenly_spaced(1000, 10))
     assert (chosen[0], chosen[-1], len(chosen)) == (0, 999, 10)
     assert max(np.diff(chosen)) - min(np.diff(chosen)) <= 1
 

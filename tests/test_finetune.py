@@ -25,8 +25,9 @@ from dino.eval import finetune
 from dino.eval.finetune import RECIPES, Classifier, Finetuning, Recipe
 from dino.eval.supervised import Batch
 from dino.models import create
+from dino.options import replace
 from dino.options.evaluate import FinetuneOptions
-from dino.options.train import TrainOptions, replace
+from dino.options.train import TrainOptions
 
 CPU = torch.device("cpu")
 FLAGS = ("--epochs", 4, "--batch-size", 32, "--lr", 0.01, "--checkpoint-minutes", 0)

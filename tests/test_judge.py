@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 
 import dino
 from conftest import TINY, draw_images, run_dino, tiny_flags
+from dino.data.evaluation_views import RESIZES
 from dino.data.sources import open_source
 from dino.engine.log import read_metrics
 from dino.eval import evaluate, knn
 from dino.features import cache
-from dino.features.extract import READOUTS, VIEWS, extract
+from dino.features.extract import READOUTS, extract
 from dino.models import VisionTransformer
+from dino.options import replace
 from dino.options.evaluate import KnnOptions
-from dino.options.train import TrainOptions, replace
+from dino.options.train import TrainOptions
 
 
 @pytest.fixture(autouse=True)
@@ -148,10 +150,10 @@ def test_any_size_is_cut_to_whole_patches_and_no_less_than_one(model):
 def test_views_by_hand():
     image = np.zeros((60, 90, 3), np.uint8)
     image[:30] = 255
-    shapes = {name: view(image, 45).shape for name, view in VIEWS.items()}
+    shapes = {name: view(image, 45).shape for name, view in RESIZES.items()}
     assert shapes == {"centre": (45, 45, 3), "stretched": (45, 45, 3), "shrunk": (30, 45, 3)}
-    assert np.array_equal(VIEWS["shrunk"](image, 200), image)  # never enlarged
-    assert VIEWS["stretched"](image, 30)[:14].min() > 200 > 50 > VIEWS["stretched"](image, 30)[16:].max()
+    assert np.array_equal(RESIZES["shrunk"](image, 200), image)  # never enlarged
+    assert RESIZES["stretched"](image, 30)[:14].min() > 200 > 50 > RESIZES["stretched"](image, 30)[16:].max()
 
 
 def test_images_of_several_shapes_keep_their_order(model, tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino.eval import knn
+from dino.features.neighbors import largest
 
 
 def test_matches_reference(golden):
@@ -61,7 +62,7 @@ def test_the_largest_are_those_of_topk(n, m, k, seed):
     """In runs of columns or not, with a rest that fills no run; ties may be told apart otherwise."""
     rows = torch.randn(n, m, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
     k = min(k, m)
-    values, columns = knn.largest(rows, k)
+    values, columns = largest(rows, k)
     torch.testing.assert_close(values, rows.topk(k, dim=1).values, rtol=0, atol=0)
     torch.testing.assert_close(rows.gather(1, columns), values, rtol=0, atol=0)
     assert all(len(set(row)) == k for row in columns.tolist())

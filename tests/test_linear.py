@@ -16,12 +16,12 @@ from conftest import TINY, assert_same_bits, draw_images, run_dino
 from dino import cli
 from dino.data.sources import open_source
 from dino.eval import linear
-from dino.eval.evaluate import labels_of
 from dino.eval.supervised import LabelledBatches, accuracies, per_class
 from dino.eval.sweep import Sweep
-from dino.features.extract import READOUTS, extract
+from dino.features.extract import READOUTS, extract, readable_labels
 from dino.models import create
-from dino.options.train import TrainOptions, replace
+from dino.options import replace
+from dino.options.train import TrainOptions
 
 CPU = torch.device("cpu")
 
@@ -181,7 +181,7 @@ def test_fast_mode(trained, tmp_path, capsys):
     _, test = linear.labelled_pair(str(photos), None)
     found = extract(model, test, 32, readout=best["readout"])
     predicted = (found.values @ head["weight"].T + head["bias"]).argmax(dim=1)
-    top1 = 100 * (predicted == labels_of(test, found, "test")).double().mean().item()
+    top1 = 100 * (predicted == readable_labels(test, found, "test")).double().mean().item()
     assert result["figures"]["linear_top1"] == pytest.approx(top1)
     two = run_dino("eval", "linear", run, *flags, "--json", tmp_path / "two.json", ranks=2)
     assert two.returncode == 0, two.stderr

@@ -14,11 +14,12 @@ from torch import Tensor
 import dino
 from conftest import TINY, draw_images, run_dino
 from dino import cli
+from dino.data.open import open_labeled_pair
 from dino.data.sources import open_source
 from dino.eval import knn, lowshot
-from dino.eval.evaluate import labelled_pair
 from dino.features.extract import extract
-from dino.options.train import TrainOptions, replace
+from dino.options import replace
+from dino.options.train import TrainOptions
 
 
 def problem(n: int = 60, d: int = 7, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -137,7 +138,7 @@ def test_the_table_on_any_folder_with_one_and_two_ranks(trained, tmp_path):
     assert one["figures"].keys() == {f"{what}_{share}_top1" for what in ("knn", "logistic") for share in shares}
     assert one["images"]["training images (10%)"] == 6
     # The k-NN of all labels is that of `dino eval knn`.
-    bank, test = labelled_pair(str(photos), None)
+    bank, test = open_labeled_pair(str(photos), None)
     model = dino.load(run)
     x, q = extract(model, bank, 32), extract(model, test, 32)
     labels = [torch.from_numpy(source.labels)[f.indices] for source, f in ((bank, x), (test, q))]

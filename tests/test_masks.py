@@ -13,7 +13,7 @@ import dino
 from conftest import ranks_agree
 from dino.cli import main
 from dino.data.decode import BadImage
-from dino.data.render import normalise
+from dino.data.normalize import normalize
 from dino.data.scenes import Scenes
 from dino.eval import masks
 from dino.eval.online import scene_masks
@@ -34,7 +34,7 @@ def test_overlap_of_every_object_with_every_head_by_hand(model):
     objects = np.zeros((2, 40, 48), bool)
     objects[0, 3:30, 5:20], objects[1, 20:, 30:] = True, True
     found = masks.overlap(model, image, objects, 0.6, CPU)
-    attention = cls_attention(model, normalise(torch.from_numpy(image)[None, None]))[0].double().numpy()
+    attention = cls_attention(model, normalize(torch.from_numpy(image)[None, None]))[0].double().numpy()
     assert found.shape == (2, model.num_heads) == (2, len(attention))
     for head, patches in enumerate(attention):
         kept, mass = np.zeros(30, bool), 0.0

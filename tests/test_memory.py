@@ -14,13 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import TINY, draw_images, run_dino, tiny_flags
 from dino.data.sources import open_source
 from dino.engine import fit
-from dino.engine.fit import Split
-from dino.engine.log import Terminal, read_metrics
+from dino.engine.log import read_metrics
+from dino.engine.step import Split, slice_views, split_images
 from dino.engine.train import Trainer
 from dino.models import Recompute
+from dino.options import replace
 from dino.options.rules import bytes_of
-from dino.options.train import TrainOptions, replace
+from dino.options.train import TrainOptions
 from dino.run import view_batches
+from dino.terminal import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +159,7 @@ def test_batch_norm_keeps_a_step_whole(images, tmp_path):
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_parts_cover_every_image_once_and_evenly(images, parts):
-    found = fit.parts_of(images, parts)
+    found = split_images(images, parts)
     assert [i for part in found for i in range(images)[part]] == list(range(images))
     sizes = [part.stop - part.start for part in found]
     assert len(found) == min(images, parts)
@@ -166,7 +168,7 @@ def test_parts_cover_every_image_once_and_evenly(images, parts):
 
 def test_views_of_a_part_stay_view_major():
     group = torch.arange(2 * 5).float()[:, None, None, None].expand(10, 3, 2, 2)  # view v of image i is 5 v + i
-    (part,) = fit.views_of([group], slice(1, 3), 5)
+    (part,) = slice_views([group], slice(1, 3), 5)
     assert part[:, 0, 0, 0].tolist() == [1, 2, 6, 7]
 
 

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
 from dino.data.device_render import LARGEST, DeviceRenderer, Parameters, crop_batch, pack
-from dino.data.render import MEAN, STD, CpuRenderer, blur_kernels, crop, normalise
+from dino.data.normalize import MEAN, STD, normalize
+from dino.data.render import CpuRenderer, blur_kernels, crop
 from dino.data.views import HUE, Views, draw_views
 from dino.options.train import ViewOptions
 
@@ -374,11 +375,11 @@ def test_many_pages_are_cut_in_parts(monkeypatch):
 def test_the_device_is_not_waited_for():
     images, views = drawn("drawn")
     renderer, packed = DeviceRenderer("cuda"), [x.pin_memory() for x in pack(images, views)]
-    expected = [normalise(group) for group in on_device(images, views)]
+    expected = [normalize(group) for group in on_device(images, views)]
     renderer(packed, views)  # chooses kernels
     try:
         torch.cuda.set_sync_debug_mode("error")
-        ours = [normalise(group) for group in renderer(packed, views)]
+        ours = [normalize(group) for group in renderer(packed, views)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(ours, expected, strict=True):
@@ -466,7 +467,7 @@ def test_the_blur_kernel_is_pillows(sigma):
 
 def test_normalise():
     views = torch.randint(0, 256, (2, 3, 16, 16, 3), dtype=torch.uint8)
-    ours = normalise(views)
+    ours = normalize(views)
     assert ours.shape == (6, 3, 16, 16)
     assert ours.dtype == torch.float32
     for view, image in itertools.product(range(2), range(3)):

@@ -19,7 +19,8 @@ import dino
 from conftest import TINY, draw_images, run_dino
 from dino.data.sources import open_source, split
 from dino.engine.log import read_metrics
-from dino.options.train import TrainOptions, known, replace
+from dino.options import replace, required
+from dino.options.train import TrainOptions
 from dino.report.gallery import choose
 from dino.report.page import write
 
@@ -222,7 +223,7 @@ def test_names_that_are_no_unicode_and_images_that_vanished(tmp_path):
 def test_pictures_are_spread_over_the_data_and_its_classes(photos):
     source = open_source(str(photos))
     chosen = [picture.position for picture in choose(source, 3)]
-    assert {int(known(source.labels)[i]) for i in chosen} == {0, 1, 2}
+    assert {int(required(source.labels)[i]) for i in chosen} == {0, 1, 2}
     positions = [picture.position for picture in choose(open_source(str(photos), labels="none"), 6)]
     assert positions == sorted(set(positions))
     assert positions[0] == 0

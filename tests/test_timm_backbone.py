@@ -12,11 +12,12 @@ from torch import nn
 import dino
 from conftest import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
 from dino import cli
-from dino.data.render import normalise
+from dino.data.normalize import normalize
 from dino.engine import parallel
 from dino.engine.log import read_metrics
 from dino.models.timm_backbone import TimmBackbone
-from dino.options.train import TrainOptions, replace
+from dino.options import replace
+from dino.options.train import TrainOptions
 
 # name: width, cells per side at 64 pixels, a second size that it takes
 FAMILIES = {
@@ -175,7 +176,7 @@ def test_any_number_of_channels(name, channels):
 
 def test_one_channel_is_luma_with_luminous_statistics():
     views = torch.randint(0, 256, (2, 3, 5, 4, 3), dtype=torch.uint8)
-    grey = normalise(views, 1)
+    grey = normalize(views, 1)
     assert grey.shape == (6, 1, 5, 4)
     weights = torch.tensor([0.299, 0.587, 0.114])
     luma = (views.flatten(0, 1).double() / 255 @ weights.double()).unsqueeze(1)

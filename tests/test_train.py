@@ -55,7 +55,8 @@ def test_flat_unlabelled_folder(tmp_path):
 
 
 def options(**changes):
-    from dino.options.train import TrainOptions, replace
+    from dino.options import replace
+    from dino.options.train import TrainOptions
 
     return replace(TrainOptions(), TINY | {k.replace("__", "."): v for k, v in changes.items()})
 

@@ -18,9 +18,10 @@ from dino.data.loader import ViewBatches
 from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
 from dino.engine import parallel
-from dino.method import DINO, Network
+from dino.method import DINO, Network, feature_spread
 from dino.models import Head, VisionTransformer, create
-from dino.options.train import TrainOptions, ViewOptions, replace
+from dino.options import replace
+from dino.options.train import TrainOptions, ViewOptions
 
 VARIANTS = {
     "dino": {},
@@ -148,8 +149,8 @@ def test_negatives_replace_the_oldest_and_wrap():
 
 
 def test_spread_is_0_for_a_point_and_1_for_the_sphere():
-    assert variants.spread(torch.ones(10, 8)).item() == pytest.approx(0, abs=1e-6)
-    assert variants.spread(double(0, 4000, 16)).item() == pytest.approx(1, abs=0.02)
+    assert feature_spread(torch.ones(10, 8)).item() == pytest.approx(0, abs=1e-6)
+    assert feature_spread(double(0, 4000, 16)).item() == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["mse", "byol", "mocov2", "sinkhorn", "softmax-batch", "none", "predictor"])

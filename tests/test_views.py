@@ -11,8 +11,9 @@ import torch
 from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from dino.data.views import Stream, Views, draw_views, generator
+from dino.data.views import Views, draw_views
 from dino.options.train import ViewOptions
+from dino.randomness import Stream, generator
 
 OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 SIZES = (224,) * 2 + (96,) * OPTIONS.num_local

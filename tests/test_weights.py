@@ -24,17 +24,19 @@ from timm.models.xcit import checkpoint_filter_fn
 import dino
 from conftest import GOLDEN, TINY, assert_same_bits, draw_images, final_state
 from dino import cli, weights
-from dino.data.render import normalise
+from dino.data.normalize import normalize
 from dino.data.sources import open_source
 from dino.engine import init
 from dino.engine.build import build_method
-from dino.engine.log import Terminal, read_metrics
+from dino.engine.log import read_metrics
 from dino.engine.train import Trainer
 from dino.exports import compare
 from dino.models import Head, create
 from dino.models.vit import resize_positions
-from dino.options.train import TrainOptions, replace
+from dino.options import replace
+from dino.options.train import TrainOptions
 from dino.run import view_batches
+from dino.terminal import Terminal
 from dino.weights import Weights, formats, read, read_linear, releases, write_linear
 
 SIZES = {
@@ -166,13 +168,13 @@ def test_transformers_computes_the_same_features(size, tmp_path):
 def test_transformers_prepares_images_alike(tmp_path):
     import transformers
 
-    from dino.features.extract import preprocess
+    from dino.data.evaluation_views import resize_and_crop
 
     compare.FORMATS["hf"].write(vit_weights(image_size=224), tmp_path / "out")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", use_fast=False)
     image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     theirs = processor(image, return_tensors="pt")["pixel_values"]
-    ours = normalise(torch.from_numpy(preprocess(image, 224).copy())[None, None])
+    ours = normalize(torch.from_numpy(resize_and_crop(image, 224).copy())[None, None])
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().mean() < 0.02
 
@@ -457,7 +459,7 @@ def test_a_missing_centre_is_the_mean_of_the_teachers_outputs(photos, tmp_path):
     trainer = Trainer(options, tmp_path / "run", source, batches, torch.device("cpu"), Terminal(False))
     trainer.method.centre.value.fill_(7)
     assert init.estimate_centre(trainer, batches) == 2 * 4 * (24 // 4)
-    outputs = [trainer.method.teacher([normalise(batches[step].prepared[0])]) for step in range(24 // 4)]
+    outputs = [trainer.method.teacher([normalize(batches[step].prepared[0])]) for step in range(24 // 4)]
     torch.testing.assert_close(trainer.method.centre.value, torch.cat(outputs).mean(dim=0))
 
 

@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import tomli_w
@@ -26,18 +26,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from dino import distributed, files, paper, weights
-from dino.data.loader import spare_cores
+from dino.data.open import split_folders
 from dino.engine.checkpoint import LOCK, sole_writer
 from dino.engine.log import read_metrics
 from dino.eval import knn
-from dino.eval.evaluate import split_folders
-from dino.options import auto, toml, train
+from dino.machine import spare_cores
+from dino.options import flatten, replace, required, toml
+from dino.options.commands import AblateOptions
 from dino.options.evaluate import KnnOptions
-from dino.options.train import TrainOptions, known, replace
+from dino.options.recipes import find_recipe
+from dino.options.train import TrainOptions
 from dino.paper import Row, Table
-
-if TYPE_CHECKING:
-    from dino.cli import AblateOptions
+from dino.run import FREE_ON_RESUME
 
 K = 20
 
@@ -48,7 +48,7 @@ class Ablation:
     def __init__(self, options: AblateOptions):
         self.options, self.table = options, paper.get(options.table)
         self.folder = Path(options.out or f"runs/ablate-{options.table}")
-        self.data = split_folders(os.path.abspath(known(options.data)), options.val and os.path.abspath(options.val))
+        self.data = split_folders(os.path.abspath(required(options.data)), options.val and os.path.abspath(options.val))
         self.results_file = self.folder / "results.json"
         self.console = Console(stderr=True)
         self.runs = {row.name: self._options(row) for row in self.table.rows}
@@ -169,7 +169,7 @@ class Ablation:
             self.running.remove(process)
         lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
         collapsed = any(line.get("collapse") for line in lines)
-        if code == 0 and max((line["epoch"] for line in lines if "loss" in line), default=0) < known(
+        if code == 0 and max((line["epoch"] for line in lines if "loss" in line), default=0) < required(
             self.runs[name].epochs
         ):
             return None  # it was asked to stop
@@ -200,12 +200,12 @@ def slug(name: str) -> str:
 def _base(recipe: str) -> TrainOptions:
     if recipe.endswith(".toml"):
         return toml.read_toml(Path(recipe))
-    return auto.get(recipe).options
+    return find_recipe(recipe).options
 
 
 def _plain(options: TrainOptions) -> dict[str, Any]:
     """Options as JSON would give them back, without what may differ from machine to machine."""
-    flat = {k: v for k, v in train.flatten(options).items() if k not in auto.FREE_ON_RESUME and v is not None}
+    flat = {k: v for k, v in flatten(options).items() if k not in FREE_ON_RESUME and v is not None}
     return json.loads(json.dumps(flat))
 
 

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import dino
 from dino import distributed, run
 from dino.data.decode import BadImage
-from dino.data.loader import Batch, ViewBatches, iterate, spare_cores
+from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.views import draw_views
-from dino.engine import log, optim, parallel, train
+from dino.engine import optim, parallel, train
 from dino.engine.train import Trainer
-from dino.options import train
-from dino.options.train import known
-
-if TYPE_CHECKING:
-    from dino.cli import BenchOptions
+from dino.machine import device_name, spare_cores
+from dino.options import replace, required
+from dino.options.commands import BenchOptions
+from dino.terminal import Terminal
 
 DATA, LOADER, STEPS = 0.1, 0.2, 0.6  # shares of the seconds asked for; the rest is getting ready
 LONGEST_STEP = 0.08  # of them too: a step that would take longer is measured on fewer images
@@ -60,15 +59,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32, edge: 
     square = torch.randn(edge, edge, device=device, dtype=dtype)
     seconds(lambda: square @ square, device)  # the first one also starts the library
     return 2 * edge**3 * count / seconds(lambda: [square @ square for _ in range(count)], device)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 @contextlib.contextmanager
@@ -206,7 +196,7 @@ def measure_step(trainer: Trainer, limit: float) -> dict[str, Any]:
 
 def advise(trainer: Trainer, data: dict[str, float], loader: float, step: dict[str, Any]) -> str:
     """The bottleneck, and the option that helps, in one sentence."""
-    options, workers = trainer.options, known(trainer.options.data.num_workers)
+    options, workers = trainer.options, required(trainer.options.data.num_workers)
     rate, share, cores = step["images_per_second"], step["share_of_matrix_product"], spare_cores()
     if workers == 0 and loader < 4 * rate:
         part = 100 * rate / (rate + loader)
@@ -281,12 +271,12 @@ def bench(options: BenchOptions) -> None:
         )
     if file is not None and file.is_dir():
         raise ValueError(f"--json {file} is a folder; give the name of a file in it.")
-    device, terminal = distributed.start(options.device), log.Terminal(True)
+    device, terminal = distributed.start(options.device), Terminal(True)
     run.set_threads(options, device)
     with tempfile.TemporaryDirectory() as folder:
-        plain = train.replace(options, {"resume": None, "out": None})
+        plain = replace(options, {"resume": None, "out": None})
         trainer, _ = run.set_up(plain, Path(folder) / "run", device, terminal)
-        batches, workers = trainer.batches, known(trainer.options.data.num_workers)
+        batches, workers = trainer.batches, required(trainer.options.data.num_workers)
         terminal.say("1/3 decoding and rendering ...")
         data = measure_data(batches, workers, DATA * options.seconds)
         terminal.say(f"2/3 the loader with {_workers(workers)} ...")

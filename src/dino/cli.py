@@ -9,87 +9,27 @@ import argparse
 import importlib
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
-from tyro.conf import Positional
 
 from dino import __version__, errors
-from dino.options import auto, toml, train
 from dino.options import commands as looks
+from dino.options import recipes, toml
+from dino.options.commands import (
+    AblateOptions,
+    BenchOptions,
+    ExportOptions,
+    ModelsOptions,
+    RecipesOptions,
+    ReportOptions,
+)
 from dino.options.evaluate import EVALUATIONS
-from dino.options.rules import COUNT, POSITIVE, check
-
-
-@dataclass(frozen=True, kw_only=True)
-class AblateOptions:
-    table: Annotated[Positional[str], tyro.conf.arg(metavar="[TABLE]")] = ""
-    """Which of the paper's tables (7, 14, 15, teacher, crops, prototypes, ...). Without one, they are listed."""
-    data: str | None = None
-    """Labelled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the test set)."""
-    val: str | None = None
-    """Labelled test images, when they lie elsewhere."""
-    scale: Literal["tiny", "paper"] = "tiny"
-    """'tiny': minutes a row, small images and model; shows what collapses. 'paper': ViT-S/16, 100 or 300 epochs."""
-    recipe: str | None = None
-    """Recipe or TOML file that rows start from. None: cifar10 at tiny scale, the table's own at paper scale."""
-    epochs: int | None = None
-    """Epochs of every row. None: 8 at tiny scale, the recipe's at paper scale."""
-    out: str | None = None
-    """Folder for the runs and the table. None: runs/ablate-TABLE. The same command again goes on where it stopped."""
-    jobs: Annotated[int, COUNT] = 1
-    """Rows trained at a time on a CPU; with GPUs it is one row for each."""
-    report: bool = True
-    """Write each row's report.html."""
-    device: Literal["auto", "cpu"] = "auto"
-    """Where to compute."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions(train.TrainOptions):
-    json: str | None = None
-    """File to write the figures to."""
-    seconds: Annotated[float, POSITIVE] = 40
-    """About how long to measure."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions:
-    run: Positional[str]
-    """A run directory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelsOptions:
-    name: Annotated[Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
-    """Download this release ('vits16', 'vits16:full', 'vits16:linear') and print where it lies."""
-    offline: bool = False
-    """Never download; DINO_OFFLINE=1 in the environment means the same for every command."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    model: Positional[str]
-    """A run directory, a release (see `dino models`), a weight file, or a folder of timm or Hugging Face."""
-    to: Literal["onnx", "torch-export", "safetensors", "hf", "timm", "reference", "reference-checkpoint"]
-    """Format to write; 'timm' and 'hf' are folders, the others files. Each is opened again and compared with the model."""
-    out: str
-    """File or folder to write; a model card goes into it as README.md, or beside it."""
-    num_heads: int | None = None
-    """Attention heads of a ViT of unusual width whose file does not say them."""
-    offline: bool = False
-    """Never download; DINO_OFFLINE=1 in the environment means the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecipesOptions:
-    name: Annotated[Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
-    """Show one recipe as a TOML file to start from."""
+from dino.options.recipes import find_recipe
+from dino.options.train import TrainOptions
+from dino.run import check_resumable
 
 
 class Command(NamedTuple):
@@ -99,7 +39,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("learn from images without labels", train.TrainOptions, "dino.run:run"),
+    "train": Command("learn from images without labels", TrainOptions, "dino.run:run"),
     **{f"eval {name}": Command(what, kind, "dino.eval.evaluate:command") for name, (what, kind) in EVALUATIONS.items()},
     "ablate": Command("train the rows of one of the paper's tables", AblateOptions, "dino.ablate:ablate_command"),
     "bench": Command("what training costs on your data and machine, and what helps", BenchOptions, "dino.bench:bench"),
@@ -112,11 +52,15 @@ COMMANDS: dict[str, Command] = {
     "duplicates": Command("near-copies, as groups", looks.DuplicatesOptions, "dino.features.commands:duplicates"),
     "outliers": Command("images unlike all others", looks.OutliersOptions, "dino.features.commands:outliers"),
     "figure tsne": Command("a map of classes (t-SNE)", looks.TsneOptions, "dino.look.figures:tsne"),
-    "figure neighbours": Command("where k-NN is right and wrong", looks.NeighboursOptions, "dino.look.figures:neighbours"),
+    "figure neighbours": Command(
+        "where k-NN is right and wrong", looks.NeighboursOptions, "dino.look.figures:neighbours"
+    ),
     "app": Command("a page to explore what a model sees", looks.AppOptions, "dino.app:command"),
     "report": Command("write a run's report.html again", ReportOptions, "dino.run:report_command"),
     "models": Command("list or download the released weights", ModelsOptions, "dino.exports.export:models_command"),
-    "export": Command("write a model for other libraries and runtimes", ExportOptions, "dino.exports.export:export_command"),
+    "export": Command(
+        "write a model for other libraries and runtimes", ExportOptions, "dino.exports.export:export_command"
+    ),
     "convert": Command("another name of export", ExportOptions, "dino.exports.export:export_command"),
     "recipes": Command("list the named configurations", RecipesOptions, "dino.cli:show_recipes"),
 }
@@ -181,7 +125,7 @@ def _dispatch(arguments: list[str]) -> int:
         near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
         raise ValueError(f"there is no command '{name}'; known are {', '.join(known)}.{near}")
     command = COMMANDS[name]
-    if issubclass(command.options, train.TrainOptions):
+    if issubclass(command.options, TrainOptions):
         options = _parse_train(rest, command.options, name)
     else:
         options = tyro.cli(command.options, args=rest, prog=f"dino {name}")
@@ -190,21 +134,19 @@ def _dispatch(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _parse_train(
-    arguments: list[str], kind: type[train.TrainOptions] = train.TrainOptions, name: str = "train"
-) -> train.TrainOptions:
+def _parse_train(arguments: list[str], kind: type[TrainOptions] = TrainOptions, name: str = "train") -> TrainOptions:
     """`dino train [RECIPE | FILE.toml] [FLAGS]`: flags win over the file or recipe they follow; as `dino bench`."""
-    default, flags = train.TrainOptions(), []
+    default, flags = TrainOptions(), []
     if arguments and not arguments[0].startswith("-"):
         first, arguments = arguments[0], arguments[1:]
         if first.endswith(".toml"):
             flags = toml.toml_flags(Path(first))
-        elif first not in auto.RECIPES and Path(first).exists():
+        elif first not in recipes.RECIPES and Path(first).exists():
             raise ValueError(f"'{first}' is not a recipe; to train on it write: dino {name} --data {first}")
         else:
-            default = auto.get(first).options
+            default = find_recipe(first).options
     elif not any(a.split("=")[0] in ("--data", "--data.path", "--resume", "-h", "--help") for a in arguments):
-        default = auto.get("demo").options
+        default = find_recipe("demo").options
     resuming = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
     resuming.add_argument("--resume")
     if (resume := resuming.parse_known_args(arguments)[0].resume) is not None:
@@ -212,7 +154,7 @@ def _parse_train(
     default = kind(**{f.name: getattr(default, f.name) for f in fields(default)})
     options = tyro.cli(kind, args=flags + arguments, default=default, prog=f"dino {name} [RECIPE | FILE.toml]")
     if resume is not None and name == "train":
-        auto.check_resumable(default, options)
+        check_resumable(default, options)
     return options
 
 
@@ -220,9 +162,9 @@ def show_recipes(options: RecipesOptions) -> None:
     if options.name:
         import tomli_w
 
-        print(tomli_w.dumps(toml.to_dict(auto.get(options.name).options)), end="")
+        print(tomli_w.dumps(toml.to_dict(find_recipe(options.name).options)), end="")
         return
-    for name, recipe in auto.RECIPES.items():
+    for name, recipe in recipes.RECIPES.items():
         print(f"{name}\n    {recipe.about}\n    {recipe.command}\n    expected: {recipe.expected}")
 
 

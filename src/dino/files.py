@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dino import errors
@@ -63,3 +64,25 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(out: str, kinds: str, inputs: Iterable[str] = ()) -> Path:
+    """`out` as a path that can be written, its folder made, before any work is spent.
+
+    Raises:
+        ValueError: it cannot be written, has none of the suffixes `kinds`, or is one of the `inputs`.
+    """
+    path = Path(out)
+    if path.suffix.lower() not in kinds.split():
+        raise ValueError(f"--out is {out}; choose a name that ends in {kinds.replace(' ', ' or ')}.")
+    if any(path.exists() and os.path.exists(given) and path.samefile(given) for given in inputs):
+        raise ValueError(f"--out {out} is the input itself; choose another --out.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror or error}); choose another --out.") from error
+    return path

@@ -19,6 +19,7 @@ import copy
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -92,7 +93,7 @@ def cross_entropy(
     x = _at_least_float32(student_scores) / student_temp
     lse = x.logsumexp(dim=-1).sum(dim=1)  # [v]
     normaliser = (g - 1) * lse[:g].sum() + g * lse[g:].sum()
-    return (normaliser - variants.pair_products(x, targets)) / (n * g * (v - 1))
+    return (normaliser - pair_products(x, targets)) / (n * g * (v - 1))
 
 
 class Taught(NamedTuple):
@@ -175,7 +176,7 @@ class DINO(nn.Module):
             usage = torch.special.entr(targets.mean(dim=0)).sum()
             signs = {"teacher_entropy": entropy.mean(), "prototype_usage": usage}
         else:
-            targets, signs = scores - self.centre.value, {"target_spread": variants.spread(scores)}
+            targets, signs = scores - self.centre.value, {"target_spread": feature_spread(scores)}
         if self.loss == "infonce":
             negatives = self.negatives.values.clone()
             self.negatives.push(scores)
@@ -229,3 +230,17 @@ class DINO(nn.Module):
         for name, parameter in self.student.named_parameters():
             if "last_layer" in name:
                 parameter.grad = None
+
+
+def pair_products(student: Float[Tensor, "v n d"], teacher: Float[Tensor, "g n d"]) -> Float[Tensor, ""]:
+    """Sum of <teacher view q, student view v> over all images and all pairs of different views q != v."""
+    g, total = len(teacher), teacher.sum(dim=0)
+    matched = ((total - teacher) * student[:g]).sum()
+    return matched + (total * student[g:].sum(dim=0)).sum() if len(student) > g else matched
+
+
+@torch.no_grad()
+def feature_spread(vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+    """Standard deviation of L2-normalised vectors times sqrt(d): 0 when all are the same, 1 when all over the sphere."""
+    unit = F.normalize(vectors.float(), dim=-1)
+    return unit.std(dim=0).mean() * unit.shape[1] ** 0.5

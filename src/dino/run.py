@@ -6,7 +6,7 @@ import contextlib
 import functools
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tomli_w
 import torch
@@ -14,22 +14,24 @@ import torch
 from dino import distributed, files, weights
 from dino.data import device_decode
 from dino.data.device_render import LARGEST, DeviceRenderer, pack
-from dino.data.loader import ViewBatches, read_pixels, spare_cores
+from dino.data.loader import ViewBatches, read_pixels
+from dino.data.open import open_training_pair, probe
 from dino.data.render import CpuRenderer
-from dino.data.sources import Source, open_source, split
+from dino.data.sources import Source
 from dino.engine import fit, init, log, parallel
 from dino.engine.checkpoint import LOCK, Checkpoints, sole_writer
+from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.eval import evaluate
-from dino.eval.evaluate import MOST_HELD_OUT, agreeing, open_scenes
-from dino.eval.online import OnlineEvaluation, probe
-from dino.options import auto, toml
+from dino.eval.online import OnlineEvaluation
+from dino.machine import describe_device, spare_cores
+from dino.options import auto, flatten, replace, required, toml
+from dino.options.commands import ReportOptions
+from dino.options.recipes import find_recipe
 from dino.options.rules import bytes_of
 from dino.options.toml import to_dict
-from dino.options.train import TrainOptions, flatten, known, replace
-
-if TYPE_CHECKING:
-    from dino.cli import ReportOptions
+from dino.options.train import TrainOptions
+from dino.terminal import Terminal
 
 
 def train(
@@ -49,7 +51,7 @@ def train(
     if isinstance(recipe, TrainOptions):
         options = recipe
     else:
-        options = auto.get(recipe or "demo").options if recipe or data is None else TrainOptions()
+        options = find_recipe(recipe or "demo").options if recipe or data is None else TrainOptions()
     return run(replace(options, changes | {k: v for k, v in (("data.path", data), ("out", out)) if v is not None}))
 
 
@@ -59,7 +61,7 @@ def run(options: TrainOptions) -> Path:
         device = distributed.start(options.device)
         held.callback(distributed.stop)
         set_threads(options, device)
-        terminal = log.Terminal(distributed.is_main())
+        terminal = Terminal(distributed.is_main())
         folder = distributed.from_main(lambda: run_folder(options))
         fresh = distributed.is_main() and not folder.exists()
         distributed.from_main(lambda: held.enter_context(sole_writer(folder)))
@@ -86,10 +88,10 @@ def set_threads(options: TrainOptions, device: torch.device) -> None:
 
 
 def set_up(
-    options: TrainOptions, folder: Path, device: torch.device, terminal: log.Terminal
+    options: TrainOptions, folder: Path, device: torch.device, terminal: Terminal
 ) -> tuple[Trainer, Source | None]:
     """Open the data, choose what was left open, check it all, make or resume the run."""
-    source, held_out = distributed.from_main(lambda: open_pair(options, folder))
+    source, held_out = distributed.from_main(lambda: open_training_pair(options, folder))
     terminal.say(describe(source, options.data.path))
     edge = probe(source)
     # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
@@ -102,7 +104,7 @@ def set_up(
     if chosen and options.resume is None:
         terminal.say(f"Chosen for {len(source)} images: " + ", ".join(f"{n} {v}" for n, v in chosen.items()))
     more = [evaluate.Callback.parse(text, folder) for text in resolved.log.evaluate]
-    callback = OnlineEvaluation(source, held_out, known(resolved.views.global_size), device, more)
+    callback = OnlineEvaluation(source, held_out, required(resolved.views.global_size), device, more)
     batches = view_batches(resolved, source, device)
     render = DeviceRenderer(device) if device.type == "cuda" else None
     trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, render)
@@ -170,23 +172,11 @@ def prepare(options: TrainOptions, folder: Path) -> None:
     (folder / "config.toml").write_text(tomli_w.dumps(to_dict(recorded)))
 
 
-def open_pair(options: TrainOptions, folder: Path | None) -> tuple[Source, Source | None]:
-    """Training and held-out images; the run directory `folder` records which, and a resumed run takes just those."""
-    spec = options.data.path
-    if (scenes := open_scenes(spec)) is not None:
-        return scenes
-    record = None if folder is None else folder / "files.jsonl"
-    source = open_source(spec, options.data.labels, record, trust=options.resume is not None)
-    if options.data.val is not None:
-        return agreeing(source, open_source(options.data.val, options.data.labels))
-    return split(source, options.data.val_fraction, MOST_HELD_OUT, options.seed)
-
-
 def view_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:
     prepare = pack if device.type == "cuda" else CpuRenderer()
     read = functools.partial(device_decode.read, largest=LARGEST) if options.data.decode == "device" else read_pixels
     ranks = (distributed.rank(), distributed.world_size())
-    return ViewBatches(source, options.views, prepare, known(options.batch_size), options.seed, *ranks, read)
+    return ViewBatches(source, options.views, prepare, required(options.batch_size), options.seed, *ranks, read)
 
 
 def check(options: TrainOptions, source: Source, device: torch.device) -> None:
@@ -195,7 +185,7 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
         device_decode.check_device(device)
     if options.compile:
         parallel.check_compiler(device)
-    batch, ranks = known(options.batch_size), distributed.world_size()
+    batch, ranks = required(options.batch_size), distributed.world_size()
     if batch > len(source):
         raise ValueError(
             f"batch_size is {batch} but there are only {len(source)} images to train on; "
@@ -220,16 +210,10 @@ def describe(source: Source, spec: str) -> str:
     return f"{spec}: {len(source)} images{labels}."
 
 
-def describe_split(split: fit.Split, needed: float) -> str:
+def describe_split(split: Split, needed: float) -> str:
     parts = f"in {split.parts} parts" if split.parts > 1 else "in one part"
     again = "" if split.recompute == "nothing" else f", recomputing {split.recompute} activations"
     return f"Fits: each step {parts}{again}, about {needed / 1e9:.2g} GB."
-
-
-def describe_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{distributed.world_size()} x {torch.cuda.get_device_name(device)}"
-    return f"{distributed.world_size()} CPU process(es) of {torch.get_num_threads()} threads"
 
 
 def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
@@ -262,5 +246,24 @@ def report_command(options: ReportOptions) -> None:
     recorded = replace(toml.recorded(options.run), {"resume": options.run})
     device = distributed.start("auto")
     set_threads(recorded, device)
-    source, held_out = open_pair(recorded, Path(options.run))
+    source, held_out = open_training_pair(recorded, Path(options.run))
     print(report(Path(options.run), source, held_out, device))
+
+
+# Options that change neither the mathematics nor the data, so that a resumed run may have others.
+FREE_ON_RESUME = {
+    *("resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"),
+    *("fit", "accumulate", "recompute", "compile", "data.decode"),
+}
+
+
+def check_resumable(recorded: TrainOptions, wanted: TrainOptions) -> None:
+    """Refuse to continue a run with other mathematics or data than it was started with."""
+    before, after = flatten(recorded), flatten(wanted)
+    changed = [n for n in after if after[n] != before[n] and n not in FREE_ON_RESUME and not n.startswith("log.")]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"--resume continues a run with the options it was started with, but {name} is {after[name]} where it was "
+            f"{before[name]}; leave it out, or start a new run with another --out."
+        )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dino.options.commands import AppOptions
+from dino.options.commands import AppOptions
 
 
 def command(options: AppOptions) -> None:

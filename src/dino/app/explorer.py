@@ -18,16 +18,15 @@ from torch import Tensor
 
 from dino import weights
 from dino.data.decode import BadImage, decode
-from dino.data.sources import Source
+from dino.data.open import open_images
+from dino.data.sources import Source, WithPlaceholders, evenly_spaced
 from dino.engine.checkpoint import Checkpoints
-from dino.features.cache import fingerprint
-from dino.features.commands import Lasting
-from dino.features.embed import Folder, embed, images_of
-from dino.features.extract import spread
+from dino.features.embed import Folder, embed
 from dino.features.search import Index, ask, duplicates, refuse_other
 from dino.look.patches import axes_of, patch_features
 from dino.look.pictures import Coloured, Look, attention_maps, chosen_size, fitted, heat, large, mosaic
 from dino.models import Backbone
+from dino.weights import fingerprint
 
 MOST_PIXELS, MOST_SIZE = 50_000_000, 1024  # of an image that a browser sends; of its shorter side as it is looked at
 THUMBNAIL, LEGIBLE = 240, 360  # pixels of the longer edge; at least of the shorter
@@ -66,7 +65,7 @@ class Explorer:
     def __init__(self, model: Backbone, run: Path | None, data: str | None, embedding: str | None):
         self.model, self.run, self.data = model, run, data
         self.lock = threading.Lock()
-        self.source: Source | None = None if data is None else images_of(data)
+        self.source: Source | None = None if data is None else open_images(data)
         self.neighbours: Index | None = None  # of an embedding
         if embedding is not None:
             self._use(Folder.open(embedding))
@@ -154,7 +153,7 @@ class Explorer:
     @cached_property
     def checkpoints(self) -> list[Path]:
         found = Checkpoints(self.run / "checkpoints").complete() if self.run is not None else []
-        return [found[i] for i in spread(len(found), MOST_CHECKPOINTS)]
+        return [found[i] for i in evenly_spaced(len(found), MOST_CHECKPOINTS)]
 
     def over_time(self, shown: Shown, size: int) -> np.ndarray:
         """The image as each checkpoint's teacher sees it: attention above, features of patches below."""
@@ -178,7 +177,7 @@ class Explorer:
 
     @staticmethod
     def _spread(source: Source) -> Sequence[int]:
-        return spread(len(source), OFFERED)
+        return evenly_spaced(len(source), OFFERED)
 
     def _offered(self, number: int) -> np.ndarray:
         assert self.source is not None
@@ -246,7 +245,7 @@ class Explorer:
 
 def thumbnail(source: Source, position: int) -> np.ndarray:
     """A grey square where the image cannot be read."""
-    picture = Image.fromarray(Lasting(source).read(position))
+    picture = Image.fromarray(WithPlaceholders(source).read(position))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return np.asarray(picture)
 

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.device_decode import Jpeg, decode_jpegs
-from dino.data.render import HUE_STEPS, LUMA, blur_kernels, crop
+from dino.data.normalize import LUMA
+from dino.data.render import HUE_STEPS, blur_kernels, crop
 from dino.data.views import CONTRAST, HUE, SATURATION, Views
 
 LARGEST = 640  # pixels of an edge; what is larger is cut by the worker

@@ -7,7 +7,6 @@ workers and ranks changes nothing, and a resume is a matter of starting at anoth
 from __future__ import annotations
 
 import functools
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino.data.decode import BadImage
 from dino.data.sources import Source
-from dino.data.views import Stream, Views, draw_views, generator, groups_of
+from dino.data.views import Views, draw_views, groups_of
 from dino.options.train import ViewOptions
+from dino.randomness import Stream, generator
 
 FARTHEST_STAND_IN = 1000  # unreadable images in a row after which a batch is given up
 
@@ -138,13 +138,3 @@ def iterate(batches: ViewBatches, start: int, stop: int, num_workers: int, pin_m
             prefetch_factor=2 if num_workers else None,
         )
     )
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def spare_cores(share: int = 1) -> int:
-    """Worker processes for one of `share` ranks on this machine: the cores left beside each rank's own."""
-    return max(1, cores() // share - 1)

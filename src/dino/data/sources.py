@@ -7,13 +7,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from dino.data.decode import decode
+from dino.data.decode import BadImage, decode
 from dino.data.labels import label
 from dino.data.listing import Names, locate, names_of
+from dino.html import EDGE
 
 
 class Source(Protocol):
@@ -159,3 +160,51 @@ def listed(folder: Path, names: Sequence[str], by: str, layout: str) -> Files:
             f"{len(missing)} of the {len(names)} files that {by} names are missing, first {folder / missing[0]}; {layout}."
         )
     return Files(str(folder), Names(names))
+
+
+def evenly_spaced(total: int, most: int) -> Sequence[int]:
+    """At most `most` evenly spaced positions of `total`."""
+    return range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
+
+
+class WithPlaceholders:
+    """The images of a `Source`, and a grey square for one that cannot be read any more."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def read(self, index: int) -> np.ndarray:
+        try:
+            return self.source.read(index)
+        except BadImage:
+            return np.full((EDGE, EDGE, 3), 160, np.uint8)
+
+
+class Images:
+    """Image files or arrays [h, w, 3] uint8 as a `Source` without labels."""
+
+    classes, labels, fingerprint = (), None, ""
+
+    def __init__(self, items: Sequence[str | os.PathLike[str] | np.ndarray]):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def name(self, index: int) -> str:
+        item = self.items[index]
+        return f"image {index}" if isinstance(item, np.ndarray) else os.fspath(item)
+
+    def stamp(self) -> str:
+        return ""
+
+    def read(self, index: int) -> np.ndarray:
+        item = self.items[index]
+        if not isinstance(item, np.ndarray):
+            return decode(Path(item))
+        if item.ndim != 3 or item.shape[2] != 3 or item.dtype != np.uint8 or not item.size:
+            raise BadImage(f"an array {item.dtype} {list(item.shape)}, where uint8 [h, w, 3] is an image")
+        return item

@@ -14,11 +14,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from enum import IntEnum
 
 import numpy as np
 
-from dino.options.train import ViewOptions, known
+from dino.options import required
+from dino.options.train import ViewOptions
+from dino.randomness import Stream, generator
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -32,21 +33,6 @@ _TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(20, 25)
 _FACTORS = slice(25, 29)
 _GREY, _BLUR, _SIGMA, _SOLARISE = range(29, 33)
 _SLOTS = 40
-
-
-class Stream(IntEnum):
-    """What random numbers are for; streams of one (seed, epoch) never overlap."""
-
-    ORDER = 1
-    VIEWS = 2
-    DEPTH = 3
-
-
-def generator(stream: Stream, seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator of one thing: 2**128 Philox blocks that no other (stream, seed, epoch, index) shares."""
-    key = np.array([seed, epoch], np.uint64)
-    counter = np.array([0, 0, index, stream], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def groups_of(sizes: Sequence[int]) -> list[slice]:
@@ -105,7 +91,7 @@ def draw_views(
     u = np.stack(draws) if draws else np.empty((0, num_views, _SLOTS))
 
     kinds = np.minimum(np.arange(num_views), 2)  # first global, second global, local
-    large, small = known(options.global_scale), known(options.local_scale)
+    large, small = required(options.global_scale), required(options.local_scale)
     scales = np.array([large, large, small])[kinds]
     jitter = u[..., _JITTER] < options.jitter_prob
     blur = u[..., _BLUR] < np.array(options.blur_prob)[kinds]

@@ -11,7 +11,8 @@ import torch
 from dino import schedules
 from dino.method import DINO, Network
 from dino.models import Backbone, Head, ImageSizeError, create
-from dino.options.train import TrainOptions, ViewOptions, known
+from dino.options import required
+from dino.options.train import TrainOptions, ViewOptions
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return known(self.options.epochs) * self.steps_per_epoch
+        return required(self.options.epochs) * self.steps_per_epoch
 
     def steps(self, epochs: float | None) -> int:
-        return round(known(epochs) * self.steps_per_epoch)
+        return round(required(epochs) * self.steps_per_epoch)
 
     def lr(self, step: int) -> float:
         o = self.options.optim
-        peak = known(o.lr) * known(self.options.batch_size) / 256
+        peak = required(o.lr) * required(self.options.batch_size) / 256
         return schedules.warmup_cosine(step, self.total, peak, o.min_lr, self.steps(o.warmup_epochs))
 
     def weight_decay(self, step: int) -> float:
@@ -41,8 +42,8 @@ class Plan:
 
     def teacher_temp(self, step: int) -> float:
         m = self.options.method
-        epochs, end = math.ceil(known(m.teacher_temp_epochs)), known(m.teacher_temp)
-        return schedules.linear_then_constant(step // self.steps_per_epoch, known(m.teacher_temp_start), end, epochs)
+        epochs, end = math.ceil(required(m.teacher_temp_epochs)), required(m.teacher_temp)
+        return schedules.linear_then_constant(step // self.steps_per_epoch, required(m.teacher_temp_start), end, epochs)
 
 
 def model_arguments(options: TrainOptions) -> dict[str, Any]:
@@ -79,8 +80,8 @@ def build_method(options: TrainOptions) -> DINO:
         head = Head(
             backbone.embed_dim,
             h.out_dim or 1,
-            known(h.hidden_dim),
-            known(h.bottleneck_dim),
+            required(h.hidden_dim),
+            required(h.bottleneck_dim),
             h.num_layers,
             norm_last_layer=norm_last_layer,
             batch_norm=h.batch_norm,
@@ -97,7 +98,7 @@ def build_method(options: TrainOptions) -> DINO:
 
 def check_views(backbone: Backbone, views: ViewOptions) -> None:
     """Refuse local views that the backbone cannot take; the global ones it was built for."""
-    size = known(views.local_size)
+    size = required(views.local_size)
     try:
         if views.num_local:
             backbone.grid(size, size)

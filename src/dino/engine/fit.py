@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import resource
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dino.engine import parallel
+from dino.engine.step import Split
 from dino.models import Backbone, Recompute
-from dino.options.train import known
+from dino.options import required
 
 if TYPE_CHECKING:
     from dino.engine.train import Trainer
@@ -30,29 +30,6 @@ OVERHEAD = 2  # images' worth of time that a part costs beside its images
 
 # Time of a step that computes again what it does not keep.
 LONGER: dict[Recompute, float] = {"nothing": 1, "elementwise": 1.08, "blocks": 4 / 3}
-
-
-class Split(NamedTuple):
-    """How a step is computed."""
-
-    parts: int = 1
-    recompute: Recompute = "nothing"
-
-
-def parts_of(images: int, parts: int) -> list[slice]:
-    """`images` in at most `parts` runs whose lengths differ by one at most."""
-    bounds = [images * i // parts for i in range(parts + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a]
-
-
-def views_of(groups: Sequence[Tensor], images: slice, total: int) -> list[Tensor]:
-    """The views of some of the `total` images in view-major groups, view-major again."""
-    return [group.unflatten(0, (-1, total))[:, images].flatten(0, 1) for group in groups]
-
-
-def draws_of(draws: Sequence[Tensor], images: slice) -> list[Tensor]:
-    """What `ViewBatches.draws` drew for some of the images, as the student takes it: [num, v * images] by group."""
-    return [group[:, :, images].flatten(1) for group in draws]
 
 
 class Peak(TorchDispatchMode):
@@ -106,7 +83,7 @@ def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
     """
     options, method, device = trainer.options, trainer.method, trainer.device
     images = trainer.batches.batch_size // trainer.batches.world_size
-    sizes = [(2, known(options.views.global_size)), (options.views.num_local, known(options.views.local_size))]
+    sizes = [(2, required(options.views.global_size)), (options.views.num_local, required(options.views.local_size))]
     pixels = [(v, options.model.in_channels, s, s) for v, s in sizes if v]
     # Beside the parts: pixels as bytes and as floats; scores, logarithms and targets of two views; the optimiser.
     of_image = sum(5 * math.prod(shape) for shape in pixels) + 24 * method.out_dim
@@ -123,7 +100,7 @@ def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
         draws = (
             [torch.zeros(trainer.num_draws, v, count, device=device) for v, *_ in pixels] if trainer.num_draws else None
         )
-        return peak(lambda: trainer.gradients(groups, known(options.method.teacher_temp), draws))
+        return peak(lambda: trainer.gradients(groups, required(options.method.teacher_temp), draws))
 
     try:
         for p in filter(lambda p: p.requires_grad, method.student.parameters()):

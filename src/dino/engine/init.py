@@ -17,7 +17,8 @@ from dino.engine import parallel
 from dino.engine.train import Trainer
 from dino.method import DINO
 from dino.models.vit import SIZES, VisionTransformer, resize_positions
-from dino.options.train import TrainOptions, flatten, known, replace
+from dino.options import flatten, replace, required
+from dino.options.train import TrainOptions
 from dino.weights import Weights, load_strictly
 from dino.weights.formats import full_sizes, head_options
 
@@ -92,9 +93,9 @@ def estimate_centre(trainer: Trainer, batches: ViewBatches) -> int:
     One pass at most, and no more than some `CENTRE_IMAGES` images; returns how many views were seen.
     """
     options, method = trainer.options, trainer.method
-    steps = min(batches.steps_per_epoch, math.ceil(CENTRE_IMAGES / known(options.batch_size)))
+    steps = min(batches.steps_per_epoch, math.ceil(CENTRE_IMAGES / required(options.batch_size)))
     total, count = torch.zeros_like(method.centre.value), torch.zeros((), device=trainer.device)
-    for batch in iterate(batches, 0, steps, known(options.data.num_workers), trainer.device.type == "cuda"):
+    for batch in iterate(batches, 0, steps, required(options.data.num_workers), trainer.device.type == "cuda"):
         if not batch.prepared:
             continue  # nothing in it could be read
         with parallel.autocast(trainer.device, trainer.precision):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -69,28 +66,3 @@ class Quarantine:
 
     def too_many(self) -> bool:
         return len(self.names) > self.max_fraction * self.total
-
-
-class Terminal:
-    """A live progress line where there is a terminal, plain lines where there is none; silent on other ranks."""
-
-    def __init__(self, enabled: bool):
-        self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True)
-        self.live = enabled and sys.stderr.isatty()
-        shown = "epoch {task.fields[epoch]}", BarColumn(24), "{task.percentage:>3.0f}%", "{task.fields[status]}"
-        times = TimeElapsedColumn(), "left", TimeRemainingColumn()
-        self.progress = Progress(*shown, *times, console=self.console, disable=not self.live)
-        self.task = self.progress.add_task("train", total=None, epoch="", status="")
-
-    def start(self, step: int, total: int) -> None:
-        self.progress.update(self.task, completed=step, total=total)
-        self.progress.start()
-
-    def say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, markup=False, highlight=False)
-
-    def update(self, step: int, epoch: str, status: str) -> None:
-        self.progress.update(self.task, completed=step, epoch=epoch, status=status)
-
-    def stop(self) -> None:
-        self.progress.stop()

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dino import variants
+from dino.method import feature_spread
 
 Collapse = Literal["uniform", "dominated", "same", "point"]
 
@@ -100,4 +100,4 @@ def feature_health(features: Tensor) -> dict[str, float]:
     values = torch.linalg.svdvals(z - z.mean(dim=0))
     share = values / values.sum().clamp(min=1e-12)
     rank = torch.special.entr(share).sum().exp()
-    return {"feature_std": variants.spread(features).item(), "effective_rank": rank.item()}
+    return {"feature_std": feature_spread(features).item(), "effective_rank": rank.item()}

@@ -22,18 +22,21 @@ from torch import Tensor, nn
 from dino import distributed, weights
 from dino.data.device_decode import Undecodable
 from dino.data.loader import Batch, ViewBatches, iterate
-from dino.data.render import normalise
+from dino.data.normalize import normalize
 from dino.data.sources import Source
 from dino.data.views import Views
-from dino.engine import fit, optim, parallel
+from dino.engine import optim, parallel
 from dino.engine.build import Plan, build_method, model_arguments
 from dino.engine.checkpoint import CheckpointError, Checkpoints
-from dino.engine.log import Metrics, Quarantine, Terminal
+from dino.engine.log import Metrics, Quarantine
 from dino.engine.monitor import CollapseMonitor
+from dino.engine.step import Split, slice_noise, slice_views, split_images
 from dino.method import DINO
 from dino.models import Backbone
+from dino.options import required
 from dino.options.toml import to_dict
-from dino.options.train import TrainOptions, known
+from dino.options.train import TrainOptions
+from dino.terminal import Terminal
 
 Callback = Callable[[DINO, int], dict[str, float]]  # measures the method after so many steps; all ranks call it
 
@@ -64,7 +67,7 @@ class Trainer:
         self.method = build_method(options).to(device)
         self.student: nn.Module = self.method.student
         self.num_draws = cast(Backbone, self.method.student.backbone).num_draws
-        self.split_steps(fit.Split(options.accumulate, options.recompute))
+        self.split_steps(Split(options.accumulate, options.recompute))
         self._share_batch_norm()
         self.optimizer = optim.create(options.optim, self.method.student)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
@@ -78,7 +81,7 @@ class Trainer:
         self._pending: list[dict[str, Tensor]] = []
         self._bad: list[tuple[str, str]] = []
 
-    def split_steps(self, split: fit.Split) -> None:
+    def split_steps(self, split: Split) -> None:
         """Compute steps so from now on."""
         if split.parts > 1 and parallel.has_batch_norm(self.method):
             raise ValueError(
@@ -173,7 +176,7 @@ class Trainer:
         return self.step >= total
 
     def _run(self, stop: int) -> None:
-        workers = known(self.options.data.num_workers)
+        workers = required(self.options.data.num_workers)
         batches = iterate(self.batches, self.step, stop, workers, pin_memory=self.device.type == "cuda")
         log, per_epoch = self.options.log, self.plan.steps_per_epoch
         measure_every = max(1, self.plan.steps(log.knn_every)) if log.knn_every else self.plan.total
@@ -239,15 +242,15 @@ class Trainer:
         `draws` of stochastic depth are [num, v, n] by group of views, where the backbone does not draw for itself.
         """
         images = len(groups[0]) // 2
-        parts = fit.parts_of(images, self.split.parts)
+        parts = split_images(images, self.split.parts)
         with parallel.autocast(self.device, self.precision):
             taught = self.method.teach(groups[0], teacher_temp, len(parts))
         losses = []
         for part in parts:
             with parallel.without_sync(self.student, part != parts[-1]):
                 with parallel.autocast(self.device, self.precision):
-                    drawn = None if draws is None else fit.draws_of(draws, part)
-                    scores = self.student(fit.views_of(groups, part, images), drawn)
+                    drawn = None if draws is None else slice_noise(draws, part)
+                    scores = self.student(slice_views(groups, part, images), drawn)
                     loss = self.method.learn(scores, taught.of(part)) * ((part.stop - part.start) / images)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
@@ -263,7 +266,7 @@ class Trainer:
                 groups = self._render(batch)
             except Undecodable:  # decoding it here names the file, and takes the stand-in that a worker would take
                 groups = self._render(self.batches.decoded(self.step))
-            groups = [normalise(g, self.options.model.in_channels) for g in groups]
+            groups = [normalize(g, self.options.model.in_channels) for g in groups]
         if self.beside is not None:
             step = torch.cuda.current_stream(self.device)
             step.wait_stream(self.beside)
@@ -296,7 +299,7 @@ class Trainer:
             )
         self._check_quarantine()
         last = self.step - 1
-        rate = steps * known(self.options.batch_size) / seconds
+        rate = steps * required(self.options.batch_size) / seconds
         if "teacher_entropy" in values:
             values["kl"] = values["loss"] - values["teacher_entropy"]
         values |= {

@@ -15,24 +15,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import tyro
-from torch import Tensor
 
 from dino import __version__, distributed, errors, files, weights
-from dino.data.scenes import Scenes, scenes_of
-from dino.data.sources import Source, open_source, split, subset
-from dino.data.torchvision_sets import TORCHVISION, torchvision_pair
 from dino.features import cache
-from dino.features.cache import fingerprint
-from dino.features.extract import Features
 from dino.models import Backbone, VisionTransformer
 from dino.models.vit import SIZES
 from dino.options.evaluate import EVALUATIONS, EvalOptions
-from dino.options.train import known
-
-MOST_HELD_OUT, HELD_OUT_SCENES = 1000, 500
+from dino.weights import fingerprint
 
 
 class Judgement(NamedTuple):
@@ -195,81 +186,3 @@ def paper_name(model: Backbone) -> str:
 
 
 # --- labelled data --------------------------------------------------------------------------------------------------
-
-
-def split_folders(data: str, val: str | None) -> tuple[str, str | None]:
-    """Training and test folders of `data` where it holds train/ and val/; else itself and what was given."""
-    root = Path(data)
-    if val is None and (root / "train").is_dir() and (root / "val").is_dir():
-        return str(root / "train"), str(root / "val")
-    return data, val
-
-
-def labelled_pair(data: str, val: str | None) -> tuple[Source, Source]:
-    """Labelled training and test images that agree on their classes.
-
-    Raises:
-        ValueError: there are no class folders, too few images, or the classes differ.
-    """
-    train, val = split_folders(data, val)
-    if (scenes := open_scenes(train)) is not None:
-        return scenes
-    if train.startswith(TORCHVISION):
-        return torchvision_pair(train)
-    bank = open_labelled(train)
-    if len(bank.classes) < 2:
-        raise ValueError(
-            f"--data {data} has one class only, '{''.join(bank.classes)}'; give a folder of two classes or more, or one with "
-            "such folders train/ and val/."
-        )
-    if val is not None:
-        return agreeing(bank, open_labelled(val))
-    bank, test = split(bank, 0.1, MOST_HELD_OUT, 0)
-    if test is None:
-        raise ValueError(f"--data {data} holds too few images to set some aside; give test images with --val.")
-    return bank, test
-
-
-def open_labelled(path: str) -> Source:
-    """The images of a folder that lie in one of its class folders."""
-    source = open_source(path, "folders")
-    labels = known(source.labels)
-    if (labels >= 0).all():
-        return source
-    if distributed.is_main():
-        print(f"{(labels < 0).sum()} images of {path} lie in no class folder and are left out.")
-    return subset(source, np.flatnonzero(labels >= 0))
-
-
-def labels_of(source: Source, found: Features, what: str) -> Tensor:
-    """[m] int64, of the images that could be read; the others are counted and one is named.
-
-    Raises:
-        ValueError: none could be read.
-    """
-    say_bad(found.bad, what)
-    if not len(found.indices):
-        raise ValueError(f"none of the {len(source)} {what} images can be read; check the data folder.")
-    return torch.from_numpy(known(source.labels)[found.indices])
-
-
-def say_bad(bad: list[tuple[str, str]], what: str) -> None:
-    if bad and distributed.is_main():
-        print(f"{len(bad)} {what} images could not be read, first: {bad[0][0]} ({bad[0][1]})")
-
-
-def open_scenes(spec: str) -> tuple[Scenes, Scenes] | None:
-    """Training and held-out drawn scenes where `spec` is 'scenes' or 'scenes:NUMBER'."""
-    scenes = scenes_of(spec)
-    return None if scenes is None else (scenes, Scenes(HELD_OUT_SCENES, first=len(scenes)))
-
-
-def agreeing(train: Source, test: Source) -> tuple[Source, Source]:
-    """Both, if their class numbers mean the same; numbers are given by each folder on its own."""
-    if train.classes and test.classes and train.classes != test.classes:
-        only = min(set(train.classes) ^ set(test.classes))
-        raise ValueError(
-            f"training and held-out images differ in their classes, for example '{only}'; make them agree "
-            "(training also works with --data.labels none)."
-        )
-    return train, test

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from dino import distributed
+from dino.data.open import open_labeled_pair
 from dino.engine import parallel
-from dino.eval.evaluate import Judgement, fingerprint, labelled_pair, labels_of, work_folder
+from dino.eval.evaluate import Judgement, fingerprint, work_folder
 from dino.eval.supervised import Batch, LabelledBatches, accuracies, save_weights, seed_all, train
-from dino.features.extract import extract
+from dino.features.extract import extract, readable_labels
 from dino.models import Backbone, VisionTransformer
 from dino.options.evaluate import FinetuneOptions
 
@@ -246,7 +247,7 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
     if model.in_channels != 3:
         raise ValueError(f"fine-tuning augments in colour, but this model takes {model.in_channels} channel(s).")
     folder = work_folder(options, "finetune")
-    train_on, test = labelled_pair(options.data, options.val)
+    train_on, test = open_labeled_pair(options.data, options.val)
     size, recipe, digest = options.size or model.image_size, resolve(options), fingerprint(model)
     model.grid(size, size)
     precision = "fp32" if options.precision == "auto" and device.type == "cpu" else options.precision
@@ -273,7 +274,7 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
     tuned.eval().requires_grad_(False)
     classifier: Any = tuned  # its scores are features of the test images like any others
     scores = extract(classifier, test, size, device, shared=True, progress="test images")
-    wanted = labels_of(test, scores, "test")
+    wanted = readable_labels(test, scores, "test")
     save_weights(options, "finetune", tuned.state_dict(), train_on.classes)
     found = accuracies(scores.values, wanted)
     note = "" if isinstance(model, VisionTransformer) else ", without stochastic depth"

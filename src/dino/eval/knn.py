@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.eval.evaluate import Judgement, fingerprint, labelled_pair, labels_of
+from dino.data.open import open_labeled_pair
+from dino.eval.evaluate import Judgement, fingerprint
 from dino.features import cache
+from dino.features.extract import readable_labels
+from dino.features.neighbors import largest, vote
 from dino.models import Backbone
 from dino.options.evaluate import KnnOptions
 
 KS = (10, 20, 100, 200)
 SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32
-RUN = 64  # columns whose maximum is looked at first
 
 
 @torch.no_grad()
@@ -51,7 +53,7 @@ def classify(
         voters = bank_labels[nearest]
         for row, k in enumerate(ks):
             right = (
-                votes(similarity[:, :k], voters[:, :k], num_classes, temp).topk(top, dim=1).indices
+                vote(similarity[:, :k], voters[:, :k], num_classes, temp).topk(top, dim=1).indices
                 == labels[start:stop, None]
             )
             hits[row] += torch.stack([right[:, 0].sum(), right.sum()]).cpu()
@@ -62,28 +64,6 @@ def classify(
         if top == 5:
             result[f"knn{k}_top5"] = top5
     return result
-
-
-def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`rows.topk(k, dim=1)` of rows [n, m], faster where m is large.
-
-    The k largest lie in the k runs of columns whose maxima are largest, so only those runs are searched.
-    """
-    m = rows.shape[1] // RUN * RUN
-    if m < 4 * k * RUN:
-        values, columns = rows.topk(k, dim=1)
-        return values, columns
-    runs = rows[:, :m].unflatten(1, (-1, RUN))
-    best = runs.amax(dim=2).topk(k, dim=1, sorted=False).indices  # [n, k]
-    searched = torch.cat([runs.gather(1, best[..., None].expand(-1, -1, RUN)).flatten(1), rows[:, m:]], dim=1)
-    values, where = searched.topk(k, dim=1)
-    in_run = best.gather(1, (where // RUN).clamp(max=k - 1)) * RUN + where % RUN
-    return values, torch.where(where < k * RUN, in_run, where - k * RUN + m)
-
-
-def votes(similarity: Tensor, labels: Tensor, num_classes: int, temp: float = 0.07) -> Tensor:
-    """What the k nearest of n queries vote for: [n, classes] from their cosines and labels [n, k] each."""
-    return similarity.new_zeros(len(labels), num_classes).scatter_add_(1, labels, (similarity / temp).exp())
 
 
 # ImageNet, k = 20 (tables 2, 8 and the reference's README).
@@ -102,15 +82,15 @@ PAPER = {
 
 def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Judgement:
     """`classify` on [CLS] features of the evaluation view, exact, in float32."""
-    train, test = labelled_pair(options.data, options.val)
+    train, test = open_labeled_pair(options.data, options.val)
     size, digest = options.size or model.image_size, fingerprint(model)
     bank = cache.features(model, digest, train, size, device, progress="bank")
     queries = cache.features(model, digest, test, size, device, progress="queries")
     figures = classify(
         bank.values.to(device),
-        labels_of(train, bank, "training").to(device),
+        readable_labels(train, bank, "training").to(device),
         queries.values.to(device),
-        labels_of(test, queries, "test").to(device),
+        readable_labels(test, queries, "test").to(device),
         options.k,
         options.temp,
     )

@@ -12,16 +12,17 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from dino import distributed, schedules
-from dino.data.render import normalise
+from dino.data.normalize import normalize
+from dino.data.open import open_labeled_pair
 from dino.data.sources import Source, subset
-from dino.eval.evaluate import Judgement, fingerprint, labelled_pair, labels_of, work_folder
+from dino.eval.evaluate import Judgement, fingerprint, work_folder
 from dino.eval.supervised import Batch, LabelledBatches, accuracies, per_class, save_weights, train
 from dino.eval.sweep import Sweep, fit
 from dino.features import cache
-from dino.features.extract import READOUTS, Readout
+from dino.features.extract import READOUTS, Readout, readable_labels
 from dino.models import Backbone
+from dino.options import required
 from dino.options.evaluate import LinearOptions
-from dino.options.train import known
 
 FAST_RATES, FAST_DECAYS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 1e-5, 1e-4)
 
@@ -40,7 +41,7 @@ def fast(model: Backbone, options: LinearOptions, train: Source, test: Source, d
     size, digest, widest = options.size or model.image_size, fingerprint(model), widest_readout(model)
     bank = cache.features(model, digest, train, size, device, widest, progress="training images")
     asked = cache.features(model, digest, test, size, device, widest, progress="test images")
-    labels, wanted = labels_of(train, bank, "training"), labels_of(test, asked, "test")
+    labels, wanted = readable_labels(train, bank, "training"), readable_labels(test, asked, "test")
     columns: dict[Readout, tuple[int, int]] = {
         name: (a * model.embed_dim, b * model.embed_dim) for name, (a, b) in COLUMNS[widest].items()
     }
@@ -107,7 +108,7 @@ class FrozenTraining:
 
     @torch.no_grad()
     def step(self, step: int, batch: Batch) -> Tensor:
-        images = normalise(batch.images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)[None], self.model.in_channels)
+        images = normalize(batch.images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)[None], self.model.in_channels)
         features = READOUTS[self.readout](self.model, images).float()
         scale = schedules.cosine(step // self.per_epoch, self.epochs, 1.0, 0.0)
         return self.sweep.step(features, batch.labels, batch.total, scale)
@@ -132,12 +133,12 @@ def paper(model: Backbone, options: LinearOptions, train_on: Source, test: Sourc
     readout: Readout = options.readout[0] if options.readout else paper_readout(model)
     rates, decays = options.lr or (0.001,), options.weight_decay or (0.0,)
     asked = cache.features(model, digest, test, size, device, readout, progress="test images")
-    wanted, chosen_on = labels_of(test, asked, "test"), "the only one"
+    wanted, chosen_on = readable_labels(test, asked, "test"), "the only one"
     choice = (asked.values, wanted)
     if not original and len(rates) * len(decays) > 1:
-        held = per_class(known(train_on.labels), options.held_out, options.seed, least=0)
+        held = per_class(required(train_on.labels), options.held_out, options.seed, least=0)
         shown = cache.features(model, digest, subset(train_on, held), size, device, readout, progress="held-out images")
-        choice = (shown.values, labels_of(subset(train_on, held), shown, "held-out"))
+        choice = (shown.values, readable_labels(subset(train_on, held), shown, "held-out"))
         chosen_on = f"best on {len(held)} held-out training images"
         train_on = subset(train_on, np.setdiff1d(np.arange(len(train_on)), held))
     batches = LabelledBatches(train_on, training_crops(size), size, options.batch_size, options.seed)
@@ -208,5 +209,5 @@ PAPER = {
 
 
 def evaluate(model: Backbone, options: LinearOptions, device: torch.device) -> Judgement:
-    train_on, test = labelled_pair(options.data, options.val)
+    train_on, test = open_labeled_pair(options.data, options.val)
     return (fast if options.mode == "fast" else paper)(model, options, train_on, test, device)

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from dino import distributed
 from dino.data.labels import text
+from dino.data.open import open_labeled_pair
 from dino.data.sources import Source
 from dino.eval import knn
-from dino.eval.evaluate import Judgement, fingerprint, labelled_pair, labels_of
+from dino.eval.evaluate import Judgement, fingerprint
 from dino.eval.supervised import accuracies, per_class
 from dino.features import cache
+from dino.features.extract import readable_labels
 from dino.models import Backbone
+from dino.options import required
 from dino.options.evaluate import LowshotOptions
-from dino.options.train import known
 
 CS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 SCORES_AT_ONCE = 2**24  # 128 MB of float64
@@ -115,7 +117,7 @@ def listed(source: Source, file: str) -> np.ndarray:
             raise ValueError(f"--list {file}: '{line}' {fault}; write paths as in the folder, e.g. {source.name(0)}.")
     if not wanted:
         raise ValueError(f"--list {file} names no image; write one per line.")
-    return np.unique([known(places[line]) for line in wanted])
+    return np.unique([required(places[line]) for line in wanted])
 
 
 # ImageNet with ViT-S/16: table 10, its rows of 1, 10 and 100 % of the labels.
@@ -133,7 +135,7 @@ PAPER = {
 
 def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> Judgement:
     """k-NN and logistic regression on L2-normalised [CLS] features of some of the training images."""
-    train, test = labelled_pair(options.data, options.val)
+    train, test = open_labeled_pair(options.data, options.val)
     parts = subsets(train, options)
     name, fewest = min(((name, len(positions)) for name, positions in parts.items()), key=lambda part: part[1])
     if fewest < options.k:
@@ -141,7 +143,10 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
     size, digest, num_classes = options.size or model.image_size, fingerprint(model), len(train.classes)
     bank = cache.features(model, digest, train, size, device, progress="training images")
     asked = cache.features(model, digest, test, size, device, progress="test images")
-    labels, wanted = labels_of(train, bank, "training").to(device), labels_of(test, asked, "test").to(device)
+    labels, wanted = (
+        readable_labels(train, bank, "training").to(device),
+        readable_labels(test, asked, "test").to(device),
+    )
     x, queries = (F.normalize(found.values, dim=1).to(device) for found in (bank, asked))
     figures, counts, chosen = {}, {}, {}
     for name, positions in parts.items():
@@ -174,5 +179,5 @@ def subsets(train: Source, options: LowshotOptions) -> dict[str, np.ndarray]:
         if len(named) < len(found):  # two lists of one length
             named = {Path(file).stem: positions for file, positions in zip(options.list, found, strict=True)}
         return named
-    labels = known(train.labels)
+    labels = required(train.labels)
     return {f"{percent:g}%": per_class(labels, percent / 100, options.seed) for percent in options.percent}

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from dino import distributed
-from dino.data.decode import BadImage
-from dino.data.render import normalise
+from dino.data.evaluation_views import resize_and_crop
+from dino.data.normalize import normalize
 from dino.data.scenes import Scenes
-from dino.data.sources import Source
+from dino.data.sources import Source, evenly_spaced
 from dino.engine.monitor import feature_health
 from dino.eval import evaluate, knn
-from dino.features.extract import extract, preprocess, spread
+from dino.features.extract import extract
 from dino.look.attention import cls_attention, enlarge, jaccard, mass_mask
 from dino.method import DINO
 from dino.models import Backbone
-from dino.options.train import known
+from dino.options import required
 
 BANK, QUERIES, MASKS = 5000, 1000, 200  # at most so many images, so that a check stays short beside an epoch
 
@@ -55,10 +55,10 @@ class OnlineEvaluation:
 
     def _monitor(self, backbone: Backbone) -> dict[str, float]:
         shown = self.held_out if self.held_out is not None else self.train
-        queries = extract(backbone, shown, self.size, self.device, spread(len(shown), QUERIES))
+        queries = extract(backbone, shown, self.size, self.device, evenly_spaced(len(shown), QUERIES))
         result = feature_health(queries.values) if len(queries.values) > 1 else {}
         if self.labelled and self.held_out is not None:
-            bank = extract(backbone, self.train, self.size, self.device, spread(len(self.train), BANK))
+            bank = extract(backbone, self.train, self.size, self.device, evenly_spaced(len(self.train), BANK))
             result |= self._knn(bank.values, bank.indices, queries.values, queries.indices)
             if not self.pixels_done:
                 result |= self._pixel_knn(bank.indices, queries.indices)
@@ -68,8 +68,8 @@ class OnlineEvaluation:
         return result
 
     def _knn(self, bank: Tensor, b: np.ndarray, queries: Tensor, q: np.ndarray) -> dict[str, float]:
-        bank_labels = torch.from_numpy(known(self.train.labels)[b])
-        labels = torch.from_numpy(known(known(self.held_out).labels)[q])
+        bank_labels = torch.from_numpy(required(self.train.labels)[b])
+        labels = torch.from_numpy(required(required(self.held_out).labels)[q])
         has_label, asked = bank_labels >= 0, labels >= 0
         if has_label.sum() < min(knn.KS) or not asked.any():
             return {}
@@ -78,14 +78,14 @@ class OnlineEvaluation:
     def _pixel_knn(self, b: np.ndarray, q: np.ndarray) -> dict[str, float]:
         """The floor to beat: the same vote on the pixels themselves, at most 64 x 64."""
         edge = min(self.size, 64)
-        bank, queries = pixels(self.train, b, edge), pixels(known(self.held_out), q, edge)
+        bank, queries = pixels(self.train, b, edge), pixels(required(self.held_out), q, edge)
         return {f"pixels_{name}": value for name, value in self._knn(bank, b, queries, q).items()}
 
 
 def pixels(source: Source, indices: np.ndarray, edge: int) -> Tensor:
     """Normalised pixels of evaluation views as features [m, 3 * edge * edge]."""
-    images = np.stack([preprocess(source.read(int(i)), edge) for i in indices])
-    return normalise(torch.from_numpy(images)[None]).flatten(1)
+    images = np.stack([resize_and_crop(source.read(int(i)), edge) for i in indices])
+    return normalize(torch.from_numpy(images)[None]).flatten(1)
 
 
 @torch.no_grad()
@@ -95,31 +95,12 @@ def scene_masks(model: Backbone, scenes: Scenes, size: int, device: torch.device
     Looked at with twice the `size` of training, as the paper does (480 pixels after 224): finer maps of the same things.
     `best head` picks for each image the head that overlaps most, as the paper does; `mean head` averages over heads.
     """
-    chosen, size = spread(len(scenes), MASKS), 2 * size
+    chosen, size = evenly_spaced(len(scenes), MASKS), 2 * size
     scenes = scenes.at(size)
-    images = torch.from_numpy(np.stack([preprocess(scenes.read(i), size) for i in chosen]))[None]
+    images = torch.from_numpy(np.stack([resize_and_crop(scenes.read(i), size) for i in chosen]))[None]
     truth = torch.from_numpy(np.stack([scenes.mask(i) for i in chosen]))
-    views = normalise(images.to(device), model.in_channels)
+    views = normalize(images.to(device), model.in_channels)
     masks = mass_mask(cls_attention(model, views).float().cpu())
     overlap = jaccard(enlarge(masks, (truth.shape[-2], truth.shape[-1])) > 0, truth[:, None])
     best, mean = overlap.max(dim=1).values.mean(), overlap.mean()
     return {"jaccard_best_head": 100 * best.item(), "jaccard_mean_head": 100 * mean.item()}
-
-
-def probe(source: Source, most: int = 16) -> int:
-    """Read a few images before any work is spent; the median of their shorter sides, pixels.
-
-    Raises:
-        ValueError: none of them can be read.
-    """
-    edges, reasons = [], []
-    for i in spread(len(source), most):
-        try:
-            edges.append(min(source.read(i).shape[:2]))
-        except BadImage as error:
-            reasons.append(f"{source.name(i)}: {error.reason}")
-    if not edges:
-        raise ValueError(
-            f"none of the {len(reasons)} images tried can be read (for example {reasons[0]}); check the data folder."
-        )
-    return int(np.median(edges))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dino.data.render import STD, normalise
+from dino.data.normalize import STD, normalize
 from dino.models import Backbone
 
 TEMPERATURE = 0.1
@@ -103,7 +103,7 @@ def patch_features(
         original: divide red by the reference's 0.228, not by ImageNet's 0.229.
     """
     resized = cv2.resize(image, (view[1], view[0]), interpolation=cv2.INTER_LINEAR)
-    pixels = normalise(torch.from_numpy(resized)[None, None].to(device), model.in_channels)
+    pixels = normalize(torch.from_numpy(resized)[None, None].to(device), model.in_channels)
     if original and model.in_channels == 3:
         pixels[:, 0] *= STD[0] / 0.228
     return model.tokens(pixels)[-1][0, 1:].float().unflatten(0, model.grid(*view))

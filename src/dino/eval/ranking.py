@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino.data.evaluation_views import Resize
 from dino.data.sources import Source, open_source
 from dino.eval.evaluate import fingerprint
 from dino.features import cache
-from dino.features.extract import Readout, View
+from dino.features.extract import Readout
 from dino.models import Backbone
 from dino.options.evaluate import RankingOptions
 
@@ -90,7 +91,7 @@ def comparable(
     device: torch.device,
     size: int,
     readout: Readout,
-    view: View,
+    view: Resize,
     sources: dict[str, Source],
 ) -> tuple[dict[str, Tensor], str, dict[str, str]]:
     """Unit features of the `sources`, whitened if asked for, on the device; the words for that; and fingerprints.

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from dino.data.decode import BadImage
+from dino.data.evaluation_views import shrink
 from dino.data.sources import Source, Subset, listed
 from dino.eval.evaluate import Judgement
 from dino.eval.ranking import comparable, mean_precisions
-from dino.features.extract import shrink
 from dino.models import Backbone
 from dino.options.evaluate import RetrievalOptions
 from dino.weights import pickles

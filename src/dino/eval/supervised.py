@@ -19,13 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino import distributed
 from dino.data.decode import BadImage
-from dino.data.loader import epoch_order, spare_cores, start_worker
+from dino.data.loader import epoch_order, start_worker
 from dino.data.sources import Source
 from dino.engine.checkpoint import Checkpoints
-from dino.engine.log import Terminal
-from dino.eval.evaluate import result_path, say_bad
+from dino.eval.evaluate import result_path
+from dino.features.extract import report_unreadable
+from dino.machine import spare_cores
+from dino.options import required
 from dino.options.evaluate import EvalOptions
-from dino.options.train import known
+from dino.terminal import Terminal
 
 Transform = Callable[[Image.Image], Tensor]  # may draw from the global generators, which are seeded for each image
 
@@ -63,7 +65,7 @@ class LabelledBatches(Dataset[Batch]):
         self.batch_size, self.repeats, self.group = min(batch_size, len(source)), repeats, group
         self.steps_per_epoch = len(source) // self.batch_size if drop_last else -(-len(source) // self.batch_size)
         self.rank, self.ranks = distributed.rank(), distributed.world_size()
-        self.labels = known(source.labels)
+        self.labels = required(source.labels)
 
     def samples(self, step: int) -> tuple[list[tuple[int, int]], int]:
         """(image, copy) of this rank's samples at `step`, and how many all ranks have."""
@@ -169,7 +171,7 @@ def train(
                     terminal.say(f"epoch {1 + step // per_epoch}/{epochs}  {status}")
     finally:
         terminal.stop()
-    say_bad([entry for part in distributed.gather(bad) for entry in part.items()], "training")
+    report_unreadable([entry for part in distributed.gather(bad) for entry in part.items()], "training")
 
 
 def _resume(trainee: Trainee, checkpoints: Checkpoints, identity: Mapping[str, Any]) -> int:

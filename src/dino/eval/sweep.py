@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dino import distributed, schedules
 from dino.data.loader import epoch_order
-from dino.engine.log import Terminal
 from dino.features.extract import Readout
 from dino.options.evaluate import LinearOptions
+from dino.terminal import Terminal
 
 SCORES_AT_ONCE = 2**26  # 256 MB of float32
 

@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dino import files, weights
 from dino.exports import card, compare
-from dino.features.cache import fingerprint
-from dino.weights import releases
-
-if TYPE_CHECKING:
-    from dino.cli import ExportOptions, ModelsOptions
-
-
-def models_command(options: ModelsOptions) -> None:
-    """List the reference's releases, or download one and print where it lies."""
-    from rich.console import Console
-    from rich.table import Table
-
-    if options.name:
-        print(releases.fetch(options.name, options.offline))
-        return
-    table = Table(title=f"Releases of the reference ({releases.LICENCE}, {releases.BASE})", title_justify="left")
-    for name in ("name", "architecture", "MB", "k-NN", "linear", "licence", "parts (* cached)"):
-        table.add_column(name, justify="right" if name in ("MB", "k-NN", "linear") else "left", no_wrap=True)
-    for name, release in releases.RELEASES.items():
-        parts = " ".join(part + "*" * (releases.cached(name, part) is not None) for part in release.files)
-        figures = (f"{value:.1f}" if value is not None else "" for value in (release.knn, release.linear))
-        table.add_row(name, release.arch, str(release.megabytes), *figures, releases.LICENCE, parts)
-    Console(width=None if os.isatty(1) else 120).print(table)
+from dino.options.commands import ExportOptions
+from dino.weights import fingerprint
 
 
 def export(

@@ -13,29 +13,19 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from dino import distributed, files
+from dino.data.evaluation_views import Resize
 from dino.data.sources import Source
-from dino.features.extract import Features, Readout, View, extract
+from dino.features.extract import Features, Readout, extract
 from dino.models import Backbone
-from dino.options.train import known
+from dino.options import required
 
 _in_use = ContextVar("cache in use", default=True)
 
 
 def folder() -> Path:
     return files.cache_folder() / "features"
-
-
-def fingerprint(model: Backbone) -> str:
-    """Hex digest of a model's weights."""
-    assert isinstance(model, nn.Module)
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -56,7 +46,7 @@ def features(
     device: torch.device,
     readout: Readout = "cls",
     progress: str | None = None,
-    view: View = "centre",
+    view: Resize = "centre",
 ) -> Features:
     """`extract` over all ranks, from the cache where it holds just these; every rank gets all of them.
 
@@ -70,7 +60,7 @@ def features(
     path = folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     found = _load(path) if distributed.is_main() else None
     if distributed.from_main(lambda: found is not None):
-        return known(found or _load(path))
+        return required(found or _load(path))
     result = extract(model, source, size, device, readout=readout, shared=True, progress=progress, view=view)
     if distributed.is_main():
         _save(path, result)

@@ -10,18 +10,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from dino import distributed
-from dino.data.decode import BadImage
-from dino.data.sources import Source
+from dino.data.evaluation_views import resize_and_crop
+from dino.data.open import expand_images
+from dino.data.sources import Source, WithPlaceholders
 from dino.features import embed as embeddings
 from dino.features import search as finding
-from dino.features.extract import preprocess
-from dino.look.commands import expand, writable
+from dino.files import check_writable
+from dino.html import EDGE, NEIGHBOURS, draw_neighbors, draw_tile, render_page
 from dino.options.commands import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
-from dino.report.gallery import EDGE, NEIGHBOURS, neighbour_row, tile
-from dino.report.page import document
 
 MOST_ROWS = 50  # of a page
 NAMED = 20  # unreadable images named on the terminal; the shards' metadata name all
@@ -47,7 +44,7 @@ def embed(options: EmbedOptions) -> None:
 
 def search(options: SearchOptions) -> None:
     """The images of an embedding that are most like those given."""
-    embedding, paths = _opened(options), [path for path, _ in expand(options.images)]
+    embedding, paths = _opened(options), [path for path, _ in expand_images(options.images)]
     found = finding.search(embedding, paths, options.k, options.index, options.model, options.device, options.rebuild)
     alike = [
         [(value, row) for value, row in zip(*pair, strict=True) if row >= 0]
@@ -104,28 +101,12 @@ def outliers(options: OutliersOptions) -> None:
     def body(images: Source) -> str:
         tiles = ""
         for value, row in rows:
-            pixels = preprocess(images.read(int(embedding.positions[row])), EDGE)
-            tiles += tile(pixels, f"<span>{value:.2f}</span>", alt=embedding.names[row])
+            pixels = resize_and_crop(images.read(int(embedding.positions[row])), EDGE)
+            tiles += draw_tile(pixels, f"<span>{value:.2f}</span>", alt=embedding.names[row])
         return f'<div class="row six">{tiles}</div>'
 
     top = f"Of {len(scores):,} images those least like their {options.k} nearest others, with the mean cosine."
     _write(options, embedding, result, "Outliers", top, body)
-
-
-class Lasting:
-    """The images of a `Source`, and a grey square for one that cannot be read any more."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def read(self, index: int) -> np.ndarray:
-        try:
-            return self.source.read(index)
-        except BadImage:
-            return np.full((EDGE, EDGE, 3), 160, np.uint8)
 
 
 # --- what they share -----------------------------------------------------------------------------------------------
@@ -134,7 +115,7 @@ class Lasting:
 def _opened(options: FindOptions) -> embeddings.Embedding:
     for out, kind in ((options.html, ".html"), (options.json, ".json")):
         if out is not None:
-            writable(out, kind)
+            check_writable(out, kind)
     return embeddings.Folder.open(options.embedding).read()
 
 
@@ -156,7 +137,7 @@ def _row(
     rows: list[tuple[float, int]],
 ) -> str:
     found = [(value, int(embedding.positions[row])) for value, row in rows[:NEIGHBOURS]]
-    return neighbour_row(preprocess(source.read(at), EDGE), escape(caption), None, images, found)[0]
+    return draw_neighbors(resize_and_crop(source.read(at), EDGE), escape(caption), None, images, found)[0]
 
 
 def _write(
@@ -176,6 +157,6 @@ def _write(
         }
         Path(options.json).write_text(json.dumps(about | result, indent=2) + "\n")
     if options.html is not None:
-        html = body(cast("Source", Lasting(embedding.images()))) or "<p>None.</p>"
-        page = document(embedding.folder.path.name, kicker, f"<p>{escape(top)}</p>", {kicker: html})
+        html = body(cast("Source", WithPlaceholders(embedding.images()))) or "<p>None.</p>"
+        page = render_page(embedding.folder.path.name, kicker, f"<p>{escape(top)}</p>", {kicker: html})
         Path(options.html).write_text(page, encoding="utf-8", errors="replace")

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from dino import __version__, distributed, errors, files, weights
-from dino.data.render import normalise
-from dino.data.scenes import scenes_of
-from dino.data.sources import Source, open_source
-from dino.data.torchvision_sets import TORCHVISION, torchvision_pair
-from dino.features.cache import fingerprint
+from dino.data.normalize import normalize
+from dino.data.open import open_images
+from dino.data.sources import Source
 from dino.features.extract import READOUTS, Features, Readout, batch_of, stream
 from dino.models import Backbone
+from dino.weights import fingerprint
 
 SHARD, MOST_VALUES = 4096, 2**24  # most images of a shard, and most numbers in one: 64 MB
 WHAT_IT_IS = ("model_sha256", "data_sha256", "stamp", "images", "readout", "size", "fp16", "shard")
@@ -33,13 +32,6 @@ WHAT_IT_IS = ("model_sha256", "data_sha256", "stamp", "images", "readout", "size
 
 def parquet() -> Any:
     return errors.optional("pyarrow.parquet", "embeddings need PyArrow", "search")
-
-
-def images_of(spec: str) -> Source:
-    """The images that `spec` stands for: a folder or list, 'scenes:NUMBER', or a torchvision set's training images."""
-    if (scenes := scenes_of(spec)) is not None:
-        return scenes
-    return torchvision_pair(spec)[0] if spec.startswith(TORCHVISION) else open_source(spec)
 
 
 def embed(
@@ -72,10 +64,14 @@ def embed(
     name = model if isinstance(model, str) else ""
     if isinstance(model, str):
         model = weights.load(model).to(distributed.start(device))
-    source, size, where = images_of(data) if isinstance(data, str) else data, size or model.image_size, model.parameters
+    source, size, where = (
+        open_images(data) if isinstance(data, str) else data,
+        size or model.image_size,
+        model.parameters,
+    )
     blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(where()).device)
     with torch.no_grad():
-        shape = READOUTS[readout](model, normalise(blank, model.in_channels)).shape[1:]  # [d] or [p, d]
+        shape = READOUTS[readout](model, normalize(blank, model.in_channels)).shape[1:]  # [d] or [p, d]
     shard = shard or max(1, min(SHARD, MOST_VALUES // shape.numel()))
     batch = min(batch_of(size), shard)
     shard = -(-shard // batch) * batch
@@ -269,7 +265,7 @@ class Embedding:
         """
         if not self.folder.about["data"]:
             raise ValueError(f"{self.folder.path} does not say where its images lie, so there is no page of them.")
-        source = images_of(self.folder.about["data"])
+        source = open_images(self.folder.about["data"])
         if source.fingerprint != self.folder.about["data_sha256"]:
             raise ValueError(
                 f"the images of {self.folder.about['data']} are no longer those of {self.folder.path}; embed them anew."

@@ -11,65 +11,19 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino import distributed
 from dino.data.decode import BadImage
-from dino.data.loader import spare_cores, start_worker
-from dino.data.render import normalise
+from dino.data.evaluation_views import RESIZES, Resize
+from dino.data.loader import start_worker
+from dino.data.normalize import normalize
 from dino.data.sources import Source
+from dino.machine import spare_cores
 from dino.models import Backbone
-
-
-def preprocess(image: np.ndarray, size: int) -> np.ndarray:
-    """The reference's evaluation view: shorter side to size * 256 / 224 by bicubic, then the central square.
-
-    Small models keep the border: below 128 pixels the shorter side becomes `size` itself.
-
-    Args:
-        image: [h, w, 3] uint8.
-
-    Returns:
-        [size, size, 3] uint8.
-    """
-    height, width = image.shape[:2]
-    edge = size * 256 // 224 if size >= 128 else size
-    scale = edge / min(height, width)
-    # Like torchvision's Resize: the longer side is truncated, not rounded.
-    new_width, new_height = (edge, int(height * scale)) if width <= height else (int(width * scale), edge)
-    resized = Image.fromarray(image).resize((max(new_width, edge), max(new_height, edge)), Image.Resampling.BICUBIC)
-    left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
-
-
-def stretch(image: np.ndarray, size: int) -> np.ndarray:
-    """The whole image as a square, its aspect ratio ignored, by bicubic."""
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def shrink(image: np.ndarray, size: int) -> np.ndarray:
-    """The whole image with its longer side at `size` at most, its aspect ratio kept; a smaller image stays as it is."""
-    small = Image.fromarray(image)
-    small.thumbnail((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(small)
-
-
-View = Literal["centre", "stretched", "shrunk"]
-
-# An image [h, w, 3] uint8 and a size to what the model is shown of it.
-VIEWS: dict[View, Callable[[np.ndarray, int], np.ndarray]] = {
-    "centre": preprocess,
-    "stretched": stretch,
-    "shrunk": shrink,
-}
-
-
-def spread(total: int, most: int) -> Sequence[int]:
-    """At most `most` evenly spaced positions of `total`."""
-    return range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
+from dino.options import required
 
 
 class EvaluationViews(Dataset[tuple[list[Tensor], list[int], list[tuple[str, str]]]]):
@@ -79,10 +33,10 @@ class EvaluationViews(Dataset[tuple[list[Tensor], list[int], list[tuple[str, str
     """
 
     def __init__(
-        self, source: Source, indices: Sequence[int], size: int, batch_size: int, view: View, threads: int = 1
+        self, source: Source, indices: Sequence[int], size: int, batch_size: int, view: Resize, threads: int = 1
     ):
         self.source, self.indices, self.size, self.batch_size = source, indices, size, batch_size
-        self.view, self.threads = VIEWS[view], threads
+        self.view, self.threads = RESIZES[view], threads
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
@@ -190,7 +144,7 @@ def stream(
     num_workers: int | None = None,
     progress: str | None = None,
     readout: Readout = "cls",
-    view: View = "centre",
+    view: Resize = "centre",
     fp16: bool = False,
 ) -> Iterator[Features]:
     """What `extract` gives, batch after batch, each of `batch_size` of the `indices`, the last of the rest.
@@ -212,7 +166,7 @@ def stream(
     late: list[Features] = []  # on the device
     for parts, positions, bad in batches:
         with torch.autocast(device.type, torch.float16, enabled=half):
-            views_of = (normalise(part.to(device, non_blocking=True), model.in_channels) for part in parts)
+            views_of = (normalize(part.to(device, non_blocking=True), model.in_channels) for part in parts)
             values = [read(model, images).float() for images in views_of]
         found = torch.cat(values) if values else torch.zeros(0, model.embed_dim)
         late.append(Features(found, np.array(positions, dtype=np.int64), bad))
@@ -232,7 +186,7 @@ def extract(
     progress: str | None = None,
     readout: Readout = "cls",
     shared: bool = False,
-    view: View = "centre",
+    view: Resize = "centre",
 ) -> Features:
     """Features of the images of `source` (those at `indices`), in order, in float32 as the reference does.
 
@@ -267,3 +221,20 @@ def _together(parts: list[Features], indices: Sequence[int]) -> Features:
     order = np.argsort([place[index] for index in kept.tolist()], kind="stable")
     values = torch.cat([part.values for part in parts if len(part.values)] or [parts[0].values])
     return Features(values[torch.from_numpy(order)], kept[order], [entry for part in parts for entry in part.bad])
+
+
+def readable_labels(source: Source, found: Features, what: str) -> Tensor:
+    """[m] int64, of the images that could be read; the others are counted and one is named.
+
+    Raises:
+        ValueError: none could be read.
+    """
+    report_unreadable(found.bad, what)
+    if not len(found.indices):
+        raise ValueError(f"none of the {len(source)} {what} images can be read; check the data folder.")
+    return torch.from_numpy(required(source.labels)[found.indices])
+
+
+def report_unreadable(bad: list[tuple[str, str]], what: str) -> None:
+    if bad and distributed.is_main():
+        print(f"{len(bad)} {what} images could not be read, first: {bad[0][0]} ({bad[0][1]})")

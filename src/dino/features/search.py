@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino import distributed, errors, files, weights
-from dino.data.decode import BadImage, decode
-from dino.features.cache import fingerprint
+from dino.data.sources import Images, evenly_spaced
 from dino.features.embed import Embedding, Folder
-from dino.features.extract import extract, spread
+from dino.features.extract import extract
 from dino.models import Backbone
+from dino.weights import fingerprint
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
 SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32
@@ -28,33 +28,6 @@ HALF_ERROR = 2e-3  # of a cosine of features of length 1 in half precision: thre
 SAMPLE = 100  # queries that recall is measured with
 LINKS = 32  # nearest rows among which near-copies are looked for, but by a threshold exactly
 COPY, ROUNDING = 0.05, 1e-6  # of the distance to the last of them, how far a copy may be; and what is no distance
-
-
-class Images:
-    """Image files or arrays [h, w, 3] uint8 as a `Source` without labels."""
-
-    classes, labels, fingerprint = (), None, ""
-
-    def __init__(self, items: Sequence[str | os.PathLike[str] | np.ndarray]):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def name(self, index: int) -> str:
-        item = self.items[index]
-        return f"image {index}" if isinstance(item, np.ndarray) else os.fspath(item)
-
-    def stamp(self) -> str:
-        return ""
-
-    def read(self, index: int) -> np.ndarray:
-        item = self.items[index]
-        if not isinstance(item, np.ndarray):
-            return decode(Path(item))
-        if item.ndim != 3 or item.shape[2] != 3 or item.dtype != np.uint8 or not item.size:
-            raise BadImage(f"an array {item.dtype} {list(item.shape)}, where uint8 [h, w, 3] is an image")
-        return item
 
 
 class Index:
@@ -105,7 +78,7 @@ class Index:
 
     def recall(self, k: int) -> float:
         """Share of the true k nearest rows, of SAMPLE evenly spaced ones, that this index finds."""
-        queries = self.values[torch.tensor(spread(len(self.values), SAMPLE))]
+        queries = self.values[torch.tensor(evenly_spaced(len(self.values), SAMPLE))]
         true, found = Index(self.embedding).nearest(queries, k)[1], self.nearest(queries, k)[1]
         return (true[:, :, None] == found[:, None]).any(dim=2).float().mean().item()
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from dino import distributed, weights
+from dino.data.sources import Images
 from dino.features.extract import Readout, extract
-from dino.features.search import Images
 from dino.models import Backbone
 
 try:

@@ -7,28 +7,24 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from dino import distributed, weights
-from dino.data.sources import open_source
-from dino.features.extract import spread
+from dino.data.open import expand_images
+from dino.data.sources import evenly_spaced
+from dino.files import check_writable
 from dino.look.attention import finer_patches
 from dino.look.patches import BASIS_IMAGES, main_axes
 from dino.look.pictures import attention_maps, chosen_size, coloured, fitted, match_patches, panel, video_frames
 from dino.look.video import Clip, Frame, write_video
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.commands import AttentionOptions, LookOptions, MatchOptions, PcaOptions, VideoOptions
-
-T = TypeVar("T")
+from dino.terminal import track
 
 
 def attention(options: AttentionOptions) -> None:
@@ -60,7 +56,7 @@ def pca(options: PcaOptions) -> None:
 
 def match(options: MatchOptions) -> None:
     """Write one picture of two images with lines between their corresponding patches."""
-    out = writable(options.out, ".png .jpg .webp", (options.a, options.b))
+    out = check_writable(options.out, ".png .jpg .webp", (options.a, options.b))
     found = match_patches(opened(options), options.a, options.b, options.size)
     found.figure(options.lines).save(out)
     print(f"{out}: {min(options.lines, len(found.cosine))} of {len(found.cosine)} mutual nearest neighbours")
@@ -70,12 +66,12 @@ def video(options: VideoOptions) -> None:
     """Write a clip of what the model sees in each frame of another."""
     clip = Clip(options.clip, options.fps)
     name = Path(options.clip).resolve().stem
-    out = writable(options.out or f"{name}-{options.show}.mp4", ".mp4", (options.clip,))
+    out = check_writable(options.out or f"{name}-{options.show}.mp4", ".mp4", (options.clip,))
     model = opened(options, attention=options.show != "pca")
     frames = video_frames(model, clip, options.show, options.size, options.head, options.mass)
     pictures = (
         picture if options.alone else Frame(frame.seconds, np.concatenate([frame.pixels, picture.pixels], axis=1))
-        for frame, picture in watched(frames, clip.total, options.show)
+        for frame, picture in track(frames, clip.total, options.show)
     )
     print(f"{out}: {write_video(out, pictures)} frames")
 
@@ -108,12 +104,13 @@ def shown(model: Backbone, options: PcaOptions, most: int | None = None) -> Iter
     Raises:
         ValueError: an image that was named itself cannot be shown, or none can, or the folder cannot be written.
     """
-    files = list(expand(options.images))
+    files = list(expand_images(options.images))
     stems = [
-        str(writable(f"{options.out}/NAME.png", ".png").with_name(name)) for name in names([path for path, _ in files])
+        str(check_writable(f"{options.out}/NAME.png", ".png").with_name(name))
+        for name in names([path for path, _ in files])
     ]
-    chosen, done = spread(len(files), most or len(files)), False
-    for i in watched(chosen, len(chosen), "images"):
+    chosen, done = evenly_spaced(len(files), most or len(files)), False
+    for i in track(chosen, len(chosen), "images"):
         path, given = files[i]
         try:
             pixels = fitted(model, path, options.size)
@@ -129,46 +126,6 @@ def shown(model: Backbone, options: PcaOptions, most: int | None = None) -> Iter
         raise ValueError(f"none of {len(chosen)} images can be shown, first {files[0][0]}; give others.")
 
 
-def writable(out: str, kinds: str, inputs: Iterable[str] = ()) -> Path:
-    """`out` as a path that can be written, its folder made, before any work is spent.
-
-    Raises:
-        ValueError: it cannot be written, has none of the suffixes `kinds`, or is one of the `inputs`.
-    """
-    path = Path(out)
-    if path.suffix.lower() not in kinds.split():
-        raise ValueError(f"--out is {out}; choose a name that ends in {kinds.replace(' ', ' or ')}.")
-    if any(path.exists() and os.path.exists(given) and path.samefile(given) for given in inputs):
-        raise ValueError(f"--out {out} is the input itself; choose another --out.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror or error}); choose another --out.") from error
-    return path
-
-
-def expand(images: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Each image once, as an absolute path, and whether it was named itself rather than found in a folder."""
-    found: dict[str, bool] = {}
-    for spec in images:
-        path = os.path.abspath(os.path.expanduser(spec))
-        if os.path.isdir(path) or path.lower().endswith((".txt", ".csv")):
-            source = open_source(spec, labels="none")
-            for i in range(len(source)):
-                found.setdefault(os.path.normpath(os.path.join(source.root, source.name(i))), False)
-        elif not os.path.exists(path):
-            raise ValueError(f"there is no image '{spec}'; check the path.")
-        else:
-            found[path] = True
-    if not found:
-        raise ValueError("no image was given; name image files or folders.")
-    yield from found.items()
-
-
 def names(paths: Sequence[str]) -> list[str]:
     """A different name for each of the absolute `paths`: the stem, or with folders, or with the suffix too."""
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
@@ -180,8 +137,3 @@ def names(paths: Sequence[str]) -> list[str]:
         chosen = [new if count[old.lower()] > 1 else old for old, new in zip(chosen, level, strict=True)]
     count = Counter(name.lower() for name in chosen)
     return [f"{name}-{i}" if count[name.lower()] > 1 else name for i, name in enumerate(chosen)]
-
-
-def watched(items: Iterable[T], total: int | None, what: str) -> Iterable[T]:
-    """`items`, with a progress bar where a terminal can show it."""
-    return track(items, what, total, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())

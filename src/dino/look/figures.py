@@ -12,15 +12,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dino import distributed, errors, weights
-from dino.data.sources import Source
-from dino.eval.evaluate import fingerprint, labelled_pair, labels_of, open_labelled, split_folders
-from dino.eval.knn import votes
+from dino.data.evaluation_views import resize_and_crop
+from dino.data.open import open_labeled, open_labeled_pair, split_folders
+from dino.data.sources import Source, evenly_spaced
+from dino.eval.evaluate import fingerprint
 from dino.features import cache
-from dino.features.extract import preprocess, spread
-from dino.look.commands import writable
+from dino.features.extract import readable_labels
+from dino.features.neighbors import vote
+from dino.files import check_writable
+from dino.html import EDGE, NEIGHBOURS, draw_neighbors, label_of, render_page
 from dino.options.commands import NeighboursOptions, TsneOptions
-from dino.report.gallery import EDGE, NEIGHBOURS, label_of, neighbour_row
-from dino.report.page import document
 
 QUERIES_AT_ONCE = 64
 
@@ -31,7 +32,7 @@ def labelled_features(options: TsneOptions, **sources: Source) -> Iterator[tuple
     size, digest = options.size or model.image_size, fingerprint(model)
     for what, source in sources.items():
         found = cache.features(model, digest, source, size, device, progress=what)
-        yield F.normalize(found.values, dim=1), labels_of(source, found, what), found.indices
+        yield F.normalize(found.values, dim=1), readable_labels(source, found, what), found.indices
 
 
 def class_map(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,9 +59,9 @@ def class_map(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.nd
 
 def tsne(options: TsneOptions) -> None:
     """Write the map of classes: those that lie close have features that are alike."""
-    out = writable(options.out, ".png .svg .pdf")
+    out = check_writable(options.out, ".png .svg .pdf")
     train, val = split_folders(options.data, None)
-    source = open_labelled(val or train)
+    source = open_labeled(val or train)
     ((features, labels, _),) = labelled_features(options, labelled=source)
     classes, points = class_map(features, labels, len(source.classes))
     edge = 5 + 0.6 * len(classes) ** 0.5  # inches
@@ -76,27 +77,27 @@ def tsne(options: TsneOptions) -> None:
 
 def neighbours(options: NeighboursOptions) -> None:
     """Write a page of queries that k-NN gets right, and of those that it gets wrong, with their neighbours."""
-    out = writable(options.out, ".html")
-    train, test = labelled_pair(options.data, options.val)
+    out = check_writable(options.out, ".html")
+    train, test = open_labeled_pair(options.data, options.val)
     (bank, labels, places), (queries, wanted, positions) = labelled_features(options, training=train, test=test)
     k = min(options.k, len(bank))
     found = [(part @ bank.T).topk(k, dim=1) for part in queries.split(QUERIES_AT_ONCE)]
     cosines, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
-    right = votes(cosines, labels[nearest], len(train.classes)).argmax(dim=1) == wanted
+    right = vote(cosines, labels[nearest], len(train.classes)).argmax(dim=1) == wanted
     score = f"{100 * right.float().mean():.1f} % of {len(right)} queries"
     sections = {}
     for title, chosen in (("Right", right), ("Wrong", ~right)):
         all_such = torch.nonzero(chosen)[:, 0].tolist()
         rows = ""
-        for i in (all_such[j] for j in spread(len(all_such), options.rows)):
+        for i in (all_such[j] for j in evenly_spaced(len(all_such), options.rows)):
             query, label = test.read(at := int(positions[i])), label_of(test, at)
             alike = [*zip(cosines[i].tolist(), places[nearest[i].numpy()].tolist(), strict=True)][:NEIGHBOURS]
-            rows += neighbour_row(preprocess(query, EDGE), escape(label or ""), label, train, alike)[0]
+            rows += draw_neighbors(resize_and_crop(query, EDGE), escape(label or ""), label, train, alike)[0]
         sections[f"{title}: {len(all_such)} of {len(right)}"] = rows or "<p>None.</p>"
     top = (
         f"<p>The {k} nearest of {len(bank):,} labelled images vote for the class of each query (on the left), weighted by "
         f"exp(cosine / 0.07), and {score} get the right one. Shown are evenly spaced queries and their nearest images; a "
         "tick marks those of the query's class.</p>"
     )
-    out.write_text(document(options.model, "Nearest neighbours", top, sections), encoding="utf-8", errors="replace")
+    out.write_text(render_page(options.model, "Nearest neighbours", top, sections), encoding="utf-8", errors="replace")
     print(f"{out}: {score} right")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.data.render import normalise
-from dino.features.extract import spread
+from dino.data.normalize import normalize
+from dino.data.sources import evenly_spaced
 from dino.models import Backbone
 
 BASIS_IMAGES, BASIS_PATCHES = 64, 1024  # most images a basis is made from, and most patches of each
@@ -21,7 +21,7 @@ AT_ONCE = 2048  # patches compared with all of the other image
 def as_input(model: Backbone, image: np.ndarray) -> Tensor:
     """One image [h, w, 3] uint8 as `model` takes it, on its device."""
     pixels = torch.from_numpy(np.array(image))[None, None].to(next(model.parameters()).device)
-    return normalise(pixels, model.in_channels)
+    return normalize(pixels, model.in_channels)
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def main_axes(model: Backbone, images: Iterable[np.ndarray]) -> Basis:
 
 def axes_of(images: Iterable[Tensor]) -> Basis:
     """The same of the images' features, each [cells, d]."""
-    flat = torch.cat([features[spread(len(features), BASIS_PATCHES)] for features in images])
+    flat = torch.cat([features[evenly_spaced(len(features), BASIS_PATCHES)] for features in images])
     mean = flat.mean(dim=0)
     flat = flat - mean
     axes = torch.linalg.eigh((flat.T @ flat).double()).eigenvectors[:, -3:].flip(1).float()

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dino.data.decode import BadImage, decode
-from dino.features.extract import spread
+from dino.data.sources import evenly_spaced
 from dino.look.attention import cls_attention, enlarge, fit, mass_mask
 from dino.look.patches import BASIS_IMAGES, Basis, as_input, main_axes, mutual_nearest, patch_features
 from dino.look.video import Clip, Frame, evenly
@@ -153,7 +153,7 @@ def pca_colours(model: Backbone, images: Sequence[AnyImage], size: int | None = 
         images: those that cannot be shown end it; the axes are of evenly spaced ones, BASIS_IMAGES at most.
         size: see `attention_maps`.
     """
-    some = (images[i] for i in spread(len(images), BASIS_IMAGES))
+    some = (images[i] for i in evenly_spaced(len(images), BASIS_IMAGES))
     basis = main_axes(model, (fitted(model, image, size) for image in some))
     yield from (coloured(model, fitted(model, image, size), basis) for image in images)
 

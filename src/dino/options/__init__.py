@@ -1,1 +1,42 @@
 """Everything that a user can set, at the bottom of the house: nothing heavy is imported here."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def required(value: T | None) -> T:
+    """An option that `dino.options.auto.resolve` has filled in."""
+    assert value is not None
+    return value
+
+
+def dotted(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}, in the same order."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def flatten(options: Any) -> dict[str, Any]:
+    """Options as {dotted name: value}, in declaration order."""
+    return dotted(dataclasses.asdict(options))
+
+
+def replace(options: Any, changes: dict[str, Any]) -> Any:
+    """A copy of `options` with dotted names replaced, e.g. ``{"head.out_dim": 256}``.
+
+    Raises:
+        ValueError: there are no such options.
+    """
+    if unknown := sorted(changes.keys() - flatten(options).keys()):
+        raise ValueError(f"unknown options {unknown}; `dino train --help` lists them.")
+    own: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, _, leaf = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else own)[leaf] = value
+    own |= {name: dataclasses.replace(getattr(options, name), **values) for name, values in nested.items()}
+    return dataclasses.replace(options, **own)

@@ -5,36 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dino import errors
-from dino.options.recipes import RECIPES, Recipe
-from dino.options.train import TrainOptions, flatten, replace
-
-# Options that change neither the mathematics nor the data, so that a resumed run may have others.
-FREE_ON_RESUME = {
-    *("resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"),
-    *("fit", "accumulate", "recompute", "compile", "data.decode"),
-}
-
+from dino.options import replace
+from dino.options.train import TrainOptions
 
 LITTLE_DATA = 50_000  # images below which a run is short of steps rather than of epochs
-
-
-def get(name: str) -> Recipe:
-    if name not in RECIPES:
-        raise errors.unknown("recipe", name, RECIPES)
-    return RECIPES[name]
-
-
-def check_resumable(recorded: TrainOptions, wanted: TrainOptions) -> None:
-    """Refuse to continue a run with other mathematics or data than it was started with."""
-    before, after = flatten(recorded), flatten(wanted)
-    changed = [n for n in after if after[n] != before[n] and n not in FREE_ON_RESUME and not n.startswith("log.")]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"--resume continues a run with the options it was started with, but {name} is {after[name]} where it was "
-            f"{before[name]}; leave it out, or start a new run with another --out."
-        )
 
 
 def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: bool, cores: int) -> TrainOptions:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import tyro
 from tyro import conf
 from tyro.conf import Positional
+
+from dino.options.rules import COUNT, POSITIVE, check
+from dino.options.train import TrainOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +169,72 @@ class AppOptions:
     """Port of the page, on this machine alone. None: the first free one from 7860."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions:
+    table: Annotated[Positional[str], tyro.conf.arg(metavar="[TABLE]")] = ""
+    """Which of the paper's tables (7, 14, 15, teacher, crops, prototypes, ...). Without one, they are listed."""
+    data: str | None = None
+    """Labelled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the test set)."""
+    val: str | None = None
+    """Labelled test images, when they lie elsewhere."""
+    scale: Literal["tiny", "paper"] = "tiny"
+    """'tiny': minutes a row, small images and model; shows what collapses. 'paper': ViT-S/16, 100 or 300 epochs."""
+    recipe: str | None = None
+    """Recipe or TOML file that rows start from. None: cifar10 at tiny scale, the table's own at paper scale."""
+    epochs: int | None = None
+    """Epochs of every row. None: 8 at tiny scale, the recipe's at paper scale."""
+    out: str | None = None
+    """Folder for the runs and the table. None: runs/ablate-TABLE. The same command again goes on where it stopped."""
+    jobs: Annotated[int, COUNT] = 1
+    """Rows trained at a time on a CPU; with GPUs it is one row for each."""
+    report: bool = True
+    """Write each row's report.html."""
+    device: Literal["auto", "cpu"] = "auto"
+    """Where to compute."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(TrainOptions):
+    json: str | None = None
+    """File to write the figures to."""
+    seconds: Annotated[float, POSITIVE] = 40
+    """About how long to measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    run: Positional[str]
+    """A run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsOptions:
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
+    """Download this release ('vits16', 'vits16:full', 'vits16:linear') and print where it lies."""
+    offline: bool = False
+    """Never download; DINO_OFFLINE=1 in the environment means the same for every command."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    model: Positional[str]
+    """A run directory, a release (see `dino models`), a weight file, or a folder of timm or Hugging Face."""
+    to: Literal["onnx", "torch-export", "safetensors", "hf", "timm", "reference", "reference-checkpoint"]
+    """Format to write; 'timm' and 'hf' are folders, the others files. Each is opened again and compared with the model."""
+    out: str
+    """File or folder to write; a model card goes into it as README.md, or beside it."""
+    num_heads: int | None = None
+    """Attention heads of a ViT of unusual width whose file does not say them."""
+    offline: bool = False
+    """Never download; DINO_OFFLINE=1 in the environment means the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipesOptions:
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
+    """Show one recipe as a TOML file to start from."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from dino.options.train import TrainOptions, replace
+from dino import errors
+from dino.options import replace
+from dino.options.train import TrainOptions
 
 
 class Recipe(NamedTuple):
@@ -347,3 +349,9 @@ RECIPES: dict[str, Recipe] = {
         data="gldv2",
     ),
 }
+
+
+def find_recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise errors.unknown("recipe", name, RECIPES)
+    return RECIPES[name]

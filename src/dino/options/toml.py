@@ -7,7 +7,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from dino.options.train import TrainOptions, dotted, replace
+from dino.options import dotted, replace
+from dino.options.train import TrainOptions
 
 
 def to_dict(options: Any) -> dict[str, Any]:

@@ -9,13 +9,13 @@ is a ``ValueError`` that names the value and the rule or the fix. `dino.options.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
+from dino.options import flatten
 from dino.options.rules import (
     AREA,
     BELOW_ONE,
@@ -31,15 +31,6 @@ from dino.options.rules import (
 )
 
 Scale = tuple[float, float]
-
-
-T = TypeVar("T")
-
-
-def known(value: T | None) -> T:
-    """An option that `dino.options.auto.resolve` has filled in."""
-    assert value is not None
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,33 +272,3 @@ def _contradictions(o: TrainOptions) -> Iterator[str]:
         for name in ("optim.warmup_epochs", "method.teacher_temp_epochs"):
             if (flatten(o)[name] or 0) > o.epochs:
                 yield f"{name} is {flatten(o)[name]} but the run has only {o.epochs} epochs; lower it or train longer."
-
-
-def dotted(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}, in the same order."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        flat |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def flatten(options: Any) -> dict[str, Any]:
-    """Options as {dotted name: value}, in declaration order."""
-    return dotted(dataclasses.asdict(options))
-
-
-def replace(options: Any, changes: dict[str, Any]) -> Any:
-    """A copy of `options` with dotted names replaced, e.g. ``{"head.out_dim": 256}``.
-
-    Raises:
-        ValueError: there are no such options.
-    """
-    if unknown := sorted(changes.keys() - flatten(options).keys()):
-        raise ValueError(f"unknown options {unknown}; `dino train --help` lists them.")
-    own: dict[str, Any] = {}
-    nested: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        section, _, leaf = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else own)[leaf] = value
-    own |= {name: dataclasses.replace(getattr(options, name), **values) for name, values in nested.items()}
-    return dataclasses.replace(options, **own)

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dino.options.train import known
+from dino.options import required
 from dino.report.run import Run
 
 MOST_POINTS = 300  # longer curves are averaged over equal runs of steps, with their range behind the line
@@ -174,7 +174,7 @@ def draw(chart: Chart, run: Run) -> str:
 
 def _time(run: Run) -> tuple[str, float]:
     """What the horizontal axis counts, and how many of it a step is."""
-    per_epoch = run.total / known(run.options.epochs)
+    per_epoch = run.total / required(run.options.epochs)
     return ("epoch", 1 / per_epoch) if run.steps >= 2 * per_epoch else ("step", 1.0)
 
 

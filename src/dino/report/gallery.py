@@ -5,8 +5,6 @@ Which images are shown is a function of the data alone: evenly spaced ones, of d
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,27 +14,28 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from dino.data.decode import BadImage
-from dino.data.render import CpuRenderer, normalise
+from dino.data.evaluation_views import resize_and_crop
+from dino.data.normalize import normalize
+from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
-from dino.data.sources import Source
+from dino.data.sources import Source, evenly_spaced
 from dino.data.views import Views, draw_views
-from dino.features.extract import extract, preprocess, spread
+from dino.features.extract import extract
+from dino.html import NEIGHBOURS, draw_image, draw_neighbors, draw_tile, encode_image, label_of
 from dino.look.attention import jaccard
 from dino.look.pictures import MOST_PATCHES, Look, attention_maps, pca_colours, to_bytes
 from dino.models import NO_ATTENTION, Backbone
-from dino.options.train import known
+from dino.options import required
 from dino.report.run import Run
 
-SHOWN, VIEWED, NEIGHBOURS = 6, 4, 6
+SHOWN, VIEWED = 6, 4
 CANDIDATES = 48  # positions looked at for SHOWN images of different classes that can be read
 BANK = 2000  # most training images among which neighbours are looked for
 CPU_WORK = 3e11  # multiplications that a CPU may spend on them, a few seconds' worth
 MASS = 0.6
-EDGE = 224  # longest side of an embedded picture, pixels
 
 
 class Picture(NamedTuple):
@@ -85,7 +84,7 @@ class Gallery:
         scenes = self._scenes(size)
         rows = []
         for picture in self.pictures:
-            pixels = preprocess(picture.pixels if scenes is None else scenes.read(picture.position), size)
+            pixels = resize_and_crop(picture.pixels if scenes is None else scenes.read(picture.position), size)
             truth = None if scenes is None else torch.from_numpy(scenes.mask(picture.position))
             rows.append(self._looks(picture, attention_maps(self.model, pixels, size, MASS), truth))
         side = size // self.model.patch_size
@@ -105,10 +104,10 @@ class Gallery:
         overlap = None if truth is None else 100 * jaccard(shown.masks, truth[None])
         best = -1 if overlap is None else int(overlap[:-1].argmax())
         names = [*(f"head {j}" for j in range(len(shown.attention) - 1)), "mean"]
-        tiles = [tile(shown.image, self._caption(picture), "whole")]
+        tiles = [draw_tile(shown.image, self._caption(picture), "whole")]
         for j, (name, lit, overlay) in enumerate(zip(names, shown.maps, shown.overlays, strict=True)):
             text = escape(name) if overlap is None else f"{escape(name)} <b>{overlap[j]:.0f}&nbsp;%</b>"
-            pair = image(lit, f"attention, {name}") + image(overlay, f"mask, {name}")
+            pair = draw_image(lit, f"attention, {name}") + draw_image(overlay, f"mask, {name}")
             tiles.append(
                 f'<figure class="pair{" best" if j == best else ""}">{pair}<figcaption>{text}</figcaption></figure>'
             )
@@ -120,11 +119,13 @@ class Gallery:
         """Principal components of patch features, one basis for all images."""
         size = self._close_size()
         scenes = self._scenes(size)
-        squares = [preprocess(p.pixels if scenes is None else scenes.read(p.position), size) for p in self.pictures]
+        squares = [
+            resize_and_crop(p.pixels if scenes is None else scenes.read(p.position), size) for p in self.pictures
+        ]
         pairs = ""
         for picture, shown in zip(self.pictures, pca_colours(self.model, squares, size), strict=True):
-            patches = image(to_bytes(shown.colours), "patch features as colours", "pixels")
-            pairs += f'<figure class="pair">{image(shown.image, self._name(picture))}{patches}</figure>'
+            patches = draw_image(to_bytes(shown.colours), "patch features as colours", "pixels")
+            pairs += f'<figure class="pair">{draw_image(shown.image, self._name(picture))}{patches}</figure>'
         return (
             "<p>The features of all patches on their three main axes, as red, green and blue. One basis for all images, "
             "so the same colour means the same kind of patch anywhere. Good features give objects a colour of their own "
@@ -134,7 +135,7 @@ class Gallery:
     def neighbours(self) -> str:
         """Rows of a query and the training images whose features are most like its own."""
         size = self.model.image_size
-        squares = [preprocess(picture.pixels, size) for picture in self.pictures]
+        squares = [resize_and_crop(picture.pixels, size) for picture in self.pictures]
         bank = extract(self.model, self.source, size, self.device, self._bank())
         with torch.no_grad():
             queries = self.model(self._normalised(squares)).float().cpu()
@@ -147,7 +148,7 @@ class Gallery:
         for picture, square, likeness, places in zip(self.pictures, squares, *nearest, strict=True):
             wanted, positions = label_of(self.shown, picture.position), bank.indices[places.numpy()].tolist()
             found = [pair for pair in zip(likeness.tolist(), positions, strict=True) if pair[0] >= -1]
-            row, ticks = neighbour_row(square, self._caption(picture), wanted, self.source, found)
+            row, ticks = draw_neighbors(square, self._caption(picture), wanted, self.source, found)
             rows, judged, same = rows + row, judged + len(ticks), same + sum(ticks)
         what = "held-out images" if self.held_out else "training images"
         score = f" Here {same} of {judged} share the query's class, marked with a tick." if judged else ""
@@ -161,7 +162,7 @@ class Gallery:
         """Crops and colours the run's first epoch drew, through the training pipeline itself."""
         options = self.run.options.views
         pictures = choose(self.source, VIEWED)
-        sizes = (known(options.global_size),) * 2 + (known(options.local_size),) * options.num_local
+        sizes = (required(options.global_size),) * 2 + (required(options.local_size),) * options.num_local
         shapes = np.array([picture.pixels.shape[:2] for picture in pictures]).reshape(-1, 2)
         chosen = draw_views(options, sizes, self.run.options.seed, 0, [p.position for p in pictures], shapes)
         groups = CpuRenderer()([picture.pixels for picture in pictures], chosen)
@@ -171,14 +172,14 @@ class Gallery:
             crops = {"global": "", "local": ""}
             for v, view in enumerate(rendered):
                 kind = "global" if v < 2 else "local"
-                crops[kind] += image(view[i], f"{kind} view", kind)
+                crops[kind] += draw_image(view[i], f"{kind} view", kind)
             name = escape(self.source.name(picture.position))
             rows += f'<div class="views"><figure title="{name}">{boxed(picture.pixels, chosen, i)}'
             rows += f"<figcaption>{name}</figcaption></figure><div><div>{crops['global']}</div>"
             rows += f"<div>{crops['local']}</div></div></div>"
         return (
             f"<p>The student sees all views of an image: two global ones ({sizes[0]} pixels) and {options.num_local} "
-            f"local ones ({known(options.local_size)} pixels). The teacher sees only the global ones, and the student "
+            f"local ones ({required(options.local_size)} pixels). The teacher sees only the global ones, and the student "
             "learns to give its answer from any of them. These are the views of the first epoch, drawn and rendered as "
             'in training; the outlines show where they were cut (<span class="key global">global</span>, <span '
             f'class="key local">local</span>). Can you still tell what each shows?</p><div class="samples">{rows}</div>'
@@ -198,7 +199,7 @@ class Gallery:
 
     def _normalised(self, squares: list[np.ndarray]) -> Tensor:
         """Pixels [h, w, 3] uint8 of equal size as the model takes them."""
-        return normalise(torch.from_numpy(np.stack(squares))[None].to(self.device), self.model.in_channels)
+        return normalize(torch.from_numpy(np.stack(squares))[None].to(self.device), self.model.in_channels)
 
     def _scenes(self, size: int) -> Scenes | None:
         """The shown scenes drawn at `size`, where they are scenes."""
@@ -209,7 +210,7 @@ class Gallery:
         cells = math.prod(model.grid(model.image_size, model.image_size))
         work = (1 + cells) * sum(parameter.numel() for parameter in model.parameters())
         most = BANK if self.device.type == "cuda" else int(min(BANK, max(200, CPU_WORK / work)))
-        return spread(len(self.source), most)
+        return evenly_spaced(len(self.source), most)
 
     def _name(self, picture: Picture) -> str:
         return self.shown.name(picture.position)
@@ -221,14 +222,14 @@ class Gallery:
 
 def choose(source: Source, most: int) -> list[Picture]:
     """At most `most` readable images, evenly spaced, of different classes first."""
-    positions = spread(len(source), CANDIDATES)
+    positions = evenly_spaced(len(source), CANDIDATES)
     first: list[int] = []
     for i in positions:
         label = None if source.labels is None else source.labels[i]
         if label is None or label < 0 or all(source.labels[j] != label for j in first):  # pyright: ignore
             first.append(i)
     if len(first) > most:  # the whole range, not its beginning
-        preferred = [first[i] for i in spread(len(first), most)]
+        preferred = [first[i] for i in evenly_spaced(len(first), most)]
         first = preferred + [i for i in first if i not in preferred]
     pictures: list[Picture] = []
     for i in first + [i for i in positions if i not in first]:
@@ -241,53 +242,6 @@ def choose(source: Source, most: int) -> list[Picture]:
     return sorted(pictures)
 
 
-def label_of(source: Source, index: int) -> str | None:
-    if source.labels is None or source.labels[index] < 0:
-        return None
-    return source.classes[source.labels[index]]
-
-
-def neighbour_row(
-    square: np.ndarray, caption: str, wanted: str | None, source: Source, found: Sequence[tuple[float, int]]
-) -> tuple[str, list[bool]]:
-    """A query and the images of `source` found for it, as HTML; and which of those with a label share the query's.
-
-    Args:
-        square: the query, [s, s, 3] uint8; caption: HTML beneath it; wanted: its label.
-        found: cosine and position in `source` of each.
-    """
-    tiles, ticks = tile(square, caption, "whole"), []
-    for value, position in found:
-        label = label_of(source, position)
-        mark = ""
-        if wanted is not None and label is not None:
-            ticks.append(label == wanted)
-            mark = "same" if label == wanted else "other"
-        text = f"{'&#10003; ' * (mark == 'same')}{escape(label or '')} <span>{value:.2f}</span>"
-        tiles += tile(preprocess(source.read(position), len(square)), text, mark, source.name(position))
-    return f'<div class="row seven">{tiles}</div>', ticks
-
-
-def uri(pixels: np.ndarray) -> str:
-    """An image as a data URI: small ones exactly, larger ones as JPEG of at most EDGE pixels."""
-    picture = Image.fromarray(pixels)
-    small = max(picture.size) <= 64
-    picture.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True) if small else picture.save(file, "JPEG", quality=84)
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def image(pixels: np.ndarray, alt: str, kind: str = "") -> str:
-    name = f' class="{kind}"' if kind else ""
-    return f'<img{name} src="{uri(pixels)}" alt="{escape(alt)}" title="{escape(alt)}" loading="lazy">'
-
-
-def tile(pixels: np.ndarray, caption: str, kind: str = "", alt: str = "") -> str:
-    """A picture with a caption, which is HTML already."""
-    return f'<figure class="{kind}">{image(pixels, alt)}<figcaption>{caption}</figcaption></figure>'
-
-
 def boxed(pixels: np.ndarray, views: Views, i: int) -> str:
     """The image with outlines of the boxes that its views were cut from."""
     height, width = pixels.shape[:2]
@@ -297,5 +251,5 @@ def boxed(pixels: np.ndarray, views: Views, i: int) -> str:
         outlines += f'<rect class="{kind}" x="{left}" y="{top}" width="{w}" height="{h}"/>'
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="original with the boxes of its views">'
-        f'<image href="{uri(pixels)}" width="{width}" height="{height}"/>{outlines}</svg>'
+        f'<image href="{encode_image(pixels)}" width="{width}" height="{height}"/>{outlines}</svg>'
     )

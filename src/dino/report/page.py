@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 from html import escape
-from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,17 +13,12 @@ import torch
 
 from dino import files, weights
 from dino.data.sources import Source
+from dino.html import render_page
 from dino.models import Backbone
-from dino.options.train import known
+from dino.options import required
 from dino.report import curves
 from dino.report.gallery import Gallery
 from dino.report.run import Run
-
-ABOUT = (
-    "DINO learns to see from images without labels. A student network looks at crops of an image and learns to answer "
-    "as a teacher does that sees larger crops; the teacher is a running average of the student. What is kept is the "
-    "teacher's backbone. (<cite>Emerging Properties in Self-Supervised Vision Transformers</cite>, Caron et al. 2021)"
-)
 
 
 def write(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:
@@ -50,36 +44,20 @@ def write(folder: Path, source: Source, held_out: Source | None, device: torch.d
 
 
 def page(run: Run, model: Backbone, source: Source, sections: dict[str, str]) -> str:
-    return document(run.folder.resolve().name, "DINO pre-training", facts(run, model, source), sections)
-
-
-def document(title: str, kicker: str, top: str, sections: dict[str, str]) -> str:
-    """A whole page from the HTML `top` under its title and of its `sections`, by title."""
-    style = resources.files("dino.report").joinpath("style.css").read_text(encoding="utf-8")
-    links = "".join(f'<a href="#s{i}">{escape(name)}</a>' for i, name in enumerate(sections))
-    body = "".join(
-        f'<section id="s{i}"><h2>{escape(name)}</h2>{html}</section>' for i, (name, html) in enumerate(sections.items())
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} - {kicker}</title><style>{style}</style></head><body>"
-        f'<header><p class="kicker">{kicker}</p><h1>{escape(title)}</h1>{top}'
-        f"<nav>{links}</nav></header><main>{body}</main><footer><p>{ABOUT}</p></footer></body></html>\n"
-    )
+    return render_page(run.folder.resolve().name, "DINO pre-training", facts(run, model, source), sections)
 
 
 def facts(run: Run, model: Backbone, source: Source) -> str:
     """What was trained on what, for how long."""
     o, count = run.options, sum(p.numel() for p in model.parameters())
     state = "complete" if run.complete else "stopped"
-    epochs = run.steps * known(o.epochs) / run.total
+    epochs = run.steps * required(o.epochs) / run.total
     patch = "" if o.model.patch_size is None else f"/{o.model.patch_size}"  # timm's names say it themselves
     classes = f", {len(source.classes)} classes" if source.classes else ", no labels"
     rows = {
-        "Run": f"{state}: {epochs:.3g} of {o.epochs} epochs, {run.steps:,} steps of {known(o.batch_size):,} images",
+        "Run": f"{state}: {epochs:.3g} of {o.epochs} epochs, {run.steps:,} steps of {required(o.batch_size):,} images",
         "Data": f"{escape(o.data.path).replace('/', '/<wbr>')}: {len(source):,} images{classes}",
-        "Model": f"{escape(known(o.model.arch))}{patch} at {model.image_size} pixels, {count / 1e6:.1f} M parameters",
+        "Model": f"{escape(required(o.model.arch))}{patch} at {model.image_size} pixels, {count / 1e6:.1f} M parameters",
         "Time": f"{duration(run.seconds)}, {run.rate:,.0f} images/s" if run.rate is not None else "not measured",
     }
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in rows.items()) + "</dl>"

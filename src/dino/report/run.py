@@ -10,8 +10,9 @@ from typing import Any
 
 from dino.engine.log import read_metrics
 from dino.engine.monitor import CollapseMonitor
+from dino.options import required
 from dino.options.toml import recorded
-from dino.options.train import TrainOptions, known
+from dino.options.train import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Run:
     @property
     def total(self) -> int:
         """Steps planned."""
-        return known(self.options.epochs) * max(1, self.num_images // known(self.options.batch_size))
+        return required(self.options.epochs) * max(1, self.num_images // required(self.options.batch_size))
 
     @property
     def complete(self) -> bool:
@@ -70,7 +71,7 @@ class Run:
     def seconds(self) -> float:
         """Spent in training steps; measuring and saving are not counted."""
         steps, rates = self.points("images_per_second")
-        batch, before, total = known(self.options.batch_size), 0.0, 0.0
+        batch, before, total = required(self.options.batch_size), 0.0, 0.0
         for step, rate in zip(steps, rates, strict=True):
             total += (step - before) * batch / rate if rate > 0 else 0
             before = step
@@ -79,7 +80,7 @@ class Run:
     @property
     def rate(self) -> float | None:
         """Images per second of training, on average."""
-        return self.steps * known(self.options.batch_size) / self.seconds if self.seconds > 0 else None
+        return self.steps * required(self.options.batch_size) / self.seconds if self.seconds > 0 else None
 
     def warnings(self) -> list[tuple[int, str]]:
         """(step, text) of the collapse warnings: the same monitor, looking at the same numbers again."""

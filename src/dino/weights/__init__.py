@@ -6,6 +6,7 @@ ever unpickled but tensors and plain values, and every key must fit but the clas
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dino import files
-from dino.models import create
+from dino.models import Backbone, create
 from dino.models.vit import VisionTransformer
 from dino.weights import formats, pickles, releases
 from dino.weights.formats import State
@@ -239,3 +240,13 @@ def load_strictly(module: nn.Module, state: State, where: str) -> None:
     if wrong := [f"{len(names)} {kind} ({formats.first(names)})" for kind, names in kinds.items() if names]:
         raise ValueError(f"{where} does not fit this model: {'; '.join(wrong)}. Use the options it was trained with.")
     module.load_state_dict(state)
+
+
+def fingerprint(model: Backbone) -> str:
+    """Hex digest of a model's weights."""
+    assert isinstance(model, nn.Module)
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

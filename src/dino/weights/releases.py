@@ -21,6 +21,7 @@ from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
 
 from dino import errors
 from dino.files import cache_folder
+from dino.options.commands import ModelsOptions
 
 BASE = "https://dl.fbaipublicfiles.com/dino"
 LICENCE = "Apache-2.0"
@@ -175,3 +176,20 @@ def _continue(url: str, part: Path, progress: Progress, task: TaskID) -> int:
             file.write(chunk)
             progress.advance(task, len(chunk))
         return file.tell() if total is None else total
+
+
+def models_command(options: ModelsOptions) -> None:
+    """List the reference's releases, or download one and print where it lies."""
+    from rich.table import Table
+
+    if options.name:
+        print(fetch(options.name, options.offline))
+        return
+    table = Table(title=f"Releases of the reference ({LICENCE}, {BASE})", title_justify="left")
+    for name in ("name", "architecture", "MB", "k-NN", "linear", "licence", "parts (* cached)"):
+        table.add_column(name, justify="right" if name in ("MB", "k-NN", "linear") else "left", no_wrap=True)
+    for name, release in RELEASES.items():
+        parts = " ".join(part + "*" * (cached(name, part) is not None) for part in release.files)
+        figures = (f"{value:.1f}" if value is not None else "" for value in (release.knn, release.linear))
+        table.add_row(name, release.arch, str(release.megabytes), *figures, LICENCE, parts)
+    Console(width=None if os.isatty(1) else 120).print(table)

@@ -1,0 +1,53 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+
+def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The reference's evaluation view: shorter side to size * 256 / 224 by bicubic, then the central square.
+
+    Small models keep the border: below 128 pixels the shorter side becomes `size` itself.
+
+    Args:
+        image: [h, w, 3] uint8.
+
+    Returns:
+        [size, size, 3] uint8.
+    """
+    height, width = image.shape[:2]
+    edge = size * 256 // 224 if size >= 128 else size
+    scale = edge / min(height, width)
+    # Like torchvision's Resize: the longer side is truncated, not rounded.
+    new_width, new_height = (edge, int(height * scale)) if width <= height else (int(width * scale), edge)
+    resized = Image.fromarray(image).resize((max(new_width, edge), max(new_height, edge)), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def stretch(image: np.ndarray, size: int) -> np.ndarray:
+    """The whole image as a square, its aspect ratio ignored, by bicubic."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def shrink(image: np.ndarray, size: int) -> np.ndarray:
+    """The whole image with its longer side at `size` at most, its aspect ratio kept; a smaller image stays as it is."""
+    small = Image.fromarray(image)
+    small.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(small)
+
+
+Resize = Literal["centre", "stretched", "shrunk"]
+
+
+# An image [h, w, 3] uint8 and a size to what the model is shown of it.
+RESIZES: dict[Resize, Callable[[np.ndarray, int], np.ndarray]] = {
+    "centre": resize_and_crop,
+    "stretched": stretch,
+    "shrunk": shrink,
+}
