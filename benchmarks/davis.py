@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import harness
 from dino.bench import matrix_rate
 from dino.engine.fit import peak
-from dino.eval.propagation import TEMPERATURE, neighbourhoods, propagate
+from dino.eval.propagation import TEMPERATURE, neighborhoods, propagate
 
 RADIUS, TOPK, SOURCES = 12, 5, 8
 
@@ -33,8 +33,8 @@ def plain_mask(height: int, width: int) -> Tensor:
     return mask.reshape(height * width, height * width)
 
 
-def our_neighbourhood(height: int, width: int) -> None:
-    for _ in neighbourhoods(height, width, RADIUS):
+def our_neighborhood(height: int, width: int) -> None:
+    for _ in neighborhoods(height, width, RADIUS):
         pass
 
 
@@ -61,8 +61,8 @@ def main() -> None:
     plain_in = (target.flatten(0, 1), frames.flatten(1, 2), labels.flatten(1, 2))
     mask = plain_mask(h, w)
     turns = {
-        "neighbourhood, ours": lambda: our_neighbourhood(h, w),
-        "neighbourhood, plain": lambda: plain_mask(h, w),
+        "neighborhood, ours": lambda: our_neighborhood(h, w),
+        "neighborhood, plain": lambda: plain_mask(h, w),
         "frame, ours": lambda: propagate(*ours_in, RADIUS, TOPK),
         "frame, plain": lambda: plain_propagate(*plain_in, mask),
         "product": lambda: rates.append(matrix_rate(torch.device("cpu"))),
@@ -80,7 +80,7 @@ def main() -> None:
         "patches": [h, w],
         "sources": SOURCES,
         "seconds": {name: harness.spread(times) for name, times in took.items()},
-        "neighbourhood_ratio": harness.ratio(took["neighbourhood, plain"], took["neighbourhood, ours"]),
+        "neighborhood_ratio": harness.ratio(took["neighborhood, plain"], took["neighborhood, ours"]),
         "frame_ratio": harness.ratio(took["frame, plain"], took["frame, ours"]),
         "gflop_of_a_frame": counter.get_total_flops() / 1e9,
         "share_of_matrix_product": harness.spread(

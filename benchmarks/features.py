@@ -2,7 +2,7 @@
 
     python benchmarks/features.py --images FOLDER [--device cuda]
 
-Forward alone is the same batches of normalised views, already on the device.
+Forward alone is the same batches of normalized views, already on the device.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     spread = [i * count // options.num if options.num < count else i % count for i in range(options.num)]
     source = subset(source, spread)
     model = create(options.arch, image_size=size).to(device).eval()
-    whole = EvaluationViews(source, range(len(source)), size, batch_of(size), "centre", torch.get_num_threads())
+    whole = EvaluationViews(source, range(len(source)), size, batch_of(size), "center", torch.get_num_threads())
     batches = [part for item in range(len(whole)) for part in whole[item][0]]
     ready = [normalize(batch.to(device)) for batch in batches]
     with FlopCounterMode(display=False) as counter:

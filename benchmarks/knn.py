@@ -3,7 +3,7 @@
     python benchmarks/knn.py --bank 200000 --queries 4000
 
 Each turn times a 4096 x 4096 product of float32 (the rate), then the whole of `classify` at k = 10, 20, 100 and 200:
-normalising, similarities, the nearest, votes. Its arithmetic is counted as the similarities alone. The peer does the same
+normalizing, similarities, the nearest, votes. Its arithmetic is counted as the similarities alone. The peer does the same
 with a plain product and topk, as the reference does chunk by chunk.
 """
 

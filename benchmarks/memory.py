@@ -59,7 +59,7 @@ class AsOnGpu(TorchFunctionMode):
 
 
 def added(student: nn.Module, step: Callable[[list[Tensor]], object], images: int, device: torch.device) -> int:
-    """Bytes that teacher, student, loss and backward add to weights, gradients and the optimiser's state."""
+    """Bytes that teacher, student, loss and backward add to weights, gradients and the optimizer's state."""
     for p in student.parameters():
         p.grad = torch.zeros_like(p)
     groups = views(images, LOCALS, device)
@@ -96,8 +96,8 @@ def main() -> None:
     if not 4 <= low < high or low % 4 or high % 4:
         raise ValueError(f"--images is {low} {high}; give two multiples of 4, the smaller first.")
     _, plain = sides(options.arch, options.prototypes, device, "bf16", "fp16")
-    learnt = sum(p.numel() * p.element_size() for p in plain.method.student.parameters() if p.requires_grad)
-    fixed = 5 * learnt  # student, teacher, gradients, and the two moments of AdamW
+    learned = sum(p.numel() * p.element_size() for p in plain.method.student.parameters() if p.requires_grad)
+    fixed = 5 * learned  # student, teacher, gradients, and the two moments of AdamW
     how = "" if high == IMAGES else "_extrapolated"
     figures, at = {}, f"bytes_at_{IMAGES}_images{how}"
 
@@ -123,14 +123,14 @@ def main() -> None:
             trainer.split_steps(split)
             add(name, trainer.method.student, lambda groups: trainer.gradients(groups, 0.04))
     result = {
-        "what": "peak bytes of a step, weights and optimiser included; peer / ours",
+        "what": "peak bytes of a step, weights and optimizer included; peer / ours",
         "peer": "the same mathematics written plainly" if options.reference is None else "the reference's own step",
         "arch": options.arch,
         "views": f"2 x 224 + {LOCALS} x 96",
         "prototypes": options.prototypes,
         "precision": trainer.precision,
         "peer_precision": plain.precision,
-        "bytes_of_weights_gradients_optimiser": fixed,
+        "bytes_of_weights_gradients_optimizer": fixed,
         **figures,
         f"ratio{how}": {name: figures[name_of_peer][at] / figures[name][at] for name in WAYS},
     }

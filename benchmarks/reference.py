@@ -35,11 +35,11 @@ class Reference:
 
     def __init__(self, checkout: Path, ours: DINO, arch: str, patch: int, device: torch.device, precision: str):
         vit, self.utils, main = (imported(checkout, name) for name in ("vision_transformer", "utils", "main_dino"))
-        if not dist.is_initialized():  # the centre is averaged over ranks
+        if not dist.is_initialized():  # the center is averaged over ranks
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
             dist.all_reduce(torch.zeros(1, device=device))  # what it takes of the memory it takes now
-        prototypes = ours.centre.value.numel()
+        prototypes = ours.center.value.numel()
 
         def network(trained: Network) -> nn.Module:
             rate = trained.backbone.blocks[-1].drop_path.rate  # pyright: ignore

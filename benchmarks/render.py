@@ -1,4 +1,4 @@
-"""Rendering of views as a GPU does it: from decoded images, or from the bytes of their files, to normalised views.
+"""Rendering of views as a GPU does it: from decoded images, or from the bytes of their files, to normalized views.
 
     python benchmarks/render.py --device cuda [--from-files]
 
@@ -83,7 +83,7 @@ def main() -> None:
         check_device(device)
     what = "JPEG files in memory" if options.from_files else "decoded images"
     figures = measure(options.batch, options.pairs, device, options.from_files)
-    harness.write({"what": f"{what} to 2 x 224 + 8 x 96 normalised views", "batch": options.batch} | figures, options)
+    harness.write({"what": f"{what} to 2 x 224 + 8 x 96 normalized views", "batch": options.batch} | figures, options)
 
 
 if __name__ == "__main__":

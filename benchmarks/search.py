@@ -2,7 +2,7 @@
 
     python benchmarks/search.py --threads 4
 
-Features are drawn about centres, as those of images lie in clusters; queries are other draws about the same centres. A turn
+Features are drawn about centers, as those of images lie in clusters; queries are other draws about the same centers. A turn
 asks for the ten nearest of one query with each index, one after the other, and so does FAISS's own flat index. The exact
 index reads every row in half precision: as a share of what reading memory reaches, timed in each turn by a sum.
 """
@@ -23,7 +23,7 @@ import harness
 from dino.features.embed import Embedding, Folder
 from dino.features.search import Index
 
-K, SPREAD = 10, 1.0  # neighbours; noise about a centre of length 1
+K, SPREAD = 10, 1.0  # neighbors; noise about a center of length 1
 
 
 def milliseconds(work: Callable[..., object], *arguments: object) -> float:
@@ -41,11 +41,11 @@ def main() -> None:
     options = harness.parse(parser)
     faiss.omp_set_num_threads(torch.get_num_threads())
     torch.manual_seed(0)
-    centres = F.normalize(torch.randn(1000, options.dim), dim=1)
+    centers = F.normalize(torch.randn(1000, options.dim), dim=1)
 
     def draw(count: int) -> torch.Tensor:
         noise = SPREAD * options.dim**-0.5 * torch.randn(count, options.dim)
-        return F.normalize(noise.add_(centres[torch.randint(len(centres), (count,))]), dim=1)
+        return F.normalize(noise.add_(centers[torch.randint(len(centers), (count,))]), dim=1)
 
     values, queries = draw(options.rows), draw(options.pairs)
     result: dict[str, Any] = {

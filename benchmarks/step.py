@@ -118,14 +118,14 @@ def plain_loss(side: Side, groups: list[Tensor], draws: list[Tensor] | None = No
         with torch.no_grad():
             teacher = method.teacher(groups[:1])
         student = (method.student(groups, draws) / 0.1).chunk(sum(len(g) for g in groups) // (len(groups[0]) // 2))
-        targets = ((teacher - method.centre.value) / 0.04).softmax(dim=-1).chunk(2)
+        targets = ((teacher - method.center.value) / 0.04).softmax(dim=-1).chunk(2)
         terms = [
             -(q * F.log_softmax(s, dim=-1)).sum(dim=-1).mean()
             for i, q in enumerate(targets)
             for v, s in enumerate(student)
             if v != i
         ]
-        method.centre.value.mul_(0.9).add_(0.1 * teacher.mean(dim=0))
+        method.center.value.mul_(0.9).add_(0.1 * teacher.mean(dim=0))
         return torch.stack(terms).mean()
 
 

@@ -54,7 +54,7 @@ class Blur:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(*OPTIONS.blur_sigma)))
 
 
-class Solarise:
+class Solarize:
     def __init__(self, prob: float):
         self.prob = prob
 
@@ -73,9 +73,9 @@ def plain_peer() -> Peer:
                 transforms.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
                 transforms.RandomHorizontalFlip(OPTIONS.flip_prob),
                 transforms.RandomApply([jitter], p=OPTIONS.jitter_prob),
-                transforms.RandomGrayscale(OPTIONS.grey_prob),
+                transforms.RandomGrayscale(OPTIONS.gray_prob),
                 Blur(OPTIONS.blur_prob[kind]),
-                Solarise(OPTIONS.solarise_prob[kind]),
+                Solarize(OPTIONS.solarize_prob[kind]),
                 transforms.ToTensor(),
                 transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
             ]
@@ -116,7 +116,7 @@ def run_ours(clock: Clock, files: list[bytes], epoch: int, as_float: bool) -> No
     groups = CpuRenderer()(images, views)
     if as_float:
         groups = [normalize(group) for group in groups]
-    lap(clock, "ours, float32 normalised" if as_float else "ours, uint8", start)
+    lap(clock, "ours, float32 normalized" if as_float else "ours, uint8", start)
     del groups
 
 
@@ -129,10 +129,10 @@ def run_stages(clock: Clock, files: list[bytes], epoch: int) -> None:
     now = lap(clock, "draw", now)
     groups = crop(images, views)
     now = lap(clock, "crop, resize, flip", now)
-    groups = CpuRenderer().colour(groups, views)
-    now = lap(clock, "colour", now)
+    groups = CpuRenderer().color(groups, views)
+    now = lap(clock, "color", now)
     groups = [normalize(group) for group in groups]
-    lap(clock, "normalise", now)
+    lap(clock, "normalize", now)
 
 
 def measure(files: list[bytes], num_pairs: int, peer: Peer) -> list[Clock]:
@@ -159,7 +159,7 @@ def measure(files: list[bytes], num_pairs: int, peer: Peer) -> list[Clock]:
 # --------------------------------------------------------------------------------------------------- the report
 
 
-def summarise(clocks: list[Clock]) -> dict:
+def summarize(clocks: list[Clock]) -> dict:
     methods = {
         name: {
             "cpu_ms": statistics.median(clock[name][0] for clock in clocks),
@@ -168,7 +168,7 @@ def summarise(clocks: list[Clock]) -> dict:
         for name in sorted(clocks[0])
     }
     ratios = {}
-    for name in ("ours, uint8", "ours, float32 normalised"):
+    for name in ("ours, uint8", "ours, float32 normalized"):
         pairs = [clock["peer"][0] / clock[name][0] for clock in clocks]
         ratios[name] = harness.spread(pairs)
     return {"ratios": ratios, "methods": methods}
@@ -180,7 +180,7 @@ def show(summary: dict) -> None:
         times = summary["methods"][name]
         spread = f"{ratio['min']:.2f} .. {ratio['max']:.2f}"
         print(f"{name:28}{ratio['median']:>14.2f}{spread:>16}{times['cpu_ms']:>10.2f}{times['wall_ms']:>10.2f}")
-    rest = ("peer", "decode", "draw", "crop, resize, flip", "colour", "normalise")
+    rest = ("peer", "decode", "draw", "crop, resize, flip", "color", "normalize")
     for name in rest:
         times = summary["methods"][name]
         print(f"{name if name == 'peer' else '  ' + name:58}{times['cpu_ms']:>10.2f}{times['wall_ms']:>10.2f}")
@@ -223,7 +223,7 @@ def main() -> None:
     files = jpegs(args.images, args.num) if args.images else drawn(args.num)
     peer = reference_peer(args.reference) if args.reference else plain_peer()
     clocks = measure(files, args.pairs, peer)
-    summary = summarise(clocks)
+    summary = summarize(clocks)
     show(summary)
     packages = ("torchvision", "pillow", "opencv-python-headless", "numpy")
     decoding = [clock["decode"][0] for clock in clocks]

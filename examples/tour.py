@@ -22,11 +22,11 @@ for i, look in enumerate(looks):
     look.figure().save(out / f"attention-{i}.png")
 print("attention [heads + 1, rows, columns]:", looks[0].attention.shape)
 
-# %% PCA: the features of patches as colours, one basis for all three.
-for i, shown in enumerate(dino.pca_colours(model, [scenes.at(96).read(i) for i in range(3)])):
+# %% PCA: the features of patches as colors, one basis for all three.
+for i, shown in enumerate(dino.pca_colors(model, [scenes.at(96).read(i) for i in range(3)])):
     shown.figure().save(out / f"pca-{i}.png")
 
-# %% k-NN: is the class of a scene that of its neighbours? Ten classes, so chance is 10 %.
+# %% k-NN: is the class of a scene that of its neighbors? Ten classes, so chance is 10 %.
 figures = dino.evaluate("knn", model, data="scenes:1000", k=(20,)).figures
 print("k-NN:", figures)
 
@@ -38,7 +38,7 @@ np.fill_diagonal(cosine, -1)
 nearest = cosine.argmax(axis=1)
 print(f"the nearest scene is of the same class for {np.mean(scenes.labels[nearest] == scenes.labels):.0%}")
 pairs = [np.hstack([scenes.read(i), scenes.read(nearest[i])]) for i in range(5)]
-Image.fromarray(np.vstack(pairs)).save(out / "neighbours.png")
+Image.fromarray(np.vstack(pairs)).save(out / "neighbors.png")
 
 # %% Export: what is written is opened again and compared with the model. Others: hf, timm, onnx, torch-export.
 for difference in dino.export(str(run), "safetensors", str(out / "tour.safetensors")):

@@ -61,7 +61,7 @@ def golden():
 
 
 def draw_images(folder: Path, count: int = 24, classes: int = 3, seed: int = 0) -> Path:
-    """A small labelled folder of JPEGs: coloured shapes on noise, a class to a colour."""
+    """A small labeled folder of JPEGs: colored shapes on noise, a class to a color."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         height, width = (int(x) for x in rng.integers(40, 70, 2))
@@ -168,7 +168,7 @@ def ranks_agree(*arguments: object) -> dict[str, Any]:
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
-    """All weights, the centre and the optimiser of a run's last checkpoint, by name."""
+    """All weights, the center and the optimizer of a run's last checkpoint, by name."""
     from dino.engine.checkpoint import Checkpoints
 
     state = Checkpoints(run / "checkpoints").load()

@@ -32,7 +32,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-backg
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory) -> Path:
-    """Images of three colours, one of which is there twice."""
+    """Images of three colors, one of which is there twice."""
     folder = draw_images(tmp_path_factory.mktemp("album"), 40)
     shutil.copy(folder / "class1" / "001.jpg", folder / "class1" / "copy.jpg")
     return folder
@@ -55,7 +55,7 @@ def test_pictures_of_an_image(explorer, album):
     heads = explorer.heads(shown)
     assert [name for _, name in heads] == ["the image", "mean of all heads", "head 0", "head 1"]
     assert all(picture.shape == shown.pixels.shape for picture, _ in heads)
-    assert explorer.colours(shown).shape == shown.zoomed().shape
+    assert explorer.colors(shown).shape == shown.zoomed().shape
     kept = [[np.mean((mask == shown.pixels).all(-1)) for mask, _ in explorer.masks(shown, m)] for m in (0.1, 0.5, 0.95)]
     assert (np.diff(kept, axis=0) > 0).all()  # the more attention, the more of the image
 
@@ -77,7 +77,7 @@ def test_a_patch_is_most_like_itself(explorer, album):
     assert explorer.alike(shown, None, (0, 0))[1] is None
 
 
-def test_neighbours_and_copies(explorer, album, tmp_path):
+def test_neighbors_and_copies(explorer, album, tmp_path):
     with pytest.raises(ValueError, match="press the button first"):
         explorer.nearest(explorer.open(0, 32), 3)
     progress = list(explorer.index(tmp_path / "embeddings"))
@@ -111,7 +111,7 @@ def test_a_model_without_attention(album):
     assert not explorer.sees
     assert shown.look is None
     assert explorer.alike(shown, shown, (5, 5))[1] is not None
-    assert explorer.colours(shown).shape == shown.zoomed().shape
+    assert explorer.colors(shown).shape == shown.zoomed().shape
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0 broken"])

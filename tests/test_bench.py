@@ -38,12 +38,12 @@ def test_bench_adds_up_and_leaves_nothing_but_its_json(images, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     result = json.loads((tmp_path / "result.json").read_text())
-    assert set(result["step"]) == {"normalise", "teacher", "student", "backward", "optimiser", "EMA", "other"}
+    assert set(result["step"]) == {"normalize", "teacher", "student", "backward", "optimizer", "EMA", "other"}
     assert set(result["data"]) == {"decode", "render"}
     for parts in (result["data"], result["step"]):
         assert sum(part["share"] for part in parts.values()) == pytest.approx(1)
         assert all(part["ms_per_image"] >= 0 for part in parts.values())
-    for name in ("teacher", "student", "backward", "optimiser", "EMA"):
+    for name in ("teacher", "student", "backward", "optimizer", "EMA"):
         assert result["step"][name]["ms_per_image"] > 0, name
     whole, parts = 1e3 / result["step_images_per_second"], sum(p["ms_per_image"] for p in result["step"].values())
     assert whole / 3 < parts < 3 * whole  # they were measured in different steps
@@ -114,7 +114,7 @@ def test_fewer_images_come_in_parts_of_the_same_size(images, tmp_path):
 
 
 def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
-    parts = {"teacher": 2.0, "student": 3.0, "backward": 6.0, "optimiser": 0.1, "EMA": 0.1}
+    parts = {"teacher": 2.0, "student": 3.0, "backward": 6.0, "optimizer": 0.1, "EMA": 0.1}
     step = {"images_per_second": 100.0, "share_of_matrix_product": 0.6, "parts": parts}
     data = {"decode": 4.0, "render": 2.0}
 
@@ -127,7 +127,7 @@ def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
     assert "--views.num-local" in asked(1000.0)
     assert "--views.global-size" in asked(1000.0, views__num_local=0)
     assert "--recompute nothing" in asked(1000.0, recompute="elementwise")
-    assert "--batch-size" in asked(1000.0, parts | {"optimiser": 6.0})
+    assert "--batch-size" in asked(1000.0, parts | {"optimizer": 6.0})
     step["share_of_matrix_product"] = 0.2
     assert "--precision fp32" in asked(1000.0, precision="bf16")
     assert "from 1 worker where" in asked(50.0, data__num_workers=1)

@@ -102,7 +102,7 @@ def test_the_gpu_makes_about_the_pixels_that_we_do(name):
     expected = torch.from_numpy(decode(TO_DEVICE[name])).int()
     (found,) = decode_jpegs([as_bytes(TO_DEVICE[name])], [tuple(expected.shape[:2])], torch.device("cuda"))
     difference = (found.cpu().permute(1, 2, 0).int() - expected).abs().float()
-    assert difference.mean() < 3  # colours of 2 x 2 pixels may be spread otherwise
+    assert difference.mean() < 3  # colors of 2 x 2 pixels may be spread otherwise
 
 
 def test_steps_between_logs_wait_for_nothing(tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_labels_by_hand(height, width, sources, radius, top_k, seed):
 def test_a_tile_sees_no_more_the_larger_the_frame():
     most = propagation.TILE**2 * (propagation.TILE + 2 * 12) ** 2
     pairs = 0
-    for _, _, visible in propagation.neighbourhoods(200, 300, 12):
+    for _, _, visible in propagation.neighborhoods(200, 300, 12):
         assert visible.numel() <= most
         pairs += int(visible.sum())
     along = [sum(min(n - 1, i + 12) - max(0, i - 12) + 1 for i in range(n)) for n in (200, 300)]
@@ -183,7 +183,7 @@ def test_an_object_that_is_nowhere():
 
 
 def draw_video(root: Path, name: str, objects: int = 2, count: int = 7, seed: int = 0) -> None:
-    """Coloured squares that wander over grey noise."""
+    """Colored squares that wander over gray noise."""
     rng = np.random.default_rng(seed)
     ground = rng.integers(90, 110, (96, 128, 3))
     for i in range(count):
@@ -225,7 +225,7 @@ def masks_of(folder: Path, name: str) -> list[np.ndarray]:
 
 
 def test_command_line_on_drawn_clips(saved_model, clips, tmp_path):
-    command = ("eval", "davis", saved_model, "--data", clips, "--neighbourhood", 4)
+    command = ("eval", "davis", saved_model, "--data", clips, "--neighborhood", 4)
     results = []
     for ranks in (1, 2):
         done = run_dino(*command, "--json", tmp_path / f"{ranks}.json", ranks=ranks)
@@ -364,7 +364,7 @@ def test_unusable_options_are_said(saved_model, clips, tmp_path, monkeypatch, ca
     assert complaint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [{"queue": -1}, {"neighbourhood": -1}, {"top_k": 0}])
+@pytest.mark.parametrize("wrong", [{"queue": -1}, {"neighborhood": -1}, {"top_k": 0}])
 def test_options_out_of_range(wrong):
     with pytest.raises(ValueError, match="must not be negative, and top_k must be at least 1"):
         DavisOptions(model="-", data="-", **wrong)

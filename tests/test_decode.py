@@ -24,7 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 
 def picture(height: int = 40, width: int = 60) -> np.ndarray:
-    """A smooth colour picture in which no two corners look alike, [h, w, 3] uint8."""
+    """A smooth color picture in which no two corners look alike, [h, w, 3] uint8."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 255 // width, y * 255 // height, (x + y) * 127 // (width + height)], -1).astype(np.uint8)
 
@@ -35,13 +35,13 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def png(width: int, height: int, data: bytes = b"", depth: int = 8, colour: int = 2) -> bytes:
+def png(width: int, height: int, data: bytes = b"", depth: int = 8, color: int = 2) -> bytes:
     """A PNG file made by hand, so that its header may lie."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
@@ -58,7 +58,7 @@ def reason(data: bytes | str | Path, **options) -> str:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_colour_from_path_and_bytes(kind: str, tmp_path: Path) -> None:
+def test_color_from_path_and_bytes(kind: str, tmp_path: Path) -> None:
     data = encode(Image.fromarray(picture()), kind, **({"lossless": True} if kind == "WEBP" else {}))
     path = tmp_path / "wrong suffix.png"  # the content decides, not the name
     path.write_bytes(data)
@@ -109,17 +109,17 @@ def test_damaged_exif_is_no_damaged_image() -> None:
     np.testing.assert_array_equal(decode(encode(Image.fromarray(picture()), "PNG", pnginfo=text)), picture())
 
 
-def test_grey_and_one_bit() -> None:
-    grey = picture()[..., 0]
-    np.testing.assert_array_equal(decode(encode(Image.fromarray(grey), "PNG")), np.repeat(grey[..., None], 3, -1))
-    bits = Image.fromarray(grey > 100)
+def test_gray_and_one_bit() -> None:
+    gray = picture()[..., 0]
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(gray), "PNG")), np.repeat(gray[..., None], 3, -1))
+    bits = Image.fromarray(gray > 100)
     assert bits.mode == "1"
     for kind in ("PNG", "TIFF", "BMP"):
-        np.testing.assert_array_equal(decode(encode(bits, kind))[..., 1], np.where(grey > 100, 255, 0))
+        np.testing.assert_array_equal(decode(encode(bits, kind))[..., 1], np.where(gray > 100, 255, 0))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_grey_keeps_its_full_range(kind: str) -> None:
+def test_16_bit_gray_keeps_its_full_range(kind: str) -> None:
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     image = Image.fromarray(ramp.astype(np.int32)).convert("I;16")
     np.testing.assert_array_equal(np.asarray(image), ramp)
@@ -128,12 +128,12 @@ def test_16_bit_grey_keeps_its_full_range(kind: str) -> None:
     np.testing.assert_array_equal(out[..., 0], out[..., 2])
 
 
-def test_16_bit_grey_with_a_transparent_value() -> None:
+def test_16_bit_gray_with_a_transparent_value() -> None:
     image = Image.fromarray(np.array([[0, 1000], [40000, 65535]], np.int32)).convert("I;16")
     np.testing.assert_array_equal(decode(encode(image, "PNG", transparency=1000))[..., 0], [[0, 255], [156, 255]])
 
 
-def test_32_bit_grey_is_stretched() -> None:
+def test_32_bit_gray_is_stretched() -> None:
     ramp = np.linspace(-3, 5, 256).reshape(16, 16)
     for values in (ramp.astype(np.float32), (ramp * 1e5).astype(np.int32), (ramp * 1e37).astype(np.float32)):
         out = decode(encode(Image.fromarray(values), "TIFF"))
@@ -142,8 +142,8 @@ def test_32_bit_grey_is_stretched() -> None:
     odd = np.array([[np.nan, -np.inf], [np.inf, 1.0]], np.float32)
     odd = np.concatenate([odd, np.zeros((1, 2), np.float32)])
     np.testing.assert_array_equal(decode(encode(Image.fromarray(odd), "TIFF"))[..., 0], [[0, 0], [255, 255], [0, 0]])
-    signalling = np.array([[0x7F800001, 0, 0x3F800000]], np.uint32).view(np.float32)
-    np.testing.assert_array_equal(decode(encode(Image.fromarray(signalling), "TIFF"))[..., 0], [[0, 0, 255]])
+    signaling = np.array([[0x7F800001, 0, 0x3F800000]], np.uint32).view(np.float32)
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(signaling), "TIFF"))[..., 0], [[0, 0, 255]])
     assert reason(encode(Image.fromarray(np.full((3, 4), np.nan, np.float32)), "TIFF")) == "no finite pixel"
 
 
@@ -158,8 +158,8 @@ def test_alpha_is_composited_on_white() -> None:
         assert (out[0] == 255).all()
         np.testing.assert_array_equal(out[1], rgba[1, :, :3])
         assert np.abs(out - white).max() <= 1
-    grey = decode(encode(Image.fromarray(rgba[..., 2:]), "PNG"))  # LA
-    assert np.abs(grey - white[..., 2:]).max() <= 1
+    gray = decode(encode(Image.fromarray(rgba[..., 2:]), "PNG"))  # LA
+    assert np.abs(gray - white[..., 2:]).max() <= 1
 
 
 def test_palettes() -> None:
@@ -178,17 +178,17 @@ def test_palettes() -> None:
     np.testing.assert_array_equal(shades[0], [[255, 0, 0], [255, 255, 255], [127, 127, 255], [9, 9, 9]])
 
 
-def test_a_transparent_colour_without_alpha() -> None:
+def test_a_transparent_color_without_alpha() -> None:
     rgb = picture(4, 4)
     rgb[2, 2] = (1, 2, 3)
     out = decode(encode(Image.fromarray(rgb), "PNG", transparency=(1, 2, 3)))
     rgb[2, 2] = 255
     np.testing.assert_array_equal(out, rgb)
-    grey = Image.fromarray(np.array([[5, 6]], np.uint8))
-    np.testing.assert_array_equal(decode(encode(grey, "PNG", transparency=6))[0, :, 0], [5, 255])
+    gray = Image.fromarray(np.array([[5, 6]], np.uint8))
+    np.testing.assert_array_equal(decode(encode(gray, "PNG", transparency=6))[0, :, 0], [5, 255])
 
 
-def test_other_colour_spaces() -> None:
+def test_other_color_spaces() -> None:
     kinds = [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF")]
     if int(PIL.__version__.partition(".")[0]) >= 13:  # older ones cannot read what they write
         kinds.append(("YCbCr", "TIFF"))
@@ -198,18 +198,18 @@ def test_other_colour_spaces() -> None:
         assert np.abs(out.astype(int) - (200, 60, 90)).max() <= 6, (mode, kind)
 
 
-def test_16_bit_colour() -> None:
+def test_16_bit_color() -> None:
     row = b"\0" + struct.pack(">6H", 0, 0x8000, 0xFFFF, 0x1234, 0x0100, 0xFE00)
     np.testing.assert_array_equal(decode(png(2, 1, row, depth=16)), [[[0, 0x80, 0xFF], [0x12, 0x01, 0xFE]]])
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
 def test_first_frame_of_many(kind: str) -> None:
-    colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
-    frames = [Image.new("RGB", (12, 9), colour) for colour in colours]
+    colors = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
+    frames = [Image.new("RGB", (12, 9), color) for color in colors]
     out = decode(encode(frames[0], kind, save_all=True, append_images=frames[1:]))
     assert out.shape == (9, 12, 3)
-    assert np.abs(out.astype(int) - colours[0]).max() <= 12
+    assert np.abs(out.astype(int) - colors[0]).max() <= 12
 
 
 # ---- files that are not images
@@ -370,14 +370,14 @@ def pillow(data: bytes) -> np.ndarray | None:
     st.integers(0, 2**32 - 1),
 )
 def test_jpegs_are_what_pillow_makes_of_them(
-    colours: str, size: tuple[int, int], options: dict, changes: list[tuple[float, int]], cut: int, seed: int
+    colors: str, size: tuple[int, int], options: dict, changes: list[tuple[float, int]], cut: int, seed: int
 ) -> None:
     noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8) // 4
     image = Image.fromarray(noise + picture(*size) // 2)
-    if colours == "L":
+    if colors == "L":
         image = image.convert("L")
     else:
-        options |= {"keep_rgb": True} if colours == "stored as RGB" else {"subsampling": colours}
+        options |= {"keep_rgb": True} if colors == "stored as RGB" else {"subsampling": colors}
     data = bytearray(encode(image, "JPEG", **options))
     start = data.index(b"\xff\xda")  # the pixels: a fault in front of them is what `test_any_damage` tries
     for place, value in changes:

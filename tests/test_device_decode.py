@@ -54,7 +54,7 @@ def turned(orientation: int) -> bytes:
 
 
 def without_tables(data: bytes) -> bytes:
-    """A header in order, and nothing that can be decoded: its quantisation tables are gone."""
+    """A header in order, and nothing that can be decoded: its quantization tables are gone."""
     while (at := data.find(b"\xff\xdb")) >= 0:
         data = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4]) :]
     return data
@@ -63,9 +63,9 @@ def without_tables(data: bytes) -> bytes:
 TO_DEVICE = {
     "baseline": encoded(picture()),
     "progressive": encoded(picture(), progressive=True),
-    "all colours": encoded(picture(), subsampling=0, quality=95),
+    "all colors": encoded(picture(), subsampling=0, quality=95),
     "4:2:2": encoded(picture(), subsampling=1),
-    "grey": encoded(picture(mode="L")),
+    "gray": encoded(picture(mode="L")),
     "upright": turned(1),
     "edge": encoded(picture(LARGEST, 20)),
     "a pixel": encoded(picture(1, 1)),

@@ -49,10 +49,10 @@ PARSED = {
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("workspace")
-    labelled = draw_images(root / "labelled/train", 210)
+    labeled = draw_images(root / "labeled/train", 210)
     for name in (
-        "labelled/val",
-        "labelled/test",
+        "labeled/val",
+        "labeled/test",
         "photos",
         "train",
         "imagenet/train",
@@ -63,7 +63,7 @@ def workspace(tmp_path_factory) -> Path:
         draw_images(root / name)
     for name in ("caltech20", "cifar5k", "cifar10"):
         for part in ("train", "val", "test", "images"):
-            shutil.copytree(labelled, root / name / part)
+            shutil.copytree(labeled, root / name / part)
     (root / "caltech20/images/Leopards").mkdir()
     shutil.copy(root / "photos/class0/000.jpg", root / "caltech20/images/Leopards/image_0003.jpg")
     shutil.copy(root / "photos/class0/000.jpg", root / "photo.jpg")
@@ -185,7 +185,7 @@ def test_tour_runs(session, capsys):
     assert "exported, largest difference" in capsys.readouterr().out
     assert {p.name for p in (session / "tour").glob("*.png")} == {
         *(f"{kind}-{i}.png" for kind in ("attention", "pca") for i in range(3)),
-        "neighbours.png",
+        "neighbors.png",
     }
 
 

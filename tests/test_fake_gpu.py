@@ -50,14 +50,14 @@ STEPS: dict[str, dict[str, Any]] = {
     "fp16": {"precision": "fp16"},
     "in parts": {"accumulate": 3, "recompute": "blocks"},
     "recomputed": {"recompute": "elementwise"},
-    "grey": {"model.in_channels": 1},
+    "gray": {"model.in_channels": 1},
     "LARS": {"optim.name": "lars"},
     "ResNet": OWN | {"model.arch": "timm:resnet18", "model.drop_path": 0.0},
     **VARIANTS,
 }
 PLANTED = {
-    "a read-back": ("DataDependentOutputException", lambda loss, centre: loss * float(centre.sum())),
-    "another device": ("same device", lambda loss, centre: loss * torch.zeros(3)),
+    "a read-back": ("DataDependentOutputException", lambda loss, center: loss * float(center.sum())),
+    "another device": ("same device", lambda loss, center: loss * torch.zeros(3)),
 }
 
 
@@ -133,7 +133,7 @@ def one_step(changes: dict[str, Any], planted: Any = None) -> str:
         method, seen = subject.method, set()
         if planted is not None:
             plain = method.learn
-            method.learn = lambda *arguments: planted(plain(*arguments), method.centre.value)
+            method.learn = lambda *arguments: planted(plain(*arguments), method.center.value)
         linear = next(m for m in method.student.modules() if isinstance(m, nn.Linear))
         linear.register_forward_hook(lambda _, given, made: seen.add(made.dtype))
         for _ in range(2):  # before and after the prototypes are set free

@@ -110,13 +110,13 @@ EVALUATIONS: dict[str, Any] = {
     "videos": following,
     "features": reading,
     "matches": lambda model: mutual_nearest(on_gpu(9, 8), on_gpu(7, 8)),
-    "colours": lambda model: axes_of([on_gpu(9, 8)]).colours(on_gpu(7, 8)),
+    "colors": lambda model: axes_of([on_gpu(9, 8)]).colors(on_gpu(7, 8)),
 }
 
 
 TRAINERS: dict[str, Any] = {
     "fit": lambda trainer, batch: fit.fit(trainer, 10**12),
-    "centre": lambda trainer, batch: init.estimate_centre(trainer, trainer.batches),
+    "center": lambda trainer, batch: init.estimate_center(trainer, trainer.batches),
     "bench": lambda trainer, batch: bench.step_parts(trainer, batch),
 }
 PLANTED: dict[str, tuple[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Every fast way to take a step against the plain one in float64: loss, gradients and centre.
+"""Every fast way to take a step against the plain one in float64: loss, gradients and center.
 
 Plain is the peer of benchmarks/step.py: whole attention of whole blocks, one softmax per pair of views. Its stochastic
 depth computes what it drops. Compiled networks: tests/test_compile.py; thirty steps of the reference: tests/test_method.py.
@@ -66,5 +66,5 @@ def test_a_step_is_the_plain_one(tmp_path, monkeypatch, device, precision, split
     of_loss, of_gradient = TOLERANCE[precision]
     assert abs(loss.item() / exact.item() - 1) <= of_loss
     assert (ours - theirs).norm() <= of_gradient * theirs.norm()
-    centres = (trainer.method.centre.value.double(), plain.method.centre.value)
-    torch.testing.assert_close(*centres, rtol=of_gradient, atol=of_gradient * float(centres[1].abs().max()))
+    centers = (trainer.method.center.value.double(), plain.method.center.value)
+    torch.testing.assert_close(*centers, rtol=of_gradient, atol=of_gradient * float(centers[1].abs().max()))

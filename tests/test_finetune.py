@@ -122,7 +122,7 @@ def test_mixing_is_one_draw_for_the_batch_and_does_not_look_at_ranks():
         assert torch.equal(whole, torch.cat([part[0] for part in parts]))
         assert torch.equal(targets, torch.cat([part[1] for part in parts]))
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(40))
-        # lambda is what the target says of an image whose neighbour has another label, the same for all
+        # lambda is what the target says of an image whose neighbor has another label, the same for all
         partners = torch.cat([group.roll(1) for group in labels.split(16)])
         differ = labels != partners
         shares = targets[differ, labels[differ]]
@@ -257,6 +257,6 @@ def test_a_folder_of_torchvisions(trained, tmp_path):
 def test_a_model_without_a_run_directory_needs_a_place(tmp_path):
     with pytest.raises(ValueError, match="give --json"):
         finetune.evaluate(create("vit_nano", 8, 16), FinetuneOptions(model="vit", data=str(tmp_path)), CPU)
-    grey = create("vit_nano", 8, 16, in_channels=1)
+    gray = create("vit_nano", 8, 16, in_channels=1)
     with pytest.raises(ValueError, match="1 channel"):
-        finetune.evaluate(grey, FinetuneOptions(model="vit", data=str(tmp_path)), CPU)
+        finetune.evaluate(gray, FinetuneOptions(model="vit", data=str(tmp_path)), CPU)

@@ -151,7 +151,7 @@ def test_views_by_hand():
     image = np.zeros((60, 90, 3), np.uint8)
     image[:30] = 255
     shapes = {name: view(image, 45).shape for name, view in RESIZES.items()}
-    assert shapes == {"centre": (45, 45, 3), "stretched": (45, 45, 3), "shrunk": (30, 45, 3)}
+    assert shapes == {"center": (45, 45, 3), "stretched": (45, 45, 3), "shrunk": (30, 45, 3)}
     assert np.array_equal(RESIZES["shrunk"](image, 200), image)  # never enlarged
     assert RESIZES["stretched"](image, 30)[:14].min() > 200 > 50 > RESIZES["stretched"](image, 30)[16:].max()
 

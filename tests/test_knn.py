@@ -52,7 +52,7 @@ def test_chunks_change_nothing(monkeypatch):
 def test_k_above_the_bank_is_left_out_and_too_small_a_bank_refused():
     x, y = torch.randn(15, 4), torch.arange(15) % 3
     assert set(knn.classify(x, y, x, y)) == {"knn10_top1"}
-    with pytest.raises(ValueError, match="more labelled images"):
+    with pytest.raises(ValueError, match="more labeled images"):
         knn.classify(x[:5], y[:5], x, y)
 
 

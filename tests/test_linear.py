@@ -16,7 +16,7 @@ from conftest import TINY, assert_same_bits, draw_images, run_dino
 from dino import cli
 from dino.data.sources import open_source
 from dino.eval import linear
-from dino.eval.supervised import LabelledBatches, accuracies, per_class
+from dino.eval.supervised import LabeledBatches, accuracies, per_class
 from dino.eval.sweep import Sweep
 from dino.features.extract import READOUTS, extract, readable_labels
 from dino.models import create
@@ -114,7 +114,7 @@ def test_batches_cover_each_epoch_and_ranks_share_them(photos):
     source = open_source(str(photos), "folders")
 
     def batches(rank, ranks, **options):
-        made = LabelledBatches(source, lambda image: torch.rand(3, 4, 4), 4, 10, seed=5, **options)
+        made = LabeledBatches(source, lambda image: torch.rand(3, 4, 4), 4, 10, seed=5, **options)
         made.rank, made.ranks = rank, ranks
         return made
 
@@ -139,7 +139,7 @@ def test_an_unreadable_image_has_a_stand_in(photos):
     first = sorted(photos.rglob("*.jpg"))[0]
     first.write_bytes(b"")
     source = open_source(str(photos), "folders")
-    batch = LabelledBatches(source, lambda image: torch.zeros(3, 4, 4), 4, 24, seed=0)[0]
+    batch = LabeledBatches(source, lambda image: torch.zeros(3, 4, 4), 4, 24, seed=0)[0]
     assert len(batch.images) == 24
     assert [name for name, _ in batch.bad] == [source.name(0)]
 
@@ -178,7 +178,7 @@ def test_fast_mode(trained, tmp_path, capsys):
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"readout": best["readout"], "classes": "class0\nclass1\nclass2"}
     head, model = load_file(file), dino.load(run)
-    _, test = linear.labelled_pair(str(photos), None)
+    _, test = linear.labeled_pair(str(photos), None)
     found = extract(model, test, 32, readout=best["readout"])
     predicted = (found.values @ head["weight"].T + head["bias"]).argmax(dim=1)
     top1 = 100 * (predicted == readable_labels(test, found, "test")).double().mean().item()
@@ -237,8 +237,8 @@ def test_paper_mode_is_the_plain_protocol(trained, tmp_path):
     )
     model = dino.load(run)
     found = linear.evaluate(model, options, CPU)
-    train_on = linear.labelled_pair(str(photos), None)[0]
-    batches = LabelledBatches(train_on, linear.training_crops(32), 32, 20, 0)
+    train_on = linear.labeled_pair(str(photos), None)[0]
+    batches = LabeledBatches(train_on, linear.training_crops(32), 32, 20, 0)
     layer = nn.Linear(4 * model.embed_dim, 3)
     layer.load_state_dict(Sweep({"last4": (0, 128)}, [1.0], [0.0], 3, 0, CPU).head("last4", 0))
     optimizer = torch.optim.SGD(layer.parameters(), 0.5 * 20 / 256, momentum=0.9, weight_decay=0)

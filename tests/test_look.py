@@ -92,7 +92,7 @@ def test_attention_of_a_folder_shows_each_image_in_its_aspect(saved_model, tmp_p
     assert (HEADS + 2) * 64 < shapes["panel.png"][0] < (HEADS + 3) * 64
 
 
-def test_finer_patches_are_centred_where_coarse_ones_are(model):
+def test_finer_patches_are_centered_where_coarse_ones_are(model):
     finer = dino.finer_patches(model, 4)
     image = np.random.default_rng(1).integers(0, 255, (48, 64, 3), np.uint8)
     assert cls_attention(finer, as_input(finer, image)).shape == (1, HEADS, 12, 16)
@@ -101,7 +101,7 @@ def test_finer_patches_are_centred_where_coarse_ones_are(model):
     assert dino.attention_maps(finer, image, 48).attention.shape == (HEADS + 1, 12, 16)
     images = torch.randn(1, 3, 32, 32)
     embedded = finer.patch_embed(images).view(8, 8, -1)
-    # The patch of row 1, column 2 begins 2 pixels before the square of 4 pixels that it is centred on.
+    # The patch of row 1, column 2 begins 2 pixels before the square of 4 pixels that it is centered on.
     window = images[:, :, 2:10, 6:14]
     torch.testing.assert_close(embedded[1, 2], model.patch_embed(window)[0, 0], atol=1e-5, rtol=0)
 
@@ -142,34 +142,34 @@ def test_a_bad_image_in_a_folder_is_skipped_and_named(saved_model, tmp_path, cap
 # --- patch features ------------------------------------------------------------------------------------------------
 
 
-def test_colours_share_one_basis_and_follow_the_features(model):
+def test_colors_share_one_basis_and_follow_the_features(model):
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 255, (32, 32, 3), np.uint8) for _ in range(2))
-    first, second, again = (shown.colours for shown in dino.pca_colours(model, [a, b, a], 32))
+    first, second, again = (shown.colors for shown in dino.pca_colors(model, [a, b, a], 32))
     assert first.shape == (4, 4, 3)
     assert np.array_equal(first, again)
     assert not np.allclose(first, second)
     assert first.min() >= 0
     assert first.max() <= 1
     assert np.stack([first, second]).std(axis=(0, 1, 2)).min() > 0.05
-    swapped = [shown.colours for shown in dino.pca_colours(model, [b, a, a], 32)]
+    swapped = [shown.colors for shown in dino.pca_colors(model, [b, a, a], 32)]
     np.testing.assert_allclose(swapped[1], first, atol=2e-3)
-    (one_patch,) = dino.pca_colours(model, [a[:8, :8]], 8)
-    assert one_patch.colours.shape == (1, 1, 3)
-    assert np.isfinite(one_patch.colours).all()
+    (one_patch,) = dino.pca_colors(model, [a[:8, :8]], 8)
+    assert one_patch.colors.shape == (1, 1, 3)
+    assert np.isfinite(one_patch.colors).all()
 
 
 def test_pca_of_a_folder_is_drawn_as_the_function_says(saved_model, model, tmp_path):
     paths = [str(draw(tmp_path / "images" / f"{i}.png", seed=i)) for i in range(3)]
     assert main(["pca", str(saved_model), str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 0
-    for path, shown in zip(paths, dino.pca_colours(model, paths), strict=True):
+    for path, shown in zip(paths, dino.pca_colors(model, paths), strict=True):
         written = tmp_path / "out" / f"{Path(path).stem}-pca.png"
         assert np.array_equal(decode(written), np.asarray(shown.figure()))
         corner = decode(written)[-6 - 64 : -6, -6 - 88 : -6]  # the right of the two pictures
-        assert np.array_equal(corner[4::8, 4::8], (255 * shown.colours + 0.5).astype(np.uint8))
+        assert np.array_equal(corner[4::8, 4::8], (255 * shown.colors + 0.5).astype(np.uint8))
 
 
-def test_a_convnet_has_colours_and_matches_but_no_attention(tmp_path, capsys):
+def test_a_convnet_has_colors_and_matches_but_no_attention(tmp_path, capsys):
     arguments = {"arch": "timm:resnet18", "image_size": 64}
     (tmp_path / "net").mkdir()
     weights.save(tmp_path / "net", dino.create(**arguments), arguments)
@@ -202,7 +202,7 @@ def test_matches_of_an_image_with_itself_are_its_own_patches(saved_model, model,
     np.testing.assert_allclose(found.cosine, 1, atol=1e-5)
     out = tmp_path / "m.png"
     assert main(["match", str(saved_model), str(image), str(image), "--out", str(out), "--lines", "9"]) == 0
-    assert "9 of 88 mutual nearest neighbours" in capsys.readouterr().out
+    assert "9 of 88 mutual nearest neighbors" in capsys.readouterr().out
     assert decode(out).shape == (64, 2 * 88 + 6, 3)
     gap = np.asarray(found.figure(1))[:, 56:62]  # crossed by the one line, which is level
     assert np.flatnonzero((gap != 255).any(axis=(1, 2))).tolist() == [found.points[0, 0, 1]]
@@ -314,9 +314,9 @@ def test_odd_sizes_are_made_even_and_a_failure_leaves_nothing(tmp_path):
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
-def test_neighbours_agree_with_the_evaluation(saved_model, photos, tmp_path):
+def test_neighbors_agree_with_the_evaluation(saved_model, photos, tmp_path):
     page = tmp_path / "n.html"
-    done = run_dino("figure", "neighbours", saved_model, "--data", photos, "--val", photos, "--out", page, "--rows", 3)
+    done = run_dino("figure", "neighbors", saved_model, "--data", photos, "--val", photos, "--out", page, "--rows", 3)
     assert done.returncode == 0, done.stderr
     judged = run_dino("eval", "knn", saved_model, "--data", photos, "--val", photos, "--k", 20)
     (accuracy,) = (line.split()[1] for line in judged.stdout.splitlines() if line.startswith("knn20_top1"))
@@ -334,9 +334,9 @@ def test_neighbours_agree_with_the_evaluation(saved_model, photos, tmp_path):
 def test_class_map_puts_like_classes_together(saved_model, photos, tmp_path, capsys):
     from dino.look.figures import class_map
 
-    centres = torch.nn.functional.one_hot(torch.arange(12) // 4, 8).float()  # three groups of four classes
+    centers = torch.nn.functional.one_hot(torch.arange(12) // 4, 8).float()  # three groups of four classes
     labels = torch.arange(12).repeat_interleave(5)
-    classes, points = class_map(centres[labels] + 0.1 * torch.randn(60, 8), labels, 13)
+    classes, points = class_map(centers[labels] + 0.1 * torch.randn(60, 8), labels, 13)
     assert classes.tolist() == list(range(12))
     distance = np.linalg.norm(points[:, None] - points, axis=-1) + 1e9 * np.eye(12)
     assert (distance.argmin(axis=1) // 4 == np.arange(12) // 4).all()
@@ -406,7 +406,7 @@ def bad(tmp_path_factory) -> Path:
         ("video clip.mp4 --head 3", "--head is 3; this model has heads 0 to 2"),
         ("video folder --fps 0", "fps is 0.0"),
         ("figure tsne --data empty", "holds no files"),
-        ("figure neighbours --data folder", "no image of"),
+        ("figure neighbors --data folder", "no image of"),
     ],
 )
 def test_bad_input_is_one_sentence(saved_model, bad, capsys, monkeypatch, arguments, words):

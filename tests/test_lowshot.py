@@ -159,7 +159,7 @@ def test_a_list_in_place_of_drawn_shares(trained, tmp_path, capsys):
     assert "none.txt" in capsys.readouterr().err
 
 
-def test_fewer_images_than_neighbours(trained, capsys):
+def test_fewer_images_than_neighbors(trained, capsys):
     run, photos = trained
     assert command(run, "--data", photos) == 2
     assert "k is 20, but 1% of the training images are 3; lower --k or take more" in capsys.readouterr().err

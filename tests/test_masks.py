@@ -121,12 +121,12 @@ def test_agrees_with_the_training_monitor_on_drawn_scenes(model, tmp_path):
 
 
 @pytest.mark.parametrize(("values", "objects"), [((0, 1), 1), ((0, 255), 1), ((0, 200, 60), 1), ((0, 0), 0)])
-def test_grey_masks(tmp_path, values, objects):
+def test_gray_masks(tmp_path, values, objects):
     Image.fromarray(np.array([values], np.uint8)).save(tmp_path / "m.png")
     assert masks.object_indices(tmp_path / "m.png").sum() == objects
 
 
-def test_grey_numbers_are_no_mask(tmp_path):
+def test_gray_numbers_are_no_mask(tmp_path):
     Image.fromarray(np.array([[0, 1, 2]], np.uint8)).save(tmp_path / "m.png")
     with pytest.raises(BadImage, match="values up to 2; write objects as 255"):
         masks.object_indices(tmp_path / "m.png")

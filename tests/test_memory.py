@@ -71,7 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ids=str,
 )
 def test_gradients_are_those_of_the_whole_step(name, split, images, tmp_path):
-    """In float64 to rounding: loss, every gradient, and the centre or queue moved once."""
+    """In float64 to rounding: loss, every gradient, and the center or queue moved once."""
     results = []
     for way in (Split(), split):
         subject = trainer(images, tmp_path, **VARIANTS[name])
@@ -94,7 +94,7 @@ def test_views_of_one_size_are_still_global_and_local(images, tmp_path):
     assert [tuple(group.shape) for group in groups] == [(2 * 6, 3, 32, 32), (3 * 6, 3, 32, 32)]
 
     with torch.no_grad():
-        targets = (subject.method.teacher(groups[:1]) / 0.05).softmax(-1).chunk(2)  # the centre is still zero
+        targets = (subject.method.teacher(groups[:1]) / 0.05).softmax(-1).chunk(2)  # the center is still zero
         scores = (torch.cat([subject.method.student([group]) for group in groups]) / 0.1).log_softmax(-1).chunk(5)
     pairs = [-(t * s).sum(-1).mean() for i, t in enumerate(targets) for j, s in enumerate(scores) if i != j]
     loss, _ = subject.gradients(groups, 0.05)
@@ -225,7 +225,7 @@ def test_the_fastest_way_that_fits_is_chosen():
 
 
 def test_fit_leaves_the_run_as_it_was(images, tmp_path):
-    """The trial moves neither centre nor weights, and what it chooses is less than the whole step."""
+    """The trial moves neither center nor weights, and what it chooses is less than the whole step."""
     subject = trainer(images, tmp_path, model__depth=8)
     before = {k: v.clone() for k, v in subject.method.state_dict().items()}
     _, whole = fit.fit(subject, 10**12)
@@ -244,7 +244,7 @@ def test_parts_on_two_ranks_equal_the_whole_on_one(photos, tmp_path):
     a, b = ([x for x in read_metrics(tmp_path / n / "metrics.jsonl") if "loss" in x] for n in ("whole", "parts"))
     assert len(a) == len(b) >= 10
     for x, y in zip(a, b, strict=True):
-        for key in ("loss", "grad_norm", "teacher_entropy", "centre_norm"):
+        for key in ("loss", "grad_norm", "teacher_entropy", "center_norm"):
             assert y[key] == pytest.approx(x[key], rel=1e-4), key
 
 

@@ -1,4 +1,4 @@
-"""The method against the reference: its loss, its centre, and two whole training runs of 30 steps."""
+"""The method against the reference: its loss, its center, and two whole training runs of 30 steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import golden_images, load_golden_weights
 from dino.engine import optim
-from dino.method import DINO, Centre, Network, cross_entropy, sharpen
+from dino.method import DINO, Center, Network, cross_entropy, sharpen
 from dino.models import Head, VisionTransformer
 from dino.options.train import OptimOptions
 from dino.schedules import cosine, linear_then_constant, warmup_cosine
@@ -30,21 +30,21 @@ def plain_loss(student, targets, temp):
     return sum(terms) / len(terms)
 
 
-def test_loss_centre_and_gradient_match_reference(golden):
-    expected, centre = golden("loss"), Centre(256, momentum=0.9)
+def test_loss_center_and_gradient_match_reference(golden):
+    expected, center = golden("loss"), Center(256, momentum=0.9)
     for i in range(6):
         temp = linear_then_constant(min(i, 4), 0.04, 0.07, 2)
         assert temp == pytest.approx(float(expected["teacher_temp"][i]) if expected["teacher_temp"].size > 5 else temp)
         student = (3 * golden_images(100 + i, 24, 256)).requires_grad_()
         teacher = 3 * golden_images(200 + i, 8, 256)
-        probs, _ = sharpen(teacher, centre.value, temp)
+        probs, _ = sharpen(teacher, center.value, temp)
         loss = cross_entropy(student.unflatten(0, (6, 4)), probs.unflatten(0, (2, 4)), 0.1)
-        centre.update(teacher)
+        center.update(teacher)
         loss.backward()
         assert loss.item() == pytest.approx(float(expected["loss"][i]), rel=1e-6)
-        assert centre.value.norm().item() == pytest.approx(float(expected["center_norm"][i]), rel=1e-6)
+        assert center.value.norm().item() == pytest.approx(float(expected["center_norm"][i]), rel=1e-6)
         assert student.grad.norm().item() == pytest.approx(float(expected["student_grad_norm"][i]), rel=1e-6)
-    np.testing.assert_allclose(centre.value.numpy(), expected["center_last"].ravel(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(center.value.numpy(), expected["center_last"].ravel(), rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=50, deadline=None)
@@ -86,7 +86,7 @@ def make_trace_model(prototypes: int = 512, **variant: Any) -> DINO:
 
 @pytest.mark.parametrize(("name", "lr"), [("adamw", 2e-3), ("sgd", 0.1)])
 def test_thirty_steps_match_reference(golden, name, lr):
-    """Loss, gradient norm and centre of every step, and all parameters at the end, within 1e-4."""
+    """Loss, gradient norm and center of every step, and all parameters at the end, within 1e-4."""
     expected, total, per_epoch = golden(f"trace_{name}_norm1"), 30, 10
     method = make_trace_model()
     optimizer = optim.create(OptimOptions(name=name), method.student)
@@ -106,7 +106,7 @@ def test_thirty_steps_match_reference(golden, name, lr):
             method.cancel_last_layer_gradients()
         optimizer.step()
         method.update_teacher(cosine(step, total, 0.99, 1.0))
-        found["center_norm"].append(result.signs["centre_norm"].item())
+        found["center_norm"].append(result.signs["center_norm"].item())
     for key, values in found.items():
         np.testing.assert_allclose(values, expected[key], rtol=1e-4, err_msg=key)
     for key, network in (("student", method.student), ("teacher", method.teacher)):
@@ -124,7 +124,7 @@ def test_gradients_against_float64():
     grads = {}
     for dtype in (torch.float64, torch.float32):
         method.to(dtype).zero_grad()
-        method.centre.value.zero_()  # the forward pass of the other precision moved it
+        method.center.value.zero_()  # the forward pass of the other precision moved it
         method([g.to(dtype) for g in groups], 0.04).loss.backward()
         grads[dtype] = {n: p.grad.double() for n, p in method.student.named_parameters() if p.grad is not None}
     assert len(grads[torch.float32]) == sum(p.requires_grad for p in method.student.parameters())

@@ -41,7 +41,7 @@ def test_names_the_dominated_collapse():
     said = drive(CollapseMonitor(1024), range(10, 400, 10), 1e-4, 1e-4, 1e-3)
     assert len(said) == 1
     assert "one prototype" in said[0]
-    assert "centring" in said[0]
+    assert "centering" in said[0]
 
 
 def test_names_targets_that_are_the_same_for_all_images_and_wander():

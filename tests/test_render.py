@@ -48,7 +48,7 @@ def _one_thread():
 
 
 def draw_picture(height: int, width: int, seed: int) -> np.ndarray:
-    """Smooth colours, discs, thin lines and a little noise."""
+    """Smooth colors, discs, thin lines and a little noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / max(height, width)
     waves = [
@@ -101,9 +101,9 @@ def plain(num_images: int, sizes: tuple[int, ...], **changes) -> Views:
         "jitter": (False, bool),
         "order": (range(4), np.int8),
         "factors": ((1, 1, 1, 0), np.float32),
-        "grey": (False, bool),
+        "gray": (False, bool),
         "sigma": (0, np.float32),
-        "solarise": (False, bool),
+        "solarize": (False, bool),
     }
     arrays = {}
     for name, (value, kind) in values.items():
@@ -119,15 +119,15 @@ def factor(step: int, value: float) -> dict:
     return {"jitter": True, "factors": factors}
 
 
-def coloured(backend: str, images: list[np.ndarray], views: Views) -> np.ndarray:
+def colored(backend: str, images: list[np.ndarray], views: Views) -> np.ndarray:
     """uint8 [n, s, s, 3] of one view each, no crop."""
     crops = torch.from_numpy(np.stack(images)[None].copy())
     if backend == "opencv":
-        return CpuRenderer().colour([crops], views)[0].numpy()[0]
+        return CpuRenderer().color([crops], views)[0].numpy()[0]
     renderer = DeviceRenderer("cuda" if backend == "cuda" else "cpu")
     parameters = Parameters(views, blur_kernels(views.sigma), slice(0, 1), renderer.device)
     planes = crops.to(renderer.device).permute(0, 1, 4, 2, 3).float()
-    return renderer.colour(planes, parameters).cpu().numpy()[0]
+    return renderer.color(planes, parameters).cpu().numpy()[0]
 
 
 def on_device(images: list[np.ndarray], views: Views, half: bool = False) -> list[torch.Tensor]:
@@ -150,11 +150,11 @@ def with_pillow(image: np.ndarray, views: Views, i: int, view: int) -> np.ndarra
     if views.jitter[i, view]:
         for step in views.order[i, view]:
             picture = PILLOW[step](picture, float(views.factors[i, view, step]))
-    if views.grey[i, view]:
+    if views.gray[i, view]:
         picture = TF.to_grayscale(picture, 3)
     if views.sigma[i, view] > 0:
         picture = picture.filter(ImageFilter.GaussianBlur(float(views.sigma[i, view])))
-    if views.solarise[i, view]:
+    if views.solarize[i, view]:
         picture = ImageOps.solarize(picture)
     return np.asarray(picture)
 
@@ -201,7 +201,7 @@ def test_crop_and_resize(kind, size):
 @pytest.mark.parametrize("step", [0, 1])
 def test_brightness_and_contrast(backend, kind, step, value):
     images = squares(kind)
-    ours = coloured(backend, images, plain(len(images), (SIZE,), **factor(step, value)))
+    ours = colored(backend, images, plain(len(images), (SIZE,), **factor(step, value)))
     theirs = [np.asarray(PILLOW[step](Image.fromarray(image), value)) for image in images]
     check(ours, np.stack(theirs), mean=0.02, largest=1)
 
@@ -212,7 +212,7 @@ def test_saturation(backend, kind):
     images, bias = squares(kind), []
     values = np.linspace(0.8, 1.2, 23)[1:-1] + 1e-3
     for value in values:
-        ours = coloured(backend, images, plain(len(images), (SIZE,), **factor(2, value)))
+        ours = colored(backend, images, plain(len(images), (SIZE,), **factor(2, value)))
         theirs = np.stack([np.asarray(TF.adjust_saturation(Image.fromarray(image), value)) for image in images])
         # Pillow rounds the luma first and cuts the result: next to that OpenCV's is finer.
         check(ours, theirs, mean=0.25 if backend == "opencv" else 0.001, largest=1)
@@ -225,7 +225,7 @@ def test_saturation(backend, kind):
 @pytest.mark.parametrize("value", [-0.1, -0.042, 0.031, 0.1])
 def test_hue(backend, kind, value):
     images = squares(kind)
-    ours = coloured(backend, images, plain(len(images), (SIZE,), **factor(HUE, value)))
+    ours = colored(backend, images, plain(len(images), (SIZE,), **factor(HUE, value)))
     theirs = np.stack([np.asarray(TF.adjust_hue(Image.fromarray(image), value)) for image in images])
     # Pillow cuts hue and saturation down to bytes where OpenCV rounds.
     mean, largest, bias = (1.1, 14, 0.35) if backend == "opencv" else (0.005, 7, 0.003)
@@ -235,18 +235,18 @@ def test_hue(backend, kind, value):
 
 @either_source
 @backends
-def test_grey(backend, kind):
+def test_gray(backend, kind):
     images = squares(kind)
-    ours = coloured(backend, images, plain(len(images), (SIZE,), grey=True))
+    ours = colored(backend, images, plain(len(images), (SIZE,), gray=True))
     theirs = np.stack([np.asarray(TF.to_grayscale(Image.fromarray(image), 3)) for image in images])
     check(ours, theirs, mean=0.005, largest=1)
 
 
 @either_source
 @backends
-def test_solarise(backend, kind):
+def test_solarize(backend, kind):
     images = squares(kind)
-    ours = coloured(backend, images, plain(len(images), (SIZE,), solarise=True))
+    ours = colored(backend, images, plain(len(images), (SIZE,), solarize=True))
     theirs = np.stack([np.asarray(ImageOps.solarize(Image.fromarray(image))) for image in images])
     assert (ours == theirs).all()
 
@@ -256,7 +256,7 @@ def test_solarise(backend, kind):
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 0.52, 0.8, 1.13, 1.4, 1.5, 1.81, 2.0])
 def test_blur(backend, kind, sigma):
     images = squares(kind)
-    ours = coloured(backend, images, plain(len(images), (SIZE,), sigma=sigma))
+    ours = colored(backend, images, plain(len(images), (SIZE,), sigma=sigma))
     blur = ImageFilter.GaussianBlur(sigma)
     theirs = np.stack([np.asarray(Image.fromarray(image).filter(blur)) for image in images])
     # Pillow rounds to bytes six times on the way, and repeats the edge anew for each of its three boxes.
@@ -272,7 +272,7 @@ def test_jitter_in_every_order(backend, kind, factors):
     for order in itertools.permutations(range(4)):
         views = plain(len(images), (SIZE,), jitter=True, factors=factors, order=order)
         theirs = np.stack([with_pillow(image, views, i, 0) for i, image in enumerate(images)])
-        ours = coloured(backend, images, views)
+        ours = colored(backend, images, views)
         # A mean luma that falls on the other side of a half moves the whole picture by a third of a level.
         mean, largest, bias = (1.5, 16, 0.8) if backend == "opencv" else (0.01, 9, 0.01)
         check(ours, theirs, mean, largest, bias)
@@ -312,9 +312,9 @@ def test_backends_agree(kind):
 
 def test_backends_agree_exactly_on_what_both_do_exactly():
     images = squares("drawn")
-    for changes in ({"solarise": True}, {"grey": True, "solarise": True}, {"sigma": 1.2}, {"grey": True, "sigma": 0.7}):
-        a, b = (coloured(backend, images, plain(len(images), (SIZE,), **changes)) for backend in ("opencv", "torch"))
-        wrong = a != b  # at halves, one rounds up and the other to even; solarising sends 127 and 128 to 127
+    for changes in ({"solarize": True}, {"gray": True, "solarize": True}, {"sigma": 1.2}, {"gray": True, "sigma": 0.7}):
+        a, b = (colored(backend, images, plain(len(images), (SIZE,), **changes)) for backend in ("opencv", "torch"))
+        wrong = a != b  # at halves, one rounds up and the other to even; solarizing sends 127 and 128 to 127
         assert wrong.mean() < 0.01
         assert np.abs(a.astype(int) - b).max() <= 1
 
@@ -413,8 +413,8 @@ def test_any_box_of_any_image_renders(shape, size, seed, data):
         (size, size),
         box=(top, left, h, w),
         flip=coin[0],
-        grey=coin[1],
-        solarise=coin[2],
+        gray=coin[1],
+        solarize=coin[2],
         sigma=rng.uniform(0.1, 3) * coin[3],
         order=rng.permutation(4),
         **changes,
@@ -465,7 +465,7 @@ def test_the_blur_kernel_is_pillows(sigma):
     assert np.abs(answer - 255 * kernel[1]).max() <= 2.5
 
 
-def test_normalise():
+def test_normalize():
     views = torch.randint(0, 256, (2, 3, 16, 16, 3), dtype=torch.uint8)
     ours = normalize(views)
     assert ours.shape == (6, 3, 16, 16)

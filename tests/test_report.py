@@ -71,13 +71,13 @@ SECTIONS = [
     "Result",
     "Where it looks",
     "What it takes for alike",
-    "Nearest neighbours",
+    "Nearest neighbors",
     "What it trained on",
     "Training",
 ]
 
 
-def test_a_labelled_run_has_every_section(photos, tmp_path):
+def test_a_labeled_run_has_every_section(photos, tmp_path):
     text, page = read(dino.train(OPTIONS, data=str(photos), out=str(tmp_path / "run")))
     assert page.headings[:6] == SECTIONS
     assert "k-NN" in text
@@ -91,7 +91,7 @@ def test_scenes_show_overlap_with_the_objects(tmp_path):
     assert "Jaccard" in text
 
 
-def test_an_unlabelled_run_stopped_at_once_says_how_to_go_on(tmp_path):
+def test_an_unlabeled_run_stopped_at_once_says_how_to_go_on(tmp_path):
     folder = tmp_path / "flat"
     folder.mkdir()
     for path in draw_images(tmp_path / "drawn", 12).rglob("*.jpg"):
@@ -123,7 +123,7 @@ def test_names_are_escaped_and_odd_images_and_cut_metrics_are_survived(photos, t
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A labelled run, and its images; tests change copies of it."""
+    """A labeled run, and its images; tests change copies of it."""
     folder = tmp_path_factory.mktemp("finished")
     photos = draw_images(folder / "photos")
     return dino.train(OPTIONS, data=str(photos), out=str(folder / "run")), photos
@@ -164,7 +164,7 @@ def test_the_headline_is_what_was_measured(finished, run):
     assert "--resume" not in text
 
 
-def test_colours_of_curves_follow_the_page(finished):
+def test_colors_of_curves_follow_the_page(finished):
     text, _ = read(finished[0])
     assert "var(--c1)" in text
     assert "#0a0b" not in text

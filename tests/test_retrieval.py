@@ -46,23 +46,23 @@ def test_queries_with_nothing_to_find_are_left_out():
 
 def test_original_whitening_is_the_references_and_fixed_decorrelates(golden):
     g = {k: torch.from_numpy(v) for k, v in golden("whitening").items()}
-    learnt = ranking.learn_whitening(g["features"], centred=False)
-    found = g["features"] @ learnt.projection.float()  # the file's are projected without taking off the mean
+    learned = ranking.learn_whitening(g["features"], centered=False)
+    found = g["features"] @ learned.projection.float()  # the file's are projected without taking off the mean
     off = (found * (found * g["whitened"]).sum(dim=0).sign() - g["whitened"]).abs().amax(dim=0)
     assert off[:13].max() < 1e-5
     # The last three variances are 50 to 30,000 times below the first: there the file shows its float32 covariance.
     assert (off[13:] < torch.tensor([3e-5, 3e-5, 1e-3])).all()
-    expected = (g["features"] - g["features"].mean(dim=0)) @ learnt.projection.float()
-    torch.testing.assert_close(learnt(g["features"]), expected, rtol=1e-4, atol=1e-4)
+    expected = (g["features"] - g["features"].mean(dim=0)) @ learned.projection.float()
+    torch.testing.assert_close(learned(g["features"]), expected, rtol=1e-4, atol=1e-4)
     unit = torch.eye(found.shape[1])
-    away = g["features"] + 5  # off the centre, the reference's covariance is mostly the mean's
-    original, fixed = (ranking.learn_whitening(away, centred)(away) for centred in (False, True))
+    away = g["features"] + 5  # off the center, the reference's covariance is mostly the mean's
+    original, fixed = (ranking.learn_whitening(away, centered)(away) for centered in (False, True))
     torch.testing.assert_close(fixed.T @ fixed / len(fixed), unit, rtol=0, atol=1e-4)
     assert (original.T @ original / len(original) - unit).abs().max() > 0.5
 
 
 def lay_out(folder: Path, changes: dict | None = None, box=(0, 0, 40, 40)) -> Path:
-    """24 drawn images of three colours, the first of each colour a query: its even fellows easy, its odd ones hard."""
+    """24 drawn images of three colors, the first of each color a query: its even fellows easy, its odd ones hard."""
     drawn = sorted(draw_images(folder / "drawn").rglob("*.jpg"))
     (folder / "jpg").mkdir()
     names = [f"{path.parent.name}-{path.stem}" for path in drawn]

@@ -63,8 +63,8 @@ def test_there_are_four_things():
 def test_things_differ_from_their_background():
     scenes = Scenes(50)
     for i in range(50):
-        grey, mask = scenes.read(i).mean(axis=2), scenes.mask(i)
-        assert np.abs(grey[mask] - np.median(grey[~mask])).mean() > 20
+        gray, mask = scenes.read(i).mean(axis=2), scenes.mask(i)
+        assert np.abs(gray[mask] - np.median(gray[~mask])).mean() > 20
 
 
 def test_pickles_as_its_parameters():

@@ -89,13 +89,13 @@ def test_the_command_finds_copies_first(embedded, album, tmp_path):
     result = json.loads(file.read_text())
     (asked,) = result["queries"]
     assert asked["query"] == str(query)
-    assert {entry["path"] for entry in asked["neighbours"][:3]} == {
+    assert {entry["path"] for entry in asked["neighbors"][:3]} == {
         "class1/001.jpg",
         "class2/copy0.jpg",
         "class2/copy1.jpg",
     }
-    assert [entry["cosine"] for entry in asked["neighbours"]] == sorted(
-        (e["cosine"] for e in asked["neighbours"]), reverse=True
+    assert [entry["cosine"] for entry in asked["neighbors"]] == sorted(
+        (e["cosine"] for e in asked["neighbors"]), reverse=True
     )
     assert result["recall"] > 0.9
     assert page.read_text().count("<img") == 6
@@ -217,7 +217,7 @@ def test_an_index_must_be_of_its_embedding(embedded, album, saved_model, tmp_pat
         assert "or damaged; add --rebuild." in capsys.readouterr().err
 
 
-def test_a_picture_that_is_gone_bad_is_grey_on_the_page(saved_model, tmp_path):
+def test_a_picture_that_is_gone_bad_is_gray_on_the_page(saved_model, tmp_path):
     photos = draw_images(tmp_path / "photos", 12)
     out = dino.embed(str(saved_model), str(photos), tmp_path / "x.parquet", device="cpu").path
     (photos / "class0" / "000.jpg").write_text("no image any more")

@@ -18,7 +18,7 @@ from dino.data.sources import Files, Source, open_source, split, subset
 
 
 def make(root: Path, *names: str) -> Path:
-    """Small images at root / name, grey value = their position."""
+    """Small images at root / name, gray value = their position."""
     for position, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,9 +117,9 @@ def test_labels_of_folders(tmp_path: Path) -> None:
     assert source.labels is not None
     assert source.labels.dtype == np.int64
     assert source.labels.tolist() == [0, 0, 1, 1]
-    unlabelled = open_source(str(classes), "none")
-    assert (unlabelled.classes, unlabelled.labels) == ((), None)
-    assert unlabelled.fingerprint != source.fingerprint == open_source(str(classes), "folders").fingerprint
+    unlabeled = open_source(str(classes), "none")
+    assert (unlabeled.classes, unlabeled.labels) == ((), None)
+    assert unlabeled.fingerprint != source.fingerprint == open_source(str(classes), "folders").fingerprint
 
     make(tmp_path / "mixed", "cat/1.png", "cat/2.png", "cat/4.png", "dog/1.png", "loose.png")
     assert open_source(str(tmp_path / "mixed")).labels is None
@@ -175,7 +175,7 @@ def test_bad_labels(tmp_path: Path) -> None:
     assert "'else/where.png', the images are e.g. 'b.png'" in message(root, str(table))
     table.write_text("b.png\n")
     assert "no column of labels" in message(root, str(table))
-    table.write_text("path,colour\nb.png,red\n")
+    table.write_text("path,color\nb.png,red\n")
     assert "no column of labels" in message(root, str(table))
     table.write_text("name;label\nb.png;1\n")
     assert "'name;label'" in message(root, str(table))

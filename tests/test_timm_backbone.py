@@ -176,12 +176,12 @@ def test_any_number_of_channels(name, channels):
 
 def test_one_channel_is_luma_with_luminous_statistics():
     views = torch.randint(0, 256, (2, 3, 5, 4, 3), dtype=torch.uint8)
-    grey = normalize(views, 1)
-    assert grey.shape == (6, 1, 5, 4)
+    gray = normalize(views, 1)
+    assert gray.shape == (6, 1, 5, 4)
     weights = torch.tensor([0.299, 0.587, 0.114])
     luma = (views.flatten(0, 1).double() / 255 @ weights.double()).unsqueeze(1)
     # ImageNet's mean and standard deviations, weighed the same way
-    torch.testing.assert_close(grey.double(), (luma - 0.458971) / 0.225609, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gray.double(), (luma - 0.458971) / 0.225609, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -217,12 +217,12 @@ def test_importing_the_models_does_not_import_timm():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "regnetx_002", "efficientnet_lite0"])
-def test_synchronised_batch_norm_is_the_same_network(name):
+def test_synchronized_batch_norm_is_the_same_network(name):
     """Parameters, keys and function survive the conversion, activations inside timm's norms included."""
     torch.manual_seed(0)
     model, images = nn.Sequential(TimmBackbone(name, image_size=64)).eval(), torch.randn(2, 3, 64, 64)
     parameters, keys, before = list(model.parameters()), list(model.state_dict()), model(images)
-    parallel.synchronise_batch_norm(model)  # pyright: ignore[reportArgumentType]
+    parallel.synchronize_batch_norm(model)  # pyright: ignore[reportArgumentType]
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert list(model.state_dict()) == keys
     assert sum(isinstance(m, nn.SyncBatchNorm) for m in model.modules()) > 10

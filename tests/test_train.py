@@ -42,7 +42,7 @@ def test_a_bare_folder_becomes_a_model_and_metrics(photos, tmp_path):
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
 
 
-def test_flat_unlabelled_folder(tmp_path):
+def test_flat_unlabeled_folder(tmp_path):
     draw_images(tmp_path / "nested", classes=1)
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -259,7 +259,7 @@ def test_tensorboard_events_hold_the_metrics(photos, tmp_path):
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
     assert {"loss", "lr", "weight_decay", "momentum", "teacher_temp", "teacher_entropy", "kl"} <= tags
-    assert {"centre_norm", "feature_std", "effective_rank", "grad_norm", "images_per_second"} <= tags
+    assert {"center_norm", "feature_std", "effective_rank", "grad_norm", "images_per_second"} <= tags
     assert {"data_wait_share", "peak_memory_gb"} <= tags
 
 
@@ -275,7 +275,7 @@ def collapse_run(tmp_path, **changes):
     return first, done.stderr, [line for line in lines if "loss" in line]
 
 
-def test_without_centring_one_prototype_dominates_and_is_named(tmp_path):
+def test_without_centering_one_prototype_dominates_and_is_named(tmp_path):
     first, said, _ = collapse_run(tmp_path, method__targets="none")
     assert first is not None
     assert first <= 200
@@ -297,13 +297,13 @@ def test_a_healthy_run_raises_no_alarm(tmp_path):
     assert lines[-1]["prototype_usage"] - lines[-1]["teacher_entropy"] > 0.3
 
 
-def test_sixteen_bit_and_palette_and_grey_train_too(tmp_path):
+def test_sixteen_bit_and_palette_and_gray_train_too(tmp_path):
     rng = np.random.default_rng(0)
     folder = tmp_path / "odd"
     folder.mkdir()
     for i in range(12):
-        grey = Image.fromarray(rng.integers(0, 255, (50, 40)).astype(np.uint8))
-        form = [grey, grey.convert("P"), grey.convert("LA"), grey.convert("CMYK")][i % 4]
+        gray = Image.fromarray(rng.integers(0, 255, (50, 40)).astype(np.uint8))
+        form = [gray, gray.convert("P"), gray.convert("LA"), gray.convert("CMYK")][i % 4]
         form.save(folder / f"{i}.{['png', 'png', 'png', 'tiff'][i % 4]}")
     run = dino.train(TRAIN, data=str(folder), out=str(tmp_path / "run"), epochs=1)
     assert not (run / "quarantine.jsonl").exists()

@@ -178,13 +178,13 @@ def test_the_loss_of_a_step_is_its_formula_in_float64(name):
     assert all(value.isfinite() for value in step.signs.values())
 
 
-def test_centring_moves_the_targets_of_mse_too():
+def test_centering_moves_the_targets_of_mse_too():
     method, groups = build("mse"), [g.flatten(0, 1) for g in views(0)]
     method(groups, 0.1)
-    centre = method.centre.value.clone()
-    torch.testing.assert_close(centre, 0.1 * method.teacher(groups[:1]).mean(dim=0))
+    center = method.center.value.clone()
+    torch.testing.assert_close(center, 0.1 * method.teacher(groups[:1]).mean(dim=0))
     s = F.normalize(method.student(groups).unflatten(0, (5, 8)), dim=-1)
-    t = F.normalize((method.teacher(groups[:1]) - centre).unflatten(0, (2, 8)), dim=-1)
+    t = F.normalize((method.teacher(groups[:1]) - center).unflatten(0, (2, 8)), dim=-1)
     expected = torch.stack([(t[q] - s[v]).pow(2).sum(-1).mean() for q, v in pairs(5)]).mean()
     torch.testing.assert_close(method(groups, 0.1).loss, expected)
 
@@ -326,7 +326,7 @@ def train(name: str, rank: int, ranks: int) -> list[float]:
         method.update_teacher(0.9, epoch_ends=step % 2 == 1)
     for network in (method.student, method.teacher):
         numbers += [value.norm().item() for value in network.parameters()]
-    return [*numbers, method.centre.value.norm().item()]
+    return [*numbers, method.center.value.norm().item()]
 
 
 def test_two_ranks_equal_one(tmp_path):

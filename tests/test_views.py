@@ -106,9 +106,9 @@ def test_probabilities(views, view):
     for values, prob in (
         (views.flip, OPTIONS.flip_prob),
         (views.jitter, OPTIONS.jitter_prob),
-        (views.grey, OPTIONS.grey_prob),
+        (views.gray, OPTIONS.gray_prob),
         (views.sigma > 0, OPTIONS.blur_prob[kind]),
-        (views.solarise, OPTIONS.solarise_prob[kind]),
+        (views.solarize, OPTIONS.solarize_prob[kind]),
     ):
         assert stats.binomtest(int(values[:, view].sum()), NUM, prob).pvalue > LEVEL
 
@@ -124,7 +124,7 @@ def test_sigma_is_distributed_as_the_references(views):
 def test_draws_are_independent_of_each_other(views):
     table = np.concatenate(
         [
-            np.stack([v[:, 2:4].astype(np.float64) for v in (views.flip, views.jitter, views.grey)], -1),
+            np.stack([v[:, 2:4].astype(np.float64) for v in (views.flip, views.jitter, views.gray)], -1),
             views.factors[:, 2:4],
             views.order[:, 2:4, :2],
             np.log(views.box[:, 2:4, 2:3] * views.box[:, 2:4, 3:]),
@@ -144,8 +144,8 @@ def test_draws_are_independent_of_each_other(views):
 
 @pytest.mark.parametrize("prob", [0.0, 1.0])
 def test_certain_and_impossible(prob):
-    views = draw(50, flip_prob=prob, jitter_prob=prob, grey_prob=prob, blur_prob=(prob,) * 3, solarise_prob=(prob,) * 3)
-    for values in (views.flip, views.jitter, views.grey, views.sigma > 0, views.solarise):
+    views = draw(50, flip_prob=prob, jitter_prob=prob, gray_prob=prob, blur_prob=(prob,) * 3, solarize_prob=(prob,) * 3)
+    for values in (views.flip, views.jitter, views.gray, views.sigma > 0, views.solarize):
         assert (values == prob).all()
 
 
@@ -180,7 +180,7 @@ def test_an_option_changes_only_its_own_numbers():
         ({"blur_sigma": (0.5, 3.0)}, {"sigma"}),
         ({"hue": 0.3}, {"factors"}),
         ({"local_scale": (0.2, 0.3)}, {"box"}),
-        ({"solarise_prob": (1.0, 0.0, 0.0)}, {"solarise"}),
+        ({"solarize_prob": (1.0, 0.0, 0.0)}, {"solarize"}),
     ):
         for name, values in columns(draw(20, **changes)).items():
             same = (values == base[name][:, : values.shape[1]]).all()

@@ -74,7 +74,7 @@ def full_weights(**changes: object) -> Weights:
     state |= {f"student.backbone.{k}": v for k, v in random_state(create(**found.arguments), 1).items()}
     for seed, role in enumerate(("student", "teacher"), 2):
         state |= {f"{role}.head.{k}": v for k, v in random_state(head, seed).items()}
-    return Weights("test", found.arguments, state | {"centre.value": torch.randn(64)})
+    return Weights("test", found.arguments, state | {"center.value": torch.randn(64)})
 
 
 KINDS = ("hf", "reference", "reference-checkpoint", "safetensors", "timm")  # those that hold weights
@@ -135,7 +135,7 @@ def test_resnet50_has_torchvisions_keys():
 def test_the_references_own_keys_are_ours():
     """Its ViT's keys and shapes, as recorded from the reference itself, load as they are."""
     shapes = json.loads((GOLDEN / "state_dict_shapes.json").read_text())["vit_tiny16"]
-    found = formats.recognise({name: torch.zeros(shape) for name, shape in shapes.items()}, "test")[0]
+    found = formats.recognize({name: torch.zeros(shape) for name, shape in shapes.items()}, "test")[0]
     assert (found["arch"], found["patch_size"], found["image_size"], found["num_heads"]) == ("vit_tiny", 16, 224, 3)
 
 
@@ -423,8 +423,8 @@ def first_loss(photos, out, **changes) -> float:
 
 
 def test_continued_training_starts_at_the_old_loss(photos, tmp_path, capsys):
-    """With heads and centre the loss goes on where it was, also by way of the reference's format; docs/weights.md shows a
-    run of some length, with the centre found again, and the fall back without heads."""
+    """With heads and center the loss goes on where it was, also by way of the reference's format; docs/weights.md shows a
+    run of some length, with the center found again, and the fall back without heads."""
     same = {"method.momentum": 0.9, "method.teacher_temp": 0.07, "method.teacher_temp_start": 0.07, "optim.lr": 0.03}
     teach = TINY | same | {"epochs": 40, "batch_size": 16, "stop_after": 40, "log.every": 1}
     draw_images(photos, 64)
@@ -441,26 +441,26 @@ def test_continued_training_starts_at_the_old_loss(photos, tmp_path, capsys):
         assert cli.main(["convert", str(run), "--to", kind, "--out", str(tmp_path / f"{kind}.pth")]) == 0
     content = torch.load(tmp_path / "reference-checkpoint.pth", weights_only=False)
     del content["dino_loss"]
-    torch.save(content, tmp_path / "no-centre.pth")
+    torch.save(content, tmp_path / "no-center.pth")
     capsys.readouterr()
-    first_loss(photos, tmp_path / "b", init=str(tmp_path / "no-centre.pth"), **{"model.num_heads": 2} | same)
-    assert "The centre is the mean over" in capsys.readouterr().err
+    first_loss(photos, tmp_path / "b", init=str(tmp_path / "no-center.pth"), **{"model.num_heads": 2} | same)
+    assert "The center is the mean over" in capsys.readouterr().err
     by_way = first_loss(
         photos, tmp_path / "c", init=str(tmp_path / "reference-checkpoint.pth"), **{"model.num_heads": 2} | same
     )
     assert by_way == pytest.approx(continued, rel=1e-5)
 
 
-def test_a_missing_centre_is_the_mean_of_the_teachers_outputs(photos, tmp_path):
+def test_a_missing_center_is_the_mean_of_the_teachers_outputs(photos, tmp_path):
     options = replace(TrainOptions(), TINY | {"data.path": str(photos), "method.teacher_temp_epochs": 0})
     source = open_source(str(photos))
     batches = view_batches(replace(options, {"views.num_local": 0}), source, torch.device("cpu"))
     options = replace(options, {"optim.warmup_epochs": 0})
     trainer = Trainer(options, tmp_path / "run", source, batches, torch.device("cpu"), Terminal(False))
-    trainer.method.centre.value.fill_(7)
-    assert init.estimate_centre(trainer, batches) == 2 * 4 * (24 // 4)
+    trainer.method.center.value.fill_(7)
+    assert init.estimate_center(trainer, batches) == 2 * 4 * (24 // 4)
     outputs = [trainer.method.teacher([normalize(batches[step].prepared[0])]) for step in range(24 // 4)]
-    torch.testing.assert_close(trainer.method.centre.value, torch.cat(outputs).mean(dim=0))
+    torch.testing.assert_close(trainer.method.center.value, torch.cat(outputs).mean(dim=0))
 
 
 def test_start_of_another_shape_is_refused(photos, tmp_path):
@@ -493,6 +493,6 @@ def test_other_sizes_are_interpolated(tmp_path):
     adopted = init.adopt(options, given)
     assert (adopted.model.patch_size, adopted.head.hidden_dim, adopted.head.batch_norm) == (8, 32, True)
     method = build_method(replace(adopted, {"views.local_size": 48}))
-    init.initialise(method, given)
+    init.initialize(method, given)
     expected = resize_positions(given.backbone()["pos_embed"], 12, 12, "offset")
     assert torch.equal(method.teacher.backbone.pos_embed, expected)

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from dino.features.search import duplicates, outliers, search
     from dino.features.sklearn import DinoFeatures
     from dino.look.attention import finer_patches
-    from dino.look.pictures import attention_maps, match_patches, pca_colours, video_frames
+    from dino.look.pictures import attention_maps, match_patches, pca_colors, video_frames
     from dino.models import create
     from dino.run import train
     from dino.weights import load
 
 __version__ = "0.1.0"
 __all__ = ["DinoFeatures", "attention_maps", "create", "duplicates", "embed", "evaluate", "export", "finer_patches"]
-__all__ += ["load", "match_patches", "outliers", "pca_colours", "search", "train", "video_frames"]
+__all__ += ["load", "match_patches", "outliers", "pca_colors", "search", "train", "video_frames"]
 
 _HOME = {
     "DinoFeatures": "dino.features.sklearn",
@@ -33,7 +33,7 @@ _HOME = {
     "load": "dino.weights",
     "match_patches": "dino.look.pictures",
     "outliers": "dino.features.search",
-    "pca_colours": "dino.look.pictures",
+    "pca_colors": "dino.look.pictures",
     "search": "dino.features.search",
     "train": "dino.run",
     "video_frames": "dino.look.pictures",

@@ -37,8 +37,8 @@ from dino.terminal import Terminal
 
 DATA, LOADER, STEPS = 0.1, 0.2, 0.6  # shares of the seconds asked for; the rest is getting ready
 LONGEST_STEP = 0.08  # of them too: a step that would take longer is measured on fewer images
-STEP = ("transfer, render", "normalise", "teacher", "student", "backward", "optimiser", "EMA", "other")
-ONCE = ("optimiser", "EMA")  # cost the same however many images a step has
+STEP = ("transfer, render", "normalize", "teacher", "student", "backward", "optimizer", "EMA", "other")
+ONCE = ("optimizer", "EMA")  # cost the same however many images a step has
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -89,7 +89,7 @@ def step_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
     method, device = trainer.method, trainer.device
     functions: dict[str, tuple[Any, str]] = {
         "whole": (trainer, "_train_step"),
-        "normalise": (train, "normalise"),
+        "normalize": (train, "normalize"),
         "gradients": (trainer, "gradients"),
         "teacher": (method, "teach"),
         "forward": (trainer, "student"),
@@ -102,10 +102,10 @@ def step_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
         functions["transfer, render"] = (trainer, "render")
     with watched(device, **functions) as t:
         trainer._train_step(batch)
-    parts = {name: t[name] for name in ("transfer, render", "normalise", "teacher", "EMA") if name in t}
+    parts = {name: t[name] for name in ("transfer, render", "normalize", "teacher", "EMA") if name in t}
     parts["student"] = t["forward"] + t["loss"]
     parts["backward"] = t["gradients"] - t["teacher"] - parts["student"]
-    parts["optimiser"] = t["clip"] + t["update"]
+    parts["optimizer"] = t["clip"] + t["update"]
     parts["other"] = max(0.0, t["whole"] - sum(parts.values()))
     return {name: parts[name] for name in STEP if name in parts}
 
@@ -216,7 +216,7 @@ def advise(trainer: Trainer, data: dict[str, float], loader: float, step: dict[s
     slowest = max(step["parts"], key=lambda name: step["parts"][name])
     found = f"The step is the bottleneck, most of it {slowest} ({100 * step['parts'][slowest] / total:.0f} %)"
     if fixed > 0.25:
-        return f"The step is the bottleneck, {100 * fixed:.0f} % of it optimiser and EMA: use a larger --batch-size."
+        return f"The step is the bottleneck, {100 * fixed:.0f} % of it optimizer and EMA: use a larger --batch-size."
     if trainer.device.type == "cuda" and trainer.precision == "fp32":
         return f"{found}, in full precision: use --precision bf16."
     if trainer.device.type == "cpu" and trainer.precision == "bf16" and share < 0.3:
@@ -281,7 +281,7 @@ def bench(options: BenchOptions) -> None:
         data = measure_data(batches, workers, DATA * options.seconds)
         terminal.say(f"2/3 the loader with {_workers(workers)} ...")
         loader = measure_loader(batches, workers, device.type == "cuda", LOADER * options.seconds)
-        terminal.say("3/3 teacher, student, backward, optimiser, EMA ...")
+        terminal.say("3/3 teacher, student, backward, optimizer, EMA ...")
         step = measure_step(trainer, options.seconds)
     advice = advise(trainer, data, loader, step)
     result = {

@@ -14,7 +14,7 @@ from PIL import Image
 from dino.data.evaluation_views import resize_and_crop
 from dino.data.sources import Source
 
-NEIGHBOURS = 6  # of a row
+NEIGHBORS = 6  # of a row
 
 
 EDGE = 224  # longest side of an embedded picture, pixels

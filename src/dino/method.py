@@ -1,15 +1,15 @@
 """DINO: self-distillation with no labels (Caron et al. 2021), in the order and the words of the paper's Algorithm 1.
 
-    gs, gt: student and teacher networks        C: centre [K]        tps, tpt: temperatures        l, m: momenta
+    gs, gt: student and teacher networks        C: center [K]        tps, tpt: temperatures        l, m: momenta
     gt.params = gs.params
     for x in loader:
         x1, x2 = augment(x), augment(x)           `dino.data` (with multi-crop: 2 global and several local views)
         s1, s2 = gs(x1), gs(x2)                   `Network.forward`: one backbone pass per resolution
         t1, t2 = gt(x1), gt(x2)
-        loss = H(t1, s2)/2 + H(t2, s1)/2          `DINO.teach`: `Centre`, `sharpen`; `DINO.learn`: `cross_entropy`
-        loss.backward(); update(gs)               the engine: autograd and an optimiser
+        loss = H(t1, s2)/2 + H(t2, s1)/2          `DINO.teach`: `Center`, `sharpen`; `DINO.learn`: `cross_entropy`
+        loss.backward(); update(gs)               the engine: autograd and an optimizer
         gt.params = l*gt.params + (1-l)*gs.params `DINO.update_teacher`
-        C = m*C + (1-m)*cat([t1, t2]).mean(dim=0) `Centre.update` (used before it is updated)
+        C = m*C + (1-m)*cat([t1, t2]).mean(dim=0) `Center.update` (used before it is updated)
 
 Plain PyTorch: neither options nor data are known here. Letters: n images, v views (the g global ones first),
 k prototypes.
@@ -27,7 +27,7 @@ from dino import distributed, variants
 from dino.models import Head
 
 Teacher = Literal["momentum", "previous-epoch", "previous-iteration", "student"]
-Targets = Literal["centring", "softmax-batch", "sinkhorn", "none"]
+Targets = Literal["centering", "softmax-batch", "sinkhorn", "none"]
 Loss = Literal["cross-entropy", "mse", "infonce"]
 
 
@@ -54,8 +54,8 @@ def _at_least_float32(scores: Tensor) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-class Centre(nn.Module):
-    """Centring (Eq. 4): a moving mean of the teacher's outputs, over all ranks, subtracted from them."""
+class Center(nn.Module):
+    """Centering (Eq. 4): a moving mean of the teacher's outputs, over all ranks, subtracted from them."""
 
     value: Tensor
 
@@ -72,10 +72,10 @@ class Centre(nn.Module):
 
 
 def sharpen(
-    scores: Float[Tensor, "gn k"], centre: Float[Tensor, " k"], temp: float
+    scores: Float[Tensor, "gn k"], center: Float[Tensor, " k"], temp: float
 ) -> tuple[Float[Tensor, "gn k"], Float[Tensor, " gn"]]:
-    """The teacher's distribution softmax((scores - centre) / temp) and its entropy in nats (Eq. 1, section 3.1)."""
-    logits = (_at_least_float32(scores) - centre) / temp
+    """The teacher's distribution softmax((scores - center) / temp) and its entropy in nats (Eq. 1, section 3.1)."""
+    logits = (_at_least_float32(scores) - center) / temp
     log_probs = logits.log_softmax(dim=-1)
     probs = log_probs.exp()
     return probs, -(probs * log_probs).sum(dim=-1)
@@ -92,8 +92,8 @@ def cross_entropy(
     v, n, g = len(student_scores), student_scores.shape[1], len(targets)
     x = _at_least_float32(student_scores) / student_temp
     lse = x.logsumexp(dim=-1).sum(dim=1)  # [v]
-    normaliser = (g - 1) * lse[:g].sum() + g * lse[g:].sum()
-    return (normaliser - pair_products(x, targets)) / (n * g * (v - 1))
+    normalizer = (g - 1) * lse[:g].sum() + g * lse[g:].sum()
+    return (normalizer - pair_products(x, targets)) / (n * g * (v - 1))
 
 
 class Taught(NamedTuple):
@@ -115,7 +115,7 @@ class Step(NamedTuple):
 
 
 class DINO(nn.Module):
-    """Student, teacher and centre.
+    """Student, teacher and center.
 
     The teacher is a copy of the student that gets no gradients; it is built without stochastic depth or predictor and
     stays in training mode as in the reference. `teacher_is`, `targets` and `loss` are the paper's variants; with
@@ -130,16 +130,16 @@ class DINO(nn.Module):
         student: Network,
         teacher: Network,
         student_temp: float = 0.1,
-        centre_momentum: float = 0.9,
+        center_momentum: float = 0.9,
         teacher_is: Teacher = "momentum",
-        targets: Targets = "centring",
+        targets: Targets = "centering",
         loss: Loss = "cross-entropy",
         queue_size: int = 65536,
     ):
         super().__init__()
         self.student, self.teacher = student, teacher
         self.out_dim = teacher.head.out_dim
-        self.centre = Centre(self.out_dim, centre_momentum)
+        self.center = Center(self.out_dim, center_momentum)
         self.student_temp, self.teacher_is, self.targets, self.loss = student_temp, teacher_is, targets, loss
         teacher.load_state_dict({k: v for k, v in student.state_dict().items() if ".predictor." not in k})
         teacher.requires_grad_(False)
@@ -160,10 +160,10 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def teach(self, global_views: Float[Tensor, "gn c s s"], temp: float, parts: int = 1) -> Taught:
-        """Targets for the student; moves the centre (or the queue) on, once they are made.
+        """Targets for the student; moves the center (or the queue) on, once they are made.
 
         The signs, in nats: `teacher_entropy` (mean entropy of the targets; KL = loss - entropy, section 5.3),
-        `prototype_usage` (entropy of the mean target: ln K when all prototypes are used alike) and `centre_norm`; for
+        `prototype_usage` (entropy of the mean target: ln K when all prototypes are used alike) and `center_norm`; for
         losses on vectors `target_spread` (`dino.variants.spread`).
 
         Args:
@@ -176,13 +176,13 @@ class DINO(nn.Module):
             usage = torch.special.entr(targets.mean(dim=0)).sum()
             signs = {"teacher_entropy": entropy.mean(), "prototype_usage": usage}
         else:
-            targets, signs = scores - self.centre.value, {"target_spread": feature_spread(scores)}
+            targets, signs = scores - self.center.value, {"target_spread": feature_spread(scores)}
         if self.loss == "infonce":
             negatives = self.negatives.values.clone()
             self.negatives.push(scores)
-        if self.targets == "centring":
-            self.centre.update(scores)
-            signs["centre_norm"] = self.centre.value.norm()
+        if self.targets == "centering":
+            self.center.update(scores)
+            signs["center_norm"] = self.center.value.norm()
         return Taught(targets.unflatten(0, (2, -1)), negatives, signs)
 
     def learn(self, student_scores: Float[Tensor, "vn k"], taught: Taught) -> Float[Tensor, ""]:
@@ -197,8 +197,8 @@ class DINO(nn.Module):
 
     def _distribution(self, scores: Float[Tensor, "gn k"], temp: float) -> tuple[Tensor, Tensor]:
         """Targets [gn, k] and their entropies [gn]."""
-        if self.targets in ("centring", "none"):  # without centring the centre stays zero
-            return sharpen(scores, self.centre.value, temp)
+        if self.targets in ("centering", "none"):  # without centering the center stays zero
+            return sharpen(scores, self.center.value, temp)
         log_probs = variants.sinkhorn(scores, temp, iterations=3 if self.targets == "sinkhorn" else 1)
         probs = log_probs.exp()
         return probs, -(probs * log_probs).sum(dim=-1)
@@ -241,6 +241,6 @@ def pair_products(student: Float[Tensor, "v n d"], teacher: Float[Tensor, "g n d
 
 @torch.no_grad()
 def feature_spread(vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """Standard deviation of L2-normalised vectors times sqrt(d): 0 when all are the same, 1 when all over the sphere."""
+    """Standard deviation of L2-normalized vectors times sqrt(d): 0 when all are the same, 1 when all over the sphere."""
     unit = F.normalize(vectors.float(), dim=-1)
     return unit.std(dim=0).mean() * unit.shape[1] ** 0.5

@@ -36,7 +36,7 @@ class Table(NamedTuple):
 TINY_RECIPE, TINY_EPOCHS = "cifar10", 8
 
 _TINY_QUEUE = {"method.queue_size": 2048}
-# One pass of normalisation over a batch of 32 lets a student that is its own teacher drift at the tiny recipe's rate.
+# One pass of normalization over a batch of 32 lets a student that is its own teacher drift at the tiny recipe's rate.
 _BATCH = NO_MOMENTUM | {"method.targets": "softmax-batch"}
 _SINGLE = {"views.num_local": 0}
 _TEN_CROPS = {"views.num_local": 10}
@@ -71,10 +71,10 @@ TABLES: dict[str, Table] = {
     "14": Table(
         "Momentum teacher and what is done to its outputs (Table 14)",
         [
-            Row("momentum, centring", {}, None, 76.1),
+            Row("momentum, centering", {}, None, 76.1),
             Row("momentum, softmax over the batch", {"method.targets": "softmax-batch"}, None, 75.8),
             Row("momentum, Sinkhorn-Knopp", {"method.targets": "sinkhorn"}, None, 76.0),
-            Row("no momentum, centring", NO_MOMENTUM, None, 0.1),
+            Row("no momentum, centering", NO_MOMENTUM, None, 0.1),
             Row("no momentum, softmax over the batch", _BATCH, None, 72.2, _BATCH | {"optim.lr": 2e-3}),
             Row("no momentum, Sinkhorn-Knopp", SWAV, None, 71.8),
         ],
@@ -86,7 +86,7 @@ TABLES: dict[str, Table] = {
             Row("BYOL", BYOL | _SINGLE, None, 71.4),
             Row("BYOL, no predictor", BYOL | _SINGLE | {"head.predictor": False}, None, 0.1),
             Row("BYOL, multi-crop", BYOL, None, 64.8),
-            Row("MSE with centring, no multi-crop", {"method.loss": "mse"} | _SINGLE, None, 52.6),
+            Row("MSE with centering, no multi-crop", {"method.loss": "mse"} | _SINGLE, None, 52.6),
             Row("MoCo-v2", MOCO | _SINGLE, None, 71.6, MOCO | _SINGLE | _TINY_QUEUE),
             Row("MoCo-v2, multi-crop", MOCO, None, 73.4, MOCO | _TINY_QUEUE),
             Row("DINO", {}, None, 76.1),
@@ -104,10 +104,10 @@ TABLES: dict[str, Table] = {
         paper_base=_TEN_CROPS,
     ),
     "collapse": Table(
-        "Centring and sharpening against collapse (Fig. 7, which gives curves)",
+        "Centering and sharpening against collapse (Fig. 7, which gives curves)",
         [
             Row("both", {}),
-            Row("no centring", {"method.targets": "none"}),
+            Row("no centering", {"method.targets": "none"}),
             Row("no sharpening", {"method.teacher_temp": 0.1, "method.teacher_temp_start": 0.1}),
         ],
     ),
@@ -152,7 +152,7 @@ TABLES: dict[str, Table] = {
         paper_base={"head.out_dim": 4096},
     ),
     "activation": Table(
-        "Batch normalisation and activation of the head",
+        "Batch normalization and activation of the head",
         [
             Row("no BN, GELU", {}, 69.7),
             Row("BN, GELU", {"head.batch_norm": True}, 68.6),
@@ -160,10 +160,10 @@ TABLES: dict[str, Table] = {
         ],
         "vit_small_100ep",
     ),
-    "centre": Table(
-        "Momentum of the centre",
+    "center": Table(
+        "Momentum of the center",
         [
-            Row(f"{m:g}", {"method.centre_momentum": m}, knn)
+            Row(f"{m:g}", {"method.center_momentum": m}, knn)
             for m, knn in ((0, 69.1), (0.9, 69.7), (0.99, 69.4), (0.999, 0.1))
         ],
         "vit_small_100ep",

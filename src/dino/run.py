@@ -113,12 +113,12 @@ def set_up(
         trainer.split_steps(split)
         terminal.say(describe_split(split, needed))
     if found is not None:
-        terminal.say(init.initialise(trainer.method, found))
-        if init.needs_centre(trainer.method, found):
+        terminal.say(init.initialize(trainer.method, found))
+        if init.needs_center(trainer.method, found):
             globals_only = view_batches(
                 replace(resolved, {"views.num_local": 0, "data.decode": "workers"}), source, device
             )
-            terminal.say(f"The centre is the mean over {init.estimate_centre(trainer, globals_only)} global views.")
+            terminal.say(f"The center is the mean over {init.estimate_center(trainer, globals_only)} global views.")
     distributed.from_main(lambda: prepare(resolved, folder))
     if options.resume is not None and trainer.resume():
         terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")

@@ -34,7 +34,7 @@ def _logsumexp_over_ranks(logits: Float[Tensor, "b k"]) -> Float[Tensor, " k"]:
 
 
 def squared_distance(student: Float[Tensor, "v n d"], teacher: Float[Tensor, "g n d"]) -> Float[Tensor, ""]:
-    """Mean of |s - t|^2 = 2 - 2 cos(s, t) over pairs of different views, both L2-normalised (BYOL's loss)."""
+    """Mean of |s - t|^2 = 2 - 2 cos(s, t) over pairs of different views, both L2-normalized (BYOL's loss)."""
     v, n, g = len(student), student.shape[1], len(teacher)
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     return 2 - 2 * pair_products(student, teacher) / (n * g * (v - 1))
@@ -58,7 +58,7 @@ def info_nce(
 
 
 class Negatives(nn.Module):
-    """A queue of the teacher's latest projections of all ranks, L2-normalised: what MoCo contrasts with."""
+    """A queue of the teacher's latest projections of all ranks, L2-normalized: what MoCo contrasts with."""
 
     values: Tensor
     oldest: Tensor

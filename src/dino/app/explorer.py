@@ -24,7 +24,7 @@ from dino.engine.checkpoint import Checkpoints
 from dino.features.embed import Folder, embed
 from dino.features.search import Index, ask, duplicates, refuse_other
 from dino.look.patches import axes_of, patch_features
-from dino.look.pictures import Coloured, Look, attention_maps, chosen_size, fitted, heat, large, mosaic
+from dino.look.pictures import Colored, Look, attention_maps, chosen_size, fitted, heat, large, mosaic
 from dino.models import Backbone
 from dino.weights import fingerprint
 
@@ -45,7 +45,7 @@ class Shown:
     pixels: np.ndarray  # [h, w, 3] uint8, of whole patches
     original: np.ndarray  # as it was read
     features: Tensor  # [cells, d], of length 1
-    colours: np.ndarray  # [h, w, 3] uint8, the features on their three main axes
+    colors: np.ndarray  # [h, w, 3] uint8, the features on their three main axes
     look: Look | None  # None: this model has no attention
 
     @property
@@ -66,7 +66,7 @@ class Explorer:
         self.model, self.run, self.data = model, run, data
         self.lock = threading.Lock()
         self.source: Source | None = None if data is None else open_images(data)
-        self.neighbours: Index | None = None  # of an embedding
+        self.neighbors: Index | None = None  # of an embedding
         if embedding is not None:
             self._use(Folder.open(embedding))
             if self.source is None:
@@ -114,13 +114,13 @@ class Explorer:
         names = ["mean of all heads", *(f"head {j}" for j in range(len(pictures) - 1))]
         return list(zip([pictures[-1], *pictures[:-1]], names, strict=True))
 
-    def colours(self, shown: Shown) -> np.ndarray:
-        """Its patches' features as colours."""
-        return shown.zoomed(shown.colours)
+    def colors(self, shown: Shown) -> np.ndarray:
+        """Its patches' features as colors."""
+        return shown.zoomed(shown.colors)
 
     def _painted(self, pixels: np.ndarray, features: Tensor) -> np.ndarray:
-        colours = axes_of([features]).colours(features).view(*self.model.grid(*pixels.shape[:2]), 3)
-        return Coloured(pixels, colours.numpy()).picture
+        colors = axes_of([features]).colors(features).view(*self.model.grid(*pixels.shape[:2]), 3)
+        return Colored(pixels, colors.numpy()).picture
 
     def alike(self, a: Shown, b: Shown | None, point: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         """How like the patch at `point` (x, y; pixels of `a` zoomed) is to each patch of `a` and of `b`."""
@@ -186,7 +186,7 @@ class Explorer:
     def _use(self, folder: Folder) -> None:
         refuse_other(folder, self.model)
         embedding = folder.read()
-        self.images, self.neighbours = embedding.images(), Index(embedding)
+        self.images, self.neighbors = embedding.images(), Index(embedding)
 
     def index(self, cache: Path) -> Iterator[tuple[int, int]]:
         """Embed the data, or use what `cache` has of it: images done, and of how many."""
@@ -238,13 +238,13 @@ class Explorer:
         return said, shown
 
     def _ready(self) -> Index:
-        if self.neighbours is None:
+        if self.neighbors is None:
             raise ValueError("The images are not indexed yet: press the button first.")
-        return self.neighbours
+        return self.neighbors
 
 
 def thumbnail(source: Source, position: int) -> np.ndarray:
-    """A grey square where the image cannot be read."""
+    """A gray square where the image cannot be read."""
     picture = Image.fromarray(WithPlaceholders(source).read(position))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return np.asarray(picture)

@@ -25,19 +25,19 @@ CSS = """footer {display: none !important} .gradio-container {max-width: 1280px 
 .tight .grid-wrap {min-height: 0 !important; height: auto !important; max-height: none !important}
 .tight .thumbnail-item {aspect-ratio: auto !important; height: auto !important}"""
 ABOUT = """# dino · {name}
-What this model learnt to see, without a single label. Drop an image, or pick one."""
+What this model learned to see, without a single label. Drop an image, or pick one."""
 LOOKS = """Where the model looks to describe the whole image. Every **head** looks for itself; bright is where it looks
 most."""
 MASKS = """The part of the image that holds this share of a head's attention; the rest is dimmed. Nobody taught it what an
 object is."""
 ALIKE = """**Click a patch** of the first image: bright are the patches, in both images, that the model thinks are like it. A
 frame marks the one you clicked, and the most similar one of the second image. On the right, what is alike has the same
-colour (PCA)."""
+color (PCA)."""
 NEAREST = """The images that the model thinks are most like yours, with their cosine similarity: 1 is the same."""
 COPIES = """### Near-copies
 Images that are all but the same: resized, recompressed, slightly cropped, or taken a moment later."""
 TIME = """The same image through the checkpoints of the run: attention (mean of all heads), and features of patches as
-colours. A run keeps its last two checkpoints; train with `--log.keep 20` to see more of its way."""
+colors. A run keeps its last two checkpoints; train with `--log.keep 20` to see more of its way."""
 NOTHING = "There are no images to search: start the explorer with `--data FOLDER` or `--embedding FILE`."
 
 
@@ -125,7 +125,7 @@ class Page:
         with gr.Row():
             self.a = self._image("a", "**Click a patch**")
             self.b = self._image("b", "Second image")
-            self.pca = self._image("pca", "Features as colours")
+            self.pca = self._image("pca", "Features as colors")
         with gr.Accordion("Choose a second image", open=False):
             self.other_file, self.other_picks = self._chooser("Drop a second image here", "second", 6)
 
@@ -133,7 +133,7 @@ class Page:
         explorer = self.explorer
         gr.Markdown(NEAREST)
         total = 0 if explorer.source is None else len(explorer.source)
-        wanted = explorer.neighbours is None and total > 0
+        wanted = explorer.neighbors is None and total > 0
         self.index = gr.Button(f"Index the {total:,} images", variant="primary", visible=wanted, elem_id="index")
         self.progress = gr.Markdown("" if total else NOTHING, elem_id="progress")
         self.found = self._gallery("found", 5)
@@ -196,10 +196,10 @@ class Page:
         if shown is None:
             return None, None, None, None
         heads, masks = (e.heads(shown), e.masks(shown, mass)) if e.sees else (None, None)
-        return heads, masks, shown.zoomed(), e.colours(shown)
+        return heads, masks, shown.zoomed(), e.colors(shown)
 
     def _nearest_of(self, shown: Shown | None) -> Any:
-        return None if shown is None or self.explorer.neighbours is None else self.explorer.nearest(shown, 10)
+        return None if shown is None or self.explorer.neighbors is None else self.explorer.nearest(shown, 10)
 
     def _alike_to(self, first: Shown | None, second: Shown | None, event: gr.SelectData) -> tuple[Any, Any]:
         return (None, None) if first is None else self.explorer.alike(first, second, event.index)

@@ -4,8 +4,8 @@ Whatever a file holds, `decode` returns an array or raises `BadImage`: one broke
 run. Only six kinds of image are tried, so a file cannot pick an exotic parser (PostScript, fonts) for itself.
 Pillow reads the header and decides; only the pixels of a faultless JPEG, most of all files, come from simplejpeg: the same
 pixels from the same library underneath (libjpeg-turbo), in three quarters of Pillow's time, which stores four bytes a pixel.
-Transparency is composited on white, because cut-outs and logos are drawn to be seen on a page; the colours stored
-under transparent pixels are arbitrary and would otherwise be learnt from.
+Transparency is composited on white, because cut-outs and logos are drawn to be seen on a page; the colors stored
+under transparent pixels are arbitrary and would otherwise be learned from.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class BadImage(Exception):
 def decode(file: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The image in a file (a path) or in memory (bytes), first frame, turned upright by its EXIF orientation.
 
-    8-bit colours are kept as stored (no colour management). 16-bit grey keeps its full range, 0..65535 to 0..255;
-    32-bit integer and float grey have no agreed range and are stretched from their smallest to their largest value.
+    8-bit colors are kept as stored (no color management). 16-bit gray keeps its full range, 0..65535 to 0..255;
+    32-bit integer and float gray have no agreed range and are stretched from their smallest to their largest value.
 
     Returns a writable, contiguous [h, w, 3] uint8 array.
     Raises BadImage, and nothing else, when there is no usable image. An image of more than `max_pixels` is refused
@@ -124,7 +124,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
-        return _grey16(image)
+        return _gray16(image)
     if image.mode in ("I", "F"):
         return _stretched(image)
     if not image.has_transparency_data:
@@ -135,25 +135,25 @@ def _rgb(image: Image.Image) -> Image.Image:
     return page
 
 
-def _grey16(image: Image.Image) -> Image.Image:
+def _gray16(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.uint32)
-    grey = ((values + 128) // 257).astype(np.uint8)
-    clear = image.info.get("transparency")  # one grey value that stands for "transparent"
+    gray = ((values + 128) // 257).astype(np.uint8)
+    clear = image.info.get("transparency")  # one gray value that stands for "transparent"
     if isinstance(clear, int):
-        grey[values == clear] = 255
-    return Image.fromarray(grey).convert("RGB")
+        gray[values == clear] = 255
+    return Image.fromarray(gray).convert("RGB")
 
 
 def _stretched(image: Image.Image) -> Image.Image:
-    with np.errstate(all="ignore"):  # a signalling NaN makes even the cast complain
+    with np.errstate(all="ignore"):  # a signaling NaN makes even the cast complain
         values = np.asarray(image).astype(np.float64)
         finite = np.isfinite(values)
         if not finite.any():
             raise BadImage("no finite pixel")
         low, high = values[finite].min(), values[finite].max()
         values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-        grey = np.rint((values - low) * (255 / ((high - low) or 1.0)))
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        gray = np.rint((values - low) * (255 / ((high - low) or 1.0)))
+    return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """JPEG files as they are, for a device to decode (`--data.decode device`): a worker reads no more than their headers.
 
 What a device might make other pixels of than `dino.data.decode` does, or what it cannot decode at all, a worker decodes as
-ever: other formats, other colours than YCbCr and grey, images to be turned upright, files that are cut off.
+ever: other formats, other colors than YCbCr and gray, images to be turned upright, files that are cut off.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _decodable(data: bytes) -> Jpeg | None:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         image = Image.open(io.BytesIO(data), formats=("JPEG",))
         upright = image.getexif().get(ORIENTATION, 1) == 1 if {"exif", "xmp"} & image.info.keys() else True
-    stored = {"L": [1], "RGB": [1, 2, 3]}  # numbers of grey, and of Y, Cb and Cr
+    stored = {"L": [1], "RGB": [1, 2, 3]}  # numbers of gray, and of Y, Cb and Cr
     usual = [component[0] for component in getattr(image, "layer", ())] == stored.get(image.mode)
     if not upright or not usual or image.info.get("adobe_transform", 1) != 1:
         return None

@@ -7,7 +7,7 @@ that are zero outside of a view's box. An image too large for that is cut by its
 
 Of files that the device decodes itself (`dino.data.device_decode`) the worker hands over the bytes.
 
-Axes: n images, v views of a size, s pixels of their edge; m = v * n, view by view. Colour is RGB, 0 to 255.
+Axes: n images, v views of a size, s pixels of their edge; m = v * n, view by view. Color is RGB, 0 to 255.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class DeviceRenderer:
                 whole = x.new_empty(len(x), num_images, *x.shape[2:])
                 whole[:, placed], whole[:, others] = x, crops.permute(0, 1, 4, 2, 3).to(x.dtype)
                 x = whole
-            groups.append(self.colour(x, Parameters(views, kernels, group, self.device)))
+            groups.append(self.color(x, Parameters(views, kernels, group, self.device)))
         return groups
 
     def _pages(self, canvas: Tensor, data: Tensor, sizes: Tensor) -> Tensor:
@@ -101,10 +101,10 @@ class DeviceRenderer:
             page[:, : image.shape[1], : image.shape[2]] = image
         return whole
 
-    def colour(self, crops: Tensor, parameters: Parameters) -> Tensor:
-        """Crops [v, n, 3, s, s] of whole numbers, coloured: uint8 [v, n, s, s, 3]."""
-        coloured = _colour_batch(crops.flatten(0, 1), parameters).to(torch.uint8)
-        return coloured.permute(0, 2, 3, 1).contiguous().unflatten(0, crops.shape[:2])
+    def color(self, crops: Tensor, parameters: Parameters) -> Tensor:
+        """Crops [v, n, 3, s, s] of whole numbers, colored: uint8 [v, n, s, s, 3]."""
+        colored = _color_batch(crops.flatten(0, 1), parameters).to(torch.uint8)
+        return colored.permute(0, 2, 3, 1).contiguous().unflatten(0, crops.shape[:2])
 
 
 def _send(values: np.ndarray, device: torch.device) -> Tensor:
@@ -139,12 +139,12 @@ def _weights(start: Tensor, length: Tensor, size: int, extent: int, widest: floa
     scale = (length / size)[..., None]
     reach = REACH * scale.clamp(min=1)
     out = torch.arange(size, device=start.device)
-    centre = (torch.where(flip[..., None], size - 1 - out, out) + 0.5) * scale  # in the box, [..., size]
-    first = (centre - reach + 0.5).floor().clamp(min=0)
-    last = torch.minimum((centre + reach + 0.5).floor(), length[..., None])
+    center = (torch.where(flip[..., None], size - 1 - out, out) + 0.5) * scale  # in the box, [..., size]
+    first = (center - reach + 0.5).floor().clamp(min=0)
+    last = torch.minimum((center + reach + 0.5).floor(), length[..., None])
     taps = torch.arange(int(2 * REACH * widest) + 2, device=start.device)
     pixel = first[..., None] + taps  # [..., size, taps]
-    weight = _bicubic((pixel + 0.5 - centre[..., None]) * (REACH / reach[..., None])) * (pixel < last[..., None])
+    weight = _bicubic((pixel + 0.5 - center[..., None]) * (REACH / reach[..., None])) * (pixel < last[..., None])
     weight /= weight.sum(-1, keepdim=True)
     place = (start[..., None, None] + pixel).clamp(max=extent - 1).long()  # the last pixels of some weigh nothing
     return weight.new_zeros(*weight.shape[:-1], extent).scatter_add_(-1, place, weight)
@@ -158,7 +158,7 @@ def _bicubic(x: Tensor) -> Tensor:
 
 
 class Parameters:
-    """Colour parameters of the views of one group, as tensors on the device; m in front."""
+    """Color parameters of the views of one group, as tensors on the device; m in front."""
 
     def __init__(self, views: Views, kernels: np.ndarray, group: slice, device: torch.device):
         def rows(values: np.ndarray) -> np.ndarray:
@@ -177,16 +177,16 @@ class Parameters:
         shifted = [np.flatnonzero(jitter & (order[:, k] == HUE) & (steps != 0)) for k in range(4)]
         self.shifted = [send(which) for which in shifted]
         self.steps = [send(steps[which].astype(np.float32)[:, None, None, None]) for which in shifted]
-        self.grey = send(rows(views.grey)[:, None, None, None])
+        self.gray = send(rows(views.gray)[:, None, None, None])
         blurred = np.flatnonzero(rows(views.sigma) > 0)
         self.blurred = send(blurred)
         self.kernels = send(rows(kernels)[blurred])
-        self.solarise = send(rows(views.solarise)[:, None, None, None])
+        self.solarize = send(rows(views.solarize)[:, None, None, None])
         self.luma = send(np.array(LUMA, np.float32)[:, None, None])
 
 
-def _colour_batch(x: Tensor, p: Parameters) -> Tensor:
-    """Colours x, float [m, 3, s, s] of whole numbers; may change it."""
+def _color_batch(x: Tensor, p: Parameters) -> Tensor:
+    """Colors x, float [m, 3, s, s] of whole numbers; may change it."""
     for k in range(4):
         luma = _round((x * p.luma).sum(1, keepdim=True))
         anchor = p.contrast[k] * _round(luma.mean((2, 3), keepdim=True)) + p.saturation[k] * luma
@@ -194,10 +194,10 @@ def _colour_batch(x: Tensor, p: Parameters) -> Tensor:
         x = ((x - anchor) * p.factors[k] + anchor).clamp_(0, 255).floor_()
         if len(p.shifted[k]):
             x[p.shifted[k]] = _shift_hue_batch(x[p.shifted[k]], p.steps[k])
-    x = torch.where(p.grey, _round((x * p.luma).sum(1, keepdim=True)), x)
+    x = torch.where(p.gray, _round((x * p.luma).sum(1, keepdim=True)), x)
     if len(p.blurred):
         x[p.blurred] = _round(_blur_batch(x[p.blurred], p.kernels))
-    return torch.where(p.solarise & (x >= 128), 255 - x, x)
+    return torch.where(p.solarize & (x >= 128), 255 - x, x)
 
 
 def _round(x: Tensor) -> Tensor:

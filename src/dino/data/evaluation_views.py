@@ -42,12 +42,12 @@ def shrink(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(small)
 
 
-Resize = Literal["centre", "stretched", "shrunk"]
+Resize = Literal["center", "stretched", "shrunk"]
 
 
 # An image [h, w, 3] uint8 and a size to what the model is shown of it.
 RESIZES: dict[Resize, Callable[[np.ndarray, int], np.ndarray]] = {
-    "centre": resize_and_crop,
+    "center": resize_and_crop,
     "stretched": stretch,
     "shrunk": shrink,
 }

@@ -17,7 +17,7 @@ LUMA = (0.299, 0.587, 0.114)
 def normalize(views: Tensor, channels: int = 3) -> Tensor:
     """uint8 [v, n, h, w, 3] as the backbone takes it: float32 [m, 3, h, w] (channels last in memory), view by view.
 
-    With one channel, the luma of the colours: [m, 1, h, w], scaled by the luma of ImageNet's mean and deviations.
+    With one channel, the luma of the colors: [m, 1, h, w], scaled by the luma of ImageNet's mean and deviations.
     """
     num_views, num_images, height, width = views.shape[:4]
     if channels == 1:

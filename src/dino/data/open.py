@@ -31,7 +31,7 @@ def split_folders(data: str, val: str | None) -> tuple[str, str | None]:
 
 
 def open_labeled_pair(data: str, val: str | None) -> tuple[Source, Source]:
-    """Labelled training and test images that agree on their classes.
+    """Labeled training and test images that agree on their classes.
 
     Raises:
         ValueError: there are no class folders, too few images, or the classes differ.

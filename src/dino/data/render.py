@@ -3,7 +3,7 @@
 `CpuRenderer` does it in a worker process, view by view, with OpenCV and PyTorch's resize. `dino.data.device_render` does
 it on a GPU, all views of a size at a time. Both are held to Pillow and torchvision, and to each other, in tests.
 
-Axes: n images, v views, s pixels; m = v * n, view by view. Colour is RGB, 0 to 255.
+Axes: n images, v views, s pixels; m = v * n, view by view. Color is RGB, 0 to 255.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class CpuRenderer:
     def __call__(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
         """Views of `images` ([h, w, 3] uint8 each) by group of equal size: uint8 [v, n, s, s, 3]."""
         # All crops first: to take turns between PyTorch's code and OpenCV's for each view is a sixth slower.
-        return self.colour(crop(images, views), views)
+        return self.color(crop(images, views), views)
 
-    def colour(self, crops: list[Tensor], views: Views) -> list[Tensor]:
+    def color(self, crops: list[Tensor], views: Views) -> list[Tensor]:
         """Changes what `crop` returned, in place."""
-        drawn = (views.jitter, views.order, views.factors, views.grey, views.solarise)
+        drawn = (views.jitter, views.order, views.factors, views.gray, views.solarize)
         samples = zip(*(values.tolist() for values in drawn), _short(blur_kernels(views.sigma)), strict=True)
         for i, sample in enumerate(samples):
             for out, *parameters in zip(_per_view(crops), *sample, strict=True):
-                _colour(out[i], *parameters)
+                _color(out[i], *parameters)
         return crops
 
 
@@ -104,19 +104,19 @@ def _crop(image: np.ndarray, box: list[int], flip: bool, out: np.ndarray) -> Non
         np.copyto(out, pixels)
 
 
-def _colour(
-    x: np.ndarray, jitter: bool, order: list[int], factors: list[float], grey: bool, solarise: bool, kernel: np.ndarray
+def _color(
+    x: np.ndarray, jitter: bool, order: list[int], factors: list[float], gray: bool, solarize: bool, kernel: np.ndarray
 ) -> None:
-    """Colours x [s, s, 3] in place."""
+    """Colors x [s, s, 3] in place."""
     if jitter:
         _jitter(x, order, factors)
-    if grey:
+    if gray:
         luma = cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)
         _blur(luma, kernel)
         cv2.cvtColor(luma, cv2.COLOR_GRAY2RGB, dst=x)
     else:
         _blur(x, kernel)
-    if solarise:
+    if solarize:
         cv2.min(x, cv2.bitwise_not(x), dst=x)  # 255 - x where that is less, which is from 128 on
 
 

@@ -1,8 +1,8 @@
 """The embedded data set: drawn scenes of four things of one kind, with labels and masks.
 
 Image `i` of seed `s` is a function of (s, i) alone, drawn when it is read: nothing is stored. A kind is one of ten
-shapes with its pattern (two kinds share each pattern). Where its things lie, their sizes, rotations and colours, and
-whether they are lighter or darker than the soft field of colours behind them are drawn independently of the kind. So
+shapes with its pattern (two kinds share each pattern). Where its things lie, their sizes, rotations and colors, and
+whether they are lighter or darker than the soft field of colors behind them are drawn independently of the kind. So
 pixels say little about the class, while every crop of a scene shows what it is of.
 
 Lengths are shares of the image edge, y points down. A shape is a signed distance function of coordinates [h, w]
@@ -22,13 +22,13 @@ import numpy as np
 Array = np.ndarray
 
 SIZE_RANGE = (0.1, 0.125)  # radius of the disc that has the object's area
-DISTANCE = (0.22, 0.32)  # of its centre from the middle of the image
+DISTANCE = (0.22, 0.32)  # of its center from the middle of the image
 UNEVENNESS = 0.07  # each thing leaves its even place on the circle by up to this, in turns
 MAX_TURN = 0.2  # rotation is drawn from +- this, in turns
 CONTRAST = (0.22, 0.4)  # difference in luma between objects and background
-TEXTURE_CONTRAST = (0.3, 0.4)  # and between the objects' two colours
+TEXTURE_CONTRAST = (0.3, 0.4)  # and between the objects' two colors
 BACKGROUND_MEAN = (0.4, 0.46)  # luma, white = 1
-BACKGROUND_CELLS = 4  # cells per edge of the grid of colours behind the objects
+BACKGROUND_CELLS = 4  # cells per edge of the grid of colors behind the objects
 BACKGROUND_LUMA = 0.03  # the cells' luma differs from their mean by up to this
 BACKGROUND_HUE = 0.2  # and their hue by up to this, in turns
 BACKGROUND_CHROMA = (0.03, 0.15)
@@ -100,7 +100,7 @@ def _wave(x: Array) -> Array:
     return np.clip(0.5 + 1.5 * np.sin(2 * np.pi * x), 0, 1)
 
 
-# Each is the share [h, w] of the second colour; kind k has texture k modulo their number.
+# Each is the share [h, w] of the second color; kind k has texture k modulo their number.
 TEXTURES: tuple[Callable[[Array, Array], Array], ...] = (
     lambda x, y: np.zeros_like(x + y),  # plain
     lambda x, y: _wave(1.6 * x + 0 * y),  # upright stripes
@@ -119,13 +119,13 @@ class _Scene:
 
     shape: Callable[[Array, Array], Array]
     texture: Callable[[Array, Array], Array]
-    poses: Array  # float32 [4, 4]: x and y of the centre, radius, rotation in turns
-    colours: Array  # float32 [2, 4, 3], first and second colour of each object
+    poses: Array  # float32 [4, 4]: x and y of the center, radius, rotation in turns
+    colors: Array  # float32 [2, 4, 3], first and second color of each object
     background: Array  # float32 [cells, cells, 3]
     grain: Array  # float32 [cells, cells]
 
 
-def _colour(luma: Array, hue: Array, chroma: Array) -> Array:
+def _color(luma: Array, hue: Array, chroma: Array) -> Array:
     """RGB [..., 3] of mean `luma`; hue in turns."""
     thirds = np.array([0, 1 / 3, 2 / 3])
     return np.asarray(luma)[..., None] + np.asarray(chroma)[..., None] * np.cos(2 * np.pi * (hue[..., None] - thirds))
@@ -140,9 +140,9 @@ def _poses(rng: np.random.Generator) -> Array:
     radius = rng.uniform(*SIZE_RANGE, 4)
     angle = 2 * np.pi * (rng.uniform() + np.arange(4) / 4 + rng.uniform(-UNEVENNESS, UNEVENNESS, 4))
     distance = rng.uniform(*DISTANCE, 4)
-    centre = 0.5 + distance[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    center = 0.5 + distance[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     turn = rng.uniform(-MAX_TURN, MAX_TURN, 4)
-    return np.column_stack([centre, radius, turn]).astype(np.float32)
+    return np.column_stack([center, radius, turn]).astype(np.float32)
 
 
 def _scene(seed: int, index: int, label: int) -> _Scene:
@@ -152,7 +152,7 @@ def _scene(seed: int, index: int, label: int) -> _Scene:
 
     cells = (BACKGROUND_CELLS, BACKGROUND_CELLS)
     luma = rng.uniform(*BACKGROUND_MEAN)
-    background = _colour(
+    background = _color(
         luma + rng.uniform(-1, 1, cells) * BACKGROUND_LUMA,
         rng.uniform() + rng.uniform(-1, 1, cells) * BACKGROUND_HUE,
         rng.uniform(*BACKGROUND_CHROMA) * rng.uniform(0.5, 1.2, cells),
@@ -161,12 +161,12 @@ def _scene(seed: int, index: int, label: int) -> _Scene:
     first = luma + rng.choice([-1, 1]) * rng.uniform(*CONTRAST, 4)
     second = first + rng.uniform(*TEXTURE_CONTRAST, 4) * np.where(first < 0.5, 1, -1)
     hue = rng.uniform() + np.stack([np.zeros(4), rng.uniform(-0.12, 0.12, 4)])
-    colours = _colour(np.stack([first, second]), hue, rng.uniform(0.15, 0.35, 4))
+    colors = _color(np.stack([first, second]), hue, rng.uniform(0.15, 0.35, 4))
     return _Scene(
         shape=list(SHAPES.values())[label],
         texture=texture,
         poses=poses,
-        colours=np.clip(colours, 0.02, 0.98).astype(np.float32),
+        colors=np.clip(colors, 0.02, 0.98).astype(np.float32),
         background=np.clip(background, 0.02, 0.98).astype(np.float32),
         grain=rng.standard_normal((GRAIN_CELLS, GRAIN_CELLS), dtype=np.float32) * np.float32(GRAIN),
     )
@@ -174,7 +174,7 @@ def _scene(seed: int, index: int, label: int) -> _Scene:
 
 @cache
 def _grid(size: int) -> Array:
-    """Pixel centres along one edge, float32 [size]."""
+    """Pixel centers along one edge, float32 [size]."""
     return ((np.arange(size) + 0.5) / size).astype(np.float32)
 
 
@@ -203,7 +203,7 @@ def _draw(scene: _Scene, size: int) -> Array:
     image = _resize(scene.background, size, cv2.INTER_CUBIC)
     # A soft shadow all round and a darker rim give the objects some body.
     image *= (1 - 0.3 * np.clip(1 - distance / 0.35, 0, 1) ** 2)[..., None]
-    first, second = scene.colours[:, nearest]
+    first, second = scene.colors[:, nearest]
     paint = first + scene.texture(x, y)[..., None] * (second - first)
     paint *= (0.88 + 0.12 * np.clip(-distance / 0.25, 0, 1))[..., None]
     cover = np.clip(0.5 - distance * scene.poses[nearest, 2] * size, 0, 1)[..., None]
@@ -214,7 +214,7 @@ def _draw(scene: _Scene, size: int) -> Array:
 
 
 class Scenes:
-    """Drawn scenes `first` to `first + num_images - 1` of a seed, as a source of labelled images.
+    """Drawn scenes `first` to `first + num_images - 1` of a seed, as a source of labeled images.
 
     Scenes of one seed at other positions are held-out images of the same kind; another `size` (edge, pixels) is
     the same scenes at another resolution. Labels are balanced: every run of ten scenes from a multiple of ten on

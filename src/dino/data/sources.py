@@ -22,12 +22,12 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; () when unlabelled."""
+        """Class names; () when unlabeled."""
         ...
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int64 [n], index into `classes`, -1 = unknown; None when unlabelled."""
+        """int64 [n], index into `classes`, -1 = unknown; None when unlabeled."""
         ...
 
     @property
@@ -168,7 +168,7 @@ def evenly_spaced(total: int, most: int) -> Sequence[int]:
 
 
 class WithPlaceholders:
-    """The images of a `Source`, and a grey square for one that cannot be read any more."""
+    """The images of a `Source`, and a gray square for one that cannot be read any more."""
 
     def __init__(self, source: Source):
         self.source = source

@@ -1,9 +1,9 @@
-"""What the views of an image are: boxes, flips, colour changes; drawn as numbers, rendered by `dino.data.render`.
+"""What the views of an image are: boxes, flips, color changes; drawn as numbers, rendered by `dino.data.render`.
 
 Every number is a function of (seed, epoch, sample index) alone, so a run is the same for any number of workers and
 ranks and a resume is exact. Each sample has a counter-based generator of its own and each view a row of `_SLOTS`
 uniform numbers in it with a fixed meaning: changing one option, or the number of local views, leaves the draws
-of everything else as they were. The distributions are those of the paper's multi-crop and colour augmentations
+of everything else as they were. The distributions are those of the paper's multi-crop and color augmentations
 (sections 3.1 and 3.2, after SwAV and BYOL) as torchvision's transforms define them.
 
 Axes: n images, v views of each, globals first.
@@ -31,7 +31,7 @@ _ORDERS = np.array(list(itertools.permutations(range(4))), np.int8)
 _AREA, _LOG_RATIO = slice(0, 10), slice(10, 20)
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(20, 25)
 _FACTORS = slice(25, 29)
-_GREY, _BLUR, _SIGMA, _SOLARISE = range(29, 33)
+_GRAY, _BLUR, _SIGMA, _SOLARIZE = range(29, 33)
 _SLOTS = 40
 
 
@@ -57,11 +57,11 @@ class Views:
     """int8 [n, v, 4] order in which 0 brightness, 1 contrast, 2 saturation, 3 hue are applied."""
     factors: np.ndarray
     """float32 [n, v, 4] factors of brightness, contrast and saturation; hue shift in turns."""
-    grey: np.ndarray
+    gray: np.ndarray
     """bool [n, v]"""
     sigma: np.ndarray
     """float32 [n, v] blur standard deviation in pixels of the view; 0 is none."""
-    solarise: np.ndarray
+    solarize: np.ndarray
     """bool [n, v]"""
 
     @property
@@ -103,9 +103,9 @@ def draw_views(
         jitter=jitter,
         order=_ORDERS[(u[..., _ORDER] * len(_ORDERS)).astype(np.intp)],
         factors=_factors(u[..., _FACTORS], options),
-        grey=u[..., _GREY] < options.grey_prob,
+        gray=u[..., _GRAY] < options.gray_prob,
         sigma=np.where(blur, low + (high - low) * u[..., _SIGMA], 0).astype(np.float32),
-        solarise=u[..., _SOLARISE] < np.array(options.solarise_prob)[kinds],
+        solarize=u[..., _SOLARIZE] < np.array(options.solarize_prob)[kinds],
     )
 
 

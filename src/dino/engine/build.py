@@ -93,7 +93,7 @@ def build_method(options: TrainOptions) -> DINO:
         return Network(backbone, head)
 
     student, teacher = network(options.model.drop_path, h.norm_last_layer, h.predictor), network(0.0, True, False)
-    return DINO(student, teacher, m.student_temp, m.centre_momentum, m.teacher, m.targets, m.loss, m.queue_size)
+    return DINO(student, teacher, m.student_temp, m.center_momentum, m.teacher, m.targets, m.loss, m.queue_size)
 
 
 def check_views(backbone: Backbone, views: ViewOptions) -> None:

@@ -85,10 +85,10 @@ def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
     images = trainer.batches.batch_size // trainer.batches.world_size
     sizes = [(2, required(options.views.global_size)), (options.views.num_local, required(options.views.local_size))]
     pixels = [(v, options.model.in_channels, s, s) for v, s in sizes if v]
-    # Beside the parts: pixels as bytes and as floats; scores, logarithms and targets of two views; the optimiser.
+    # Beside the parts: pixels as bytes and as floats; scores, logarithms and targets of two views; the optimizer.
     of_image = sum(5 * math.prod(shape) for shape in pixels) + 24 * method.out_dim
-    learnt = sum(p.numel() * p.element_size() for p in method.student.parameters() if p.requires_grad)
-    fixed = learnt * (2 if options.optim.name == "adamw" else 1) + images * of_image
+    learned = sum(p.numel() * p.element_size() for p in method.student.parameters() if p.requires_grad)
+    fixed = learned * (2 if options.optim.name == "adamw" else 1) + images * of_image
     few = min(2, images)
     buffers = [buffer.clone() for buffer in method.buffers()]
     before = trainer.split

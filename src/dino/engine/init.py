@@ -1,8 +1,8 @@
-"""Training that starts from weights: options that follow from them, loading, and the centre where it is missing.
+"""Training that starts from weights: options that follow from them, loading, and the center where it is missing.
 
-With student, teacher, heads and centre the first loss is that of the run the weights come from. Without the centre the
+With student, teacher, heads and center the first loss is that of the run the weights come from. Without the center the
 teacher's outputs are off by their mean, which one pass over the data restores. Without heads the prototypes are new and
-the loss starts near ln K; what trained features have in common would still look like a collapse without the centre.
+the loss starts near ln K; what trained features have in common would still look like a collapse without the center.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dino.options.train import TrainOptions
 from dino.weights import Weights, load_strictly
 from dino.weights.formats import full_sizes, head_options
 
-CENTRE_IMAGES = 4096  # the mean over so many is known to a fraction of its spread
+CENTER_IMAGES = 4096  # the mean over so many is known to a fraction of its spread
 
 
 def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
@@ -53,10 +53,10 @@ def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
     return replace(options, {name: value for name, value in wanted.items() if asked[name] == usual[name]})
 
 
-def initialise(method: DINO, start: Weights) -> str:
-    """Load `start` into student, teacher and, where it has them, heads and centre; says what was loaded.
+def initialize(method: DINO, start: Weights) -> str:
+    """Load `start` into student, teacher and, where it has them, heads and center; says what was loaded.
 
-    Positions learnt for another image size are interpolated. A file with one network gives both.
+    Positions learned for another image size are interpolated. A file with one network gives both.
 
     Raises:
         ValueError: names the keys and shapes that differ.
@@ -73,28 +73,28 @@ def initialise(method: DINO, start: Weights) -> str:
             load_strictly(network.head, head, start.where)
     parts = ["student and teacher" if start.backbone("student") else "one backbone for student and teacher"]
     parts.append("their heads" if start.part("teacher.head.") else "no heads, so these are fresh")
-    centre = start.state.get("centre.value")
-    if start.part("teacher.head.") and centre is not None:
-        method.centre.value.copy_(centre)
-        parts.append("the centre")
+    center = start.state.get("center.value")
+    if start.part("teacher.head.") and center is not None:
+        method.center.value.copy_(center)
+        parts.append("the center")
     left_out = f" Left out: {', '.join(start.left_out)}." if start.left_out else ""
     return f"Starting from {start.where}: {', '.join(parts)}.{left_out}"
 
 
-def needs_centre(method: DINO, start: Weights) -> bool:
-    known_centre = start.part("teacher.head.") and "centre.value" in start.state
-    return not known_centre and method.targets == "centring"
+def needs_center(method: DINO, start: Weights) -> bool:
+    known_center = start.part("teacher.head.") and "center.value" in start.state
+    return not known_center and method.targets == "centering"
 
 
 @torch.no_grad()
-def estimate_centre(trainer: Trainer, batches: ViewBatches) -> int:
-    """Set the centre to the mean of the teacher's outputs over the global views of `batches`, summed over ranks.
+def estimate_center(trainer: Trainer, batches: ViewBatches) -> int:
+    """Set the center to the mean of the teacher's outputs over the global views of `batches`, summed over ranks.
 
-    One pass at most, and no more than some `CENTRE_IMAGES` images; returns how many views were seen.
+    One pass at most, and no more than some `CENTER_IMAGES` images; returns how many views were seen.
     """
     options, method = trainer.options, trainer.method
-    steps = min(batches.steps_per_epoch, math.ceil(CENTRE_IMAGES / required(options.batch_size)))
-    total, count = torch.zeros_like(method.centre.value), torch.zeros((), device=trainer.device)
+    steps = min(batches.steps_per_epoch, math.ceil(CENTER_IMAGES / required(options.batch_size)))
+    total, count = torch.zeros_like(method.center.value), torch.zeros((), device=trainer.device)
     for batch in iterate(batches, 0, steps, required(options.data.num_workers), trainer.device.type == "cuda"):
         if not batch.prepared:
             continue  # nothing in it could be read
@@ -102,5 +102,5 @@ def estimate_centre(trainer: Trainer, batches: ViewBatches) -> int:
             scores = method.teacher(trainer.views_of(batch)[:1])
         total += scores.float().sum(dim=0)
         count += len(scores)
-    method.centre.value.copy_(distributed.sum_(total) / distributed.sum_(count))
+    method.center.value.copy_(distributed.sum_(total) / distributed.sum_(count))
     return int(count)

@@ -16,7 +16,7 @@ Collapse = Literal["uniform", "dominated", "same", "point"]
 
 POINT_BELOW = 0.01  # spread of the targets; an untrained network's is above 0.05
 UNIFORM_WITHIN = 1e-3  # nats below ln K; logits that vary by sigma cost sigma^2 / 2, so this is a sigma of 0.045
-SAME_WITHIN = 1e-3  # nats that a target tells of its image; in some eighty runs those that learnt stayed above 0.1
+SAME_WITHIN = 1e-3  # nats that a target tells of its image; in some eighty runs those that learned stayed above 0.1
 
 ADVICE: dict[Collapse, str] = {
     "uniform": (
@@ -26,8 +26,8 @@ ADVICE: dict[Collapse, str] = {
     ),
     "dominated": (
         "collapse to one prototype: the targets of all images are the same (entropy {teacher_entropy:.4f}, usage "
-        "{prototype_usage:.4f}, KL {kl:.4f}). Centring is too weak: use --method.targets centring with a "
-        "--method.centre-momentum of 0.9, or raise --method.teacher-temp (now {teacher_temp:g})."
+        "{prototype_usage:.4f}, KL {kl:.4f}). Centering is too weak: use --method.targets centering with a "
+        "--method.center-momentum of 0.9, or raise --method.teacher-temp (now {teacher_temp:g})."
     ),
     "same": (
         "collapse: all images have the same target (its entropy {teacher_entropy:.3f}, that of the mean target "
@@ -36,7 +36,7 @@ ADVICE: dict[Collapse, str] = {
     ),
     "point": (
         "collapse to one point: the teacher's outputs are the same for all images (spread {target_spread:.4f}). Use "
-        "--method.teacher momentum with --head.predictor, or --method.targets centring."
+        "--method.teacher momentum with --head.predictor, or --method.targets centering."
     ),
 }
 
@@ -45,7 +45,7 @@ ADVICE: dict[Collapse, str] = {
 class CollapseMonitor:
     """Looks at averages over a log interval and speaks when one collapse has lasted for `patience` steps.
 
-    A loss that rises early is normal, and so is an entropy close to ln K in the first steps: centring takes away what
+    A loss that rises early is normal, and so is an entropy close to ln K in the first steps: centering takes away what
     all images share, and an untrained network tells them little apart. Only targets that are uniform to the third
     decimal, which no teacher at a sharpening temperature gives, count.
     """
@@ -93,7 +93,7 @@ class CollapseMonitor:
 def feature_health(features: Tensor) -> dict[str, float]:
     """Label-free signs of life of features [m, d].
 
-    `feature_std`: see `dino.variants.spread`. `effective_rank`: exp of the entropy of the normalised singular values
+    `feature_std`: see `dino.variants.spread`. `effective_rank`: exp of the entropy of the normalized singular values
     (Roy & Vetterli 2007), between 1 and d.
     """
     z = torch.nn.functional.normalize(features.float(), dim=1)

@@ -1,4 +1,4 @@
-"""Optimisation: parameter groups, LARS, and per-parameter clipping, to the reference's letter but without its syncs."""
+"""Optimization: parameter groups, LARS, and per-parameter clipping, to the reference's letter but without its syncs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def create(options: OptimOptions, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of `options.name`; learning rate and decay are set at every step by `set_rates`."""
+    """The optimizer of `options.name`; learning rate and decay are set at every step by `set_rates`."""
     groups = parameter_groups(module)
     if options.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=options.weight_decay, fused=True)

@@ -38,7 +38,7 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
-def synchronise_batch_norm(module: nn.Module) -> None:
+def synchronize_batch_norm(module: nn.Module) -> None:
     """BatchNorm over the images of all GPUs, in both networks, as in the reference; in place, same parameters and keys."""
     from timm.layers.norm_act import convert_sync_batchnorm  # PyTorch's would lose the activation in some of timm's
 

@@ -101,7 +101,7 @@ class Trainer:
         if distributed.world_size() == 1 or not parallel.has_batch_norm(self.method):
             return
         if self.device.type == "cuda":
-            parallel.synchronise_batch_norm(self.method)
+            parallel.synchronize_batch_norm(self.method)
         else:
             self.terminal.say("BatchNorm runs over each process's own images: only GPUs can share its statistics.")
 
@@ -237,7 +237,7 @@ class Trainer:
     def gradients(
         self, groups: list[Tensor], teacher_temp: float, draws: list[Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its (scaled) gradients, in parts where memory is short; teacher and centre once a step.
+        """The loss and its (scaled) gradients, in parts where memory is short; teacher and center once a step.
 
         `draws` of stochastic depth are [num, v, n] by group of views, where the backbone does not draw for itself.
         """
@@ -290,7 +290,7 @@ class Trainer:
         means = (summed / distributed.world_size()).tolist()
         values = dict(zip(self._pending[0], means, strict=True))
         self._pending.clear()
-        signalled = distributed.sum_(torch.tensor(float(self.signal or 0), device=self.device))
+        signaled = distributed.sum_(torch.tensor(float(self.signal or 0), device=self.device))
         if not math.isfinite(values["loss"]):
             raise TrainingError(
                 f"the loss became {values['loss']} between steps {self.step - steps} and {self.step}; "
@@ -319,7 +319,7 @@ class Trainer:
             if self.metrics is not None:
                 self.metrics.write(self.step, {"collapse": 1.0})
         self.status = f"loss {values['loss']:.3f}  {rate:,.0f} images/s"
-        return bool(signalled)
+        return bool(signaled)
 
     def _show(self) -> None:
         status = self.status + "".join(f"  {k} {v:.1f} %" for k, v in self.knn.items())

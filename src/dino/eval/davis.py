@@ -32,7 +32,7 @@ SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much mor
 LIST = Path("ImageSets", "2017", "val.txt")
 LAYOUT = f"expected are DATA/JPEGImages/480p/VIDEO/00000.jpg, DATA/Annotations/480p/VIDEO/00000.png and DATA/{LIST}"
 TOLERANCE = 0.008  # of the image's diagonal, between boundaries
-# Colour of index i: red takes its bits 0, 3 and 6, highest first, green 1, 4 and 7, blue 2 and 5. As DAVIS's own masks.
+# Color of index i: red takes its bits 0, 3 and 6, highest first, green 1, 4 and 7, blue 2 and 5. As DAVIS's own masks.
 PALETTE = [sum((i >> 3 * j + c & 1) << 7 - j for j in range(3)) for i in range(256) for c in range(3)]
 
 # --- the measures ---------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def segment(model: Backbone, video: Video, options: DavisOptions, device: torch.
             yield patch_features(model, image, view, device, options.protocol == "original")
 
     start = soft(first, model.grid(*view), video.objects).to(device)
-    for labels in follow(features(), start, options.queue, options.neighbourhood, options.top_k):
+    for labels in follow(features(), start, options.queue, options.neighborhood, options.top_k):
         yield hard(labels, view, shape)
 
 
@@ -191,7 +191,7 @@ def measure(
     """
     folder = out / video.name
     key = [digest, *(part for files in (video.frames, video.masks) for part in (files.fingerprint, files.stamp()))]
-    key += [str(x) for x in (options.size, options.protocol, options.queue, options.neighbourhood, options.top_k)]
+    key += [str(x) for x in (options.size, options.protocol, options.queue, options.neighborhood, options.top_k)]
     done, found = folder / "figures.json", {"of": hashlib.sha256(json.dumps(key).encode()).hexdigest()}
     try:
         if (kept := json.loads(done.read_text()))["of"] == found["of"]:
@@ -280,7 +280,7 @@ def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Ju
     return Judgement(
         both | figures,
         f"{options.protocol} protocol: labels propagated from the first and {options.queue} previous frames, "
-        f"{options.top_k} likest patches within {options.neighbourhood} rows and columns",
+        f"{options.top_k} likest patches within {options.neighborhood} rows and columns",
         {"frames": frames, "annotations": masks},
         {"videos": len(videos), "frames": sum(len(v.frames) for v in videos), "objects": len(every)},
         {"objects": objects},

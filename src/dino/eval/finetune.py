@@ -23,7 +23,7 @@ from dino import distributed
 from dino.data.open import open_labeled_pair
 from dino.engine import parallel
 from dino.eval.evaluate import Judgement, fingerprint, work_folder
-from dino.eval.supervised import Batch, LabelledBatches, accuracies, save_weights, seed_all, train
+from dino.eval.supervised import Batch, LabeledBatches, accuracies, save_weights, seed_all, train
 from dino.features.extract import extract, readable_labels
 from dino.models import Backbone, VisionTransformer
 from dino.options.evaluate import FinetuneOptions
@@ -130,7 +130,7 @@ def learning_rate(epoch: int, recipe: Recipe, epochs: int) -> float:
 
 
 class Finetuning:
-    """One fine-tuning: the classifier, its optimiser, and a step."""
+    """One fine-tuning: the classifier, its optimizer, and a step."""
 
     def __init__(
         self, model: Classifier, recipe: Recipe, per_epoch: int, seed: int, device: torch.device, precision: str
@@ -202,7 +202,7 @@ def set_drop_path(model: Backbone, rate: float) -> None:
 
 
 def augmentation(size: int, recipe: Recipe) -> Any:
-    """DeiT's, of timm: random crop and flip, RandAugment (without it, colour jitter), erasing; [3, size, size]."""
+    """DeiT's, of timm: random crop and flip, RandAugment (without it, color jitter), erasing; [3, size, size]."""
     made: Any = create_transform(
         size,
         is_training=True,
@@ -245,7 +245,7 @@ PAPER = {
 def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) -> Judgement:
     """Fine-tune a copy of `model`, write it beside the result, and classify the test images with its last weights."""
     if model.in_channels != 3:
-        raise ValueError(f"fine-tuning augments in colour, but this model takes {model.in_channels} channel(s).")
+        raise ValueError(f"fine-tuning augments in color, but this model takes {model.in_channels} channel(s).")
     folder = work_folder(options, "finetune")
     train_on, test = open_labeled_pair(options.data, options.val)
     size, recipe, digest = options.size or model.image_size, resolve(options), fingerprint(model)
@@ -260,11 +260,11 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
             raise ValueError(
                 "this model has BatchNorm, which CPU processes cannot share; fine-tune it with one process."
             )
-        parallel.synchronise_batch_norm(tuned)
+        parallel.synchronize_batch_norm(tuned)
     batch_size = min(recipe.batch_size, len(train_on))
     recipe = dataclasses.replace(recipe, batch_size=batch_size)
     made, seed = augmentation(size, recipe), options.seed
-    batches = LabelledBatches(train_on, made, size, batch_size, seed, recipe.repeats, group=MIXED, drop_last=True)
+    batches = LabeledBatches(train_on, made, size, batch_size, seed, recipe.repeats, group=MIXED, drop_last=True)
     trainee = Finetuning(tuned, recipe, batches.steps_per_epoch, seed, device, precision)
     identity = {k: v for k, v in dataclasses.asdict(recipe).items() if k != "assumed"}
     identity |= {"seed": seed, "size": size, "precision": precision}

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features (paper section 4.1 and appendix F.1)."""
+"""Weighted k-nearest-neighbor classification on frozen features (paper section 4.1 and appendix F.1)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def classify(
     """Accuracy of votes weighted by exp(cosine / temp) among the k nearest of the bank, in percent.
 
     Args:
-        bank: features with known labels [m, d]; queries: features to classify [n, d]; both are normalised here.
-        ks: numbers of neighbours; those above m are left out.
+        bank: features with known labels [m, d]; queries: features to classify [n, d]; both are normalized here.
+        ks: numbers of neighbors; those above m are left out.
 
     Returns:
         {"knn10_top1": ..., "knn10_top5": ..., ...}; top-5 only with five classes or more.
@@ -38,7 +38,7 @@ def classify(
     """
     ks = [k for k in ks if k <= len(bank)] if min(ks) <= len(bank) else []
     if not ks:
-        raise ValueError(f"k-NN needs more labelled images than neighbours, but there are only {len(bank)}; lower --k.")
+        raise ValueError(f"k-NN needs more labeled images than neighbors, but there are only {len(bank)}; lower --k.")
     num_classes = int(max(bank_labels.max(), labels.max())) + 1
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     top = min(5, num_classes)

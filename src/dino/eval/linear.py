@@ -16,7 +16,7 @@ from dino.data.normalize import normalize
 from dino.data.open import open_labeled_pair
 from dino.data.sources import Source, subset
 from dino.eval.evaluate import Judgement, fingerprint, work_folder
-from dino.eval.supervised import Batch, LabelledBatches, accuracies, per_class, save_weights, train
+from dino.eval.supervised import Batch, LabeledBatches, accuracies, per_class, save_weights, train
 from dino.eval.sweep import Sweep, fit
 from dino.features import cache
 from dino.features.extract import READOUTS, Readout, readable_labels
@@ -141,7 +141,7 @@ def paper(model: Backbone, options: LinearOptions, train_on: Source, test: Sourc
         choice = (shown.values, readable_labels(subset(train_on, held), shown, "held-out"))
         chosen_on = f"best on {len(held)} held-out training images"
         train_on = subset(train_on, np.setdiff1d(np.arange(len(train_on)), held))
-    batches = LabelledBatches(train_on, training_crops(size), size, options.batch_size, options.seed)
+    batches = LabeledBatches(train_on, training_crops(size), size, options.batch_size, options.seed)
     scaled = [rate * batches.batch_size / 256 for rate in rates]
     columns: dict[Readout, tuple[int, int]] = {readout: (0, asked.values.shape[1])}
     classes, seed = len(train_on.classes), options.seed

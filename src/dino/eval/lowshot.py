@@ -1,4 +1,4 @@
-"""Few labels on frozen features: L2-regularised logistic regression, and k-NN beside it (paper table 10)."""
+"""Few labels on frozen features: L2-regularized logistic regression, and k-NN beside it (paper table 10)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_STEPS = 2000
 
 
 def logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Tensor:
-    """Weights [d, classes] that minimise sum of cross-entropies + |W|^2 / 2C, without intercept, in float64.
+    """Weights [d, classes] that minimize sum of cross-entropies + |W|^2 / 2C, without intercept, in float64.
 
     L-BFGS on W = S V, where S makes the Hessian at W = 0 the identity: features of one model are often nearly parallel,
     and without it thousands of steps would not be enough.
@@ -62,7 +62,7 @@ def logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Te
 
 
 def objective(weights: Tensor, x: Tensor, labels: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """Mean of the penalised loss over the n images, and its gradient; in parts, so that scores of all need not fit."""
+    """Mean of the penalized loss over the n images, and its gradient; in parts, so that scores of all need not fit."""
     n = len(x)
     value, gradient = weights.square().sum() / (2 * c * n), weights / (c * n)
     rows = max(1, SCORES_AT_ONCE // weights.shape[1])
@@ -134,7 +134,7 @@ PAPER = {
 
 
 def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> Judgement:
-    """k-NN and logistic regression on L2-normalised [CLS] features of some of the training images."""
+    """k-NN and logistic regression on L2-normalized [CLS] features of some of the training images."""
     train, test = open_labeled_pair(options.data, options.val)
     parts = subsets(train, options)
     name, fewest = min(((name, len(positions)) for name, positions in parts.items()), key=lambda part: part[1])
@@ -163,7 +163,7 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
     how = "given" if options.c else f"chosen by {options.folds}-fold cross-validation"
     return Judgement(
         figures,
-        f"[CLS] features at {size} pixels, L2-normalised: {options.k}-NN, and multinomial logistic regression without "
+        f"[CLS] features at {size} pixels, L2-normalized: {options.k}-NN, and multinomial logistic regression without "
         f"intercept, C {how} ({', '.join(f'{name}: {c:g}' for name, c in chosen.items())})",
         {"training": train.fingerprint, "test": test.fingerprint},
         counts | {"test images": len(wanted)},

@@ -60,22 +60,22 @@ def object_indices(path: Path) -> np.ndarray:
     """Which object each pixel of a mask file belongs to, uint8 [h, w]; 0: none, 255: unknown.
 
     Raises:
-        BadImage: it cannot be read, or is a grey image that is no mask.
+        BadImage: it cannot be read, or is a gray image that is no mask.
     """
     try:
         with Image.open(path, formats=("PNG", "BMP", "GIF", "TIFF", "JPEG", "WEBP")) as image:
             if image.mode == "P":
                 return np.array(image)
-            grey = np.array(image.convert("L"))
+            gray = np.array(image.convert("L"))
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         raise BadImage(f"its mask {path.name} cannot be read ({type(error).__name__})") from error
-    brightest = int(grey.max())
+    brightest = int(gray.max())
     if 1 < brightest < 128:
         raise BadImage(
-            f"its mask {path.name} is a grey image of values up to {brightest}; write objects as 255 and the rest as "
+            f"its mask {path.name} is a gray image of values up to {brightest}; write objects as 255 and the rest as "
             "0, or number them in a palette PNG"
         )
-    return (grey > (127 if brightest > 1 else 0)).astype(np.uint8)
+    return (gray > (127 if brightest > 1 else 0)).astype(np.uint8)
 
 
 def read_pair(image: np.ndarray, indices: np.ndarray, size: int, patch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ class OnlineEvaluation:
     """The training callback: measures the teacher's backbone on held-out images.
 
     Args:
-        train: the k-NN's labelled bank comes from here (evenly spaced, at most 5000 images).
+        train: the k-NN's labeled bank comes from here (evenly spaced, at most 5000 images).
         held_out: what is classified; None measures label-free health on training images.
         size: edge of the evaluation view, pixels.
         more: evaluations to make beside, over all ranks.
@@ -43,7 +43,7 @@ class OnlineEvaluation:
         more: Sequence[evaluate.Callback] = (),
     ):
         self.train, self.held_out, self.size, self.device, self.more = train, held_out, size, device, more
-        self.labelled = held_out is not None and train.labels is not None and held_out.labels is not None
+        self.labeled = held_out is not None and train.labels is not None and held_out.labels is not None
         self.pixels_done = False
 
     def __call__(self, method: DINO, step: int) -> dict[str, float]:
@@ -57,7 +57,7 @@ class OnlineEvaluation:
         shown = self.held_out if self.held_out is not None else self.train
         queries = extract(backbone, shown, self.size, self.device, evenly_spaced(len(shown), QUERIES))
         result = feature_health(queries.values) if len(queries.values) > 1 else {}
-        if self.labelled and self.held_out is not None:
+        if self.labeled and self.held_out is not None:
             bank = extract(backbone, self.train, self.size, self.device, evenly_spaced(len(self.train), BANK))
             result |= self._knn(bank.values, bank.indices, queries.values, queries.indices)
             if not self.pixels_done:
@@ -83,7 +83,7 @@ class OnlineEvaluation:
 
 
 def pixels(source: Source, indices: np.ndarray, edge: int) -> Tensor:
-    """Normalised pixels of evaluation views as features [m, 3 * edge * edge]."""
+    """Normalized pixels of evaluation views as features [m, 3 * edge * edge]."""
     images = np.stack([resize_and_crop(source.read(int(i)), edge) for i in indices])
     return normalize(torch.from_numpy(images)[None]).flatten(1)
 

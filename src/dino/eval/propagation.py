@@ -19,7 +19,7 @@ TEMPERATURE = 0.1
 TILE = 12  # patches. Similarities of a tile with 8 frames at radius 12 take 6 MB, however large the frames are
 
 
-def neighbourhoods(
+def neighborhoods(
     height: int, width: int, radius: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor]]:
     """A grid of patches cut into tiles; with each, what its patches see: those within `radius` rows and columns.
@@ -55,7 +55,7 @@ def propagate(target: Tensor, sources: Tensor, labels: Tensor, radius: int, top_
     """
     height, width, dim = target.shape
     out = labels.new_empty(height, width, labels.shape[-1])
-    for tile, seen, visible in neighbourhoods(height, width, radius, target.device):
+    for tile, seen, visible in neighborhoods(height, width, radius, target.device):
         similarity = target[tile].reshape(-1, dim) @ sources[:, *seen].reshape(-1, dim).T
         similarity = similarity.view(len(visible), len(sources), -1).masked_fill_(~visible[:, None], -torch.inf)
         similarity = similarity.flatten(1)

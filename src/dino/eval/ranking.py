@@ -71,15 +71,15 @@ class Whitening(NamedTuple):
         return ((features.double() - self.mean) @ self.projection).float()
 
 
-def learn_whitening(features: Tensor, centred: bool) -> Whitening:
-    """A whitening learnt from features [n, d].
+def learn_whitening(features: Tensor, centered: bool) -> Whitening:
+    """A whitening learned from features [n, d].
 
     Args:
-        centred: take the covariance of the centred features. The reference does not, though it centres what it projects.
+        centered: take the covariance of the centered features. The reference does not, though it centers what it projects.
     """
     features = features.double()
     mean = features.mean(dim=0)
-    around = features - mean if centred else features
+    around = features - mean if centered else features
     variances, directions = torch.linalg.eigh(around.T @ around / len(features))
     variances, directions = variances.flip(0), directions.flip(1)
     return Whitening(mean, directions / variances.clamp(min=1e-5 * variances[0]).sqrt())
@@ -111,13 +111,13 @@ def comparable(
             )
         features[part] = found.values
     if options.whiten is not None:
-        learnt = features.pop("whitening")
-        if len(learnt) < 2:
+        learned = features.pop("whitening")
+        if len(learned) < 2:
             raise ValueError(
                 f"--whiten {options.whiten} holds one image; give as many as the features are wide, or more."
             )
-        whitening = learn_whitening(learnt, centred=options.protocol == "fixed")
+        whitening = learn_whitening(learned, centered=options.protocol == "fixed")
         features = {part: whitening(values) for part, values in features.items()}
-        words = f", whitened by a PCA of {len(learnt):,} other images"
+        words = f", whitened by a PCA of {len(learned):,} other images"
     unit = {part: F.normalize(values, dim=1).to(device) for part, values in features.items()}
     return unit, words, {part: source.fingerprint for part, source in sources.items()}

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     bad: list[tuple[str, str]]  # images of this rank that could not be read, and why; others stand in
 
 
-class LabelledBatches(Dataset[Batch]):
+class LabeledBatches(Dataset[Batch]):
     """Item s is this rank's share of the batch of step s, a function of (seed, s) alone.
 
     Args:
@@ -118,7 +118,7 @@ class Trainee(Protocol):
 
 def train(
     trainee: Trainee,
-    batches: LabelledBatches,
+    batches: LabeledBatches,
     epochs: int,
     folder: Path,
     identity: Mapping[str, Any],

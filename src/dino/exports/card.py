@@ -66,9 +66,9 @@ def card(name: str, to: str, out: Path, facts: dict[str, str], digest: str) -> s
     figures: list[tuple[str, ...]] = []
     training = []
     if release:
-        head.append(f"license: {releases.LICENCE.lower()}")
+        head.append(f"license: {releases.LICENSE.lower()}")
         published = releases.RELEASES[release[0]]
-        facts = facts | {"trained by": f"the authors of the paper ({release[0]}, licence {releases.LICENCE})"}
+        facts = facts | {"trained by": f"the authors of the paper ({release[0]}, license {releases.LICENSE})"}
         pairs = (("k-NN", published.knn), ("linear", published.linear))
         figures = [("published", f"{k}, ImageNet top-1", f"{v:.1f}", "") for k, v in pairs if v is not None]
     elif (Path(name) / "config.toml").is_file():

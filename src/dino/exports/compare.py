@@ -18,7 +18,7 @@ from dino.weights import Weights
 
 TOLERANCE = 1e-4  # of the largest number that the model gives
 
-Opened = Callable[[Tensor], tuple[Tensor, ...]]  # normalised images to features and, mostly, tokens
+Opened = Callable[[Tensor], tuple[Tensor, ...]]  # normalized images to features and, mostly, tokens
 
 
 class Format(NamedTuple):

@@ -18,7 +18,7 @@ from dino.models import VisionTransformer
 from dino.weights import Weights, build, formats
 from dino.weights.formats import State
 
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which the evaluation views are normalised by
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which the evaluation views are normalized by
 
 
 def reference(weights: Weights, out: Path) -> None:
@@ -37,8 +37,8 @@ def reference_checkpoint(weights: Weights, out: Path) -> None:
         # The reference wraps the student always, and the teacher when there are batch statistics to share.
         wrapped = role == "student" or any(name.endswith("running_mean") for name in network)
         content[role] = {f"module.{name}" if wrapped else name: value for name, value in network.items()}
-    if (centre := weights.state.get("centre.value")) is not None:
-        content["dino_loss"] = {"center": centre[None]}
+    if (center := weights.state.get("center.value")) is not None:
+        content["dino_loss"] = {"center": center[None]}
     if weights.optimizer is not None:
         content["optimizer"] = weights.optimizer
     torch.save(content, out)
@@ -138,7 +138,7 @@ def _save(state: State, path: Path, metadata: dict[str, str]) -> None:
 
 
 class Outputs(nn.Module):
-    """What a graph gives: the features of normalised images [n, d], and their tokens [n, 1 + cells, d]."""
+    """What a graph gives: the features of normalized images [n, d], and their tokens [n, 1 + cells, d]."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -46,7 +46,7 @@ def features(
     device: torch.device,
     readout: Readout = "cls",
     progress: str | None = None,
-    view: Resize = "centre",
+    view: Resize = "center",
 ) -> Features:
     """`extract` over all ranks, from the cache where it holds just these; every rank gets all of them.
 

@@ -17,7 +17,7 @@ from dino.data.sources import Source, WithPlaceholders
 from dino.features import embed as embeddings
 from dino.features import search as finding
 from dino.files import check_writable
-from dino.html import EDGE, NEIGHBOURS, draw_neighbors, draw_tile, render_page
+from dino.html import EDGE, NEIGHBORS, draw_neighbors, draw_tile, render_page
 from dino.options.commands import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
 
 MOST_ROWS = 50  # of a page
@@ -53,17 +53,17 @@ def search(options: SearchOptions) -> None:
     result: dict[str, Any] = {"queries": []}
     for i, rows in enumerate(alike):
         print(name := found.queries.name(i))
-        result["queries"].append({"query": name, "neighbours": _listed(embedding, rows)})
+        result["queries"].append({"query": name, "neighbors": _listed(embedding, rows)})
     if options.index != "flat":
         result["recall"] = found.used.recall(options.k)
-        print(f"recall@{options.k} of {options.index}: {100 * result['recall']:.1f} % of the exact neighbours")
+        print(f"recall@{options.k} of {options.index}: {100 * result['recall']:.1f} % of the exact neighbors")
 
     def body(images: Source) -> str:
         shown = ((found.queries, i, Path(found.queries.name(i)).name, rows) for i, rows in enumerate(alike))
         return "".join(_row(embedding, images, *row) for row in islice(shown, MOST_ROWS))
 
     top = f"On the left the image asked for, then those of {len(embedding.names):,} most like it, with their cosines."
-    _write(options, embedding, result, "Neighbours", top, body)
+    _write(options, embedding, result, "Neighbors", top, body)
 
 
 def duplicates(options: DuplicatesOptions) -> None:
@@ -136,7 +136,7 @@ def _row(
     caption: str,
     rows: list[tuple[float, int]],
 ) -> str:
-    found = [(value, int(embedding.positions[row])) for value, row in rows[:NEIGHBOURS]]
+    found = [(value, int(embedding.positions[row])) for value, row in rows[:NEIGHBORS]]
     return draw_neighbors(resize_and_crop(source.read(at), EDGE), escape(caption), None, images, found)[0]
 
 

@@ -64,7 +64,7 @@ Readout = Literal[
 
 
 def gem(patches: Tensor, power: float = 4.0) -> Tensor:
-    """Generalised mean over patches [n, p, d] -> [n, d], as the reference's copy detection takes it."""
+    """Generalized mean over patches [n, p, d] -> [n, d], as the reference's copy detection takes it."""
     return patches.clamp(min=1e-6).pow(power).mean(dim=1).pow(1 / power)
 
 
@@ -105,7 +105,7 @@ def _mean_over(scales: tuple[float, ...]) -> Callable[[Backbone, Tensor], Tensor
     return read
 
 
-# Normalised images to features [n, d]: the last [CLS], patches of the last block pooled, both, the last four [CLS], or
+# Normalized images to features [n, d]: the last [CLS], patches of the last block pooled, both, the last four [CLS], or
 # the last [CLS] of images of any size, as they are or as the mean over three scales (the reference's retrieval); or the
 # patches of the last block themselves, [n, p, d].
 READOUTS: dict[Readout, Callable[[Backbone, Tensor], Tensor]] = {
@@ -144,7 +144,7 @@ def stream(
     num_workers: int | None = None,
     progress: str | None = None,
     readout: Readout = "cls",
-    view: Resize = "centre",
+    view: Resize = "center",
     fp16: bool = False,
 ) -> Iterator[Features]:
     """What `extract` gives, batch after batch, each of `batch_size` of the `indices`, the last of the rest.
@@ -186,7 +186,7 @@ def extract(
     progress: str | None = None,
     readout: Readout = "cls",
     shared: bool = False,
-    view: Resize = "centre",
+    view: Resize = "center",
 ) -> Features:
     """Features of the images of `source` (those at `indices`), in order, in float32 as the reference does.
 

@@ -1,4 +1,4 @@
-"""Neighbours, near-copies and outliers among the features of an embedding, by cosine."""
+"""Neighbors, near-copies and outliers among the features of an embedding, by cosine."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
         cells = max(1, min(int(count**0.5), count // 39))  # 39 rows for each to learn from, as FAISS advises
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
         index.nprobe = max(16, cells // 32)
-        index.cp.max_points_per_centroid, index.cp.niter = 64, 10  # the centres need not be better than that
+        index.cp.max_points_per_centroid, index.cp.niter = 64, 10  # the centers need not be better than that
         index.train(values)
     index.add(values)
     with files.replacing(path) as temporary:
@@ -152,7 +152,7 @@ def search(
         ValueError: the model is another than the embedding's, or no image can be read.
     """
     if k < 1:
-        raise ValueError(f"k is {k}; ask for at least 1 neighbour.")
+        raise ValueError(f"k is {k}; ask for at least 1 neighbor.")
     embedding = opened(embedding)
     wanted = embedding.folder.about["model"] if model is None else model
     if isinstance(wanted, str) and not wanted:

@@ -22,7 +22,7 @@ except ImportError as error:
 class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Images to features: ``make_pipeline(DinoFeatures("runs/a"), LogisticRegression()).fit(paths, labels)``.
 
-    Images are paths, or arrays [h, w, 3] uint8 of any sizes, also as one array [n, h, w, 3]. Nothing is learnt from them.
+    Images are paths, or arrays [h, w, 3] uint8 of any sizes, also as one array [n, h, w, 3]. Nothing is learned from them.
 
     Args:
         model: what `dino.load` takes, or a model, used where it lies.

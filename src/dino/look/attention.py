@@ -69,11 +69,11 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def finer_patches(model: Backbone, stride: int) -> Backbone:
     """A copy of a ViT that cuts its patches every `stride` pixels, so that they overlap and maps are finer.
 
-    The image is padded with its mean so that a patch is centred on each square of `stride` pixels; positions are
+    The image is padded with its mean so that a patch is centered on each square of `stride` pixels; positions are
     interpolated to that grid.
 
     Raises:
-        ValueError: not one of our own ViTs, or patches cannot be centred so.
+        ValueError: not one of our own ViTs, or patches cannot be centered so.
     """
     if not isinstance(model, VisionTransformer):
         raise ValueError("only our own ViTs (and the releases) can overlap their patches; leave --stride out.")

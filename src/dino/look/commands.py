@@ -20,7 +20,7 @@ from dino.data.sources import evenly_spaced
 from dino.files import check_writable
 from dino.look.attention import finer_patches
 from dino.look.patches import BASIS_IMAGES, main_axes
-from dino.look.pictures import attention_maps, chosen_size, coloured, fitted, match_patches, panel, video_frames
+from dino.look.pictures import attention_maps, chosen_size, colored, fitted, match_patches, panel, video_frames
 from dino.look.video import Clip, Frame, write_video
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.commands import AttentionOptions, LookOptions, MatchOptions, PcaOptions, VideoOptions
@@ -50,7 +50,7 @@ def pca(options: PcaOptions) -> None:
     model = opened(options)
     basis = main_axes(model, (pixels for _, pixels in shown(model, options, BASIS_IMAGES)))
     for stem, pixels in shown(model, options):
-        coloured(model, pixels, basis).figure().save(f"{stem}-pca.png")
+        colored(model, pixels, basis).figure().save(f"{stem}-pca.png")
         print(f"{stem}-pca.png")
 
 
@@ -59,7 +59,7 @@ def match(options: MatchOptions) -> None:
     out = check_writable(options.out, ".png .jpg .webp", (options.a, options.b))
     found = match_patches(opened(options), options.a, options.b, options.size)
     found.figure(options.lines).save(out)
-    print(f"{out}: {min(options.lines, len(found.cosine))} of {len(found.cosine)} mutual nearest neighbours")
+    print(f"{out}: {min(options.lines, len(found.cosine))} of {len(found.cosine)} mutual nearest neighbors")
 
 
 def video(options: VideoOptions) -> None:

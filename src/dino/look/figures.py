@@ -1,4 +1,4 @@
-"""Figures for a model and labelled images: the paper's map of classes, and pages of right and wrong neighbours."""
+"""Figures for a model and labeled images: the paper's map of classes, and pages of right and wrong neighbors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dino.features import cache
 from dino.features.extract import readable_labels
 from dino.features.neighbors import vote
 from dino.files import check_writable
-from dino.html import EDGE, NEIGHBOURS, draw_neighbors, label_of, render_page
-from dino.options.commands import NeighboursOptions, TsneOptions
+from dino.html import EDGE, NEIGHBORS, draw_neighbors, label_of, render_page
+from dino.options.commands import NeighborsOptions, TsneOptions
 
 QUERIES_AT_ONCE = 64
 
 
-def labelled_features(options: TsneOptions, **sources: Source) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
+def labeled_features(options: TsneOptions, **sources: Source) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
     """[CLS] features [m, d] of length 1, labels [m] and positions [m] of the readable images of each source."""
     model = weights.load(options.model).to(device := distributed.start(options.device))
     size, digest = options.size or model.image_size, fingerprint(model)
@@ -62,7 +62,7 @@ def tsne(options: TsneOptions) -> None:
     out = check_writable(options.out, ".png .svg .pdf")
     train, val = split_folders(options.data, None)
     source = open_labeled(val or train)
-    ((features, labels, _),) = labelled_features(options, labelled=source)
+    ((features, labels, _),) = labeled_features(options, labeled=source)
     classes, points = class_map(features, labels, len(source.classes))
     edge = 5 + 0.6 * len(classes) ** 0.5  # inches
     figure = Figure((edge, edge), layout="constrained")
@@ -75,11 +75,11 @@ def tsne(options: TsneOptions) -> None:
     print(f"{out}: {len(classes)} classes, the means of {len(labels)} images")
 
 
-def neighbours(options: NeighboursOptions) -> None:
-    """Write a page of queries that k-NN gets right, and of those that it gets wrong, with their neighbours."""
+def neighbors(options: NeighborsOptions) -> None:
+    """Write a page of queries that k-NN gets right, and of those that it gets wrong, with their neighbors."""
     out = check_writable(options.out, ".html")
     train, test = open_labeled_pair(options.data, options.val)
-    (bank, labels, places), (queries, wanted, positions) = labelled_features(options, training=train, test=test)
+    (bank, labels, places), (queries, wanted, positions) = labeled_features(options, training=train, test=test)
     k = min(options.k, len(bank))
     found = [(part @ bank.T).topk(k, dim=1) for part in queries.split(QUERIES_AT_ONCE)]
     cosines, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -91,13 +91,13 @@ def neighbours(options: NeighboursOptions) -> None:
         rows = ""
         for i in (all_such[j] for j in evenly_spaced(len(all_such), options.rows)):
             query, label = test.read(at := int(positions[i])), label_of(test, at)
-            alike = [*zip(cosines[i].tolist(), places[nearest[i].numpy()].tolist(), strict=True)][:NEIGHBOURS]
+            alike = [*zip(cosines[i].tolist(), places[nearest[i].numpy()].tolist(), strict=True)][:NEIGHBORS]
             rows += draw_neighbors(resize_and_crop(query, EDGE), escape(label or ""), label, train, alike)[0]
         sections[f"{title}: {len(all_such)} of {len(right)}"] = rows or "<p>None.</p>"
     top = (
-        f"<p>The {k} nearest of {len(bank):,} labelled images vote for the class of each query (on the left), weighted by "
+        f"<p>The {k} nearest of {len(bank):,} labeled images vote for the class of each query (on the left), weighted by "
         f"exp(cosine / 0.07), and {score} get the right one. Shown are evenly spaced queries and their nearest images; a "
         "tick marks those of the query's class.</p>"
     )
-    out.write_text(render_page(options.model, "Nearest neighbours", top, sections), encoding="utf-8", errors="replace")
+    out.write_text(render_page(options.model, "Nearest neighbors", top, sections), encoding="utf-8", errors="replace")
     print(f"{out}: {score} right")

@@ -1,4 +1,4 @@
-"""What the features of patches tell: colours on one basis for many images, and which patches of two images correspond."""
+"""What the features of patches tell: colors on one basis for many images, and which patches of two images correspond."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def patch_features(model: Backbone, image: np.ndarray) -> Tensor:
 
 
 class Basis(NamedTuple):
-    """Three axes of features and the range along each that colours span."""
+    """Three axes of features and the range along each that colors span."""
 
     mean: Tensor  # [d]
     axes: Tensor  # [d, 3]
     low: Tensor  # [3]
     high: Tensor
 
-    def colours(self, features: Tensor) -> Tensor:
+    def colors(self, features: Tensor) -> Tensor:
         """Features [..., d] on the axes, as red, green and blue in [0, 1] [..., 3]."""
         return (((features - self.mean) @ self.axes - self.low) / (self.high - self.low).clamp(min=1e-6)).clamp(0, 1)
 
@@ -54,7 +54,7 @@ def axes_of(images: Iterable[Tensor]) -> Basis:
     mean = flat.mean(dim=0)
     flat = flat - mean
     axes = torch.linalg.eigh((flat.T @ flat).double()).eigenvectors[:, -3:].flip(1).float()
-    # An axis has no sign of its own; the same data should give the same colours.
+    # An axis has no sign of its own; the same data should give the same colors.
     axes = torch.where((flat @ axes).pow(3).sum(dim=0) < 0, -axes, axes)
     return Basis(mean, axes, *(flat @ axes).quantile(flat.new_tensor([0.02, 0.98]), dim=0))
 

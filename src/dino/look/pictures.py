@@ -85,7 +85,7 @@ class Look:
 
     @property
     def maps(self) -> list[np.ndarray]:
-        """Attention as colours, heads + 1 of [h, w, 3] uint8."""
+        """Attention as colors, heads + 1 of [h, w, 3] uint8."""
         return [large(heat(m.numpy()), self.image) for m in self.attention]
 
     @property
@@ -132,21 +132,21 @@ def panel(looks: Sequence[Look]) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Coloured:
-    """One image and the features of its patches as colours: like features have like colours."""
+class Colored:
+    """One image and the features of its patches as colors: like features have like colors."""
 
     image: np.ndarray  # [h, w, 3] uint8, of whole patches
-    colours: np.ndarray  # float32 [rows, columns, 3] in [0, 1]
+    colors: np.ndarray  # float32 [rows, columns, 3] in [0, 1]
 
     @property
     def picture(self) -> np.ndarray:
-        return large(to_bytes(self.colours), self.image)
+        return large(to_bytes(self.colors), self.image)
 
     def figure(self) -> Image.Image:
         return mosaic([[self.image, self.picture]], ["image", "patch features"])
 
 
-def pca_colours(model: Backbone, images: Sequence[AnyImage], size: int | None = None) -> Iterator[Coloured]:
+def pca_colors(model: Backbone, images: Sequence[AnyImage], size: int | None = None) -> Iterator[Colored]:
     """The images one after the other, their patch features on three main axes that all of them share.
 
     Args:
@@ -155,13 +155,13 @@ def pca_colours(model: Backbone, images: Sequence[AnyImage], size: int | None = 
     """
     some = (images[i] for i in evenly_spaced(len(images), BASIS_IMAGES))
     basis = main_axes(model, (fitted(model, image, size) for image in some))
-    yield from (coloured(model, fitted(model, image, size), basis) for image in images)
+    yield from (colored(model, fitted(model, image, size), basis) for image in images)
 
 
-def coloured(model: Backbone, pixels: np.ndarray, basis: Basis) -> Coloured:
+def colored(model: Backbone, pixels: np.ndarray, basis: Basis) -> Colored:
     """`pixels` [h, w, 3] uint8 of whole patches on the axes of `basis`."""
-    colours = basis.colours(patch_features(model, pixels))
-    return Coloured(pixels, colours.view(*model.grid(*pixels.shape[:2]), 3).numpy())
+    colors = basis.colors(patch_features(model, pixels))
+    return Colored(pixels, colors.view(*model.grid(*pixels.shape[:2]), 3).numpy())
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Matches:
     """Patches of two images that are each other's nearest, most alike first."""
 
     images: tuple[np.ndarray, np.ndarray]  # [h, w, 3] uint8 each, of whole patches
-    points: np.ndarray  # float [k, 2, 2]: of each pair the centre in both images, as x and y, pixels
+    points: np.ndarray  # float [k, 2, 2]: of each pair the center in both images, as x and y, pixels
     cosine: np.ndarray  # float32 [k]
 
     def figure(self, most: int = 50) -> Image.Image:
@@ -180,10 +180,10 @@ class Matches:
         page.paste(Image.fromarray(self.images[1]), (width + GUTTER, 0))
         draw, thick = ImageDraw.Draw(page), max(1, height // 250)
         for (x, y), (u, v) in self.points[:most]:
-            colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb((x / width + y / height) / 2, 0.9, 1.0))
-            draw.line([(x, y), (u + width + GUTTER, v)], colour, thick)
+            color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb((x / width + y / height) / 2, 0.9, 1.0))
+            draw.line([(x, y), (u + width + GUTTER, v)], color, thick)
             for left, top in ((x, y), (u + width + GUTTER, v)):
-                draw.circle((left, top), 2.5 * thick, colour, "white")
+                draw.circle((left, top), 2.5 * thick, color, "white")
         return page
 
 
@@ -214,7 +214,7 @@ def video_frames(
 
     Args:
         clip: a video file, an animated GIF, or a folder of frames.
-        show: a map of attention, the image within its mask, or patch features as colours, on one basis for the clip.
+        show: a map of attention, the image within its mask, or patch features as colors, on one basis for the clip.
         head: whose attention. None: the mean of all.
         size, mass: see `attention_maps`.
     """
@@ -224,7 +224,7 @@ def video_frames(
         basis = main_axes(model, evenly((fitted(model, frame, size) for _, frame in clip), BASIS_IMAGES))
     for seconds, frame in clip:
         if basis is not None:
-            shown = coloured(model, fitted(model, frame, size), basis)
+            shown = colored(model, fitted(model, frame, size), basis)
             yield Frame(seconds, shown.image), Frame(seconds, shown.picture)
             continue
         look = attention_maps(model, frame, size, mass).only(head)
@@ -236,21 +236,21 @@ def video_frames(
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """A map [rows, columns] of numbers from 0 up as colours, [rows, columns, 3] uint8."""
+    """A map [rows, columns] of numbers from 0 up as colors, [rows, columns, 3] uint8."""
     return to_bytes(colormaps["inferno"](values / max(float(values.max()), 1e-12))[..., :3])
 
 
-def to_bytes(colours: np.ndarray) -> np.ndarray:
-    return (colours * 255 + 0.5).astype(np.uint8)
+def to_bytes(colors: np.ndarray) -> np.ndarray:
+    return (colors * 255 + 0.5).astype(np.uint8)
 
 
 def large(cells: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Colours of cells [rows, columns, 3] as a picture of the size of `image`, each a rectangle."""
+    """Colors of cells [rows, columns, 3] as a picture of the size of `image`, each a rectangle."""
     return np.asarray(Image.fromarray(cells).resize(image.shape[1::-1], Image.Resampling.NEAREST))
 
 
 def dim_outside(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`image` where `mask` holds; elsewhere a dark grey shade of it."""
+    """`image` where `mask` holds; elsewhere a dark gray shade of it."""
     shade = image.mean(axis=-1, keepdims=True) * 0.25 + 12
     return np.where(mask[..., None], image, shade).astype(np.uint8)
 

@@ -122,7 +122,7 @@ def write_video(out: Path, frames: Iterable[Frame]) -> int:
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", TICK  # what all browsers know
         for seconds, pixels in frames:
             if not count:
-                stream.height, stream.width = (edge // 2 * 2 for edge in pixels.shape[:2])  # colours are per 2 x 2
+                stream.height, stream.width = (edge // 2 * 2 for edge in pixels.shape[:2])  # colors are per 2 x 2
             picture = av.VideoFrame.from_ndarray(
                 np.ascontiguousarray(pixels[: stream.height, : stream.width]), format="rgb24"
             )

@@ -27,7 +27,7 @@ NO_ATTENTION = (
 
 
 class Backbone(Protocol):
-    """What the method, the evaluations and the pictures may ask of a backbone. Images are normalised, NCHW.
+    """What the method, the evaluations and the pictures may ask of a backbone. Images are normalized, NCHW.
 
     A cell is a patch of a transformer or a place of a ConvNet's last map.
     """

@@ -1,4 +1,4 @@
-"""The projection head (paper section 3.1 and appendix C): an MLP, an L2-normalised bottleneck, and K prototypes."""
+"""The projection head (paper section 3.1 and appendix C): an MLP, an L2-normalized bottleneck, and K prototypes."""
 
 from itertools import pairwise
 from typing import Literal
@@ -15,16 +15,16 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.Re
 
 
 class Prototypes(nn.Module):
-    """Linear map without bias to K prototypes, each direction times a gain (weight normalisation).
+    """Linear map without bias to K prototypes, each direction times a gain (weight normalization).
 
     Keys are `weight_v` [K, d] (directions) and `weight_g` [K, 1] (gains), as in the reference. With unit gains and a
-    normalised input the outputs are cosines.
+    normalized input the outputs are cosines.
     """
 
     def __init__(self, dim: int, out_dim: int, fixed_gain: bool):
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not fixed_gain)
-        # PyTorch's default initialisation of a linear layer, which the reference's last layer keeps.
+        # PyTorch's default initialization of a linear layer, which the reference's last layer keeps.
         self.weight_v = nn.Parameter(torch.empty(out_dim, dim).uniform_(-(dim**-0.5), dim**-0.5))
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
@@ -42,8 +42,8 @@ class Head(nn.Module):
         out_dim: number of prototypes K.
         num_layers: linear layers before the prototypes, the last of them into the bottleneck if there is one.
         norm_last_layer: fix the prototypes' gains at one.
-        bottleneck: reduce to `bottleneck_dim` and L2-normalise before the prototypes.
-        prototypes: False ends at the bottleneck, not normalised (BYOL, MoCo).
+        bottleneck: reduce to `bottleneck_dim` and L2-normalize before the prototypes.
+        prototypes: False ends at the bottleneck, not normalized (BYOL, MoCo).
         predictor: one more hidden layer behind the bottleneck, for a student whose teacher has none (BYOL).
     """
 
@@ -73,12 +73,12 @@ class Head(nn.Module):
         self.apply(init_linear)
         width = bottleneck_dim if bottleneck else hidden[-1]
         self.last_layer = Prototypes(width, out_dim, fixed_gain=norm_last_layer) if prototypes else nn.Identity()
-        self.normalise = bottleneck and prototypes
+        self.normalize = bottleneck and prototypes
         self.out_dim = out_dim if prototypes else width
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         x = self.predictor(self.mlp(x))
-        return self.last_layer(F.normalize(x, dim=-1) if self.normalise else x)
+        return self.last_layer(F.normalize(x, dim=-1) if self.normalize else x)
 
 
 def mlp(widths: list[int], batch_norm: bool, activation: Activation, to_the_end: bool = False) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Vision Transformer as the paper trains it (section 3.2; DeiT's pre-norm ViT with a learnt position per patch).
+"""Vision Transformer as the paper trains it (section 3.2; DeiT's pre-norm ViT with a learned position per patch).
 
 State-dict keys are the reference's, so released weights load unchanged. Notable: attention runs through
 `scaled_dot_product_attention`; where only the [CLS] output is asked for, the last block computes that one query
@@ -135,7 +135,7 @@ class VisionTransformer(nn.Module):
     """Images to features.
 
     Args:
-        image_size: edge of the images the positions are learnt for, pixels.
+        image_size: edge of the images the positions are learned for, pixels.
         patch_size: edge of a patch, pixels.
         drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
         pos_interp: how positions are interpolated for other sizes; 'offset' is what released weights were trained with.

@@ -64,7 +64,7 @@ class VideoOptions(LookOptions):
     clip: Positional[str]
     """A video (mp4, mov, webm, gif, ...), or a folder of frames named in their order."""
     show: Literal["attention", "mask", "pca"] = "attention"
-    """A map of the attention, the picture where most of it lies, or the features of patches as colours."""
+    """A map of the attention, the picture where most of it lies, or the features of patches as colors."""
     head: int | None = None
     """Whose attention. None: the mean of all heads."""
     mass: float = 0.6
@@ -80,7 +80,7 @@ class VideoOptions(LookOptions):
 @dataclass(frozen=True, kw_only=True)
 class TsneOptions(ModelOptions):
     data: str
-    """Labelled images: a folder of classes, or a folder with train/ and val/, of which val/ is used."""
+    """Labeled images: a folder of classes, or a folder with train/ and val/, of which val/ is used."""
     size: int | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
     out: str = "tsne.png"
@@ -88,16 +88,16 @@ class TsneOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeighboursOptions(TsneOptions):
+class NeighborsOptions(TsneOptions):
     data: str
-    """Labelled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the queries)."""
+    """Labeled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the queries)."""
     val: str | None = None
-    """Labelled queries, when they lie elsewhere."""
+    """Labeled queries, when they lie elsewhere."""
     k: int = 20
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     rows: int = 12
     """Most queries to show of those that are right, and of those that are wrong."""
-    out: str = "neighbours.html"
+    out: str = "neighbors.html"
     """Page to write."""
 
 
@@ -108,7 +108,7 @@ class EmbedOptions(ModelOptions):
     out: str
     """Folder of Parquet files to write, e.g. x.parquet. The same command again goes on where it stopped."""
     readout: Literal["cls", "average", "gem", "patches"] = "cls"
-    """[CLS], the mean or generalised mean of the patches, or a row for every patch."""
+    """[CLS], the mean or generalized mean of the patches, or a row for every patch."""
     size: int | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
     fp16: bool = False
@@ -136,7 +136,7 @@ class SearchOptions(FindOptions):
     images: Positional[tuple[str, ...]]
     """Image files or folders to find the like of."""
     k: int = 10
-    """Neighbours of each."""
+    """Neighbors of each."""
     model: str | None = None
     """The model that made the embedding. None: where it was then."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -176,9 +176,9 @@ class AblateOptions:
     table: Annotated[Positional[str], tyro.conf.arg(metavar="[TABLE]")] = ""
     """Which of the paper's tables (7, 14, 15, teacher, crops, prototypes, ...). Without one, they are listed."""
     data: str | None = None
-    """Labelled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the test set)."""
+    """Labeled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the test set)."""
     val: str | None = None
-    """Labelled test images, when they lie elsewhere."""
+    """Labeled test images, when they lie elsewhere."""
     scale: Literal["tiny", "paper"] = "tiny"
     """'tiny': minutes a row, small images and model; shows what collapses. 'paper': ViT-S/16, 100 or 300 epochs."""
     recipe: str | None = None

@@ -23,26 +23,26 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledOptions(EvalOptions):
+class LabeledOptions(EvalOptions):
     """For evaluations that classify."""
 
     data: str
-    """Labelled images: DATA/train/CLASS/image.jpg and DATA/val/CLASS/image.jpg; or DATA/CLASS/image.jpg, a tenth of
+    """Labeled images: DATA/train/CLASS/image.jpg and DATA/val/CLASS/image.jpg; or DATA/CLASS/image.jpg, a tenth of
     which becomes the test set; or torchvision:NAME:FOLDER, a data set whose files are there already."""
     val: str | None = None
-    """Labelled test images, when they lie elsewhere."""
+    """Labeled test images, when they lie elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnOptions(LabelledOptions):
+class KnnOptions(LabeledOptions):
     k: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours."""
+    """Numbers of neighbors."""
     temp: float = 0.07
     """Temperature of the votes exp(cosine / temp)."""
 
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
-            raise ValueError(f"k is {self.k}; ask for numbers of neighbours of at least 1.")
+            raise ValueError(f"k is {self.k}; ask for numbers of neighbors of at least 1.")
         if self.temp <= 0:
             raise ValueError(f"temp is {self.temp}; a temperature must be above 0.")
 
@@ -93,7 +93,7 @@ class MasksOptions(EvalOptions):
     images: str | None = None
     """Instead of --data: a folder of images, with --masks."""
     masks: str | None = None
-    """A folder of masks of the same names and sizes: grey images whose bright half is the object, or palette images
+    """A folder of masks of the same names and sizes: gray images whose bright half is the object, or palette images
     with an object to an index (0 is none, 255 is unknown)."""
     mass: float = 0.6
     """Share of a head's attention that its mask keeps."""
@@ -106,7 +106,7 @@ class MasksOptions(EvalOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedOptions(LabelledOptions):
+class TrainedOptions(LabeledOptions):
     """For evaluations that train."""
 
     seed: int = 0
@@ -153,7 +153,7 @@ class LinearOptions(TrainedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowshotOptions(LabelledOptions):
+class LowshotOptions(LabeledOptions):
     percent: tuple[float, ...] = (1.0, 10.0)
     """Shares of each class of the training images, drawn from the seed, at least one image of each; 100: all."""
     list: tuple[str, ...] = ()
@@ -163,7 +163,7 @@ class LowshotOptions(LabelledOptions):
     folds: int = 5
     """Of the cross-validation."""
     k: int = 20
-    """Neighbours of the k-NN beside it."""
+    """Neighbors of the k-NN beside it."""
     seed: int = 0
     """Of the drawn shares."""
 
@@ -235,14 +235,14 @@ class DavisOptions(EvalOptions):
     """'original' repeats what the reference does otherwise, see docs/evaluations.md."""
     queue: int = 7
     """Frames before a frame that labels come from, besides the first."""
-    neighbourhood: int = 12
+    neighborhood: int = 12
     """Rows and columns of patches that a label can move between two frames."""
     top_k: int = 5
     """Likest patches that labels are taken from."""
 
     def __post_init__(self) -> None:
-        if self.queue < 0 or self.neighbourhood < 0 or self.top_k < 1:
-            raise ValueError("queue and neighbourhood must not be negative, and top_k must be at least 1.")
+        if self.queue < 0 or self.neighborhood < 0 or self.top_k < 1:
+            raise ValueError("queue and neighborhood must not be negative, and top_k must be at least 1.")
 
 
 # Name -> what it measures and its options; the rest is `PAPER` and `evaluate` of the module dino.eval.NAME.

@@ -142,7 +142,7 @@ _SMALL = {
     "method__teacher_temp_epochs": 0,
     "views__num_local": 2,
     "views__blur_prob": (0.0, 0.0, 0.0),
-    "views__solarise_prob": (0.0, 0.0, 0.0),
+    "views__solarize_prob": (0.0, 0.0, 0.0),
     "optim__lr": 8e-3,
 }
 
@@ -203,7 +203,7 @@ RECIPES: dict[str, Recipe] = {
                 "views__brightness": 0.2,
                 "views__contrast": 0.2,
                 "views__hue": 0.5,
-                "views__grey_prob": 0.5,
+                "views__gray_prob": 0.5,
             },
         ),
     ),
@@ -320,7 +320,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "resnet50": _reference(
         "resnet50",
-        "The reference's recipe for ConvNets: ResNet-50, SGD, synchronised BatchNorm, 100 epochs.",
+        "The reference's recipe for ConvNets: ResNet-50, SGD, synchronized BatchNorm, 100 epochs.",
         "8 GPUs",
         "ImageNet, 300 epochs: k-NN 65.6 %, linear 74.5 %; for 100 epochs nothing is published",
         _RESNET_50_SGD,

@@ -70,7 +70,7 @@ class ModelOptions:
     stem: Literal["default", "small"] = "default"
     """'small' is for ResNets on small images: a 3x3 first convolution of stride 1, no pooling after it."""
     in_channels: Literal[1, 3] = 3
-    """Channels the backbone sees: 3 colours, or 1, their luma (after the colours of a view were changed)."""
+    """Channels the backbone sees: 3 colors, or 1, their luma (after the colors of a view were changed)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class HeadOptions:
     hidden_dim: Annotated[int | None, COUNT] = None
     """Width of the hidden layers. None: 2048, or 512 for vit_nano."""
     bottleneck_dim: Annotated[int | None, COUNT] = None
-    """Width of the L2-normalised bottleneck. None: 256, or 128 for vit_nano."""
+    """Width of the L2-normalized bottleneck. None: 256, or 128 for vit_nano."""
     num_layers: Annotated[int, NOT_NEGATIVE] = 3
     """Linear layers before the prototypes, the last of them into the bottleneck (the paper counts one more)."""
     norm_last_layer: bool = True
@@ -90,7 +90,7 @@ class HeadOptions:
     activation: Literal["gelu", "relu"] = "gelu"
     """Activation after each hidden layer."""
     bottleneck: bool = True
-    """Reduce to `bottleneck_dim` and L2-normalise before the prototypes."""
+    """Reduce to `bottleneck_dim` and L2-normalize before the prototypes."""
     prototypes: bool = True
     """End in prototypes. False ends at the bottleneck, for losses that compare vectors (BYOL, MoCo)."""
     predictor: bool = False
@@ -104,7 +104,7 @@ class MethodOptions:
     momentum: Annotated[float | None, SHARE] = None
     """Teacher momentum at the first step; rises to 1 on a cosine. None: chosen from the batch and run length."""
     loss: Literal["cross-entropy", "mse", "infonce"] = "cross-entropy"
-    """Between distributions over prototypes (DINO), normalised vectors (BYOL), or one against negatives (MoCo-v2)."""
+    """Between distributions over prototypes (DINO), normalized vectors (BYOL), or one against negatives (MoCo-v2)."""
     queue_size: Annotated[int, COUNT] = 65536
     """Negatives that infonce remembers."""
     student_temp: Annotated[float, POSITIVE] = 0.1
@@ -115,11 +115,11 @@ class MethodOptions:
     """Temperature of the teacher's softmax at the first epoch. None: 0.04, or 0.03 for vit_nano."""
     teacher_temp_epochs: Annotated[float | None, NOT_NEGATIVE] = None
     """Epochs over which the temperature rises from start to end. None: 30, or three tenths of a shorter run."""
-    targets: Literal["centring", "softmax-batch", "sinkhorn", "none"] = "centring"
-    """What keeps the teacher from one dominating prototype: the moving centre of its outputs, softmax over the batch,
+    targets: Literal["centering", "softmax-batch", "sinkhorn", "none"] = "centering"
+    """What keeps the teacher from one dominating prototype: the moving center of its outputs, softmax over the batch,
     3 iterations of Sinkhorn-Knopp (SwAV), or nothing."""
-    centre_momentum: Annotated[float, SHARE] = 0.9
-    """Momentum of the centre (paper Eq. 4)."""
+    center_momentum: Annotated[float, SHARE] = 0.9
+    """Momentum of the center (paper Eq. 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class ViewOptions:
     flip_prob: Annotated[float, SHARE] = 0.5
     """Probability of a horizontal flip."""
     jitter_prob: Annotated[float, SHARE] = 0.8
-    """Probability of colour jitter."""
+    """Probability of color jitter."""
     brightness: Annotated[float, SHARE] = 0.4
     """Brightness factor is drawn from 1 +- this."""
     contrast: Annotated[float, SHARE] = 0.4
@@ -147,21 +147,21 @@ class ViewOptions:
     saturation: Annotated[float, SHARE] = 0.2
     """Saturation factor is drawn from 1 +- this."""
     hue: Annotated[float, TURN] = 0.1
-    """Hue shift is drawn from +- this, in turns (0.5 is the opposite colour)."""
-    grey_prob: Annotated[float, SHARE] = 0.2
-    """Probability of dropping colour."""
+    """Hue shift is drawn from +- this, in turns (0.5 is the opposite color)."""
+    gray_prob: Annotated[float, SHARE] = 0.2
+    """Probability of dropping color."""
     blur_prob: Annotated[tuple[float, float, float], SHARE] = (1.0, 0.1, 0.5)
     """Probability of Gaussian blur: first global, second global, locals."""
     blur_sigma: Annotated[Scale, POSITIVE] = (0.1, 2.0)
     """Blur radius range (standard deviation), pixels of the view."""
-    solarise_prob: Annotated[tuple[float, float, float], SHARE] = (0.0, 0.2, 0.0)
+    solarize_prob: Annotated[tuple[float, float, float], SHARE] = (0.0, 0.2, 0.0)
     """Probability of inverting pixels of 128 and above: first global, second global, locals."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimOptions:
     name: Literal["adamw", "sgd", "lars"] = "adamw"
-    """Optimiser of the student."""
+    """Optimizer of the student."""
     lr: Annotated[float | None, NOT_NEGATIVE] = None
     """Peak learning rate for a batch of 256; scaled by batch_size / 256. None: 5e-4, or 8e-3 for vit_nano."""
     min_lr: Annotated[float, NOT_NEGATIVE] = 1e-6
@@ -185,7 +185,7 @@ class LogOptions:
     knn_every: Annotated[float, NOT_NEGATIVE] = 1
     """Epochs between k-NN and feature-health checks. 0: only before and after training."""
     evaluate: tuple[str, ...] = ()
-    """Evaluations to make then, each as one word: "knn --data labelled/ --k 20", see `dino eval NAME --help`."""
+    """Evaluations to make then, each as one word: "knn --data labeled/ --k 20", see `dino eval NAME --help`."""
     checkpoint_minutes: Annotated[float, POSITIVE] = 10
     """Minutes between checkpoints; one is also written after every epoch."""
     keep: Annotated[int, at_least(1, "keep at least 1 checkpoint, or a resume is impossible")] = 2
@@ -260,7 +260,7 @@ def _contradictions(o: TrainOptions) -> Iterator[str]:
             f"method.momentum is {o.method.momentum} but method.teacher is {o.method.teacher}, which has none; leave one "
             "out."
         )
-    allowed = {"mse": ("centring", "none"), "infonce": ("none",)}.get(o.method.loss)
+    allowed = {"mse": ("centering", "none"), "infonce": ("none",)}.get(o.method.loss)
     if allowed and o.method.targets not in allowed:
         yield (
             f"method.loss {o.method.loss} compares vectors, to which method.targets {o.method.targets} does not apply; "

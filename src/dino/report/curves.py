@@ -1,4 +1,4 @@
-"""The curves of a run as inline SVG. Their colours are the page's CSS variables, so they follow light and dark mode."""
+"""The curves of a run as inline SVG. Their colors are the page's CSS variables, so they follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dino.report.run import Run
 
 MOST_POINTS = 300  # longer curves are averaged over equal runs of steps, with their range behind the line
 
-# Matplotlib draws in stand-in colours that nothing else has; the page's CSS variables take their place.
+# Matplotlib draws in stand-in colors that nothing else has; the page's CSS variables take their place.
 _INK, _SOFT, _LINE = "#0a0b01", "#0a0b02", "#0a0b03"
 _SERIES = ("#0a0b11", "#0a0b12", "#0a0b13", "#0a0b14")
 _VARIABLES = {_INK: "ink", _SOFT: "soft", _LINE: "line"} | {c: f"c{i}" for i, c in enumerate(_SERIES, 1)}
@@ -94,7 +94,7 @@ def charts(run: Run) -> list[Chart]:
             "k-NN accuracy",
             "Held-out images classified by the vote of their nearest training images, in percent. Labels are used here "
             "only. Healthy: it leaves the accuracy of raw pixels behind and keeps rising; small dips are noise.",
-            [Panel({f"{k_near} neighbours": knn}, "{:.1f} %", {f"raw pixels {p:.1f} %": p for p in pixels[:1]})],
+            [Panel({f"{k_near} neighbors": knn}, "{:.1f} %", {f"raw pixels {p:.1f} %": p for p in pixels[:1]})],
         ),
         Chart(
             "Attention on objects",
@@ -116,10 +116,10 @@ def charts(run: Run) -> list[Chart]:
             [Panel({"prototypes in use": "prototype_usage"}, "{:.0f}", change=np.exp)],
         ),
         Chart(
-            "Centre and gradients",
-            "The norm of the centre grows at first and settles. The gradient norm is taken before clipping: "
+            "Center and gradients",
+            "The norm of the center grows at first and settles. The gradient norm is taken before clipping: "
             "single spikes are harmless, steady growth calls for a lower learning rate.",
-            [Panel({"centre norm": "centre_norm"}), Panel({"gradient norm": "grad_norm"}, log=True)],
+            [Panel({"center norm": "center_norm"}), Panel({"gradient norm": "grad_norm"}, log=True)],
         ),
         Chart(
             "Schedules",
@@ -167,8 +167,8 @@ def draw(chart: Chart, run: Run) -> str:
     svg = re.sub(
         r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{escape(chart.title)}" \1>', svg
     )
-    for colour, name in _VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{name})")
+    for color, name in _VARIABLES.items():
+        svg = svg.replace(color, f"var(--{name})")
     return svg
 
 
@@ -180,7 +180,7 @@ def _time(run: Run) -> tuple[str, float]:
 
 def _panel(axis: Axes, panel: Panel, run: Run, scale: float, compact: bool) -> None:
     base: np.ndarray | None = None
-    for colour, (label, metric) in zip(_SERIES, panel.series.items(), strict=False):
+    for color, (label, metric) in zip(_SERIES, panel.series.items(), strict=False):
         steps, values = run.points(metric)
         if not steps:
             continue
@@ -190,14 +190,14 @@ def _panel(axis: Axes, panel: Panel, run: Run, scale: float, compact: bool) -> N
         if panel.stacked:
             x, y = _coarser(x)[0], _coarser(y)[0]
             below = np.zeros_like(y) if base is None else base
-            axis.fill_between(x, below, below + y, color=colour, alpha=0.28, linewidth=0)
+            axis.fill_between(x, below, below + y, color=color, alpha=0.28, linewidth=0)
             base = y = below + y
         else:
             (x, _, _), (y, low, high) = _coarser(x), _coarser(y)
             if len(y) < len(values):
-                axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+                axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         marker = "o" if len(x) < 25 else None
-        axis.plot(x, y, color=colour, label=label, marker=marker, markersize=3.5, clip_on=False)
+        axis.plot(x, y, color=color, label=label, marker=marker, markersize=3.5, clip_on=False)
     for label, height in panel.marks.items():
         axis.axhline(height, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)), label=label)
     low, high = axis.dataLim.intervaly

@@ -1,4 +1,4 @@
-"""The report's sections of pictures: attention, patch-feature colours, nearest neighbours, training views.
+"""The report's sections of pictures: attention, patch-feature colors, nearest neighbors, training views.
 
 Which images are shown is a function of the data alone: evenly spaced ones, of different classes where classes are known.
 """
@@ -24,16 +24,16 @@ from dino.data.scenes import Scenes
 from dino.data.sources import Source, evenly_spaced
 from dino.data.views import Views, draw_views
 from dino.features.extract import extract
-from dino.html import NEIGHBOURS, draw_image, draw_neighbors, draw_tile, encode_image, label_of
+from dino.html import NEIGHBORS, draw_image, draw_neighbors, draw_tile, encode_image, label_of
 from dino.look.attention import jaccard
-from dino.look.pictures import MOST_PATCHES, Look, attention_maps, pca_colours, to_bytes
+from dino.look.pictures import MOST_PATCHES, Look, attention_maps, pca_colors, to_bytes
 from dino.models import NO_ATTENTION, Backbone
 from dino.options import required
 from dino.report.run import Run
 
 SHOWN, VIEWED = 6, 4
 CANDIDATES = 48  # positions looked at for SHOWN images of different classes that can be read
-BANK = 2000  # most training images among which neighbours are looked for
+BANK = 2000  # most training images among which neighbors are looked for
 CPU_WORK = 3e11  # multiplications that a CPU may spend on them, a few seconds' worth
 MASS = 0.6
 
@@ -69,8 +69,8 @@ class Gallery:
             return {"Pictures": "<p>None of the images tried could be read.</p>"}
         return {
             "Where it looks": self.attention(),
-            "What it takes for alike": self.colours(),
-            "Nearest neighbours": self.neighbours(),
+            "What it takes for alike": self.colors(),
+            "Nearest neighbors": self.neighbors(),
             "What it trained on": self.views(),
         }
 
@@ -115,7 +115,7 @@ class Gallery:
         kind, columns = ("looks few", f' style="--columns:{len(names)}"') if len(names) <= 7 else ("looks", "")
         return f'<div class="{kind}"{columns}>{"".join(tiles)}</div>'
 
-    def colours(self) -> str:
+    def colors(self) -> str:
         """Principal components of patch features, one basis for all images."""
         size = self._close_size()
         scenes = self._scenes(size)
@@ -123,27 +123,27 @@ class Gallery:
             resize_and_crop(p.pixels if scenes is None else scenes.read(p.position), size) for p in self.pictures
         ]
         pairs = ""
-        for picture, shown in zip(self.pictures, pca_colours(self.model, squares, size), strict=True):
-            patches = draw_image(to_bytes(shown.colours), "patch features as colours", "pixels")
+        for picture, shown in zip(self.pictures, pca_colors(self.model, squares, size), strict=True):
+            patches = draw_image(to_bytes(shown.colors), "patch features as colors", "pixels")
             pairs += f'<figure class="pair">{draw_image(shown.image, self._name(picture))}{patches}</figure>'
         return (
             "<p>The features of all patches on their three main axes, as red, green and blue. One basis for all images, "
-            "so the same colour means the same kind of patch anywhere. Good features give objects a colour of their own "
+            "so the same color means the same kind of patch anywhere. Good features give objects a color of their own "
             f'and tell their parts apart.</p><div class="row six">{pairs}</div>'
         )
 
-    def neighbours(self) -> str:
+    def neighbors(self) -> str:
         """Rows of a query and the training images whose features are most like its own."""
         size = self.model.image_size
         squares = [resize_and_crop(picture.pixels, size) for picture in self.pictures]
         bank = extract(self.model, self.source, size, self.device, self._bank())
         with torch.no_grad():
-            queries = self.model(self._normalised(squares)).float().cpu()
+            queries = self.model(self._normalized(squares)).float().cpu()
         similarity = F.normalize(queries, dim=1) @ F.normalize(bank.values, dim=1).T
-        if not self.held_out:  # an image is not its own neighbour
+        if not self.held_out:  # an image is not its own neighbor
             itself = torch.tensor([p.position for p in self.pictures])[:, None] == torch.from_numpy(bank.indices)
             similarity[itself] = -2
-        nearest = similarity.topk(min(NEIGHBOURS, len(bank.indices)), dim=1)
+        nearest = similarity.topk(min(NEIGHBORS, len(bank.indices)), dim=1)
         rows, same, judged = "", 0, 0
         for picture, square, likeness, places in zip(self.pictures, squares, *nearest, strict=True):
             wanted, positions = label_of(self.shown, picture.position), bank.indices[places.numpy()].tolist()
@@ -154,12 +154,12 @@ class Gallery:
         score = f" Here {same} of {judged} share the query's class, marked with a tick." if judged else ""
         return (
             f"<p>On the left {what}, then the training images with the most similar features (cosine similarity "
-            f"beneath, among {len(bank.indices)}).{score} Good neighbours share the content and not just the colours."
+            f"beneath, among {len(bank.indices)}).{score} Good neighbors share the content and not just the colors."
             f"</p>{rows}"
         )
 
     def views(self) -> str:
-        """Crops and colours the run's first epoch drew, through the training pipeline itself."""
+        """Crops and colors the run's first epoch drew, through the training pipeline itself."""
         options = self.run.options.views
         pictures = choose(self.source, VIEWED)
         sizes = (required(options.global_size),) * 2 + (required(options.local_size),) * options.num_local
@@ -197,7 +197,7 @@ class Gallery:
             return own
         return size
 
-    def _normalised(self, squares: list[np.ndarray]) -> Tensor:
+    def _normalized(self, squares: list[np.ndarray]) -> Tensor:
         """Pixels [h, w, 3] uint8 of equal size as the model takes them."""
         return normalize(torch.from_numpy(np.stack(squares))[None].to(self.device), self.model.in_channels)
 

@@ -69,13 +69,15 @@ def facts(run: Run, model: Backbone, source: Source) -> str:
 def result(run: Run, model: Backbone, source: Source, held_out: Source | None) -> str:
     """The figures of merit, and what a reader must not miss."""
     cards = [knn_card(run, source), overlap_card(run)]
-    unlabelled = ""
+    unlabeled = ""
     if not any(cards):
         cards = health_cards(run, model) or ["<p>Nothing has been measured yet.</p>"]
-        unlabelled = " Without labels there is no accuracy to give; the pictures below tell more."
+        unlabeled = " Without labels there is no accuracy to give; the pictures below tell more."
     where = "held-out" if held_out is not None else "training (none are held out)"
     count = len(source if held_out is None else held_out)
-    note = f'<p class="small">Measured on {min(count, 1000):,} {where} images with the teacher\'s backbone.{unlabelled}</p>'
+    note = (
+        f'<p class="small">Measured on {min(count, 1000):,} {where} images with the teacher\'s backbone.{unlabeled}</p>'
+    )
     return f'{notices(run)}<div class="cards">{"".join(cards)}</div>{note}'
 
 
@@ -92,7 +94,7 @@ def knn_card(run: Run, source: Source) -> str:
         text += (
             " The features tell more than raw pixels do."
             if after > pixels
-            else " Raw pixels do as well: the features know little yet that colours do not tell."
+            else " Raw pixels do as well: the features know little yet that colors do not tell."
         )
     return card("k-NN accuracy", text, {"untrained": before, "raw pixels": pixels}, after)
 

@@ -1,6 +1,6 @@
 """Weights by name: our run folders, the reference's releases and checkpoints, timm's and Hugging Face's files.
 
-`load` gives a backbone, `read` everything that a file holds: teacher, student, heads, centre, optimiser. Nothing is
+`load` gives a backbone, `read` everything that a file holds: teacher, student, heads, center, optimizer. Nothing is
 ever unpickled but tensors and plain values, and every key must fit but the classifiers of `formats.TOLERATED`.
 """
 
@@ -37,11 +37,11 @@ class Weights:
     Args:
         where: its name, for messages.
         arguments: what `dino.create` builds the backbone from.
-        state: tensors by the names of `dino.method.DINO`: ``(student|teacher).(backbone|head).*`` and ``centre.value``;
+        state: tensors by the names of `dino.method.DINO`: ``(student|teacher).(backbone|head).*`` and ``center.value``;
             the teacher's backbone is always among them.
         left_out: names of what was not taken, all of them tolerated.
         head: the heads' options, where the file says them.
-        optimizer: the optimiser's state dict as it was saved, if there is one.
+        optimizer: the optimizer's state dict as it was saved, if there is one.
     """
 
     where: str
@@ -174,8 +174,8 @@ def _read_file(path: Path, num_heads: int | None = None) -> Weights:
         roles = {role: content[role] for role in ("teacher", "student") if role in content}
         found = _networks(roles, where, num_heads)
         known = {"teacher", "student", "optimizer", "dino_loss", "epoch", "args", "fp16_scaler"}
-        if centre := content.get("dino_loss"):
-            found.state["centre.value"] = centre["center"].flatten()
+        if center := content.get("dino_loss"):
+            found.state["center.value"] = center["center"].flatten()
         left_out = (*found.left_out, *sorted(content.keys() - known))
         return Weights(where, found.arguments, found.state, left_out, optimizer=content.get("optimizer"))
     state = content
@@ -195,7 +195,7 @@ def _networks(roles: dict[str, Any], where: str, num_heads: int | None) -> Weigh
         if {name.removeprefix("module.") for name in state} == {"linear.weight", "linear.bias"}:
             raise ValueError(f"{where} is a linear classifier, not a backbone; read it with read_linear.")
         backbone, head, ignored = formats.network(state)
-        arguments, backbone = formats.recognise(backbone, where, num_heads)
+        arguments, backbone = formats.recognize(backbone, where, num_heads)
         out |= {f"{role}.backbone.{name}": value for name, value in backbone.items()}
         out |= {f"{role}.head.{name}": value for name, value in head.items()}
         left_out += ignored

@@ -89,7 +89,7 @@ def xcit_names(state: State) -> Names:
     return names
 
 
-def recognise(state: State, where: str, num_heads: int | None = None) -> tuple[dict[str, Any], State]:
+def recognize(state: State, where: str, num_heads: int | None = None) -> tuple[dict[str, Any], State]:
     """A backbone's state dict of any known home: the arguments of `create` that build it, and the state in our keys.
 
     Args:

@@ -24,7 +24,7 @@ from dino.files import cache_folder
 from dino.options.commands import ModelsOptions
 
 BASE = "https://dl.fbaipublicfiles.com/dino"
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 ATTEMPTS, TIMEOUT, CHUNK = 3, 30, 1 << 20
 
 
@@ -185,11 +185,11 @@ def models_command(options: ModelsOptions) -> None:
     if options.name:
         print(fetch(options.name, options.offline))
         return
-    table = Table(title=f"Releases of the reference ({LICENCE}, {BASE})", title_justify="left")
-    for name in ("name", "architecture", "MB", "k-NN", "linear", "licence", "parts (* cached)"):
+    table = Table(title=f"Releases of the reference ({LICENSE}, {BASE})", title_justify="left")
+    for name in ("name", "architecture", "MB", "k-NN", "linear", "license", "parts (* cached)"):
         table.add_column(name, justify="right" if name in ("MB", "k-NN", "linear") else "left", no_wrap=True)
     for name, release in RELEASES.items():
         parts = " ".join(part + "*" * (cached(name, part) is not None) for part in release.files)
         figures = (f"{value:.1f}" if value is not None else "" for value in (release.knn, release.linear))
-        table.add_row(name, release.arch, str(release.megabytes), *figures, LICENCE, parts)
+        table.add_row(name, release.arch, str(release.megabytes), *figures, LICENSE, parts)
     Console(width=None if os.isatty(1) else 120).print(table)
