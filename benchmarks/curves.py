@@ -25,7 +25,7 @@ from dino.data.device_render import DeviceRenderer, pack
 from dino.data.loader import ViewBatches, iterate
 from dino.data.normalize import normalize
 from dino.data.render import CpuRenderer
-from dino.data.sources import Source, open_source, split
+from dino.data.sources import Source, hold_out, open_source
 from dino.engine import optim, parallel
 from dino.eval import knn
 from dino.features.extract import extract
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--picture", type=Path, help="PNG or SVG to draw them in")
     options = harness.parse(parser)
-    source, held_out = split(open_source(str(options.images)), 0.1, 1000, 0)
+    source, held_out = hold_out(open_source(str(options.images)), 0.1, 1000, 0)
     if source.labels is None:
         raise ValueError(
             f"--images {options.images} holds no classes; give a folder with a folder of images per class."

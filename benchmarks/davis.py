@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import harness
-from dino.bench import matrix_rate
-from dino.engine.fit import peak
+from dino.bench import measure_matrix_rate
+from dino.engine.fit import measure_peak
 from dino.eval.propagation import TEMPERATURE, neighborhoods, propagate
 
 RADIUS, TOPK, SOURCES = 12, 5, 8
@@ -65,7 +65,7 @@ def main() -> None:
         "neighborhood, plain": lambda: plain_mask(h, w),
         "frame, ours": lambda: propagate(*ours_in, RADIUS, TOPK),
         "frame, plain": lambda: plain_propagate(*plain_in, mask),
-        "product": lambda: rates.append(matrix_rate(torch.device("cpu"))),
+        "product": lambda: rates.append(measure_matrix_rate(torch.device("cpu"))),
     }
     rates: list[float] = []
     with FlopCounterMode(display=False) as counter:
@@ -73,7 +73,7 @@ def main() -> None:
     took = harness.alternate(turns, options.pairs)
     difference = (propagate(*ours_in, RADIUS, TOPK).flatten(0, 1) - plain_propagate(*plain_in, mask)).abs().max().item()
     assert difference < 1e-4, difference
-    memory = [peak(turns["frame, ours"]), peak(turns["frame, plain"])]
+    memory = [measure_peak(turns["frame, ours"]), measure_peak(turns["frame, plain"])]
     result = {
         "what": "label propagation, plain / ours",
         "peer": "the reference's way written plainly",

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import harness
 import views
-from dino.bench import matrix_rate
+from dino.bench import measure_matrix_rate
 from dino.data.normalize import normalize
 from dino.data.sources import open_source, subset
-from dino.features.extract import EvaluationViews, batch_of, extract
+from dino.features.extract import EvaluationViews, choose_batch_size, extract
 from dino.models import create
 
 
@@ -36,7 +36,9 @@ def main() -> None:
     spread = [i * count // options.num if options.num < count else i % count for i in range(options.num)]
     source = subset(source, spread)
     model = create(options.arch, image_size=size).to(device).eval()
-    whole = EvaluationViews(source, range(len(source)), size, batch_of(size), "center", torch.get_num_threads())
+    whole = EvaluationViews(
+        source, range(len(source)), size, choose_batch_size(size), "center", torch.get_num_threads()
+    )
     batches = [part for item in range(len(whole)) for part in whole[item][0]]
     ready = [normalize(batch.to(device)) for batch in batches]
     with FlopCounterMode(display=False) as counter:
@@ -45,7 +47,7 @@ def main() -> None:
     turns = {
         "files": lambda: extract(model, source, size, device),
         "forward": lambda: [model(batch) for batch in ready],
-        "product": lambda: rates.append(matrix_rate(device)),
+        "product": lambda: rates.append(measure_matrix_rate(device)),
     }
     extract(model, source, size, device, range(2))
     took = harness.alternate(turns, options.pairs, device)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import harness
-from dino.machine import device_name
+from dino.machine import name_device
 from render import draw_pictures, encoded
 
 HERE = Path(__file__).parent
@@ -152,7 +152,7 @@ def main() -> None:
         raise ValueError(
             "benchmarks/gpu.py measures an NVIDIA GPU and PyTorch sees none; run it on a machine with one."
         )
-    device = device_name(torch.device(options.device))
+    device = name_device(torch.device(options.device))
     known: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     same = (known.get("device"), known.get("torch")) == (device, torch.__version__)
     parts: dict[str, Any] = known["parts"] if same else {}

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from dino.bench import seconds
-from dino.engine.fit import peak
-from dino.machine import device_name
+from dino.bench import measure_seconds
+from dino.engine.fit import measure_peak
+from dino.machine import name_device
 
 RESULTS = Path(__file__).parent / "results"
 # Options whose results go to files of their own.
@@ -55,7 +55,7 @@ def alternate(
     took: dict[str, list[float]] = {name: [] for name in turns}
     for pair in range(pairs):
         for name in list(turns)[:: -1 if pair % 2 else 1]:
-            took[name].append(seconds(turns[name], torch.device(device)))
+            took[name].append(measure_seconds(turns[name], torch.device(device)))
         print("   ".join(f"{name} {times[-1]:.3f} s" for name, times in took.items()), file=sys.stderr)
     return took
 
@@ -63,7 +63,7 @@ def alternate(
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Bytes that `work` adds at most to what there was before; on a CPU counted tensor by tensor."""
     if device.type != "cuda":
-        return peak(work)
+        return measure_peak(work)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)  # where ours is measured the peer's weights are, too
     work()
@@ -86,7 +86,7 @@ def write(result: dict[str, Any], options: argparse.Namespace) -> None:
 
 def save(result: dict[str, Any], options: argparse.Namespace) -> str:
     """What was written: the result, with what it was measured on."""
-    device = device_name(torch.device(options.device))
+    device = name_device(torch.device(options.device))
     text = json.dumps({"device": device, "torch": torch.__version__, "date": f"{date.today()}"} | result, indent=2)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(text + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import harness
 import views
-from dino.bench import matrix_rate, seconds
+from dino.bench import measure_matrix_rate, measure_seconds
 from dino.data.device_decode import Jpeg, check_device
 from dino.data.device_render import DeviceRenderer, pack
 from dino.data.normalize import normalize
@@ -55,12 +55,12 @@ def measure(batch: int, pairs: int, device: torch.device, from_files: bool = Fal
     turns = {
         "render": render,
         "transfer": lambda: [copy.copy_(x, non_blocking=True) for copy, x in zip(copies, packed, strict=True)],
-        "product": lambda: rates.append(matrix_rate(device, renderer.dtype)),
+        "product": lambda: rates.append(measure_matrix_rate(device, renderer.dtype)),
     }
     rates: list[float] = []
     took = harness.alternate(turns, pairs, device)
     products = [counter.get_total_flops() / t / rate for t, rate in zip(took["render"], rates, strict=True)]
-    packing = [seconds(lambda: pack(images, drawn), torch.device("cpu")) for _ in range(pairs)]
+    packing = [measure_seconds(lambda: pack(images, drawn), torch.device("cpu")) for _ in range(pairs)]
     return {
         "seconds": harness.spread(took["render"]),
         "images_per_second": harness.spread([batch / t for t in took["render"]]),

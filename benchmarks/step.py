@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import harness
-from dino.bench import matrix_rate
+from dino.bench import measure_matrix_rate
 from dino.engine import optim, parallel
 from dino.method import DINO, Network
 from dino.models import Backbone, Head, Recompute, create
@@ -165,8 +165,8 @@ def sides(
     """Ours and the peer, on the device, from the same weights."""
     ours = build(arch, prototypes, patch, size, drop_path).to(device)
     plain = plain_copy(ours)
-    plain_optimizer = torch.optim.AdamW(optim.parameter_groups(plain.student), lr=0.0, weight_decay=0.04)
-    our_optimizer = optim.create(OptimOptions(), ours.student)
+    plain_optimizer = torch.optim.AdamW(optim.group_parameters(plain.student), lr=0.0, weight_decay=0.04)
+    our_optimizer = optim.create_optimizer(OptimOptions(), ours.student)
     return Side(ours, our_optimizer, device, precision), Side(plain, plain_optimizer, device, peer_precision)
 
 
@@ -220,7 +220,7 @@ def measure(
     turns = {
         "ours": lambda: [our_step(ours, groups) for _ in range(steps)],
         "peer": lambda: [peer_step(groups) for _ in range(steps)],
-        "product": lambda: rates.append(matrix_rate(device, dtype)),
+        "product": lambda: rates.append(measure_matrix_rate(device, dtype)),
     }
     took = harness.alternate(turns, pairs, device)
     took = {name: [t / steps for t in times] for name, times in took.items()}

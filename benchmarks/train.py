@@ -27,11 +27,11 @@ import harness
 import step
 import views
 from dino import run
-from dino.bench import seconds
+from dino.bench import measure_seconds
 from dino.data.loader import Batch, iterate
 from dino.engine import parallel
 from dino.engine.train import Trainer
-from dino.machine import spare_cores
+from dino.machine import count_spare_cores
 from dino.options import replace
 from dino.options.train import TrainOptions
 from dino.terminal import Terminal
@@ -73,7 +73,7 @@ def timed(one: Callable[[], object], steps: int, workers: int, batch: int, devic
 
     work(WARM_UP + AHEAD * workers)
     steps = -(-steps // max(1, workers)) * max(1, workers)
-    return steps * batch / seconds(lambda: work(steps), device)
+    return steps * batch / measure_seconds(lambda: work(steps), device)
 
 
 def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=40, help="timed steps of a turn")
-    parser.add_argument("--workers", type=int, default=spare_cores())
+    parser.add_argument("--workers", type=int, default=count_spare_cores())
     parser.add_argument("--decode", choices=("workers", "device"), default="workers", help="who decodes for us")
     parser.add_argument("--compile", action="store_true")
     options = harness.parse(parser)

@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dino.machine import cores
+from dino.machine import count_cores
 
 GOLDEN = Path(__file__).parent / "golden"
 
 if tests_at_once := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Threads that wait for a core which another test keeps busy make both slow; so do those of the commands tests start.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // int(tests_at_once)))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, count_cores() // int(tests_at_once)))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

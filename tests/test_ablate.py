@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, dino_command, run_dino
 from dino import paper
 from dino.ablate import Ablation
-from dino.engine.checkpoint import sole_writer
+from dino.engine.checkpoint import lock_folder
 from dino.options import auto, replace
 from dino.options.commands import AblateOptions
 from dino.options.recipes import find_recipe
@@ -33,7 +33,7 @@ def recipe(tmp_path):
 
 @pytest.mark.parametrize("name", paper.TABLES)
 def test_every_row_is_valid_options_at_both_scales(name):
-    table = paper.get(name)
+    table = paper.find_table(name)
     assert len({row.name for row in table.rows}) == len(table.rows)
     for row in table.rows:
         full = replace(find_recipe(table.recipe).options, {**table.paper_base, **table.base, **row.changes})
@@ -86,7 +86,7 @@ def test_a_table_runs_skips_what_is_finished_and_is_written(photos, tmp_path, re
     done = run_dino(*command)
     assert done.returncode == 0, done.stderr
     rows = table(out)
-    assert [row[0] for row in rows[1:]] == [row.name for row in paper.get("activation").rows]
+    assert [row[0] for row in rows[1:]] == [row.name for row in paper.find_table("activation").rows]
     assert all(0 <= float(row[1]) <= 100 and row[2] in ("yes", "no") for row in rows[1:])
     assert [row[3] for row in rows[1:]] == ["69.7", "68.6", "68.9"]
     assert "| BN, GELU |" in (out / "table.md").read_text()
@@ -127,7 +127,7 @@ def test_interrupted_goes_on(asked, photos, tmp_path, recipe):
 
 
 def test_an_ablation_has_one_writer(photos, tmp_path, recipe):
-    with sole_writer(tmp_path / "out"):
+    with lock_folder(tmp_path / "out"):
         busy = run_dino("ablate", "activation", "--data", photos, "--recipe", recipe, "--out", tmp_path / "out")
     assert busy.returncode == 2
     assert "another process is writing" in busy.stderr

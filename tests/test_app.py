@@ -24,7 +24,10 @@ from dino import weights
 from dino.cli import main
 
 gradio = pytest.importorskip("gradio")
-from dino.app.explorer import Explorer, newest_run  # noqa: E402
+from dino.app.explorer import (
+    Explorer,
+    find_newest_run,
+)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
@@ -141,7 +144,7 @@ def test_an_embedding_of_another_model_is_refused(album, trained, saved_model, t
 def test_bad_ways_to_start(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="there is no run in runs/"):
-        newest_run()
+        find_newest_run()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

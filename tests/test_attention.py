@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import dino
 from dino.data.normalize import normalize
-from dino.look.attention import cls_attention, enlarge, fit, jaccard, mass_mask
+from dino.look.attention import cls_attention, enlarge, fit_to_patches, jaccard, mass_mask
 from dino.look.pictures import attention_maps
 
 
@@ -59,7 +59,7 @@ def test_maps_have_the_images_shape(model):
 
 
 def test_a_picture_is_what_the_model_attends_to(model):
-    image = fit(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8), 48, 8)
+    image = fit_to_patches(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8), 48, 8)
     assert image.shape == (48, 72, 3)
     shown = attention_maps(model, image, 48)
     attention = cls_attention(model, normalize(torch.from_numpy(image[:48, :48].copy())[None, None]))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from conftest import draw_images, run_dino, tiny_flags
-from dino.bench import advise, measure_step, seconds, watched
+from dino.bench import advise, measure_seconds, measure_step, watch_functions
 from dino.options.commands import BenchOptions
 from test_memory import trainer
 
@@ -140,7 +140,7 @@ def test_watched_functions_are_timed_and_put_back():
             return duration
 
     thing = Thing()
-    with watched(torch.device("cpu"), wait=(thing, "wait")) as spent:
+    with watch_functions(torch.device("cpu"), wait=(thing, "wait")) as spent:
         assert thing.wait(0.02) == 0.02
         assert thing.wait(duration=0.02) == 0.02
     assert 0.04 <= spent["wait"] < 0.5
@@ -155,7 +155,7 @@ def test_turns_alternate_and_ratios_are_of_pairs():
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert [len(times) for times in took.values()] == [3, 3]
     assert harness.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == {"median": 3.0, "min": 2.0, "max": 4.0, "count": 3}
-    assert seconds(lambda: time.sleep(0.02), torch.device("cpu")) >= 0.02
+    assert measure_seconds(lambda: time.sleep(0.02), torch.device("cpu")) >= 0.02
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino.engine.checkpoint import CheckpointError, Checkpoints, read
+from dino.engine.checkpoint import CheckpointError, Checkpoints, read_checkpoint
 
 
 def state(value: float, size: int = 10) -> dict:
@@ -51,7 +51,7 @@ def test_reading_runs_no_code(tmp_path):
     torch.save({"x": 1}, path)
     path.write_bytes(pickle.dumps(Evil()))
     with pytest.raises(CheckpointError):
-        read(path)
+        read_checkpoint(path)
     assert not (tmp_path / "owned").exists()
 
 

@@ -31,25 +31,25 @@ def test_positions_against_a_plain_sort_and_ties_count_against_us(monkeypatch):
     owners = torch.randint(0, 10, (30,))
     order = np.argsort(-(copies @ torch.cat([originals, others]).T).numpy(), axis=1)
     expected = [int(np.flatnonzero(order[i] == owners[i].item())[0]) for i in range(30)]
-    assert copydetect.positions(copies, originals, others, owners).tolist() == expected
+    assert copydetect.rank_originals(copies, originals, others, owners).tolist() == expected
     monkeypatch.setattr(copydetect, "AT_ONCE", 7)
-    assert copydetect.positions(copies, originals, others, owners).tolist() == expected
+    assert copydetect.rank_originals(copies, originals, others, owners).tolist() == expected
     same = torch.ones(5, 1)
-    assert copydetect.positions(same, same, same, torch.arange(5)).tolist() == [9] * 5
+    assert copydetect.rank_originals(same, same, same, torch.arange(5)).tolist() == [9] * 5
 
 
 def test_original_looks_at_twenty_ranks_and_fixed_at_all():
     found, blocks = np.array([0, 19, 20]), ["strong", "a", "b"]
-    fixed = copydetect.score(found, blocks, None)
+    fixed = copydetect.score_ranks(found, blocks, None)
     assert list(fixed) == ["strong_map", "a_map", "b_map"]
     assert fixed == pytest.approx({"strong_map": 100, "a_map": 100 / 40, "b_map": 100 / 42})
-    assert copydetect.score(found, blocks, copydetect.TOP) == pytest.approx(fixed | {"b_map": 0})
+    assert copydetect.score_ranks(found, blocks, copydetect.TOP) == pytest.approx(fixed | {"b_map": 0})
 
 
 def test_names_say_whose_copy_it_is():
     stems = {"beach": 0, "beach_2": 1, "town": 2}
     names = {"beach.jpg": 0, "a/beach_crop20.png": 0, "beach_2_blur.jpg": 1, "beach_20.jpg": 0, "beaches.jpg": None}
-    assert {name: copydetect.belongs(name, stems) for name in names} == names
+    assert {name: copydetect.find_original(name, stems) for name in names} == names
 
 
 def edit(source: Path, to: Path, box: tuple[int, int, int, int] | None = None, **save: int) -> None:

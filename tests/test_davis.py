@@ -79,11 +79,11 @@ def test_a_tile_sees_no_more_the_larger_the_frame():
 
 
 def test_frames_are_looked_at_as_the_reference_does():
-    assert propagation.view_size(480, 854, 480, 16) == (480, 832)
-    assert propagation.view_size(1080, 1920, 480, 8) == (480, 832)
-    assert propagation.view_size(910, 480, 480, 16) == (896, 480)
-    assert propagation.view_size(480, 480, 480, 8) == (480, 448)  # 64 divides the side that is no shorter
-    assert propagation.view_size(480, 854, 102, 6) == (102, 180)  # smaller views keep their shape
+    assert propagation.fit_view(480, 854, 480, 16) == (480, 832)
+    assert propagation.fit_view(1080, 1920, 480, 8) == (480, 832)
+    assert propagation.fit_view(910, 480, 480, 16) == (896, 480)
+    assert propagation.fit_view(480, 480, 480, 8) == (480, 448)  # 64 divides the side that is no shorter
+    assert propagation.fit_view(480, 854, 102, 6) == (102, 180)  # smaller views keep their shape
 
 
 def test_protocols_differ_in_the_deviation_of_red_alone(model):
@@ -94,7 +94,7 @@ def test_protocols_differ_in_the_deviation_of_red_alone(model):
             :, None, None
         ]
         expected = model.tokens(pixels)[-1][0, 1:].detach().view(5, 7, -1)
-        found = propagation.patch_features(model, image, (40, 56), CPU, original)
+        found = propagation.extract_frame(model, image, (40, 56), CPU, original)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -102,16 +102,16 @@ def test_masks_from_labels():
     labels = torch.zeros(2, 3, 3)
     labels[..., 0], labels[0, 0] = 0.9, torch.tensor([0.6, 0.0, 0.4])
     # The second object's 0.4 is its most, the background's 0.6 its least; the first object is nowhere.
-    found = propagation.hard(labels, (8, 12), (16, 24))
+    found = propagation.harden(labels, (8, 12), (16, 24))
     assert found.shape == (16, 24)
     assert found.dtype == np.uint8
     assert found[0, 0] == 2
     assert found[-1, -1] == 0
     assert set(np.unique(found)) == {0, 2}
     labels[:] = torch.tensor([0.0, 1.0, 0.0])  # an object that fills the frame: nothing to stretch
-    assert (propagation.hard(labels, (8, 12), (16, 24)) == 1).all()
+    assert (propagation.harden(labels, (8, 12), (16, 24)) == 1).all()
     labels[..., 0], labels[0, 0, 2] = 0.5, 0.25  # two that are the same everywhere: the first of them
-    assert (propagation.hard(labels, (8, 12), (16, 24)) == 0).all()
+    assert (propagation.harden(labels, (8, 12), (16, 24)) == 0).all()
 
 
 # --- measures -------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_the_paper_stands_beside_the_whole_validation_set(model, tmp_path):
     assert found.counts == {"videos": 30, "frames": 90, "objects": 61}
     for theirs in davis.PAPER.values():
         assert theirs.keys() < found.figures.keys()
-    assert "paper (vit_small/16)" in evaluate.table("m", found, davis.PAPER["vit_small/16"], "vit_small/16")
+    assert "paper (vit_small/16)" in evaluate.format_table("m", found, davis.PAPER["vit_small/16"], "vit_small/16")
 
 
 # --- what cannot be used --------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from dino.terminal import Terminal
 
 CPU = torch.device("cpu")
 VIEWS = ViewOptions(global_size=32, local_size=16, num_local=3, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
-read = functools.partial(device_decode.read, largest=LARGEST)
+read = functools.partial(device_decode.read_jpeg, largest=LARGEST)
 
 
 def picture(width: int = 61, height: int = 45, mode: str = "RGB") -> Image.Image:
@@ -233,5 +233,5 @@ def test_refused_on_a_cpu_before_anything_is_written(photos, tmp_path):
 
 def test_who_decodes_may_change_on_resume(photos, tmp_path):
     run = dino.train(replace(TrainOptions(), TINY), data=str(photos), out=str(tmp_path / "run"), stop_after=3)
-    recorded = toml.recorded(str(run))
+    recorded = toml.read_recorded(str(run))
     check_resumable(recorded, replace(recorded, {"data.decode": "device"}))

@@ -125,10 +125,10 @@ def test_a_bit_that_flipped_is_noticed(tmp_path, whole):
 
 
 def test_two_ranks_refuse_with_one_sentence(tmp_path, whole, many, saved_model):
-    done = run_dino("embed", saved_model, many, "--out", whole.path, "--readout", "gem", "--device", "cpu", ranks=2)
+    done = run_dino("embed", saved_model, many, "--out", whole.path, "--pooling", "gem", "--device", "cpu", ranks=2)
     assert done.returncode != 0
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("dino: ")]
-    assert "holds another embedding, whose readout is cls and not gem" in said
+    assert "holds another embedding, whose pooling is cls and not gem" in said
 
 
 def test_memory_holds_one_shard(tmp_path, saved_model):
@@ -144,14 +144,14 @@ def test_memory_holds_one_shard(tmp_path, saved_model):
     assert dino.embed(dino.load(saved_model), source, out, shard=3).rows == 12
 
 
-@pytest.mark.parametrize(("readout", "each", "dim"), [("average", 1, 96), ("gem", 1, 96), ("patches", 16, 96)])
+@pytest.mark.parametrize(("pooling", "each", "dim"), [("average", 1, 96), ("gem", 1, 96), ("patches", 16, 96)])
 @pytest.mark.parametrize("fp16", [False, True])
-def test_pandas_polars_and_duckdb_read_it(tmp_path, saved_model, readout, each, dim, fp16):
+def test_pandas_polars_and_duckdb_read_it(tmp_path, saved_model, pooling, each, dim, fp16):
     pandas, polars, duckdb = map(pytest.importorskip, ("pandas", "polars", "duckdb"))
     out = tmp_path / "x.parquet"
-    written = dino.embed(str(saved_model), "scenes:5", out, readout, fp16=fp16, shard=2, device="cpu")
+    written = dino.embed(str(saved_model), "scenes:5", out, pooling, fp16=fp16, shard=2, device="cpu")
     assert (written.rows, written.dim) == (5 * each, dim)
-    truth = extract(dino.load(saved_model), open_images("scenes:5"), 32, readout=readout)
+    truth = extract(dino.load(saved_model), open_images("scenes:5"), 32, pooling=pooling)
     expected, tolerance = truth.values.reshape(-1, dim).numpy(), 2e-3 if fp16 else 1e-5
     columns = ["path", "index", *(["patch"] if each > 1 else []), "feature"]
     a, b = pandas.read_parquet(out), polars.read_parquet(out)
@@ -174,7 +174,7 @@ def test_pandas_polars_and_duckdb_read_it(tmp_path, saved_model, readout, each, 
         (["{model}", "{photos}", "--out", "{photos}/class0/000.jpg"], "cannot be written (File exists)"),
         (["{model}", "{photos}", "--out", "{whole}"], "holds another embedding, whose data_sha256 is"),
         (["{model}", "{many}", "--out", "{whole}", "--shard", "3"], "whose shard is 2 and not 3"),
-        (["{model}", "{many}", "--out", "{whole}", "--readout", "gem", "--shard", "2"], "readout is cls and not gem"),
+        (["{model}", "{many}", "--out", "{whole}", "--pooling", "gem", "--shard", "2"], "pooling is cls and not gem"),
         (["{model}", "{broken}"], "none of the 1 images can be read, first broken.jpg: not an image"),
     ],
 )

@@ -21,10 +21,10 @@ from dino.data.scenes import Scenes
 from dino.engine import fit, init
 from dino.engine.train import Trainer
 from dino.eval import copydetect, finetune, knn, linear, lowshot, masks, online, propagation
-from dino.eval.supervised import Batch
+from dino.eval.supervised import LabeledBatch
 from dino.eval.sweep import Sweep
-from dino.features.extract import READOUTS, stream
-from dino.look.patches import axes_of, mutual_nearest
+from dino.features.extract import POOLINGS, extract_batches
+from dino.look.patches import fit_axes, match_mutual
 from dino.models import create
 from test_fake_gpu import GPU, Pictures, report, reported, with_trainer, without_backward
 
@@ -62,8 +62,8 @@ def labels(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int64, device=GPU)
 
 
-def views(count: int) -> Batch:
-    return Batch(on_gpu(count, 3, 32, 32), labels(count), 40, [])
+def views(count: int) -> LabeledBatch:
+    return LabeledBatch(on_gpu(count, 3, 32, 32), labels(count), 40, [])
 
 
 def sweeping(model: Any) -> None:
@@ -86,36 +86,38 @@ def finetuning(model: Any, precision: str) -> None:
 
 def following(model: Any) -> None:
     view, image = (32, 48), np.zeros((40, 60, 3), np.uint8)
-    frames = (propagation.patch_features(model, image, view, GPU, original=True) for _ in range(3))
-    first = propagation.soft(image[..., 0], model.grid(*view), 2).to(GPU)
-    found = [propagation.hard(each, view, (40, 60)) for each in propagation.follow(frames, first, 2, 1, 3)]
+    frames = (propagation.extract_frame(model, image, view, GPU, original=True) for _ in range(3))
+    first = propagation.soften(image[..., 0], model.grid(*view), 2).to(GPU)
+    found = [propagation.harden(each, view, (40, 60)) for each in propagation.follow(frames, first, 2, 1, 3)]
     assert [mask.shape for mask in found] == [(40, 60)] * 2
 
 
 def reading(model: Any) -> None:
-    for readout in READOUTS:
-        found = [*stream(model, Pictures(), 32, GPU, range(6), 4, readout=readout, fp16=True)]
+    for pooling in POOLINGS:
+        found = [*extract_batches(model, Pictures(), 32, GPU, range(6), 4, pooling=pooling, fp16=True)]
         assert {(part.values.device.type, part.values.dtype) for part in found} == {("cpu", torch.float32)}
 
 
 EVALUATIONS: dict[str, Any] = {
     "k-NN": lambda model: knn.classify(on_gpu(40, 8), labels(40), on_gpu(5, 8), labels(5), (10,)),
     "linear": sweeping,
-    "logistic": lambda model: lowshot.logistic(on_gpu(9, 8), labels(9), 3, 1.0),
+    "logistic": lambda model: lowshot.fit_logistic(on_gpu(9, 8), labels(9), 3, 1.0),
     "fine-tuning": lambda model: finetuning(model, "fp32"),
     "fine-tuning in bf16": lambda model: finetuning(model, "bf16"),
-    "copies": lambda model: copydetect.positions(on_gpu(5, 8), on_gpu(3, 8), on_gpu(0, 8), labels(5)),
-    "masks": lambda model: masks.overlap(model, np.zeros((32, 48, 3), np.uint8), np.zeros((2, 32, 48), bool), 0.6, GPU),
+    "copies": lambda model: copydetect.rank_originals(on_gpu(5, 8), on_gpu(3, 8), on_gpu(0, 8), labels(5)),
+    "masks": lambda model: masks.measure_overlap(
+        model, np.zeros((32, 48, 3), np.uint8), np.zeros((2, 32, 48), bool), 0.6, GPU
+    ),
     "scenes": lambda model: online.scene_masks(model, Scenes(3), 32, GPU),
     "videos": following,
     "features": reading,
-    "matches": lambda model: mutual_nearest(on_gpu(9, 8), on_gpu(7, 8)),
-    "colors": lambda model: axes_of([on_gpu(9, 8)]).colors(on_gpu(7, 8)),
+    "matches": lambda model: match_mutual(on_gpu(9, 8), on_gpu(7, 8)),
+    "colors": lambda model: fit_axes([on_gpu(9, 8)]).colors(on_gpu(7, 8)),
 }
 
 
 TRAINERS: dict[str, Any] = {
-    "fit": lambda trainer, batch: fit.fit(trainer, 10**12),
+    "fit": lambda trainer, batch: fit.fit_memory(trainer, 10**12),
     "center": lambda trainer, batch: init.estimate_center(trainer, trainer.batches),
     "bench": lambda trainer, batch: bench.step_parts(trainer, batch),
 }

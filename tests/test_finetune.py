@@ -20,10 +20,10 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 import dino
 from conftest import TINY, assert_same_bits, dino_command, draw_images, run_dino
 from dino import cli
-from dino.data.torchvision_sets import TorchvisionSet, torchvision_pair
+from dino.data.torchvision_sets import TorchvisionSet, open_torchvision
 from dino.eval import finetune
-from dino.eval.finetune import RECIPES, Classifier, Finetuning, Recipe
-from dino.eval.supervised import Batch
+from dino.eval.finetune import RECIPES, Classifier, FinetuneRecipe, Finetuning
+from dino.eval.supervised import LabeledBatch
 from dino.models import create
 from dino.options import replace
 from dino.options.evaluate import FinetuneOptions
@@ -57,7 +57,7 @@ def classifier(**options) -> Classifier:
 def test_groups():
     model = classifier()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = finetune.parameter_groups(model, 0.05, 0.5)
+    groups = finetune.group_by_layer(model, 0.05, 0.5)
     found = {names[id(p)]: (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(found) == len(names) == sum(len(group["params"]) for group in groups)
     assert found["head.weight"] == (1, 0.05)
@@ -67,13 +67,13 @@ def test_groups():
     assert found["backbone.blocks.0.norm1.bias"] == (0.25, 0)
     assert found["backbone.patch_embed.proj.weight"] == (0.125, 0.05)
     assert found["backbone.pos_embed"] == found["backbone.cls_token"] == (0.125, 0)
-    assert {group["scale"] for group in finetune.parameter_groups(model, 0.05, 1.0)} == {1}
+    assert {group["scale"] for group in finetune.group_by_layer(model, 0.05, 1.0)} == {1}
     with pytest.raises(ValueError, match="leave it at 1"):
-        finetune.parameter_groups(Classifier(create("timm:resnet18", image_size=32), 3, 1.0, 0), 0.05, 0.5)
+        finetune.group_by_layer(Classifier(create("timm:resnet18", image_size=32), 3, 1.0, 0), 0.05, 0.5)
 
 
 def test_rates_are_those_of_deits_schedule():
-    recipe = Recipe(30, 5e-4, batch_size=1024, min_lr=1e-5)
+    recipe = FinetuneRecipe(30, 5e-4, batch_size=1024, min_lr=1e-5)
     peak = 1e-3
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], peak)
     theirs = CosineLRScheduler(optimizer, 30, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-6)
@@ -91,10 +91,10 @@ def test_small_sets_have_the_published_rate():
 
 def test_one_step_is_the_plain_one():
     """No mixing: label smoothing, AdamW and the two kinds of parameters as written out."""
-    recipe = Recipe(10, 1e-3, batch_size=8, warmup_epochs=0, mixup=0.0, cutmix=0.0, smoothing=0.1)
+    recipe = FinetuneRecipe(10, 1e-3, batch_size=8, warmup_epochs=0, mixup=0.0, cutmix=0.0, smoothing=0.1)
     ours, plain = classifier(), classifier()
     images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 3
-    loss = Finetuning(ours, recipe, 5, 0, CPU, "fp32").step(0, Batch(images, labels, 8, []))
+    loss = Finetuning(ours, recipe, 5, 0, CPU, "fp32").step(0, LabeledBatch(images, labels, 8, []))
     plain.train()
     log_p = plain(images).log_softmax(dim=1)
     target = torch.nn.functional.one_hot(labels, 3) * 0.9 + 0.1 / 3
@@ -110,14 +110,15 @@ def test_one_step_is_the_plain_one():
 
 
 def test_mixing_is_one_draw_for_the_batch_and_does_not_look_at_ranks():
-    recipe = Recipe(10, 1e-3)
+    recipe = FinetuneRecipe(10, 1e-3)
     tuning = Finetuning(classifier(), recipe, 5, 0, CPU, "fp32")
     images, labels = torch.randn(40, 3, 16, 16), torch.randint(0, 3, (40,))
     kinds = set()
     for step in range(12):
-        whole, targets = tuning._mixed(Batch(images, labels, 40, []), step)
+        whole, targets = tuning._mixed(LabeledBatch(images, labels, 40, []), step)
         parts = [
-            tuning._mixed(Batch(images[rows], labels[rows], 40, []), step) for rows in (slice(0, 32), slice(32, 40))
+            tuning._mixed(LabeledBatch(images[rows], labels[rows], 40, []), step)
+            for rows in (slice(0, 32), slice(32, 40))
         ]
         assert torch.equal(whole, torch.cat([part[0] for part in parts]))
         assert torch.equal(targets, torch.cat([part[1] for part in parts]))
@@ -152,7 +153,9 @@ def test_stochastic_depth_is_that_of_training():
 
 def test_the_strongest_augmentation_still_shows_something():
     image = Image.fromarray(np.full((20, 20, 3), 200, np.uint8))
-    (policy,) = (part for part in finetune.augmentation(16, RECIPES["imagenet"]).transforms if hasattr(part, "ops"))
+    (policy,) = (
+        part for part in finetune.build_augmentation(16, RECIPES["imagenet"]).transforms if hasattr(part, "ops")
+    )
     assert {op.magnitude for op in policy.ops} == {9}
     for op in policy.ops:
         op.prob, op.magnitude = 1.0, 12
@@ -161,9 +164,9 @@ def test_the_strongest_augmentation_still_shows_something():
 
 def test_recipes_and_what_replaces_them():
     for name in RECIPES:
-        assert finetune.resolve(FinetuneOptions(model="m", data="d", recipe=name)) == RECIPES[name]
+        assert finetune.resolve_recipe(FinetuneOptions(model="m", data="d", recipe=name)) == RECIPES[name]
     assert set(finetune.PAPER["vit_small/16"]) == {f"{name}_top1" for name in RECIPES}
-    changed = finetune.resolve(FinetuneOptions(model="m", data="d", epochs=4, layer_decay=0.7))
+    changed = finetune.resolve_recipe(FinetuneOptions(model="m", data="d", epochs=4, layer_decay=0.7))
     assert (changed.epochs, changed.warmup_epochs, changed.layer_decay) == (4, 2, 0.7)
     for wrong, answer in (({"lr": 0.0}, "above 0"), ({"erasing": 1.0}, r"\[0, 1\)"), ({"mixup": -1.0}, "negative")):
         with pytest.raises(ValueError, match=answer):
@@ -234,7 +237,7 @@ def test_a_folder_of_torchvisions(trained, tmp_path):
     names = np.array(["Fiat", "Opel", "Seat"], dtype=object)
     scipy.io.savemat(root / "devkit" / "cars_meta.mat", {"class_names": names})
     spec = f"torchvision:StanfordCars:{tmp_path / 'sets'}"
-    train, test = torchvision_pair(spec)
+    train, test = open_torchvision(spec)
     assert (len(train), len(test)) == (40, 40)
     assert train.classes == ("Fiat", "Opel", "Seat")
     assert train.labels.tolist() == [int(image.parent.name[-1]) for image in images[::2]]

@@ -19,11 +19,12 @@ from dino.data.sources import open_source
 from dino.engine.log import read_metrics
 from dino.eval import evaluate, knn
 from dino.features import cache
-from dino.features.extract import READOUTS, extract
+from dino.features.extract import POOLINGS, extract
 from dino.models import VisionTransformer
 from dino.options import replace
 from dino.options.evaluate import KnnOptions
 from dino.options.train import TrainOptions
+from dino.weights import fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -82,10 +83,12 @@ def test_two_ranks_give_the_same_result(trained, tmp_path):
 
 def test_features_are_reused_until_something_changes(model, photos, cache_folder):
     source = open_source(str(photos), "folders")
-    digest = evaluate.fingerprint(model)
+    digest = fingerprint(model)
 
-    def features(size=32, readout="cls"):
-        return cache.features(model, digest, open_source(str(photos), "folders"), size, torch.device("cpu"), readout)
+    def features(size=32, pooling="cls"):
+        return cache.load_or_extract(
+            model, digest, open_source(str(photos), "folders"), size, torch.device("cpu"), pooling
+        )
 
     first = features()
     np.testing.assert_array_equal(first.values, extract(model, source, 32).values)
@@ -93,8 +96,8 @@ def test_features_are_reused_until_something_changes(model, photos, cache_folder
     model.pos_embed.data.zero_()  # under the old digest: only the cache can still know the old features
     assert torch.equal(features().values, first.values)
     assert not torch.equal(features(size=24).values, first.values)
-    assert features(readout="cls+gem").values.shape == (24, 48)
-    digest = evaluate.fingerprint(model)
+    assert features(pooling="cls+gem").values.shape == (24, 48)
+    digest = fingerprint(model)
     second = features()
     assert not torch.equal(second.values, first.values)
     image = next(photos.rglob("*.jpg"))
@@ -105,18 +108,18 @@ def test_features_are_reused_until_something_changes(model, photos, cache_folder
 
 
 def test_a_damaged_or_unwritable_cache_is_no_obstacle(model, photos, cache_folder, monkeypatch):
-    source, digest = open_source(str(photos), "folders"), evaluate.fingerprint(model)
-    first = cache.features(model, digest, source, 32, torch.device("cpu"))
+    source, digest = open_source(str(photos), "folders"), fingerprint(model)
+    first = cache.load_or_extract(model, digest, source, 32, torch.device("cpu"))
     (file,) = cache_folder.iterdir()
     file.write_bytes(file.read_bytes()[:100])
-    again = cache.features(model, digest, source, 32, torch.device("cpu"))
+    again = cache.load_or_extract(model, digest, source, 32, torch.device("cpu"))
     assert torch.equal(first.values, again.values)
     (cache_folder.parent.parent / "blocked").write_text("")
     monkeypatch.setenv("DINO_CACHE", str(cache_folder.parent.parent / "blocked"))
-    assert torch.equal(cache.features(model, digest, source, 32, torch.device("cpu")).values, first.values)
+    assert torch.equal(cache.load_or_extract(model, digest, source, 32, torch.device("cpu")).values, first.values)
 
 
-def test_readouts_against_plain_code(model):
+def test_poolings_against_plain_code(model):
     images = torch.randn(3, 3, 32, 32)
     last = model.tokens(images)[-1]
     cls, patches = last[:, 0], last[:, 1:]
@@ -136,15 +139,15 @@ def test_readouts_against_plain_code(model):
         / 3,
         "patches": patches,
     }
-    assert READOUTS.keys() == expected.keys()
-    for name, read in READOUTS.items():
+    assert POOLINGS.keys() == expected.keys()
+    for name, read in POOLINGS.items():
         torch.testing.assert_close(read(model, images), expected[name])
 
 
 def test_any_size_is_cut_to_whole_patches_and_no_less_than_one(model):
     images = torch.randn(2, 3, 37, 47)
-    torch.testing.assert_close(READOUTS["any size"](model, images), model(images[..., :32, :40]))
-    assert READOUTS["three scales"](model, torch.randn(1, 3, 9, 40)).isfinite().all()
+    torch.testing.assert_close(POOLINGS["any size"](model, images), model(images[..., :32, :40]))
+    assert POOLINGS["three scales"](model, torch.randn(1, 3, 9, 40)).isfinite().all()
 
 
 def test_views_by_hand():
@@ -161,10 +164,10 @@ def test_images_of_several_shapes_keep_their_order(model, tmp_path):
     for i, (height, width) in enumerate([(32, 40), (32, 40), (40, 32), (32, 40), (8, 70)]):
         Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(tmp_path / f"{i}.png")
     source = open_source(str(tmp_path), "none")
-    together = extract(model, source, 64, readout="any size", view="shrunk")
+    together = extract(model, source, 64, pooling="any size", view="shrunk")
     assert together.indices.tolist() == list(range(5))
     for i in range(5):
-        alone = extract(model, source, 64, indices=[i], readout="any size", view="shrunk")
+        alone = extract(model, source, 64, indices=[i], pooling="any size", view="shrunk")
         torch.testing.assert_close(together.values[i], alone.values[0], rtol=1e-4, atol=1e-5)
 
 
@@ -176,8 +179,8 @@ def test_the_same_from_python(trained):
 
 def test_names_of_the_papers_models():
     with torch.device("meta"):
-        assert evaluate.paper_name(dino.create("vit_small", patch_size=8)) == "vit_small/8"
-        assert evaluate.paper_name(dino.create("vit_small", patch_size=8, depth=3)) == ""
+        assert evaluate.find_paper_name(dino.create("vit_small", patch_size=8)) == "vit_small/8"
+        assert evaluate.find_paper_name(dino.create("vit_small", patch_size=8, depth=3)) == ""
 
 
 def test_a_result_that_cannot_be_written_is_said(trained):

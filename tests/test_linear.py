@@ -16,11 +16,12 @@ from conftest import TINY, assert_same_bits, draw_images, run_dino
 from dino import cli
 from dino.data.sources import open_source
 from dino.eval import linear
-from dino.eval.supervised import LabeledBatches, accuracies, per_class
+from dino.eval.supervised import LabeledBatches, compute_accuracies, draw_per_class
 from dino.eval.sweep import Sweep
-from dino.features.extract import READOUTS, extract, readable_labels
+from dino.features.extract import POOLINGS, extract, readable_labels
 from dino.models import create
 from dino.options import replace
+from dino.options.evaluate import LinearOptions
 from dino.options.train import TrainOptions
 
 CPU = torch.device("cpu")
@@ -90,21 +91,21 @@ def test_a_classifier_that_diverges_spoils_no_other():
     torch.testing.assert_close(both.head("cls", 0), one.head("cls", 0))
 
 
-def test_narrow_readouts_are_columns_of_the_widest(photos):
+def test_narrow_poolings_are_columns_of_the_widest(photos):
     source = open_source(str(photos), "folders")
     model = create("vit_nano", 8, 32, depth=4).eval()
-    wide = extract(model, source, 32, readout="last4+average").values
+    wide = extract(model, source, 32, pooling="last4+average").values
     for name, (a, b) in linear.COLUMNS["last4+average"].items():
         d = model.embed_dim
-        torch.testing.assert_close(wide[:, a * d : b * d], extract(model, source, 32, readout=name).values)
-    assert linear.widest_readout(model) == "last4+average"
+        torch.testing.assert_close(wide[:, a * d : b * d], extract(model, source, 32, pooling=name).values)
+    assert linear.widest_pooling(model) == "last4+average"
 
 
-def test_the_papers_readout_of_a_model():
-    assert linear.paper_readout(create("vit_nano", 8, 32, depth=4).eval()) == "last4"
-    assert linear.paper_readout(create("vit_base", 16, 32, depth=4).eval()) == "cls+average"
-    assert linear.paper_readout(create("vit_nano", 8, 32, depth=2).eval()) == "cls"
-    assert linear.paper_readout(create("timm:resnet18", image_size=32).eval()) == "cls"
+def test_the_papers_pooling_of_a_model():
+    assert linear.paper_pooling(create("vit_nano", 8, 32, depth=4).eval()) == "last4"
+    assert linear.paper_pooling(create("vit_base", 16, 32, depth=4).eval()) == "cls+average"
+    assert linear.paper_pooling(create("vit_nano", 8, 32, depth=2).eval()) == "cls"
+    assert linear.paper_pooling(create("timm:resnet18", image_size=32).eval()) == "cls"
 
 
 # --- batches, splits, accuracies -------------------------------------------------------------------------------------
@@ -146,19 +147,19 @@ def test_an_unreadable_image_has_a_stand_in(photos):
 
 def test_shares_of_classes_nest_and_leave_none_out():
     labels = torch.tensor([0] * 100 + [1] * 10 + [2]).numpy()
-    small, large = per_class(labels, 0.1, 4), per_class(labels, 0.3, 4)
+    small, large = draw_per_class(labels, 0.1, 4), draw_per_class(labels, 0.3, 4)
     assert [int((labels[small] == c).sum()) for c in range(3)] == [10, 1, 1]
     assert [int((labels[large] == c).sum()) for c in range(3)] == [30, 3, 1]
     assert set(small) <= set(large)
-    assert (per_class(labels, 0.1, 5) != small).any()
-    assert 110 not in per_class(labels, 0.1, 4, least=0)
+    assert (draw_per_class(labels, 0.1, 5) != small).any()
+    assert 110 not in draw_per_class(labels, 0.1, 4, least=0)
 
 
 def test_accuracies_against_a_count():
     scores = torch.tensor([[3.0, 2, 1, 0, -1, -2], [3, 2, 1, 0, -1, -2], [0, 9, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0]])
-    found = accuracies(scores, torch.tensor([0, 4, 1, 5]))
+    found = compute_accuracies(scores, torch.tensor([0, 4, 1, 5]))
     assert found == pytest.approx({"top1": 50, "top5": 75, "class_mean": 50})
-    assert "top5" not in accuracies(scores[:, :3], torch.tensor([0, 0, 0, 1]))
+    assert "top5" not in compute_accuracies(scores[:, :3], torch.tensor([0, 0, 0, 1]))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -176,10 +177,10 @@ def test_fast_mode(trained, tmp_path, capsys):
     # The saved head gives the reported figure.
     file = run / "eval" / "linear.safetensors"
     with safe_open(file, "pt") as opened:
-        assert opened.metadata() == {"readout": best["readout"], "classes": "class0\nclass1\nclass2"}
+        assert opened.metadata() == {"pooling": best["pooling"], "classes": "class0\nclass1\nclass2"}
     head, model = load_file(file), dino.load(run)
     _, test = linear.labeled_pair(str(photos), None)
-    found = extract(model, test, 32, readout=best["readout"])
+    found = extract(model, test, 32, pooling=best["pooling"])
     predicted = (found.values @ head["weight"].T + head["bias"]).argmax(dim=1)
     top1 = 100 * (predicted == readable_labels(test, found, "test")).double().mean().item()
     assert result["figures"]["linear_top1"] == pytest.approx(top1)
@@ -226,7 +227,7 @@ def test_paper_mode_resumes_to_the_bit_and_two_ranks_agree(trained, tmp_path, ca
 def test_paper_mode_is_the_plain_protocol(trained, tmp_path):
     """Against autograd, torch.optim.SGD and a cosine of PyTorch's on the same crops."""
     run, photos = trained
-    options = linear.LinearOptions(
+    options = LinearOptions(
         model=str(run),
         data=str(photos),
         mode="paper",
@@ -247,7 +248,7 @@ def test_paper_mode_is_the_plain_protocol(trained, tmp_path):
     for epoch in range(3):
         for step in range(3):
             batch = batches[3 * epoch + step]
-            features = READOUTS["last4"](model, (batch.images / 255 - mean) / std)
+            features = POOLINGS["last4"](model, (batch.images / 255 - mean) / std)
             optimizer.zero_grad()
             nn.functional.cross_entropy(layer(features), batch.labels).backward()
             optimizer.step()
@@ -278,13 +279,13 @@ def test_original_protocol_reports_the_best_epoch_on_the_test_images(trained, tm
         ({"protocol": "original"}, "add --mode paper"),
         ({"lr": (0.0,)}, "must be above 0"),
         ({"held_out": 1.0}, "between 0 and 1"),
-        ({"mode": "paper", "readout": ("cls", "last4")}, "give one"),
+        ({"mode": "paper", "pooling": ("cls", "last4")}, "give one"),
         ({"epochs": 0}, "at least 1"),
     ],
 )
 def test_impossible_options_are_one_sentence(options, answer):
     with pytest.raises(ValueError, match=answer):
-        linear.LinearOptions(model="m", data="d", **options)
+        LinearOptions(model="m", data="d", **options)
 
 
 def folder_of(root, *names, images=12):
@@ -325,7 +326,7 @@ def test_what_cannot_be_read_or_has_no_class_is_said(trained, tmp_path, capsys):
     images = sorted(data.glob("*/*.jpg"))
     for image in images[::2]:
         image.write_bytes(b"")
-    paper = ("--mode", "paper", "--epochs", 4, "--readout", "cls", "--json", tmp_path / "r.json")
+    paper = ("--mode", "paper", "--epochs", 4, "--pooling", "cls", "--json", tmp_path / "r.json")
     for flags in ((), paper):
         assert command(trained[0], "--data", data, "--epochs", 1, *flags) == 0
         said = capsys.readouterr().out
@@ -354,5 +355,5 @@ def test_bad_input_is_one_sentence(trained, capsys, flags, answer):
 
 def test_a_shallow_model_has_no_four_layers(tmp_path, photos, capsys):
     run = dino.train(replace(TrainOptions(), TINY | {"epochs": 1}), data=str(photos), out=str(tmp_path / "run"))
-    assert command(run, "--data", photos, "--epochs", 1, "--readout", "last4") == 2
+    assert command(run, "--data", photos, "--epochs", 1, "--pooling", "last4") == 2
     assert "needs four layers" in capsys.readouterr().err

@@ -20,9 +20,9 @@ from dino import weights
 from dino.cli import main
 from dino.data.decode import decode
 from dino.look.attention import cls_attention
-from dino.look.commands import names
-from dino.look.patches import as_input, mutual_nearest
-from dino.look.video import Clip, Frame, evenly, write_video
+from dino.look.commands import distinguish_names
+from dino.look.patches import match_mutual, prepare_image
+from dino.look.video import Clip, Frame, thin_out, write_video
 
 HEADS = 3
 
@@ -95,9 +95,9 @@ def test_attention_of_a_folder_shows_each_image_in_its_aspect(saved_model, tmp_p
 def test_finer_patches_are_centered_where_coarse_ones_are(model):
     finer = dino.finer_patches(model, 4)
     image = np.random.default_rng(1).integers(0, 255, (48, 64, 3), np.uint8)
-    assert cls_attention(finer, as_input(finer, image)).shape == (1, HEADS, 12, 16)
+    assert cls_attention(finer, prepare_image(finer, image)).shape == (1, HEADS, 12, 16)
     assert model.patch_size == 8
-    assert cls_attention(model, as_input(model, image)).shape == (1, HEADS, 6, 8)
+    assert cls_attention(model, prepare_image(model, image)).shape == (1, HEADS, 6, 8)
     assert dino.attention_maps(finer, image, 48).attention.shape == (HEADS + 1, 12, 16)
     images = torch.randn(1, 3, 32, 32)
     embedded = finer.patch_embed(images).view(8, 8, -1)
@@ -120,11 +120,11 @@ def test_stride_from_the_command_line(saved_model, tmp_path, capsys):
 
 
 def test_colliding_names_are_told_apart():
-    assert names(["/a/x.jpg", "/a/y.jpg"]) == ["x", "y"]
-    assert names(["/a/x.jpg", "/b/x.jpg", "/b/y.png"]) == ["a-x", "b-x", "y"]
-    assert names(["/a/x.jpg", "/a/X.png"]) == ["x.jpg", "X.png"]
+    assert distinguish_names(["/a/x.jpg", "/a/y.jpg"]) == ["x", "y"]
+    assert distinguish_names(["/a/x.jpg", "/b/x.jpg", "/b/y.png"]) == ["a-x", "b-x", "y"]
+    assert distinguish_names(["/a/x.jpg", "/a/X.png"]) == ["x.jpg", "X.png"]
     tricky = ["/r/a/x.jpg", "/r/a-x.jpg", "/r/b/x.jpg", "/r/b/x.png", "/r/b-x.jpg.jpg"]
-    assert len({name.lower() for name in names(tricky)}) == len(tricky)
+    assert len({name.lower() for name in distinguish_names(tricky)}) == len(tricky)
 
 
 @pytest.mark.parametrize("command", ["attention", "pca"])
@@ -185,12 +185,12 @@ def test_a_convnet_has_colors_and_matches_but_no_attention(tmp_path, capsys):
 def test_mutual_nearest_by_hand():
     a = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.9, 0.1]])
     b = torch.tensor([[0.0, 1.0], [3.0, 0.0], [-1.0, 0.0]])
-    pairs, cosine = mutual_nearest(a, b)
+    pairs, cosine = match_mutual(a, b)
     assert pairs.tolist() == [[0, 1], [1, 0]]
     torch.testing.assert_close(cosine, torch.ones(2))
     big, order = torch.randn(5000, 8), torch.randperm(5000)  # more than are compared at a time
-    assert torch.equal(mutual_nearest(big, big[order])[0][:, 0].sort().values, torch.arange(5000))
-    assert all(order[j] == i for i, j in mutual_nearest(big, big[order])[0][:50].tolist())
+    assert torch.equal(match_mutual(big, big[order])[0][:, 0].sort().values, torch.arange(5000))
+    assert all(order[j] == i for i, j in match_mutual(big, big[order])[0][:50].tolist())
 
 
 def test_matches_of_an_image_with_itself_are_its_own_patches(saved_model, model, tmp_path, capsys):
@@ -264,8 +264,8 @@ def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path, capsys):
     clip = Clip(str(tmp_path), fps=10)
     assert [(frame.seconds, int(frame.pixels[0, 0, 0])) for frame in clip] == [(0, 1), (0.1, 2), (0.2, 10), (0.4, 100)]
     assert "Skipped shot-20.png" in capsys.readouterr().err
-    assert evenly(iter(range(100)), 8) == [0, 16, 32, 48, 64, 80, 96]
-    assert evenly(range(5), 8) == [0, 1, 2, 3, 4]
+    assert thin_out(iter(range(100)), 8) == [0, 16, 32, 48, 64, 80, 96]
+    assert thin_out(range(5), 8) == [0, 1, 2, 3, 4]
     Image.new("L", (8, 9)).save(tmp_path / "shot-101.png")
     with pytest.raises(ValueError, match="frames of 8 x 8 and 8 x 9 pixels"):
         list(Clip(str(tmp_path)))
@@ -332,11 +332,11 @@ def test_neighbors_agree_with_the_evaluation(saved_model, photos, tmp_path):
 
 
 def test_class_map_puts_like_classes_together(saved_model, photos, tmp_path, capsys):
-    from dino.look.figures import class_map
+    from dino.look.figures import map_classes
 
     centers = torch.nn.functional.one_hot(torch.arange(12) // 4, 8).float()  # three groups of four classes
     labels = torch.arange(12).repeat_interleave(5)
-    classes, points = class_map(centers[labels] + 0.1 * torch.randn(60, 8), labels, 13)
+    classes, points = map_classes(centers[labels] + 0.1 * torch.randn(60, 8), labels, 13)
     assert classes.tolist() == list(range(12))
     distance = np.linalg.norm(points[:, None] - points, axis=-1) + 1e9 * np.eye(12)
     assert (distance.argmin(axis=1) // 4 == np.arange(12) // 4).all()

@@ -19,6 +19,7 @@ from dino.data.sources import open_source
 from dino.eval import knn, lowshot
 from dino.features.extract import extract
 from dino.options import replace
+from dino.options.evaluate import LowshotOptions
 from dino.options.train import TrainOptions
 
 
@@ -38,7 +39,7 @@ def plain(w: np.ndarray, x: np.ndarray, y: np.ndarray, c: float) -> float:
 @pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
 def test_solution_against_scipy(c):
     x, y = problem()
-    found = lowshot.logistic(x.float(), y, 4, c)  # features come in single precision
+    found = lowshot.fit_logistic(x.float(), y, 4, c)  # features come in single precision
     x32 = x.float().double().numpy()
     best = minimize(plain, np.zeros(28), (x32, y.numpy(), c), method="BFGS", options={"gtol": 1e-8})
     np.testing.assert_allclose(found.numpy().ravel(), best.x, atol=2e-4 * max(1, np.abs(best.x).max()))
@@ -49,7 +50,7 @@ def test_solution_against_scipy(c):
 def test_gradient_vanishes_at_the_solution_and_parts_change_nothing(c, monkeypatch):
     x, y = problem()
     x = torch.nn.functional.normalize(x + 5 * x[0], dim=1)  # nearly parallel, as features of one model are
-    w = lowshot.logistic(x, y, 4, c).requires_grad_(True)
+    w = lowshot.fit_logistic(x, y, 4, c).requires_grad_(True)
     loss = torch.nn.functional.cross_entropy(x @ w, y) + w.square().sum() / (2 * c * len(x))
     (expected,) = torch.autograd.grad(loss, w)
     assert expected.abs().max() < 1e-6
@@ -65,7 +66,7 @@ def test_gradient_vanishes_at_the_solution_and_parts_change_nothing(c, monkeypat
 def test_one_image_a_class_in_closed_form():
     """Two opposite features: w = t x of class 0 and -t x of class 1 with t = 2 C sigmoid(-2 t), by symmetry."""
     c = 3.0
-    w = lowshot.logistic(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]), 2, c)
+    w = lowshot.fit_logistic(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]), 2, c)
     t = w[0, 0].item()
     assert w[0, 1].item() == pytest.approx(-t)
     assert t == pytest.approx(2 * c / (1 + np.exp(2 * t)), abs=1e-5)
@@ -73,7 +74,7 @@ def test_one_image_a_class_in_closed_form():
 
 def test_cross_validation_picks_what_a_plain_loop_picks():
     x, y = problem(80, seed=3)
-    fold = lowshot.fold_of(y.numpy(), 5, seed=0)
+    fold = lowshot.deal_folds(y.numpy(), 5, seed=0)
     for label in range(4):  # every fold has its share of every class
         counts = np.bincount(fold[y.numpy() == label], minlength=5)
         assert counts.max() - counts.min() <= 1
@@ -82,7 +83,7 @@ def test_cross_validation_picks_what_a_plain_loop_picks():
         hits[c] = 0
         for part in range(5):
             inside, out = torch.from_numpy(fold != part), torch.from_numpy(fold == part)
-            w = lowshot.logistic(x[inside], y[inside], 4, c)
+            w = lowshot.fit_logistic(x[inside], y[inside], 4, c)
             hits[c] += int(((x[out] @ w).argmax(dim=1) == y[out]).sum())
     most = max(hits.values())
     assert lowshot.choose_c(x, y, 4, 5, 0) == min(c for c in hits if hits[c] == most)
@@ -93,16 +94,16 @@ def test_lists(photos, tmp_path):
     names = [source.name(i) for i in (3, 5, 20)]
     file = tmp_path / "list.txt"
     file.write_text(f"# comment\n./{names[0]}\n{names[1].rpartition('/')[2]}\n\n{names[2]}\n")
-    assert lowshot.listed(source, str(file)).tolist() == [3, 5, 20]
+    assert lowshot.read_list(source, str(file)).tolist() == [3, 5, 20]
     (photos / "class0" / "same.jpg").write_bytes((photos / names[0]).read_bytes())
     (photos / "class1" / "same.jpg").write_bytes((photos / names[0]).read_bytes())
     source = open_source(str(photos), "folders")
     for content, answer in (("same.jpg", "names two images"), ("no.jpg", "no training image"), ("#", "names no image")):
         file.write_text(content)
         with pytest.raises(ValueError, match=answer):
-            lowshot.listed(source, str(file))
+            lowshot.read_list(source, str(file))
     file.write_text("class1/same.jpg")
-    assert len(lowshot.listed(source, str(file))) == 1
+    assert len(lowshot.read_list(source, str(file))) == 1
 
 
 def command(*arguments: object) -> int:
@@ -171,4 +172,4 @@ def test_fewer_images_than_neighbors(trained, capsys):
 )
 def test_impossible_options_are_one_sentence(options, answer):
     with pytest.raises(ValueError, match=answer):
-        lowshot.LowshotOptions(model="m", data="d", **options)
+        LowshotOptions(model="m", data="d", **options)

@@ -33,7 +33,7 @@ def test_overlap_of_every_object_with_every_head_by_hand(model):
     image = rng.integers(0, 255, (40, 48, 3), np.uint8)
     objects = np.zeros((2, 40, 48), bool)
     objects[0, 3:30, 5:20], objects[1, 20:, 30:] = True, True
-    found = masks.overlap(model, image, objects, 0.6, CPU)
+    found = masks.measure_overlap(model, image, objects, 0.6, CPU)
     attention = cls_attention(model, normalize(torch.from_numpy(image)[None, None]))[0].double().numpy()
     assert found.shape == (2, model.num_heads) == (2, len(attention))
     for head, patches in enumerate(attention):
@@ -123,13 +123,13 @@ def test_agrees_with_the_training_monitor_on_drawn_scenes(model, tmp_path):
 @pytest.mark.parametrize(("values", "objects"), [((0, 1), 1), ((0, 255), 1), ((0, 200, 60), 1), ((0, 0), 0)])
 def test_gray_masks(tmp_path, values, objects):
     Image.fromarray(np.array([values], np.uint8)).save(tmp_path / "m.png")
-    assert masks.object_indices(tmp_path / "m.png").sum() == objects
+    assert masks.read_objects(tmp_path / "m.png").sum() == objects
 
 
 def test_gray_numbers_are_no_mask(tmp_path):
     Image.fromarray(np.array([[0, 1, 2]], np.uint8)).save(tmp_path / "m.png")
     with pytest.raises(BadImage, match="values up to 2; write objects as 255"):
-        masks.object_indices(tmp_path / "m.png")
+        masks.read_objects(tmp_path / "m.png")
 
 
 def test_bad_input_is_refused(saved_model, voc, tmp_path, capsys):

@@ -19,7 +19,7 @@ from dino.engine.step import Split, slice_views, split_images
 from dino.engine.train import Trainer
 from dino.models import Recompute
 from dino.options import replace
-from dino.options.rules import bytes_of
+from dino.options.rules import parse_bytes
 from dino.options.train import TrainOptions
 from dino.run import view_batches
 from dino.terminal import Terminal
@@ -174,7 +174,7 @@ def test_views_of_a_part_stay_view_major():
 
 @pytest.mark.parametrize(("text", "size"), [("8GB", 8e9), ("1.5 gb", 1.5e9), ("500MB", 5e8), ("2GiB", 2**31)])
 def test_sizes_are_read(text, size):
-    assert bytes_of(text) == size
+    assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["8", "GB", "-1GB", "0GB", "much"])
@@ -193,13 +193,13 @@ def test_peak_counts_what_is_alive_at_once():
         a.add_(b)
         b.view(16, 16)
 
-    assert fit.peak(work) == 4 * 1024
+    assert fit.measure_peak(work) == 4 * 1024
 
 
 def test_peak_sees_what_recomputing_saves(images, tmp_path):
     subject = trainer(images, tmp_path, model__depth=12)
     found = [
-        fit.peak(lambda s=split: state_and_gradients(subject, s))
+        fit.measure_peak(lambda s=split: state_and_gradients(subject, s))
         for split in (Split(), Split(1, "elementwise"), Split(1, "blocks"))
     ]
     assert found[1] < 0.8 * found[0]
@@ -212,23 +212,25 @@ def test_the_fastest_way_that_fits_is_chosen():
         "elementwise": (0.0, 80.0),
         "blocks": (0.0, 20.0),
     }
-    ways = [fit.choose(limit, 16, 50.0, lines, parts_allowed=True)[0] for limit in (2000, 1500, 1000, 410, 150, 80)]
+    ways = [
+        fit.choose_split(limit, 16, 50.0, lines, parts_allowed=True)[0] for limit in (2000, 1500, 1000, 410, 150, 80)
+    ]
     assert ways == [
         *(Split(), Split(1, "elementwise"), Split(2)),
         *(Split(1, "blocks"), Split(4, "blocks"), Split(16, "blocks")),
     ]
-    assert fit.choose(500, 16, 50.0, lines, parts_allowed=False)[0] == Split(1, "blocks")
+    assert fit.choose_split(500, 16, 50.0, lines, parts_allowed=False)[0] == Split(1, "blocks")
     for limit in (2000, 1000, 410, 150, 80):
-        assert fit.choose(limit, 16, 50.0, lines, parts_allowed=True)[1] <= limit
+        assert fit.choose_split(limit, 16, 50.0, lines, parts_allowed=True)[1] <= limit
     with pytest.raises(ValueError, match="even in the smallest parts a step needs about"):
-        fit.choose(60, 16, 50.0, lines, parts_allowed=True)
+        fit.choose_split(60, 16, 50.0, lines, parts_allowed=True)
 
 
 def test_fit_leaves_the_run_as_it_was(images, tmp_path):
     """The trial moves neither center nor weights, and what it chooses is less than the whole step."""
     subject = trainer(images, tmp_path, model__depth=8)
     before = {k: v.clone() for k, v in subject.method.state_dict().items()}
-    _, whole = fit.fit(subject, 10**12)
+    _, whole = fit.fit_memory(subject, 10**12)
     assert subject.split == Split()
     for key, value in subject.method.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=key)

@@ -89,7 +89,7 @@ def test_thirty_steps_match_reference(golden, name, lr):
     """Loss, gradient norm and center of every step, and all parameters at the end, within 1e-4."""
     expected, total, per_epoch = golden(f"trace_{name}_norm1"), 30, 10
     method = make_trace_model()
-    optimizer = optim.create(OptimOptions(name=name), method.student)
+    optimizer = optim.create_optimizer(OptimOptions(name=name), method.student)
     found: dict[str, list[float]] = {"loss": [], "grad_norm": [], "center_norm": []}
     for step in range(total):
         optim.set_rates(optimizer, warmup_cosine(step, total, lr, 1e-6, per_epoch), cosine(step, total, 0.04, 0.4))
@@ -156,7 +156,7 @@ def test_update_teacher_is_the_moving_average():
 
 def test_weight_decay_reaches_matrices_only():
     method = make_trace_model(64)
-    decayed, plain = (group["params"] for group in optim.parameter_groups(method.student))
+    decayed, plain = (group["params"] for group in optim.group_parameters(method.student))
     names = {id(p): n for n, p in method.student.named_parameters()}
     assert {names[id(p)] for p in decayed} >= {"backbone.cls_token", "backbone.pos_embed", "head.last_layer.weight_v"}
     assert all(p.ndim > 1 for p in decayed)

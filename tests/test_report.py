@@ -17,11 +17,11 @@ from PIL import Image
 
 import dino
 from conftest import TINY, draw_images, run_dino
-from dino.data.sources import open_source, split
+from dino.data.sources import hold_out, open_source
 from dino.engine.log import read_metrics
 from dino.options import replace, required
 from dino.options.train import TrainOptions
-from dino.report.gallery import choose
+from dino.report.gallery import choose_pictures
 from dino.report.page import write
 
 VOID = {"meta", "img", "br", "wbr", "hr", "link", "input", "image", "rect", "path", "use", "circle", "line"}
@@ -135,7 +135,7 @@ def run(finished, tmp_path):
 
 
 def rewrite(run, photos) -> tuple[str, Page]:
-    source, held_out = split(open_source(str(photos)), 0.1, 1000, 0)
+    source, held_out = hold_out(open_source(str(photos)), 0.1, 1000, 0)
     write(run, source, held_out, torch.device("cpu"))
     return read(run)
 
@@ -222,9 +222,9 @@ def test_names_that_are_no_unicode_and_images_that_vanished(tmp_path):
 
 def test_pictures_are_spread_over_the_data_and_its_classes(photos):
     source = open_source(str(photos))
-    chosen = [picture.position for picture in choose(source, 3)]
+    chosen = [picture.position for picture in choose_pictures(source, 3)]
     assert {int(required(source.labels)[i]) for i in chosen} == {0, 1, 2}
-    positions = [picture.position for picture in choose(open_source(str(photos), labels="none"), 6)]
+    positions = [picture.position for picture in choose_pictures(open_source(str(photos), labels="none"), 6)]
     assert positions == sorted(set(positions))
     assert positions[0] == 0
     assert positions[-1] == len(source) - 1

@@ -28,7 +28,9 @@ def test_figures_are_the_references(golden):
     features = {k: F.normalize(torch.from_numpy(v), dim=1) for k, v in golden("retrieval_features").items()}
     known = json.loads((GOLDEN / "retrieval.json").read_text())
     ranked = (features["queries"] @ features["database"].T).argsort(dim=1, descending=True, stable=True).numpy()
-    found = retrieval.score(ranked, *([entry[key] for entry in known["gnd"]] for key in ("easy", "hard", "junk")))
+    found = retrieval.score_rankings(
+        ranked, *([entry[key] for entry in known["gnd"]] for key in ("easy", "hard", "junk"))
+    )
     assert len(found) == 12
     for letter, name in (("E", "easy"), ("M", "medium"), ("H", "hard")):
         expected = known["results"][letter]
@@ -39,9 +41,11 @@ def test_figures_are_the_references(golden):
 
 def test_queries_with_nothing_to_find_are_left_out():
     order = np.array([[0, 1, 2], [2, 1, 0]])
-    found = retrieval.score(order, easy=[[0], []], hard=[[], []], junk=[[], []])
+    found = retrieval.score_rankings(order, easy=[[0], []], hard=[[], []], junk=[[], []])
     assert found == {f"{p}_{f}": 100.0 for p in ("easy", "medium") for f in ("map", "mp1", "mp5", "mp10")}
-    assert retrieval.score(order, [[1], [0]], [[], []], [[0], [1, 2]])["easy_map"] == 100  # junk counts neither way
+    assert (
+        retrieval.score_rankings(order, [[1], [0]], [[], []], [[0], [1, 2]])["easy_map"] == 100
+    )  # junk counts neither way
 
 
 def test_original_whitening_is_the_references_and_fixed_decorrelates(golden):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dino.data.decode import BadImage
-from dino.data.sources import Files, Source, open_source, split, subset
+from dino.data.sources import Files, Source, hold_out, open_source, subset
 
 
 def make(root: Path, *names: str) -> Path:
@@ -382,7 +382,7 @@ class Numbers:
 
 @given(st.integers(1, 300), st.floats(0, 1, exclude_max=True), st.integers(0, 400), st.integers(-(2**70), 2**70))
 def test_a_split_is_a_partition(num: int, fraction: float, maximum: int, seed: int) -> None:
-    train, held_out = split(Numbers(num), fraction, maximum, seed)
+    train, held_out = hold_out(Numbers(num), fraction, maximum, seed)
     wanted = min(maximum, round(fraction * num), num - 1)
     assert (0 if held_out is None else len(held_out)) == wanted
     both = [*names(train), *(names(held_out) if held_out else [])]
@@ -391,22 +391,22 @@ def test_a_split_is_a_partition(num: int, fraction: float, maximum: int, seed: i
         if part is not None:
             assert part.labels is not None
             assert [str(label) for label in part.labels] == names(part) == sorted(names(part), key=int)
-    again = split(Numbers(num), fraction, maximum, seed)
+    again = hold_out(Numbers(num), fraction, maximum, seed)
     assert again[0].fingerprint == train.fingerprint
 
 
 def test_a_split_stays_the_same_and_depends_on_the_seed() -> None:
-    _, held_out = split(Numbers(100), 0.1, 1000, seed=0)
+    _, held_out = hold_out(Numbers(100), 0.1, 1000, seed=0)
     assert held_out is not None
     assert names(held_out) == ["9", "12", "13", "18", "20", "36", "39", "67", "74", "82"]
     assert all(
         names(held_out) != names(other)
         for seed in (1, 2, 2**64 - 1)
-        if (other := split(Numbers(100), 0.1, 99, seed)[1])
+        if (other := hold_out(Numbers(100), 0.1, 99, seed)[1])
     )
     counts = np.zeros(20)
     for seed in range(2000):  # every image is held out equally often
-        other = split(Numbers(20), 0.25, 99, seed)[1]
+        other = hold_out(Numbers(20), 0.25, 99, seed)[1]
         assert other is not None
         assert other.labels is not None
         counts[other.labels] += 1

@@ -18,10 +18,11 @@ from dino.data.loader import ViewBatches
 from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
 from dino.engine import parallel
-from dino.method import DINO, Network, feature_spread
+from dino.method import DINO, Network
 from dino.models import Head, VisionTransformer, create
 from dino.options import replace
 from dino.options.train import TrainOptions, ViewOptions
+from dino.variants import feature_spread
 
 VARIANTS = {
     "dino": {},

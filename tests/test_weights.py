@@ -89,7 +89,7 @@ def test_a_vit_comes_back_bit_for_bit_from_every_format(kind, sizes, tmp_path):
     out = tmp_path / ("file.safetensors" if kind == "safetensors" else "out")
     compare.FORMATS[kind].write(given, out)
     found = read(out)
-    said, expected = formats.full_sizes(found.arguments), formats.full_sizes(given.arguments)
+    said, expected = formats.fill_sizes(found.arguments), formats.fill_sizes(given.arguments)
     assert {k: said[k] for k in expected if k != "arch"} == {k: v for k, v in expected.items() if k != "arch"}
     assert_same_bits(found.state, given.state)
     assert found.left_out == ()
@@ -205,7 +205,7 @@ def test_a_full_checkpoint_of_the_reference_with_its_flags_is_read(tmp_path):
         torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     found = read(tmp_path / "checkpoint.pth")
     assert found.state.keys() == given.state.keys()
-    sizes = formats.head_options(found.part("teacher.head."))
+    sizes = formats.infer_head(found.part("teacher.head."))
     assert (sizes["out_dim"], sizes["hidden_dim"], sizes["bottleneck_dim"]) == (64, 32, 16)
 
 
@@ -338,7 +338,7 @@ def test_a_release_is_downloaded_once_and_checked_after(server, tmp_path):
     assert recorded.read_text().split()[0] == hashlib.sha256(server.content).hexdigest()
     dino.load("dino_vits16")
     assert len(server.asked) == 1
-    path = releases.fetch("vits16")
+    path = releases.fetch_release("vits16")
     path.write_bytes(server.content[:-1] + b"x")
     with pytest.raises(releases.DownloadError, match="has changed since it was downloaded"):
         dino.load("vits16")
@@ -346,7 +346,7 @@ def test_a_release_is_downloaded_once_and_checked_after(server, tmp_path):
 
 def test_a_cut_connection_is_continued_where_it_stopped(server):
     server.cuts = 2
-    assert releases.fetch("vits16").read_bytes() == server.content
+    assert releases.fetch_release("vits16").read_bytes() == server.content
     assert server.asked[0] is None
     assert [int(r.removeprefix("bytes=").rstrip("-")) > 0 for r in server.asked[1:]] == [True, True]
 
@@ -354,15 +354,15 @@ def test_a_cut_connection_is_continued_where_it_stopped(server):
 def test_a_connection_that_stays_cut_keeps_what_arrived(server, tmp_path):
     server.cuts = 3
     with pytest.raises(releases.DownloadError, match="connection was cut"):
-        releases.fetch("vits16")
+        releases.fetch_release("vits16")
     assert list((tmp_path / "cache").glob("*.part"))
-    assert releases.fetch("vits16").read_bytes() == server.content  # the next call goes on
+    assert releases.fetch_release("vits16").read_bytes() == server.content  # the next call goes on
 
 
 def test_a_file_damaged_on_the_way_is_not_kept(server, tmp_path):
     server.damage = True
     with pytest.raises(releases.DownloadError, match="damaged"):
-        releases.fetch("vits16")
+        releases.fetch_release("vits16")
     assert not list((tmp_path / "cache").glob("*.pth*"))
 
 
@@ -374,16 +374,16 @@ def test_without_network_or_permission_to_use_it(server, tmp_path, monkeypatch, 
     assert "downloads are off" in capsys.readouterr().err
     monkeypatch.delenv("DINO_OFFLINE")
     with pytest.raises(releases.DownloadError, match="404"):
-        releases.fetch("vits8")
+        releases.fetch_release("vits8")
     monkeypatch.setenv("DINO_RELEASES", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(releases.DownloadError, match="check the network"):
-        releases.fetch("vits16")
+        releases.fetch_release("vits16")
     with pytest.raises(ValueError, match="no part 'x'"):
-        releases.find("vits16:x")
+        releases.find_release("vits16:x")
 
 
 def test_models_are_listed(server, capsys):
-    releases.fetch("vits16")
+    releases.fetch_release("vits16")
     assert cli.main(["models"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in releases.RELEASES)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dino.version import __version__
+
 if TYPE_CHECKING:
     from dino.eval.evaluate import evaluate
     from dino.exports.export import export
@@ -17,8 +19,17 @@ if TYPE_CHECKING:
     from dino.run import train
     from dino.weights import load
 
-__version__ = "0.1.0"
-__all__ = ["DinoFeatures", "attention_maps", "create", "duplicates", "embed", "evaluate", "export", "finer_patches"]
+__all__ = [
+    "DinoFeatures",
+    "__version__",
+    "attention_maps",
+    "create",
+    "duplicates",
+    "embed",
+    "evaluate",
+    "export",
+    "finer_patches",
+]
 __all__ += ["load", "match_patches", "outliers", "pca_colors", "search", "train", "video_frames"]
 
 _HOME = {

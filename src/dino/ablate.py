@@ -27,10 +27,10 @@ from rich.console import Console
 
 from dino import distributed, files, paper, weights
 from dino.data.open import split_folders
-from dino.engine.checkpoint import LOCK, sole_writer
+from dino.engine.checkpoint import LOCK, lock_folder
 from dino.engine.log import read_metrics
 from dino.eval import knn
-from dino.machine import spare_cores
+from dino.machine import count_spare_cores
 from dino.options import flatten, replace, required, toml
 from dino.options.commands import AblateOptions
 from dino.options.evaluate import KnnOptions
@@ -46,7 +46,7 @@ class Ablation:
     """One table, at one scale, on one data set, in one folder."""
 
     def __init__(self, options: AblateOptions):
-        self.options, self.table = options, paper.get(options.table)
+        self.options, self.table = options, paper.find_table(options.table)
         self.folder = Path(options.out or f"runs/ablate-{options.table}")
         self.data = split_folders(os.path.abspath(required(options.data)), options.val and os.path.abspath(options.val))
         self.results_file = self.folder / "results.json"
@@ -91,13 +91,13 @@ class Ablation:
         run = self.folder / slug(name)
         if not (run / "config.toml").exists():
             return True
-        recorded = _plain(toml.recorded(str(run)))
+        recorded = _plain(toml.read_recorded(str(run)))
         return all(recorded.get(key) == value for key, value in _plain(self.runs[name]).items())
 
     def work(self) -> dict[str, dict[str, Any]]:
         """Train and judge what is missing, several rows at a time where there are several GPUs or jobs."""
         self.results()  # refuses a folder of something else before anything is written there
-        with sole_writer(self.folder):
+        with lock_folder(self.folder):
             return self._work()
 
     def _work(self) -> dict[str, dict[str, Any]]:
@@ -155,9 +155,9 @@ class Ablation:
         if place.startswith("cuda"):
             environment["CUDA_VISIBLE_DEVICES"] = place.removeprefix("cuda:")
             if self.runs[name].data.num_workers is None:
-                flags += ["--data.num-workers", str(spare_cores(len(self._places())))]
+                flags += ["--data.num-workers", str(count_spare_cores(len(self._places())))]
         else:
-            threads = self.runs[name].threads or spare_cores(self.options.jobs)
+            threads = self.runs[name].threads or count_spare_cores(self.options.jobs)
             flags += ["--device", "cpu", "--threads", str(threads)]
         before = time.monotonic()
         with open(file.with_suffix(".log"), "ab") as log:

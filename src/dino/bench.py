@@ -23,17 +23,17 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-import dino
 from dino import distributed, run
 from dino.data.decode import BadImage
 from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.views import draw_views
 from dino.engine import optim, parallel, train
 from dino.engine.train import Trainer
-from dino.machine import device_name, spare_cores
+from dino.machine import count_spare_cores, name_device
 from dino.options import replace, required
 from dino.options.commands import BenchOptions
 from dino.terminal import Terminal
+from dino.version import __version__
 
 DATA, LOADER, STEPS = 0.1, 0.2, 0.6  # shares of the seconds asked for; the rest is getting ready
 LONGEST_STEP = 0.08  # of them too: a step that would take longer is measured on fewer images
@@ -41,7 +41,7 @@ STEP = ("transfer, render", "normalize", "teacher", "student", "backward", "opti
 ONCE = ("optimizer", "EMA")  # cost the same however many images a step has
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
+def measure_seconds(work: Callable[[], object], device: torch.device) -> float:
     """Wall time of `work`, with everything that it starts on the device finished."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
@@ -51,18 +51,18 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32, edge: int | None = None) -> float:
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32, edge: int | None = None) -> float:
     """Floating-point operations per second of products of two square matrices, the limit for any network."""
     on_gpu = device.type == "cuda"
     edge = edge or (8192 if on_gpu else 2048)
     count = 10 if on_gpu else 1  # one takes a GPU little longer than being asked
     square = torch.randn(edge, edge, device=device, dtype=dtype)
-    seconds(lambda: square @ square, device)  # the first one also starts the library
-    return 2 * edge**3 * count / seconds(lambda: [square @ square for _ in range(count)], device)
+    measure_seconds(lambda: square @ square, device)  # the first one also starts the library
+    return 2 * edge**3 * count / measure_seconds(lambda: [square @ square for _ in range(count)], device)
 
 
 @contextlib.contextmanager
-def watched(device: torch.device, **functions: tuple[Any, str]) -> Iterator[dict[str, float]]:
+def watch_functions(device: torch.device, **functions: tuple[Any, str]) -> Iterator[dict[str, float]]:
     """Seconds spent in each function, by the name given: `name=(owner, attribute)`."""
     spent: dict[str, float] = defaultdict(float)
     before = {name: getattr(owner, attribute) for name, (owner, attribute) in functions.items()}
@@ -70,7 +70,7 @@ def watched(device: torch.device, **functions: tuple[Any, str]) -> Iterator[dict
     def watch(name: str) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
             result: list[Any] = []
-            spent[name] += seconds(lambda: result.append(before[name](*arguments, **named)), device)
+            spent[name] += measure_seconds(lambda: result.append(before[name](*arguments, **named)), device)
             return result[0]
 
         return timed
@@ -100,7 +100,7 @@ def step_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
     }
     if trainer.render is not None:
         functions["transfer, render"] = (trainer, "render")
-    with watched(device, **functions) as t:
+    with watch_functions(device, **functions) as t:
         trainer._train_step(batch)
     parts = {name: t[name] for name in ("transfer, render", "normalize", "teacher", "EMA") if name in t}
     parts["student"] = t["forward"] + t["loss"]
@@ -128,7 +128,7 @@ def measure_data(batches: ViewBatches, workers: int, limit: float) -> dict[str, 
     shapes = np.array([image.shape[:2] for image in images])
     views = draw_views(batches.options, batches.sizes, 0, 0, range(len(images)), shapes)
     batches.prepare(images, views)  # fills caches
-    render = seconds(lambda: batches.prepare(images, views), torch.device("cpu"))
+    render = measure_seconds(lambda: batches.prepare(images, views), torch.device("cpu"))
     torch.set_num_threads(threads)
     return {"decode": 1e3 * read / len(images), "render": 1e3 * render / len(images)}
 
@@ -164,7 +164,7 @@ def measure_step(trainer: Trainer, limit: float) -> dict[str, Any]:
     if device.type == "cpu":
         few = min(2, size)
         trainer._train_step(of(few))
-        each = seconds(lambda: trainer._train_step(of(few)), device) / few
+        each = measure_seconds(lambda: trainer._train_step(of(few)), device) / few
         images = max(few, min(size, int(LONGEST_STEP * limit / each)))
         fewer = max(1, round(trainer.split.parts * images / size))
         trainer.split_steps(trainer.split._replace(parts=fewer))  # as large as those of the whole step
@@ -177,8 +177,8 @@ def measure_step(trainer: Trainer, limit: float) -> dict[str, Any]:
     several = 5 if device.type == "cuda" else 1  # a GPU works on one step while the next is prepared
     rates, wholes, parts, started = [], [], [], time.perf_counter()
     while len(parts) < 3 or (time.perf_counter() - started < STEPS * limit and len(parts) < 30):
-        rates.append(matrix_rate(device, dtype))
-        wholes.append(seconds(lambda: [trainer._train_step(batch) for _ in range(several)], device) / several)
+        rates.append(measure_matrix_rate(device, dtype))
+        wholes.append(measure_seconds(lambda: [trainer._train_step(batch) for _ in range(several)], device) / several)
         parts.append(step_parts(trainer, batch))
     ms = {n: 1e3 * statistics.median(p[n] for p in parts) / (size if n in ONCE else images) for n in parts[0]}
     once = sum(ms[name] for name in ONCE)
@@ -197,7 +197,7 @@ def measure_step(trainer: Trainer, limit: float) -> dict[str, Any]:
 def advise(trainer: Trainer, data: dict[str, float], loader: float, step: dict[str, Any]) -> str:
     """The bottleneck, and the option that helps, in one sentence."""
     options, workers = trainer.options, required(trainer.options.data.num_workers)
-    rate, share, cores = step["images_per_second"], step["share_of_matrix_product"], spare_cores()
+    rate, share, cores = step["images_per_second"], step["share_of_matrix_product"], count_spare_cores()
     if workers == 0 and loader < 4 * rate:
         part = 100 * rate / (rate + loader)
         return f"Views are made in the training process, {part:.0f} % of its time: use --data.num-workers {cores}."
@@ -285,9 +285,9 @@ def bench(options: BenchOptions) -> None:
         step = measure_step(trainer, options.seconds)
     advice = advise(trainer, data, loader, step)
     result = {
-        "device": device_name(device),
+        "device": name_device(device),
         "torch": torch.__version__,
-        "dino": dino.__version__,
+        "dino": __version__,
         "precision": trainer.precision,
         "batch_size": batches.batch_size,
         "workers": workers,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from dino import __version__, errors
+from dino import errors
 from dino.options import commands as looks
 from dino.options import recipes, toml
 from dino.options.commands import (
@@ -30,6 +30,7 @@ from dino.options.evaluate import EVALUATIONS
 from dino.options.recipes import find_recipe
 from dino.options.train import TrainOptions
 from dino.run import check_resumable
+from dino.version import __version__
 
 
 class Command(NamedTuple):
@@ -51,11 +52,13 @@ COMMANDS: dict[str, Command] = {
     "search": Command("images most like yours", looks.SearchOptions, "dino.features.commands:search"),
     "duplicates": Command("near-copies, as groups", looks.DuplicatesOptions, "dino.features.commands:duplicates"),
     "outliers": Command("images unlike all others", looks.OutliersOptions, "dino.features.commands:outliers"),
-    "figure tsne": Command("a map of classes (t-SNE)", looks.TsneOptions, "dino.look.figures:tsne"),
-    "figure neighbors": Command("where k-NN is right and wrong", looks.NeighborsOptions, "dino.look.figures:neighbors"),
+    "figure tsne": Command("a map of classes (t-SNE)", looks.TsneOptions, "dino.look.figures:draw_tsne"),
+    "figure neighbors": Command(
+        "where k-NN is right and wrong", looks.NeighborsOptions, "dino.look.figures:draw_neighbor_page"
+    ),
     "app": Command("a page to explore what a model sees", looks.AppOptions, "dino.app:command"),
     "report": Command("write a run's report.html again", ReportOptions, "dino.run:report_command"),
-    "models": Command("list or download the released weights", ModelsOptions, "dino.exports.export:models_command"),
+    "models": Command("list or download the released weights", ModelsOptions, "dino.weights.releases:models_command"),
     "export": Command(
         "write a model for other libraries and runtimes", ExportOptions, "dino.exports.export:export_command"
     ),
@@ -138,7 +141,7 @@ def _parse_train(arguments: list[str], kind: type[TrainOptions] = TrainOptions, 
     if arguments and not arguments[0].startswith("-"):
         first, arguments = arguments[0], arguments[1:]
         if first.endswith(".toml"):
-            flags = toml.toml_flags(Path(first))
+            flags = toml.read_flags(Path(first))
         elif first not in recipes.RECIPES and Path(first).exists():
             raise ValueError(f"'{first}' is not a recipe; to train on it write: dino {name} --data {first}")
         else:
@@ -148,7 +151,7 @@ def _parse_train(arguments: list[str], kind: type[TrainOptions] = TrainOptions, 
     resuming = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
     resuming.add_argument("--resume")
     if (resume := resuming.parse_known_args(arguments)[0].resume) is not None:
-        default, flags = toml.recorded(resume), []
+        default, flags = toml.read_recorded(resume), []
     default = kind(**{f.name: getattr(default, f.name) for f in fields(default)})
     options = tyro.cli(kind, args=flags + arguments, default=default, prog=f"dino {name} [RECIPE | FILE.toml]")
     if resume is not None and name == "train":

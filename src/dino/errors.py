@@ -31,7 +31,7 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def optional(module: str, need: str, extra: str) -> Any:
+def import_optional(module: str, need: str, extra: str) -> Any:
     """A module of a package that only some need, as `need` says ("video needs PyAV").
 
     Raises:

@@ -53,7 +53,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DINO_CACHE") or "~/.cache/dino").expanduser()
 
 
-def lasting(name: str) -> str:
+def absolute_if_exists(name: str) -> str:
     """`name`, which means the same from another working directory if it is a path."""
     return os.path.abspath(name) if name and os.path.exists(name) else name
 

@@ -20,7 +20,7 @@ NEIGHBORS = 6  # of a row
 EDGE = 224  # longest side of an embedded picture, pixels
 
 
-def label_of(source: Source, index: int) -> str | None:
+def get_label(source: Source, index: int) -> str | None:
     if source.labels is None or source.labels[index] < 0:
         return None
     return source.classes[source.labels[index]]
@@ -37,7 +37,7 @@ def draw_neighbors(
     """
     tiles, ticks = draw_tile(square, caption, "whole"), []
     for value, position in found:
-        label = label_of(source, position)
+        label = get_label(source, position)
         mark = ""
         if wanted is not None and label is not None:
             ticks.append(label == wanted)

@@ -10,17 +10,17 @@ import torch
 from dino import distributed
 
 
-def cores() -> int:
+def count_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spare_cores(share: int = 1) -> int:
+def count_spare_cores(share: int = 1) -> int:
     """Worker processes for one of `share` ranks on this machine: the cores left beside each rank's own."""
-    return max(1, cores() // share - 1)
+    return max(1, count_cores() // share - 1)
 
 
-def device_name(device: torch.device) -> str:
+def name_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

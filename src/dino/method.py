@@ -19,12 +19,12 @@ import copy
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino import distributed, variants
 from dino.models import Head
+from dino.variants import feature_spread, pair_products
 
 Teacher = Literal["momentum", "previous-epoch", "previous-iteration", "student"]
 Targets = Literal["centering", "softmax-batch", "sinkhorn", "none"]
@@ -230,17 +230,3 @@ class DINO(nn.Module):
         for name, parameter in self.student.named_parameters():
             if "last_layer" in name:
                 parameter.grad = None
-
-
-def pair_products(student: Float[Tensor, "v n d"], teacher: Float[Tensor, "g n d"]) -> Float[Tensor, ""]:
-    """Sum of <teacher view q, student view v> over all images and all pairs of different views q != v."""
-    g, total = len(teacher), teacher.sum(dim=0)
-    matched = ((total - teacher) * student[:g]).sum()
-    return matched + (total * student[g:].sum(dim=0)).sum() if len(student) > g else matched
-
-
-@torch.no_grad()
-def feature_spread(vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """Standard deviation of L2-normalized vectors times sqrt(d): 0 when all are the same, 1 when all over the sphere."""
-    unit = F.normalize(vectors.float(), dim=-1)
-    return unit.std(dim=0).mean() * unit.shape[1] ** 0.5

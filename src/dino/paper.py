@@ -209,7 +209,7 @@ TABLES: dict[str, Table] = {
 }
 
 
-def get(name: str) -> Table:
+def find_table(name: str) -> Table:
     """A table by name, with or without the word itself ("7", "table7")."""
     wanted = name.lower().removeprefix("table").strip("-_ ")
     if wanted not in TABLES:

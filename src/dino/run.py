@@ -19,16 +19,16 @@ from dino.data.open import open_training_pair, probe
 from dino.data.render import CpuRenderer
 from dino.data.sources import Source
 from dino.engine import fit, init, log, parallel
-from dino.engine.checkpoint import LOCK, Checkpoints, sole_writer
+from dino.engine.checkpoint import LOCK, Checkpoints, lock_folder
 from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.eval import evaluate
 from dino.eval.online import OnlineEvaluation
-from dino.machine import describe_device, spare_cores
+from dino.machine import count_spare_cores, describe_device
 from dino.options import auto, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
 from dino.options.recipes import find_recipe
-from dino.options.rules import bytes_of
+from dino.options.rules import parse_bytes
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
 from dino.terminal import Terminal
@@ -64,7 +64,7 @@ def run(options: TrainOptions) -> Path:
         terminal = Terminal(distributed.is_main())
         folder = distributed.from_main(lambda: run_folder(options))
         fresh = distributed.is_main() and not folder.exists()
-        distributed.from_main(lambda: held.enter_context(sole_writer(folder)))
+        distributed.from_main(lambda: held.enter_context(lock_folder(folder)))
         with files.writing(folder, leave=not fresh):
             trainer, held_out = set_up(options, folder, device, terminal)
         terminal.say(
@@ -81,10 +81,10 @@ def run(options: TrainOptions) -> Path:
 def set_threads(options: TrainOptions, device: torch.device) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    elif device.type == "cpu" and distributed.world_size() == 1 and spare_cores() > 2:
+    elif device.type == "cpu" and distributed.world_size() == 1 and count_spare_cores() > 2:
         # One core for the data worker and whatever else runs: threads that wait for a busy core make all of them slow.
         # Never more than torch has: OMP_NUM_THREADS may say how many this user is allowed.
-        torch.set_num_threads(min(torch.get_num_threads(), spare_cores()))
+        torch.set_num_threads(min(torch.get_num_threads(), count_spare_cores()))
 
 
 def set_up(
@@ -95,7 +95,7 @@ def set_up(
     terminal.say(describe(source, options.data.path))
     edge = probe(source)
     # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
-    workers = spare_cores(distributed.world_size()) if device.type == "cuda" else int(spare_cores() > 2)
+    workers = count_spare_cores(distributed.world_size()) if device.type == "cuda" else int(count_spare_cores() > 2)
     found = distributed.from_main(lambda: starting_weights(options, folder))
     adopted = options if found is None else init.adopt(options, found)
     resolved = auto.resolve(adopted, len(source), edge, device.type == "cuda", workers)
@@ -103,13 +103,13 @@ def set_up(
     chosen = {n: v for n, v in flatten(resolved).items() if flatten(options)[n] is None and v is not None}
     if chosen and options.resume is None:
         terminal.say(f"Chosen for {len(source)} images: " + ", ".join(f"{n} {v}" for n, v in chosen.items()))
-    more = [evaluate.Callback.parse(text, folder) for text in resolved.log.evaluate]
+    more = [evaluate.EvaluationCallback.parse(text, folder) for text in resolved.log.evaluate]
     callback = OnlineEvaluation(source, held_out, required(resolved.views.global_size), device, more)
     batches = view_batches(resolved, source, device)
     render = DeviceRenderer(device) if device.type == "cuda" else None
     trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, render)
     if resolved.fit is not None:
-        split, needed = distributed.gather(fit.fit(trainer, bytes_of(resolved.fit)))[0]
+        split, needed = distributed.gather(fit.fit_memory(trainer, parse_bytes(resolved.fit)))[0]
         trainer.split_steps(split)
         terminal.say(describe_split(split, needed))
     if found is not None:
@@ -167,14 +167,16 @@ def prepare(options: TrainOptions, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     given = {name: flatten(options)[name] for name in ("data.path", "data.val", "data.labels", "init")}
     words = (None, "scenes", "auto", "folders", "none")
-    paths = {name: place if place in words else files.lasting(place) for name, place in given.items()}
+    paths = {name: place if place in words else files.absolute_if_exists(place) for name, place in given.items()}
     recorded = replace(options, paths | {"out": None, "overwrite": False})
     (folder / "config.toml").write_text(tomli_w.dumps(to_dict(recorded)))
 
 
 def view_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:
     prepare = pack if device.type == "cuda" else CpuRenderer()
-    read = functools.partial(device_decode.read, largest=LARGEST) if options.data.decode == "device" else read_pixels
+    read = (
+        functools.partial(device_decode.read_jpeg, largest=LARGEST) if options.data.decode == "device" else read_pixels
+    )
     ranks = (distributed.rank(), distributed.world_size())
     return ViewBatches(source, options.views, prepare, required(options.batch_size), options.seed, *ranks, read)
 
@@ -243,7 +245,7 @@ def report(folder: Path, source: Source, held_out: Source | None, device: torch.
 
 def report_command(options: ReportOptions) -> None:
     """Write a run's report again from what is in its directory."""
-    recorded = replace(toml.recorded(options.run), {"resume": options.run})
+    recorded = replace(toml.read_recorded(options.run), {"resume": options.run})
     device = distributed.start("auto")
     set_threads(recorded, device)
     source, held_out = open_training_pair(recorded, Path(options.run))

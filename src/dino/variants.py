@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino import distributed
-from dino.method import pair_products
 
 
 @torch.no_grad()
@@ -76,3 +75,17 @@ class Negatives(nn.Module):
         where = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.values)
         self.values[where] = keys.to(self.values.dtype)
         self.oldest.copy_((self.oldest + len(keys)) % len(self.values))
+
+
+def pair_products(student: Float[Tensor, "v n d"], teacher: Float[Tensor, "g n d"]) -> Float[Tensor, ""]:
+    """Sum of <teacher view q, student view v> over all images and all pairs of different views q != v."""
+    g, total = len(teacher), teacher.sum(dim=0)
+    matched = ((total - teacher) * student[:g]).sum()
+    return matched + (total * student[g:].sum(dim=0)).sum() if len(student) > g else matched
+
+
+@torch.no_grad()
+def feature_spread(vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+    """Standard deviation of L2-normalized vectors times sqrt(d): 0 when all are the same, 1 when all over the sphere."""
+    unit = F.normalize(vectors.float(), dim=-1)
+    return unit.std(dim=0).mean() * unit.shape[1] ** 0.5

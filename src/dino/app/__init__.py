@@ -13,7 +13,7 @@ def command(options: AppOptions) -> None:
     """
     from dino import errors
 
-    errors.optional("gradio", "the explorer needs Gradio", "app")
+    errors.import_optional("gradio", "the explorer needs Gradio", "app")
     from dino.app import page
 
     page.serve(options)

@@ -22,9 +22,18 @@ from dino.data.open import open_images
 from dino.data.sources import Source, WithPlaceholders, evenly_spaced
 from dino.engine.checkpoint import Checkpoints
 from dino.features.embed import Folder, embed
-from dino.features.search import Index, ask, duplicates, refuse_other
-from dino.look.patches import axes_of, patch_features
-from dino.look.pictures import Colored, Look, attention_maps, chosen_size, fitted, heat, large, mosaic
+from dino.features.search import Index, check_same_model, duplicates, search_index
+from dino.look.patches import extract_patches, fit_axes
+from dino.look.pictures import (
+    ColoredPatches,
+    Look,
+    attention_maps,
+    choose_size,
+    draw_heat,
+    draw_mosaic,
+    enlarge_cells,
+    fit_image,
+)
 from dino.models import Backbone
 from dino.weights import fingerprint
 
@@ -84,8 +93,8 @@ class Explorer:
 
     def resize(self, original: np.ndarray, size: int) -> Shown:
         with self.lock:
-            pixels = fitted(self.model, original, size)
-            features = patch_features(self.model, pixels)
+            pixels = fit_image(self.model, original, size)
+            features = extract_patches(self.model, pixels)
             look = attention_maps(self.model, pixels, size) if self.sees else None
             return Shown(pixels, original, F.normalize(features, dim=1), self._painted(pixels, features), look)
 
@@ -97,7 +106,7 @@ class Explorer:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Least, most, usual and step of the edge of an image's shorter side, pixels."""
-        usual, patch = chosen_size(self.model, None), self.model.patch_size
+        usual, patch = choose_size(self.model, None), self.model.patch_size
         return 4 * patch, max(usual, min(64, MOST_SIZE // patch) * patch), usual, patch
 
     def heads(self, shown: Shown) -> list[Captioned]:
@@ -119,8 +128,8 @@ class Explorer:
         return shown.zoomed(shown.colors)
 
     def _painted(self, pixels: np.ndarray, features: Tensor) -> np.ndarray:
-        colors = axes_of([features]).colors(features).view(*self.model.grid(*pixels.shape[:2]), 3)
-        return Colored(pixels, colors.numpy()).picture
+        colors = fit_axes([features]).colors(features).view(*self.model.grid(*pixels.shape[:2]), 3)
+        return ColoredPatches(pixels, colors.numpy()).picture
 
     def alike(self, a: Shown, b: Shown | None, point: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         """How like the patch at `point` (x, y; pixels of `a` zoomed) is to each patch of `a` and of `b`."""
@@ -141,7 +150,7 @@ class Explorer:
     def _heated(self, shown: Shown, cosine: Tensor, cell: int) -> np.ndarray:
         """The image under the map of cosines [cells], with a frame round a cell."""
         rows, columns = self._grid(shown)
-        map_ = large(heat(cosine.clamp(min=0).view(rows, columns).numpy() ** 2), shown.pixels)
+        map_ = enlarge_cells(draw_heat(cosine.clamp(min=0).view(rows, columns).numpy() ** 2), shown.pixels)
         picture = Image.fromarray(shown.zoomed((0.35 * shown.pixels + 0.65 * map_).astype(np.uint8)))
         left, top = cell % columns * picture.width // columns, cell // columns * picture.height // rows
         box = [left - 1, top - 1, left + picture.width // columns, top + picture.height // rows]
@@ -164,16 +173,16 @@ class Explorer:
             model = weights.load(path).to(next(self.model.parameters()).device)
             if self.sees:
                 rows[0].append(attention_maps(model, shown.pixels, size).maps[-1])
-            rows[1].append(self._painted(shown.pixels, patch_features(model, shown.pixels)))
+            rows[1].append(self._painted(shown.pixels, extract_patches(model, shown.pixels)))
         titles = ["image", *(f"step {int(path.stem.removeprefix('step-')):,}" for path in self.checkpoints)]
-        return np.asarray(mosaic(rows if self.sees else [[shown.pixels, *rows[1][1:]]], titles))
+        return np.asarray(draw_mosaic(rows if self.sees else [[shown.pixels, *rows[1][1:]]], titles))
 
     # --- many images -------------------------------------------------------------------------------------------------
 
     @cached_property
     def offered(self) -> list[np.ndarray]:
         """Some images of the data, as thumbnails."""
-        return [] if self.source is None else [thumbnail(self.source, i) for i in self._spread(self.source)]
+        return [] if self.source is None else [draw_thumbnail(self.source, i) for i in self._spread(self.source)]
 
     @staticmethod
     def _spread(source: Source) -> Sequence[int]:
@@ -184,7 +193,7 @@ class Explorer:
         return self.source.read(self._spread(self.source)[number])
 
     def _use(self, folder: Folder) -> None:
-        refuse_other(folder, self.model)
+        check_same_model(folder, self.model)
         embedding = folder.read()
         self.images, self.neighbors = embedding.images(), Index(embedding)
 
@@ -215,10 +224,10 @@ class Explorer:
     def nearest(self, shown: Shown, k: int) -> list[Captioned]:
         """The most similar images of the embedding, with cosine and name."""
         with self.lock:
-            found = ask(self._ready(), self.model, [shown.original], k)
+            found = search_index(self._ready(), self.model, [shown.original], k)
         embedding = found.embedding
         return [
-            (thumbnail(self.images, int(embedding.positions[row])), f"{cosine:.3f}  {embedding.names[row]}")
+            (draw_thumbnail(self.images, int(embedding.positions[row])), f"{cosine:.3f}  {embedding.names[row]}")
             for cosine, row in zip(found.cosine[0].tolist(), found.rows[0].tolist(), strict=True)
         ]
 
@@ -231,7 +240,7 @@ class Explorer:
         if len(groups) > MOST_GROUPS:
             said += f" The {MOST_GROUPS} largest are shown."
         shown = [
-            (thumbnail(self.images, int(embedding.positions[row])), f"{number} · {embedding.names[row]}")
+            (draw_thumbnail(self.images, int(embedding.positions[row])), f"{number} · {embedding.names[row]}")
             for number, group in enumerate(groups[:MOST_GROUPS], 1)
             for row in group[:MOST_OF_GROUP]
         ]
@@ -243,14 +252,14 @@ class Explorer:
         return self.neighbors
 
 
-def thumbnail(source: Source, position: int) -> np.ndarray:
+def draw_thumbnail(source: Source, position: int) -> np.ndarray:
     """A gray square where the image cannot be read."""
     picture = Image.fromarray(WithPlaceholders(source).read(position))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return np.asarray(picture)
 
 
-def newest_run(folder: Path = Path("runs")) -> str:
+def find_newest_run(folder: Path = Path("runs")) -> str:
     """The run directory in `folder` whose model was written last.
 
     Raises:

@@ -14,7 +14,7 @@ import gradio as gr
 from gradio import themes
 
 from dino import distributed, files, weights
-from dino.app.explorer import Explorer, Shown, newest_run
+from dino.app.explorer import Explorer, Shown, find_newest_run
 from dino.models import NO_ATTENTION
 from dino.options import toml
 from dino.options.commands import AppOptions
@@ -41,7 +41,7 @@ colors. A run keeps its last two checkpoints; train with `--log.keep 20` to see 
 NOTHING = "There are no images to search: start the explorer with `--data FOLDER` or `--embedding FILE`."
 
 
-def kindly(work: Callable[..., Any]) -> Callable[..., Any]:
+def show_errors(work: Callable[..., Any]) -> Callable[..., Any]:
     """`work` of a visitor; what it refuses is one sentence on the page, and the page stays as it was."""
 
     @functools.wraps(work)
@@ -152,35 +152,35 @@ class Page:
     def _events(self) -> None:
         e, size = self.explorer, self.size
         if e.offered:
-            self._show_first(self.blocks.load(kindly(lambda size: e.open(0, size)), size, self.first))
+            self._show_first(self.blocks.load(show_errors(lambda size: e.open(0, size)), size, self.first))
         for place, file, picks, show in (
             (self.first, self.file, self.picks, self._show_first),
             (self.second, self.other_file, self.other_picks, self._show_second),
         ):
-            uploaded = file.upload(kindly(e.open), [file, size], place)
+            uploaded = file.upload(show_errors(e.open), [file, size], place)
             uploaded.failure(lambda: None, None, file)
             show(uploaded)
-            show(picks.select(kindly(self._pick), size, place))
-            show(size.release(kindly(self._resize), [place, size], place))
+            show(picks.select(show_errors(self._pick), size, place))
+            show(size.release(show_errors(self._resize), [place, size], place))
         self.mass.input(
-            kindly(lambda shown, mass: None if shown is None else e.masks(shown, mass)),
+            show_errors(lambda shown, mass: None if shown is None else e.masks(shown, mass)),
             [self.first, self.mass],
             self.masks,
             show_progress="hidden",
             trigger_mode="always_last",
         )
         both = [self.first, self.second]
-        self.a.select(kindly(self._alike_to), both, [self.a, self.b], show_progress="hidden")
-        self.b.select(kindly(self._alike_to_second), both, [self.a, self.b], show_progress="hidden")
+        self.a.select(show_errors(self._alike_to), both, [self.a, self.b], show_progress="hidden")
+        self.b.select(show_errors(self._alike_to_second), both, [self.a, self.b], show_progress="hidden")
         indexed = self.index.click(self._index, None, [self.index, self.progress])
-        indexed.success(kindly(self._nearest_of), self.first, self.found)
-        self.look.click(kindly(e.copies), None, [self.said, self.groups])
-        self.go.click(kindly(self._through_time), [self.first, size], self.time)
+        indexed.success(show_errors(self._nearest_of), self.first, self.found)
+        self.look.click(show_errors(e.copies), None, [self.said, self.groups])
+        self.go.click(show_errors(self._through_time), [self.first, size], self.time)
 
     def _show_first(self, event: Any) -> None:
         pictures = [self.heads, self.masks, self.a, self.pca]
-        done = event.success(kindly(self._pictures), [self.first, self.mass], pictures)
-        done.success(kindly(self._nearest_of), self.first, self.found)
+        done = event.success(show_errors(self._pictures), [self.first, self.mass], pictures)
+        done.success(show_errors(self._nearest_of), self.first, self.found)
 
     def _show_second(self, event: Any) -> None:
         event.success(lambda shown: None if shown is None else shown.zoomed(), self.second, self.b)
@@ -228,7 +228,7 @@ class Page:
 
 def serve(options: AppOptions) -> None:
     """Serve the page to this machine until Ctrl-C."""
-    name = options.model or newest_run()
+    name = options.model or find_newest_run()
     if options.port is not None:
         check_port(options.port)
     model = weights.load(name).to(distributed.start(options.device))
@@ -264,6 +264,6 @@ def _data_of(run: Path | None) -> str | None:
     """What a run was trained on, if it is still there."""
     with contextlib.suppress(ValueError, TypeError):
         if run is not None:
-            path = toml.recorded(str(run)).data.path
+            path = toml.read_recorded(str(run)).data.path
             return path if path.startswith("scenes") or Path(path).exists() else None
     return None

@@ -46,7 +46,7 @@ def check_device(device: torch.device) -> None:
     stream = io.BytesIO()
     Image.new("RGB", (_EDGE, _EDGE)).save(stream, "JPEG")
     try:
-        errors.optional("torchcodec.decoders", "data.decode device needs TorchCodec", "gpu")
+        errors.import_optional("torchcodec.decoders", "data.decode device needs TorchCodec", "gpu")
         decode_jpegs([torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)], [(_EDGE, _EDGE)], device)
     except (Undecodable, RuntimeError, OSError) as error:  # the last two: its libraries cannot be loaded
         raise ValueError(
@@ -55,7 +55,7 @@ def check_device(device: torch.device) -> None:
         ) from error
 
 
-def read(source: Source, index: int, largest: int) -> np.ndarray | Jpeg:
+def read_jpeg(source: Source, index: int, largest: int) -> np.ndarray | Jpeg:
     """The image at `index`, as a `Jpeg` if a device can decode it and neither edge is above `largest` pixels.
 
     Raises:

@@ -16,7 +16,7 @@ from dino.data.decode import IMAGE_SUFFIXES
 _PATH_COLUMNS, _LABEL_COLUMNS = ("path", "file", "filename", "image"), ("label", "class")
 
 
-def label(labels: str, names: list[str], path: str, root: str) -> tuple[tuple[str, ...], np.ndarray | None]:
+def assign_labels(labels: str, names: list[str], path: str, root: str) -> tuple[tuple[str, ...], np.ndarray | None]:
     """Classes and labels of the images; see `open_source` for `labels`."""
     if labels == "none":
         return (), None
@@ -51,7 +51,11 @@ def _from_table(labels: str, names: list[str], root: str) -> list[str | None]:
     if not os.path.isfile(table):
         close = difflib.get_close_matches(labels, ("auto", "folders", "none"), n=1)
         advice = (
-            f"did you mean '{close[0]}'" if close else "this is a folder" if os.path.isdir(table) else nearest(table)
+            f"did you mean '{close[0]}'"
+            if close
+            else "this is a folder"
+            if os.path.isdir(table)
+            else suggest_path(table)
         )
         raise ValueError(f"labels is '{labels}'; it must be 'auto', 'folders', 'none' or a CSV file: {advice}.")
     rows = read_table(table)
@@ -72,7 +76,7 @@ def _from_table(labels: str, names: list[str], root: str) -> list[str | None]:
 def read_table(path: str) -> list[tuple[str, str | None]]:
     """(path, label) of each row of a CSV file; every label is None if it has no such column, "" marks an empty one."""
     try:
-        rows = [row for row in csv.reader(io.StringIO(text(path), newline="")) if any(map(str.strip, row))]
+        rows = [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if any(map(str.strip, row))]
     except csv.Error as error:
         raise ValueError(f"'{path}' is not a valid CSV file ({error}); write the columns path,label.") from error
     if not rows:
@@ -96,7 +100,7 @@ def _cell(row: list[str], column: int) -> str:
     return row[column].strip() if column < len(row) else ""
 
 
-def text(path: str) -> str:
+def read_text(path: str) -> str:
     try:
         content = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")  # names need not be valid UTF-8
     except OSError as error:
@@ -106,7 +110,7 @@ def text(path: str) -> str:
     return content
 
 
-def nearest(path: str) -> str:
+def suggest_path(path: str) -> str:
     """Advice about the missing `path`: an existing name like the first part of it that is wrong."""
     while not os.path.exists(parent := os.path.dirname(path)):
         path = parent

@@ -16,7 +16,7 @@ import numpy as np
 
 from dino import files
 from dino.data.decode import IMAGE_SUFFIXES
-from dino.data.labels import nearest, read_table, text
+from dino.data.labels import read_table, read_text, suggest_path
 
 _VERSION = 1  # of the record's format
 _SUFFIXES = tuple(suffix.encode() for suffix in sorted(IMAGE_SUFFIXES))
@@ -51,7 +51,7 @@ def locate(spec: str) -> str:
         raise ValueError(f"The data path is {spec!r}, which is no path; give a folder of images or a list file.")
     path = os.path.abspath(os.path.expanduser(spec))
     if not os.path.exists(path):
-        raise ValueError(f"The data path '{spec}' does not exist; {nearest(path)}.")
+        raise ValueError(f"The data path '{spec}' does not exist; {suggest_path(path)}.")
     suffix = os.path.splitext(path)[1].lower()
     if os.path.isdir(path) or (os.path.isfile(path) and suffix in (".txt", ".csv")):
         return path
@@ -132,7 +132,7 @@ def _read_list(path: str) -> list[str]:
     if path.lower().endswith(".csv"):
         names = [name for name, _ in read_table(path)]
     else:
-        lines = (line.strip() for line in text(path).split("\n"))
+        lines = (line.strip() for line in read_text(path).split("\n"))
         names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise ValueError(f"The list '{path}' names no image; write one path per line.")
@@ -145,7 +145,7 @@ def _read_list(path: str) -> list[str]:
     return [name.removeprefix("./") for name in names]
 
 
-def names_of(path: str, record: Path | None, trust: bool) -> Names:
+def list_names(path: str, record: Path | None, trust: bool) -> Names:
     """Names of the images at `path`, written to the file `record`; with `trust`, those that it already holds."""
     if trust and record is not None and (names := _load(record, path)) is not None:
         return names

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino.data.decode import BadImage
 from dino.data.sources import Source
-from dino.data.views import Views, draw_views, groups_of
+from dino.data.views import Views, draw_views, group_views
 from dino.options.train import ViewOptions
 from dino.randomness import Stream, generator
 
@@ -87,7 +87,7 @@ class ViewBatches(Dataset[Batch]):
         shape = (num, len(self.sizes), self.batch_size)
         drawn = generator(Stream.DEPTH, self.seed, 0, step).random(shape, np.float32)
         own = drawn[:, :, self.rank * share : (self.rank + 1) * share]
-        return [own[:, group] for group in groups_of(self.sizes)]
+        return [own[:, group] for group in group_views(self.sizes)]
 
     def __getitem__(self, step: int) -> Batch:
         return self._batch(step, self.read)

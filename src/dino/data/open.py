@@ -10,9 +10,9 @@ import numpy as np
 
 from dino import distributed
 from dino.data.decode import BadImage
-from dino.data.scenes import Scenes, scenes_of
-from dino.data.sources import Source, evenly_spaced, open_source, split, subset
-from dino.data.torchvision_sets import TORCHVISION, torchvision_pair
+from dino.data.scenes import Scenes, parse_scenes
+from dino.data.sources import Source, evenly_spaced, hold_out, open_source, subset
+from dino.data.torchvision_sets import TORCHVISION, open_torchvision
 from dino.options import required
 from dino.options.train import TrainOptions
 
@@ -40,7 +40,7 @@ def open_labeled_pair(data: str, val: str | None) -> tuple[Source, Source]:
     if (scenes := open_scenes(train)) is not None:
         return scenes
     if train.startswith(TORCHVISION):
-        return torchvision_pair(train)
+        return open_torchvision(train)
     bank = open_labeled(train)
     if len(bank.classes) < 2:
         raise ValueError(
@@ -49,7 +49,7 @@ def open_labeled_pair(data: str, val: str | None) -> tuple[Source, Source]:
         )
     if val is not None:
         return require_same_classes(bank, open_labeled(val))
-    bank, test = split(bank, 0.1, MOST_HELD_OUT, 0)
+    bank, test = hold_out(bank, 0.1, MOST_HELD_OUT, 0)
     if test is None:
         raise ValueError(f"--data {data} holds too few images to set some aside; give test images with --val.")
     return bank, test
@@ -68,7 +68,7 @@ def open_labeled(path: str) -> Source:
 
 def open_scenes(spec: str) -> tuple[Scenes, Scenes] | None:
     """Training and held-out drawn scenes where `spec` is 'scenes' or 'scenes:NUMBER'."""
-    scenes = scenes_of(spec)
+    scenes = parse_scenes(spec)
     return None if scenes is None else (scenes, Scenes(HELD_OUT_SCENES, first=len(scenes)))
 
 
@@ -111,14 +111,14 @@ def open_training_pair(options: TrainOptions, folder: Path | None) -> tuple[Sour
     source = open_source(spec, options.data.labels, record, trust=options.resume is not None)
     if options.data.val is not None:
         return require_same_classes(source, open_source(options.data.val, options.data.labels))
-    return split(source, options.data.val_fraction, MOST_HELD_OUT, options.seed)
+    return hold_out(source, options.data.val_fraction, MOST_HELD_OUT, options.seed)
 
 
 def open_images(spec: str) -> Source:
     """The images that `spec` stands for: a folder or list, 'scenes:NUMBER', or a torchvision set's training images."""
-    if (scenes := scenes_of(spec)) is not None:
+    if (scenes := parse_scenes(spec)) is not None:
         return scenes
-    return torchvision_pair(spec)[0] if spec.startswith(TORCHVISION) else open_source(spec)
+    return open_torchvision(spec)[0] if spec.startswith(TORCHVISION) else open_source(spec)
 
 
 def expand_images(images: Sequence[str]) -> Iterator[tuple[str, bool]]:

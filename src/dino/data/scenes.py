@@ -278,7 +278,7 @@ def _labels(num_images: int, seed: int, first: int) -> Array:
     return np.concatenate(orders)[start : start + num_images].astype(np.int64)
 
 
-def scenes_of(spec: str) -> Scenes | None:
+def parse_scenes(spec: str) -> Scenes | None:
     """The drawn scenes that 'scenes' or 'scenes:NUMBER' stands for; None: it is something else.
 
     Raises:

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from dino.data.decode import BadImage, decode
-from dino.data.labels import label
-from dino.data.listing import Names, locate, names_of
-from dino.html import EDGE
+from dino.data.labels import assign_labels
+from dino.data.listing import Names, list_names, locate
 
 
 class Source(Protocol):
@@ -110,7 +109,7 @@ def subset(source: Source, indices: Sequence[int] | np.ndarray) -> Source:
     return Subset(source, chosen)
 
 
-def split(source: Source, fraction: float, maximum: int, seed: int) -> tuple[Source, Source | None]:
+def hold_out(source: Source, fraction: float, maximum: int, seed: int) -> tuple[Source, Source | None]:
     """Training images and min(maximum, round(fraction * n)) held-out ones, both in the order of `source`.
 
     At least one image stays for training. The second is None when nothing is held out. The choice depends on n and
@@ -139,12 +138,12 @@ def open_source(spec: str, labels: str = "auto", record: Path | None = None, tru
     """
     path = locate(spec)
     root = path if os.path.isdir(path) else os.path.dirname(path)
-    names = names_of(path, record, trust)
-    classes, indices = label(labels, names.split(), path, root)
+    names = list_names(path, record, trust)
+    classes, indices = assign_labels(labels, names.split(), path, root)
     return Files(root, names, classes, indices)
 
 
-def listed(folder: Path, names: Sequence[str], by: str, layout: str) -> Files:
+def open_listed(folder: Path, names: Sequence[str], by: str, layout: str) -> Files:
     """The images `names` of a folder, in that order.
 
     Args:
@@ -180,7 +179,7 @@ class WithPlaceholders:
         try:
             return self.source.read(index)
         except BadImage:
-            return np.full((EDGE, EDGE, 3), 160, np.uint8)
+            return np.full((64, 64, 3), 160, np.uint8)
 
 
 class Images:

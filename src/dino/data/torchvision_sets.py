@@ -57,7 +57,7 @@ class TorchvisionSet:
             raise BadImage(f"damaged ({error})") from error
 
 
-def torchvision_pair(spec: str) -> tuple[Source, Source]:
+def open_torchvision(spec: str) -> tuple[Source, Source]:
     """Training and test images of 'torchvision:NAME:FOLDER'.
 
     Raises:

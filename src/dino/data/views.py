@@ -35,7 +35,7 @@ _GRAY, _BLUR, _SIGMA, _SOLARIZE = range(29, 33)
 _SLOTS = 40
 
 
-def groups_of(sizes: Sequence[int]) -> list[slice]:
+def group_views(sizes: Sequence[int]) -> list[slice]:
     """The 2 global views, then runs of consecutive views of equal size: one tensor, and one pass of the backbone, each."""
     ends = [i for i in range(1, len(sizes)) if i == 2 or sizes[i] != sizes[i - 1]]
     return [slice(a, b) for a, b in itertools.pairwise([0, *ends, len(sizes)])]
@@ -66,7 +66,7 @@ class Views:
 
     @property
     def groups(self) -> list[slice]:
-        return groups_of(self.sizes)
+        return group_views(self.sizes)
 
     def of(self, images: Sequence[int]) -> Views:
         """Those of some images, by position."""

@@ -72,11 +72,11 @@ class Checkpoints:
         for leftover in self.folder.glob("*.tmp"):  # of a killed writer
             leftover.unlink()
         path = self.latest()
-        return None if path is None else read(path)
+        return None if path is None else read_checkpoint(path)
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Hold `folder` (made if need be) against other processes.
 
     The lock is the process's own and ends with it, however it ends; data workers that outlive it hold nothing.
@@ -101,7 +101,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint file's state; tensors and plain values only, so that reading runs no code of the file's."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -59,14 +59,14 @@ class Peak(TorchDispatchMode):
         self.alive -= count
 
 
-def peak(work: Callable[[], object]) -> int:
+def measure_peak(work: Callable[[], object]) -> int:
     """Bytes that `work` has alive at most, beyond what there was before."""
     with Peak() as mode:
         work()
     return mode.peak
 
 
-def in_use(device: torch.device) -> int:
+def measure_in_use(device: torch.device) -> int:
     """Bytes this process holds now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -74,7 +74,7 @@ def in_use(device: torch.device) -> int:
     return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
-def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
+def fit_memory(trainer: Trainer, limit: int) -> tuple[Split, float]:
     """How to compute the steps of `trainer` within `limit` bytes, found by trying parts of a few images; and the bytes
     that takes.
 
@@ -100,7 +100,7 @@ def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
         draws = (
             [torch.zeros(trainer.num_draws, v, count, device=device) for v, *_ in pixels] if trainer.num_draws else None
         )
-        return peak(lambda: trainer.gradients(groups, required(options.method.teacher_temp), draws))
+        return measure_peak(lambda: trainer.gradients(groups, required(options.method.teacher_temp), draws))
 
     try:
         for p in filter(lambda p: p.requires_grad, method.student.parameters()):
@@ -111,8 +111,8 @@ def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
             low, high = of_part(few, recompute), of_part(2 * few, recompute)
             lines[recompute] = (2 * low - high, (high - low) / few)
         # Now, with what the trial has left behind.
-        fixed += in_use(device) + (KEPT if device.type == "cpu" else WORKSPACE)
-        return choose(limit, images, fixed, lines, parts_allowed=not parallel.has_batch_norm(method))
+        fixed += measure_in_use(device) + (KEPT if device.type == "cpu" else WORKSPACE)
+        return choose_split(limit, images, fixed, lines, parts_allowed=not parallel.has_batch_norm(method))
     finally:
         trainer.split_steps(before)
         trainer.optimizer.zero_grad(set_to_none=True)
@@ -120,7 +120,7 @@ def fit(trainer: Trainer, limit: int) -> tuple[Split, float]:
             buffer.copy_(value)
 
 
-def choose(
+def choose_split(
     limit: int, images: int, fixed: float, lines: dict[Recompute, tuple[float, float]], parts_allowed: bool
 ) -> tuple[Split, float]:
     """The fastest way to compute a step of `images` that stays within `limit` bytes, and the bytes it needs.

@@ -20,7 +20,7 @@ from dino.models.vit import SIZES, VisionTransformer, resize_positions
 from dino.options import flatten, replace, required
 from dino.options.train import TrainOptions
 from dino.weights import Weights, load_strictly
-from dino.weights.formats import full_sizes, head_options
+from dino.weights.formats import fill_sizes, infer_head
 
 CENTER_IMAGES = 4096  # the mean over so many is known to a fraction of its spread
 
@@ -31,16 +31,16 @@ def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
     Raises:
         ValueError: an option contradicts the weights; names both values.
     """
-    usual, asked, found = flatten(TrainOptions()), flatten(options), full_sizes(start.arguments)
+    usual, asked, found = flatten(TrainOptions()), flatten(options), fill_sizes(start.arguments)
     sizes = {name: asked[f"model.{name}"] for name in ("arch", "patch_size", "width", "depth", "num_heads")}
     if sizes["arch"] in SIZES and found["arch"] in SIZES:  # sizes matter, not the name they go by
-        asked |= {f"model.{name}": value for name, value in full_sizes(sizes).items()}
+        asked |= {f"model.{name}": value for name, value in fill_sizes(sizes).items()}
         found["arch"] = sizes["arch"]
     wanted = {f"model.{name}": found.get(name) for name in sizes}
     for name in ("model.stem", "model.in_channels", "model.pos_interp"):
         wanted[name] = found.get(name.removeprefix("model."), usual[name])
     heads = start.part("teacher.head.")
-    head = start.head or (head_options(heads) if heads else {})
+    head = start.head or (infer_head(heads) if heads else {})
     # Gains of one may be trained from here on; trained ones cannot be one again.
     wanted |= {f"head.{name}": value for name, value in head.items() if not (name == "norm_last_layer" and value)}
     for name, value in wanted.items():

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dino.method import feature_spread
+from dino.variants import feature_spread
 
 Collapse = Literal["uniform", "dominated", "same", "point"]
 

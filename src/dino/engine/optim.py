@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dino.options.train import OptimOptions
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+def group_parameters(module: nn.Module) -> list[dict[str, Any]]:
     """Two groups: weights, whose decay is scheduled, and biases and one-dimensional parameters, never decayed."""
     decayed, plain = [], []
     for name, parameter in module.named_parameters():
@@ -20,9 +20,9 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
 
 
-def create(options: OptimOptions, module: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(options: OptimOptions, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of `options.name`; learning rate and decay are set at every step by `set_rates`."""
-    groups = parameter_groups(module)
+    groups = group_parameters(module)
     if options.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=options.weight_decay, fused=True)
     if options.name == "sgd":

@@ -69,7 +69,7 @@ class Trainer:
         self.num_draws = cast(Backbone, self.method.student.backbone).num_draws
         self.split_steps(Split(options.accumulate, options.recompute))
         self._share_batch_norm()
-        self.optimizer = optim.create(options.optim, self.method.student)
+        self.optimizer = optim.create_optimizer(options.optim, self.method.student)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.monitor = CollapseMonitor(options.head.out_dim or 1, batches.batch_size // batches.world_size)
         self.checkpoints = Checkpoints(run / "checkpoints", options.log.keep)

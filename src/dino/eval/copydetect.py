@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dino.data.sources import Source, open_source, subset
-from dino.eval.evaluate import Judgement
-from dino.eval.ranking import average_precision, comparable
+from dino.eval.evaluate import Result
+from dino.eval.ranking import average_precision, extract_comparable
 from dino.models import Backbone
 from dino.options.evaluate import CopydetectOptions
 
@@ -23,7 +23,7 @@ BLOCKS = ("strong", "jpegqual", "crops")
 LAYOUT = "expected are DATA/original/ and at least one of DATA/strong/, DATA/jpegqual/N/ and DATA/crops/N/"
 
 
-def positions(copies: Tensor, originals: Tensor, distractors: Tensor, owners: Tensor) -> np.ndarray:
+def rank_originals(copies: Tensor, originals: Tensor, distractors: Tensor, owners: Tensor) -> np.ndarray:
     """Where each copy's original stands in the ranking of all originals and distractors, counted from 0.
 
     Images that are as near as the original stand before it, so a model that sees no difference finds nothing.
@@ -39,7 +39,7 @@ def positions(copies: Tensor, originals: Tensor, distractors: Tensor, owners: Te
     return torch.cat(found).cpu().numpy()
 
 
-def score(found: np.ndarray, blocks: Sequence[str], top: int | None) -> dict[str, float]:
+def score_ranks(found: np.ndarray, blocks: Sequence[str], top: int | None) -> dict[str, float]:
     """Mean average precision of each block of copies in percent, originals below the `top` ranks taken as not found."""
     precisions = [average_precision(np.array([p] if top is None or p < top else [], int), 1) for p in found.tolist()]
     figures = {}
@@ -50,14 +50,14 @@ def score(found: np.ndarray, blocks: Sequence[str], top: int | None) -> dict[str
     return figures
 
 
-def belongs(name: str, stems: dict[str, int]) -> int | None:
+def find_original(name: str, stems: dict[str, int]) -> int | None:
     """The original whose stem a copy's stem is, or starts with before an '_' (the longest such)."""
     words = Path(name).stem.split("_")
     candidates = ("_".join(words[:n]) for n in range(len(words), 0, -1))
     return next((stems[stem] for stem in candidates if stem in stems), None)
 
 
-def matched(originals: Source, copies: Source, characters: int | None, where: str) -> list[int]:
+def match_copies(originals: Source, copies: Source, characters: int | None, where: str) -> list[int]:
     """Index of each copy's original, by name: the first `characters` agree, or else as `belongs` has it.
 
     Raises:
@@ -75,14 +75,14 @@ def matched(originals: Source, copies: Source, characters: int | None, where: st
     owners = []
     for i in range(len(copies)):
         name = copies.name(i)
-        owner = belongs(name, stems) if characters is None else stems.get(Path(name).stem[:characters])
+        owner = find_original(name, stems) if characters is None else stems.get(Path(name).stem[:characters])
         if owner is None:
             raise ValueError(f"the copy {name} of {where} belongs to no original by its name; rename or remove it.")
         owners.append(owner)
     return owners
 
 
-def open_pair(options: CopydetectOptions) -> tuple[Source, Source, list[int], list[str]]:
+def open_copies(options: CopydetectOptions) -> tuple[Source, Source, list[int], list[str]]:
     """Originals, copies, and of each copy its original's index and its block.
 
     Raises:
@@ -92,7 +92,7 @@ def open_pair(options: CopydetectOptions) -> tuple[Source, Source, list[int], li
         assert options.originals is not None
         assert options.copies is not None
         originals, copies = open_source(options.originals, "none"), open_source(options.copies, "none")
-        owners = matched(originals, copies, None, options.copies)
+        owners = match_copies(originals, copies, None, options.copies)
         return originals, copies, owners, [os.path.dirname(copies.name(i)) or "copies" for i in range(len(copies))]
     root = Path(options.data)
     if not (root / "original").is_dir() or not any((root / block).is_dir() for block in BLOCKS):
@@ -103,29 +103,29 @@ def open_pair(options: CopydetectOptions) -> tuple[Source, Source, list[int], li
         raise ValueError(f"--data {root} holds no copies; {LAYOUT}.")
     originals, copies = open_source(str(root / "original"), "none"), subset(everything, mine)
     blocks = [os.path.dirname(copies.name(i)) for i in range(len(copies))]
-    return originals, copies, matched(originals, copies, 4, options.data), blocks
+    return originals, copies, match_copies(originals, copies, 4, options.data), blocks
 
 
 # Table 4, with 10,000 distractors; ViT-B/16 at 224 pixels.
 PAPER = {"vit_base/16": {"strong_map": 81.7}, "vit_base/8": {"strong_map": 85.5}}
 
 
-def evaluate(model: Backbone, options: CopydetectOptions, device: torch.device) -> Judgement:
+def evaluate(model: Backbone, options: CopydetectOptions, device: torch.device) -> Result:
     """Mean average precision by the cosine of [CLS] and GeM-pooled patch features (p = 4), exact, in float32."""
-    originals, copies, owners, blocks = open_pair(options)
+    originals, copies, owners, blocks = open_copies(options)
     size = options.size or min(SIZE, SIZE * model.image_size // 224) // model.patch_size * model.patch_size
     model.grid(size, size)  # refuses before any work
     sources = {"originals": originals, "copies": copies}
     if options.distractors is not None:
         sources["distractors"] = open_source(options.distractors, "none")
-    features, whitened, data = comparable(model, options, device, size, "cls+gem", "stretched", sources)
+    features, whitened, data = extract_comparable(model, options, device, size, "cls+gem", "stretched", sources)
     bank = features["originals"]
-    found = positions(
+    found = rank_originals(
         features["copies"], bank, features.get("distractors", bank[:0]), torch.tensor(owners, device=device)
     )
     top = TOP if options.protocol == "original" else None
-    return Judgement(
-        score(found, blocks, top),
+    return Result(
+        score_ranks(found, blocks, top),
         f"{options.protocol} protocol: cosine of [CLS] and GeM features at {size} x {size} pixels{whitened}, average "
         f"precision on {'the whole ranking' if top is None else f'the first {top} ranks'}",
         data,

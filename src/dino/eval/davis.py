@@ -20,13 +20,14 @@ from rich.progress import track
 
 from dino import distributed, files
 from dino.data.decode import BadImage
-from dino.data.labels import text
-from dino.data.sources import Files, listed
-from dino.eval.evaluate import Judgement, fingerprint, result_path
-from dino.eval.masks import object_indices
-from dino.eval.propagation import follow, hard, patch_features, soft, view_size
+from dino.data.labels import read_text
+from dino.data.sources import Files, open_listed
+from dino.eval.evaluate import Result, locate_result
+from dino.eval.masks import read_objects
+from dino.eval.propagation import extract_frame, fit_view, follow, harden, soften
 from dino.models import Backbone
 from dino.options.evaluate import DavisOptions
+from dino.weights import fingerprint
 
 SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
 LIST = Path("ImageSets", "2017", "val.txt")
@@ -87,7 +88,7 @@ def open_videos(data: str) -> list[Video]:
     root = Path(data)
     if not (root / LIST).is_file():
         raise ValueError(f"--data {root} is not laid out as DAVIS-2017, {root / LIST} is missing; {LAYOUT}.")
-    names = dict.fromkeys(text(str(root / LIST)).split())
+    names = dict.fromkeys(read_text(str(root / LIST)).split())
     if not names:
         raise ValueError(f"{root / LIST} names no video; write one per line.")
     return [open_video(root, name) for name in names]
@@ -104,8 +105,8 @@ def open_video(root: Path, name: str) -> Video:
             "it needs at least 3."
         )
     _check_order(name, stems)
-    frames = listed(images, [f"{name}/{stem}.jpg" for stem in stems], name, LAYOUT)
-    truth = listed(masks, [f"{name}/{stem}.png" for stem in stems], f"the frames of {name}", LAYOUT)
+    frames = open_listed(images, [f"{name}/{stem}.jpg" for stem in stems], name, LAYOUT)
+    truth = open_listed(masks, [f"{name}/{stem}.png" for stem in stems], f"the frames of {name}", LAYOUT)
     sizes = [_size(Path(files.root, files.name(i))) for files in (frames, truth) for i in range(len(stems))]
     for i, (width, height) in enumerate(sizes):
         if (width, height) != sizes[0]:
@@ -147,7 +148,7 @@ def _size(path: Path) -> tuple[int, int]:
 def _indices(masks: Files, index: int) -> np.ndarray:
     """Object of each pixel, uint8 [h, w]; unknown pixels (255) are background, as the benchmark has it."""
     try:
-        indices = object_indices(Path(masks.root, masks.name(index)))
+        indices = read_objects(Path(masks.root, masks.name(index)))
     except BadImage as error:
         raise ValueError(f"frame {masks.name(index)[:-4]}: {error.reason}.") from error
     return np.where(indices == 255, 0, indices).astype(np.uint8)
@@ -165,7 +166,7 @@ def segment(model: Backbone, video: Video, options: DavisOptions, device: torch.
     first = _indices(video.masks, 0)
     shape = first.shape[0], first.shape[1]
     size = options.size or min(SIZE, SIZE * model.image_size // 224)
-    view = view_size(*shape, size, model.patch_size)
+    view = fit_view(*shape, size, model.patch_size)
 
     def features() -> Iterator[torch.Tensor]:
         for index in range(len(video.frames)):
@@ -175,11 +176,11 @@ def segment(model: Backbone, video: Video, options: DavisOptions, device: torch.
                 raise ValueError(
                     f"frame {video.frames.name(index)} cannot be read ({error.reason}); replace it."
                 ) from error
-            yield patch_features(model, image, view, device, options.protocol == "original")
+            yield extract_frame(model, image, view, device, options.protocol == "original")
 
-    start = soft(first, model.grid(*view), video.objects).to(device)
+    start = soften(first, model.grid(*view), video.objects).to(device)
     for labels in follow(features(), start, options.queue, options.neighborhood, options.top_k):
-        yield hard(labels, view, shape)
+        yield harden(labels, view, shape)
 
 
 def measure(
@@ -218,7 +219,7 @@ def measure(
 
 
 def masks_folder(options: DavisOptions) -> Path:
-    path = result_path(options, "davis")
+    path = locate_result(options, "davis")
     if options.out is None and path is None:
         raise ValueError(f"{options.model} is no run directory; give --out FOLDER for the masks.")
     folder = path.with_suffix(".masks") if options.out is None and path else Path(str(options.out))
@@ -238,7 +239,7 @@ PAPER = {
 }
 
 
-def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Judgement:
+def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Result:
     """J, F and their mean over all objects; every rank takes its share of the videos."""
     if options.size is not None and options.size < model.patch_size:
         raise ValueError(
@@ -277,7 +278,7 @@ def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Ju
         hashlib.sha256("".join(files.fingerprint for files in part).encode()).hexdigest()
         for part in ([v.frames for v in videos], [v.masks for v in videos])
     )
-    return Judgement(
+    return Result(
         both | figures,
         f"{options.protocol} protocol: labels propagated from the first and {options.queue} previous frames, "
         f"{options.top_k} likest patches within {options.neighborhood} rows and columns",

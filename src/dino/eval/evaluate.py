@@ -18,15 +18,16 @@ from typing import Any, NamedTuple
 import torch
 import tyro
 
-from dino import __version__, distributed, errors, files, weights
+from dino import distributed, errors, files, weights
 from dino.features import cache
 from dino.models import Backbone, VisionTransformer
 from dino.models.vit import SIZES
 from dino.options.evaluate import EVALUATIONS, EvalOptions
+from dino.version import __version__
 from dino.weights import fingerprint
 
 
-class Judgement(NamedTuple):
+class Result(NamedTuple):
     """What an evaluation found."""
 
     figures: dict[str, float]  # by name; percent unless the name says otherwise
@@ -36,7 +37,7 @@ class Judgement(NamedTuple):
     details: Mapping[str, Any] = MappingProxyType({})  # what the result file holds beside the figures
 
 
-def evaluate(name: str, model: str | Backbone, **options: Any) -> Judgement:
+def evaluate(name: str, model: str | Backbone, **options: Any) -> Result:
     """Evaluate a model from Python: ``dino.evaluate("knn", "runs/a", data="photos", k=(20,))``.
 
     Args:
@@ -47,19 +48,19 @@ def evaluate(name: str, model: str | Backbone, **options: Any) -> Judgement:
     Raises:
         ValueError: no such evaluation, or its data or options are unusable.
     """
-    wanted = options_of(name)(model=model if isinstance(model, str) else "model", **options)
+    wanted = find_options(name)(model=model if isinstance(model, str) else "model", **options)
     if isinstance(model, str):
         return _work(wanted, name, weights.load(model).to(distributed.start(wanted.device)))
     return _work(wanted, name, model)
 
 
-def options_of(name: str) -> type[EvalOptions]:
+def find_options(name: str) -> type[EvalOptions]:
     if name not in EVALUATIONS:
         raise errors.unknown("evaluation", name, EVALUATIONS)
     return EVALUATIONS[name][1]
 
 
-def _work(options: EvalOptions, name: str, model: Backbone) -> Judgement:
+def _work(options: EvalOptions, name: str, model: Backbone) -> Result:
     return _module(name).evaluate(model, options, next(model.parameters()).device)
 
 
@@ -67,7 +68,7 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"dino.eval.{name}")
 
 
-class Callback(NamedTuple):
+class EvaluationCallback(NamedTuple):
     """An evaluation that looks at a model in training; all ranks call it."""
 
     name: str
@@ -75,14 +76,14 @@ class Callback(NamedTuple):
     run: Path
 
     @classmethod
-    def parse(cls, text: str, run: Path) -> Callback:
+    def parse(cls, text: str, run: Path) -> EvaluationCallback:
         """From what would follow ``dino eval``, without the model: "knn --data photos --k 20".
 
         Raises:
             ValueError: there is no such evaluation, or it has no such options.
         """
         name, *flags = shlex.split(text) or [""]
-        kind = options_of(name)
+        kind = find_options(name)
         try:
             options = tyro.cli(kind, args=[str(run), *flags], prog=f"--log.evaluate '{name} ...'")
         except SystemExit as stop:  # it has said why
@@ -94,7 +95,7 @@ class Callback(NamedTuple):
         options = dataclasses.replace(
             self.options, json=str(self.run / "eval" / f"step-{step:08d}" / f"{self.name}.json")
         )
-        with cache.unused():  # no model is looked at twice
+        with cache.bypass_cache():  # no model is looked at twice
             found = _work(options, self.name, model)
         return {f"{self.name}/{figure}": value for figure, value in found.figures.items()}
 
@@ -119,15 +120,15 @@ def command(options: EvalOptions) -> None:
             "torch": torch.__version__,
         }
         if distributed.is_main():
-            called = paper_name(model)
-            print(table(options.model, found, _module(name).PAPER.get(called, {}), called))
+            called = find_paper_name(model)
+            print(format_table(options.model, found, _module(name).PAPER.get(called, {}), called))
             if written := _write(options, name, result):
                 print(f"Written: {written}")
     finally:
         distributed.stop()
 
 
-def table(name: str, found: Judgement, theirs: Mapping[str, float], what: str) -> str:
+def format_table(name: str, found: Result, theirs: Mapping[str, float], what: str) -> str:
     """Figures in lines, with a column of the paper's where it has any for such a model."""
     counts = ", ".join(f"{count:,} {part}" for part, count in found.counts.items())
     width = max(map(len, found.figures), default=0)
@@ -140,7 +141,7 @@ def table(name: str, found: Judgement, theirs: Mapping[str, float], what: str) -
     return "\n".join(lines)
 
 
-def result_path(options: EvalOptions, name: str) -> Path | None:
+def locate_result(options: EvalOptions, name: str) -> Path | None:
     """Where the result of evaluation `name` goes; None: nowhere."""
     if options.json is not None:
         return Path(options.json)
@@ -149,20 +150,20 @@ def result_path(options: EvalOptions, name: str) -> Path | None:
     return None
 
 
-def work_folder(options: EvalOptions, name: str) -> Path:
+def locate_work(options: EvalOptions, name: str) -> Path:
     """Where an evaluation that trains keeps its checkpoints: beside the result, under its name.
 
     Raises:
         ValueError: there is no such place.
     """
-    path = result_path(options, name)
+    path = locate_result(options, name)
     if path is None:
         raise ValueError(f"{options.model} is no run directory; give --json FILE, beside which checkpoints can lie.")
     return path.with_suffix(".training")
 
 
 def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | None:
-    path = result_path(options, name)
+    path = locate_result(options, name)
     if path is None:
         return None
     try:
@@ -176,7 +177,7 @@ def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | No
     return path
 
 
-def paper_name(model: Backbone) -> str:
+def find_paper_name(model: Backbone) -> str:
     """What the paper calls such a model, e.g. "vit_small/16"; "" when it has none."""
     if isinstance(model, VisionTransformer):
         sizes = (model.embed_dim, model.depth, model.num_heads)

@@ -22,11 +22,19 @@ from torchvision.transforms import v2
 from dino import distributed
 from dino.data.open import open_labeled_pair
 from dino.engine import parallel
-from dino.eval.evaluate import Judgement, fingerprint, work_folder
-from dino.eval.supervised import Batch, LabeledBatches, accuracies, save_weights, seed_all, train
+from dino.eval.evaluate import Result, locate_work
+from dino.eval.supervised import (
+    LabeledBatch,
+    LabeledBatches,
+    compute_accuracies,
+    save_weights,
+    seed_all,
+    train_supervised,
+)
 from dino.features.extract import extract, readable_labels
 from dino.models import Backbone, VisionTransformer
 from dino.options.evaluate import FinetuneOptions
+from dino.weights import fingerprint
 
 MIXED = 16  # images are mixed within groups of so many of a batch, whatever the number of ranks
 WARMUP_LR = 1e-6
@@ -34,7 +42,7 @@ MIX, STEP = 1, 2  # what random numbers are for
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FinetuneRecipe:
     """Hyper-parameters of one data set; the learning rates are per 512 images."""
 
     epochs: int
@@ -57,9 +65,9 @@ class Recipe:
 
 # CIFAR-10: dino#81, 7.5e-6 after scaling; CIFAR-100: dino#144, ViT-B; iNaturalist: dino#171; ImageNet: dino#31, the
 # defaults of DeiT and a classifier that starts smaller.
-_CIFAR = Recipe(1000, 5e-6, erasing=0.0, assumed=("min_lr", "erasing"))
+_CIFAR = FinetuneRecipe(1000, 5e-6, erasing=0.0, assumed=("min_lr", "erasing"))
 _OTHER_SMALL = dataclasses.replace(_CIFAR, assumed=("all but the model",))
-_INATURALIST = Recipe(300, 5e-5, batch_size=1024, assumed=("batch_size", "min_lr"))
+_INATURALIST = FinetuneRecipe(300, 5e-5, batch_size=1024, assumed=("batch_size", "min_lr"))
 RECIPES = {
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
@@ -67,7 +75,7 @@ RECIPES = {
     "cars": _OTHER_SMALL,
     "inat18": _INATURALIST,
     "inat19": _INATURALIST,
-    "imagenet": Recipe(
+    "imagenet": FinetuneRecipe(
         100, 5e-4, batch_size=1024, min_lr=1e-5, head_scale=0.001, assumed=("epochs", "head_scale", "min_lr")
     ),
 }
@@ -90,7 +98,7 @@ class Classifier(nn.Module):
         return self.head(self.backbone(images))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def group_by_layer(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Groups for AdamW with `scale`, the share of the learning rate that a block gets.
 
     What is one-dimensional, a position or the [CLS] token does not decay, as in DeiT. With b blocks the classifier and
@@ -120,7 +128,7 @@ def _block(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def learning_rate(epoch: int, recipe: Recipe, epochs: int) -> float:
+def learning_rate(epoch: int, recipe: FinetuneRecipe, epochs: int) -> float:
     """Of an epoch at the recipe's batch: steps up in the warm-up, then the cosine as timm computes it."""
     peak = recipe.lr * recipe.batch_size / 512
     least = min(recipe.min_lr, peak)  # DeiT's own least rate, 1e-5, would lie above the peak for CIFAR
@@ -133,18 +141,18 @@ class Finetuning:
     """One fine-tuning: the classifier, its optimizer, and a step."""
 
     def __init__(
-        self, model: Classifier, recipe: Recipe, per_epoch: int, seed: int, device: torch.device, precision: str
+        self, model: Classifier, recipe: FinetuneRecipe, per_epoch: int, seed: int, device: torch.device, precision: str
     ):
         self.model, self.recipe, self.per_epoch, self.seed = model.to(device).train(), recipe, per_epoch, seed
         self.device, self.precision = device, precision
-        groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
+        groups = group_by_layer(model, recipe.weight_decay, recipe.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
         classes = model.head.out_features
         kinds = ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix))
         mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
         self.mix = v2.RandomChoice(mixes) if mixes else None
 
-    def step(self, step: int, batch: Batch) -> Tensor:
+    def step(self, step: int, batch: LabeledBatch) -> Tensor:
         rate = learning_rate(step // self.per_epoch, self.recipe, self.recipe.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -162,7 +170,7 @@ class Finetuning:
         self.optimizer.step()
         return distributed.sum_(loss.detach())
 
-    def _mixed(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+    def _mixed(self, batch: LabeledBatch, step: int) -> tuple[Tensor, Tensor]:
         """MixUp or CutMix, one draw for the whole batch: the groups of all ranks start from the same seed."""
         if self.mix is None or not len(batch.images):
             return batch.images, batch.labels
@@ -183,10 +191,10 @@ class Finetuning:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def resolve(options: FinetuneOptions) -> Recipe:
+def resolve_recipe(options: FinetuneOptions) -> FinetuneRecipe:
     """The recipe with what was given in its place."""
     recipe = RECIPES[options.recipe]
-    names = [field.name for field in dataclasses.fields(Recipe) if field.name != "assumed"]
+    names = [field.name for field in dataclasses.fields(FinetuneRecipe) if field.name != "assumed"]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     recipe = dataclasses.replace(recipe, **given)
     if options.epochs is not None and options.warmup_epochs is None:
@@ -201,7 +209,7 @@ def set_drop_path(model: Backbone, rate: float) -> None:
             block.drop_path.rate = rate * i / max(model.depth - 1, 1)  # pyright: ignore
 
 
-def augmentation(size: int, recipe: Recipe) -> Any:
+def build_augmentation(size: int, recipe: FinetuneRecipe) -> Any:
     """DeiT's, of timm: random crop and flip, RandAugment (without it, color jitter), erasing; [3, size, size]."""
     made: Any = create_transform(
         size,
@@ -242,13 +250,13 @@ PAPER = {
 }
 
 
-def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) -> Judgement:
+def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) -> Result:
     """Fine-tune a copy of `model`, write it beside the result, and classify the test images with its last weights."""
     if model.in_channels != 3:
         raise ValueError(f"fine-tuning augments in color, but this model takes {model.in_channels} channel(s).")
-    folder = work_folder(options, "finetune")
+    folder = locate_work(options, "finetune")
     train_on, test = open_labeled_pair(options.data, options.val)
-    size, recipe, digest = options.size or model.image_size, resolve(options), fingerprint(model)
+    size, recipe, digest = options.size or model.image_size, resolve_recipe(options), fingerprint(model)
     model.grid(size, size)
     precision = "fp32" if options.precision == "auto" and device.type == "cpu" else options.precision
     if (precision := parallel.choose_precision(precision, device)) == "fp16":
@@ -263,22 +271,22 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
         parallel.synchronize_batch_norm(tuned)
     batch_size = min(recipe.batch_size, len(train_on))
     recipe = dataclasses.replace(recipe, batch_size=batch_size)
-    made, seed = augmentation(size, recipe), options.seed
+    made, seed = build_augmentation(size, recipe), options.seed
     batches = LabeledBatches(train_on, made, size, batch_size, seed, recipe.repeats, group=MIXED, drop_last=True)
     trainee = Finetuning(tuned, recipe, batches.steps_per_epoch, seed, device, precision)
     identity = {k: v for k, v in dataclasses.asdict(recipe).items() if k != "assumed"}
     identity |= {"seed": seed, "size": size, "precision": precision}
     identity |= {"data": train_on.fingerprint, "model": digest}
     minutes, workers = options.checkpoint_minutes, options.num_workers
-    train(trainee, batches, recipe.epochs, folder, identity, minutes, device, workers)
+    train_supervised(trainee, batches, recipe.epochs, folder, identity, minutes, device, workers)
     tuned.eval().requires_grad_(False)
     classifier: Any = tuned  # its scores are features of the test images like any others
     scores = extract(classifier, test, size, device, shared=True, progress="test images")
     wanted = readable_labels(test, scores, "test")
     save_weights(options, "finetune", tuned.state_dict(), train_on.classes)
-    found = accuracies(scores.values, wanted)
+    found = compute_accuracies(scores.values, wanted)
     note = "" if isinstance(model, VisionTransformer) else ", without stochastic depth"
-    return Judgement(
+    return Result(
         {f"{options.recipe}_{name}": value for name, value in found.items()},
         f"fine-tuned end to end at {size} pixels by the recipe {options.recipe} (AdamW, {recipe.epochs} epochs at batch "
         f"{batch_size}, lr {recipe.lr:g} x batch / 512{note})",

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.open import open_labeled_pair
-from dino.eval.evaluate import Judgement, fingerprint
+from dino.eval.evaluate import Result
 from dino.features import cache
 from dino.features.extract import readable_labels
 from dino.features.neighbors import largest, vote
 from dino.models import Backbone
 from dino.options.evaluate import KnnOptions
+from dino.weights import fingerprint
 
 KS = (10, 20, 100, 200)
 SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32
@@ -80,12 +81,12 @@ PAPER = {
 }
 
 
-def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Judgement:
+def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Result:
     """`classify` on [CLS] features of the evaluation view, exact, in float32."""
     train, test = open_labeled_pair(options.data, options.val)
     size, digest = options.size or model.image_size, fingerprint(model)
-    bank = cache.features(model, digest, train, size, device, progress="bank")
-    queries = cache.features(model, digest, test, size, device, progress="queries")
+    bank = cache.load_or_extract(model, digest, train, size, device, progress="bank")
+    queries = cache.load_or_extract(model, digest, test, size, device, progress="queries")
     figures = classify(
         bank.values.to(device),
         readable_labels(train, bank, "training").to(device),
@@ -94,7 +95,7 @@ def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Judg
         options.k,
         options.temp,
     )
-    return Judgement(
+    return Result(
         figures,
         f"k-NN of [CLS] features at {size} pixels, votes weighted by exp(cosine / {options.temp:g})",
         {"bank": train.fingerprint, "queries": test.fingerprint},

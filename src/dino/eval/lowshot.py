@@ -10,24 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino import distributed
-from dino.data.labels import text
+from dino.data.labels import read_text
 from dino.data.open import open_labeled_pair
 from dino.data.sources import Source
 from dino.eval import knn
-from dino.eval.evaluate import Judgement, fingerprint
-from dino.eval.supervised import accuracies, per_class
+from dino.eval.evaluate import Result
+from dino.eval.supervised import compute_accuracies, draw_per_class
 from dino.features import cache
 from dino.features.extract import readable_labels
 from dino.models import Backbone
 from dino.options import required
 from dino.options.evaluate import LowshotOptions
+from dino.weights import fingerprint
 
 CS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 SCORES_AT_ONCE = 2**24  # 128 MB of float64
 MAX_STEPS = 2000
 
 
-def logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Tensor:
+def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Tensor:
     """Weights [d, classes] that minimize sum of cross-entropies + |W|^2 / 2C, without intercept, in float64.
 
     L-BFGS on W = S V, where S makes the Hessian at W = 0 the identity: features of one model are often nearly parallel,
@@ -78,19 +79,19 @@ def objective(weights: Tensor, x: Tensor, labels: Tensor, c: float) -> tuple[Ten
 
 def choose_c(x: Tensor, labels: Tensor, num_classes: int, folds: int, seed: int) -> float:
     """The C of best accuracy in cross-validation; of equals the smallest. Folds hold like shares of each class."""
-    fold = fold_of(labels.cpu().numpy(), folds, seed)
+    fold = deal_folds(labels.cpu().numpy(), folds, seed)
     hits = dict.fromkeys(CS, 0)
     for part in range(folds):
         out = torch.from_numpy(fold == part).to(x.device)
         if not out.any() or out.all():
             continue
         for c in CS:
-            weights = logistic(x[~out], labels[~out], num_classes, c)
+            weights = fit_logistic(x[~out], labels[~out], num_classes, c)
             hits[c] += int(((x[out].double() @ weights).argmax(dim=1) == labels[out]).sum())
     return max(CS, key=lambda c: hits[c])
 
 
-def fold_of(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
+def deal_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """[n] number of the fold of each image; a class is dealt out in turn, and the next one goes on where it ended."""
     draws = np.random.Philox(key=np.array([seed, int.from_bytes(b"folds")], np.uint64)).random_raw(len(labels))
     fold = np.empty(len(labels), np.int64)
@@ -98,13 +99,13 @@ def fold_of(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     return fold
 
 
-def listed(source: Source, file: str) -> np.ndarray:
+def read_list(source: Source, file: str) -> np.ndarray:
     """Positions of the images that `file` names, a line each: paths as in the folder, or bare file names.
 
     Raises:
         ValueError: it names none, or one that is not there or not unique.
     """
-    lines = [line.strip().removeprefix("./") for line in text(file).splitlines()]
+    lines = [line.strip().removeprefix("./") for line in read_text(file).splitlines()]
     wanted = [line for line in lines if line and not line.startswith("#")]
     places: dict[str, int | None] = {}
     for index in range(len(source)):
@@ -133,16 +134,16 @@ PAPER = {
 }
 
 
-def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> Judgement:
+def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> Result:
     """k-NN and logistic regression on L2-normalized [CLS] features of some of the training images."""
     train, test = open_labeled_pair(options.data, options.val)
-    parts = subsets(train, options)
+    parts = choose_subsets(train, options)
     name, fewest = min(((name, len(positions)) for name, positions in parts.items()), key=lambda part: part[1])
     if fewest < options.k:
         raise ValueError(f"k is {options.k}, but {name} of the training images are {fewest}; lower --k or take more.")
     size, digest, num_classes = options.size or model.image_size, fingerprint(model), len(train.classes)
-    bank = cache.features(model, digest, train, size, device, progress="training images")
-    asked = cache.features(model, digest, test, size, device, progress="test images")
+    bank = cache.load_or_extract(model, digest, train, size, device, progress="training images")
+    asked = cache.load_or_extract(model, digest, test, size, device, progress="test images")
     labels, wanted = (
         readable_labels(train, bank, "training").to(device),
         readable_labels(test, asked, "test").to(device),
@@ -156,12 +157,12 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
         figures[f"knn_{name}_top1"] = votes[f"knn{options.k}_top1"]
         # Each rank does the same: what is shared is the work of the backbone.
         c = options.c or choose_c(few, few_labels, num_classes, options.folds, options.seed)
-        weights = logistic(few, few_labels, num_classes, c)
-        figures[f"logistic_{name}_top1"] = accuracies(queries.double() @ weights, wanted)["top1"]
+        weights = fit_logistic(few, few_labels, num_classes, c)
+        figures[f"logistic_{name}_top1"] = compute_accuracies(queries.double() @ weights, wanted)["top1"]
         counts[f"training images ({name})"], chosen[name] = len(rows), c
     distributed.barrier()
     how = "given" if options.c else f"chosen by {options.folds}-fold cross-validation"
-    return Judgement(
+    return Result(
         figures,
         f"[CLS] features at {size} pixels, L2-normalized: {options.k}-NN, and multinomial logistic regression without "
         f"intercept, C {how} ({', '.join(f'{name}: {c:g}' for name, c in chosen.items())})",
@@ -171,13 +172,13 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
     )
 
 
-def subsets(train: Source, options: LowshotOptions) -> dict[str, np.ndarray]:
+def choose_subsets(train: Source, options: LowshotOptions) -> dict[str, np.ndarray]:
     """Positions of the training images of each share, by its name in percent."""
     if options.list:
-        found = [listed(train, file) for file in options.list]
+        found = [read_list(train, file) for file in options.list]
         named = {f"{100 * len(positions) / len(train):.3g}%": positions for positions in found}
         if len(named) < len(found):  # two lists of one length
             named = {Path(file).stem: positions for file, positions in zip(options.list, found, strict=True)}
         return named
     labels = required(train.labels)
-    return {f"{percent:g}%": per_class(labels, percent / 100, options.seed) for percent in options.percent}
+    return {f"{percent:g}%": draw_per_class(labels, percent / 100, options.seed) for percent in options.percent}

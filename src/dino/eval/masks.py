@@ -13,11 +13,11 @@ from rich.progress import track
 
 from dino import distributed
 from dino.data.decode import BadImage
-from dino.data.labels import text
-from dino.data.sources import Files, listed, open_source
-from dino.eval.evaluate import Judgement
-from dino.look.attention import cls_attention, enlarge, fit, jaccard, mass_mask
-from dino.look.patches import as_input
+from dino.data.labels import read_text
+from dino.data.sources import Files, open_listed, open_source
+from dino.eval.evaluate import Result
+from dino.look.attention import cls_attention, enlarge, fit_to_patches, jaccard, mass_mask
+from dino.look.patches import prepare_image
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.evaluate import MasksOptions
 
@@ -28,7 +28,7 @@ LAYOUT = (
 )
 
 
-def open_pair(options: MasksOptions) -> tuple[Files, Files]:
+def open_masks(options: MasksOptions) -> tuple[Files, Files]:
     """Images, and at the same positions their mask files.
 
     Raises:
@@ -45,18 +45,20 @@ def open_pair(options: MasksOptions) -> tuple[Files, Files]:
                 f"{len(missing)} of the {len(stems)} images of {options.images} have no mask of their name in "
                 f"{options.masks}, first {missing[0]}; add the masks or take the images out."
             )
-        return images, listed(Path(others.root), [by_stem[stem] for stem in stems], options.masks, "a mask to an image")
+        return images, open_listed(
+            Path(others.root), [by_stem[stem] for stem in stems], options.masks, "a mask to an image"
+        )
     root = Path(options.data)
     split = root / "ImageSets" / "Segmentation" / "val.txt"
     folder = next((root / kind for kind in ("SegmentationObject", "SegmentationClass") if (root / kind).is_dir()), None)
     if folder is None or not split.is_file():
         raise ValueError(f"--data {root} is not laid out as PASCAL VOC; {LAYOUT}. Other data: --images and --masks.")
-    names = text(str(split)).split()
-    images = listed(root / "JPEGImages", [f"{name}.jpg" for name in names], str(split), LAYOUT)
-    return images, listed(folder, [f"{name}.png" for name in names], str(split), LAYOUT)
+    names = read_text(str(split)).split()
+    images = open_listed(root / "JPEGImages", [f"{name}.jpg" for name in names], str(split), LAYOUT)
+    return images, open_listed(folder, [f"{name}.png" for name in names], str(split), LAYOUT)
 
 
-def object_indices(path: Path) -> np.ndarray:
+def read_objects(path: Path) -> np.ndarray:
     """Which object each pixel of a mask file belongs to, uint8 [h, w]; 0: none, 255: unknown.
 
     Raises:
@@ -87,20 +89,22 @@ def read_pair(image: np.ndarray, indices: np.ndarray, size: int, patch_size: int
     if indices.shape != image.shape[:2]:
         (h, w), (height, width) = indices.shape, image.shape[:2]
         raise ValueError(f"its mask is {w} x {h} pixels and the image {width} x {height}; make them agree")
-    indices = fit(indices, size, patch_size, Image.Resampling.NEAREST)
+    indices = fit_to_patches(indices, size, patch_size, Image.Resampling.NEAREST)
     objects = [i for i in np.unique(indices) if i not in (0, 255)]
-    return fit(image, size, patch_size), indices == np.array(objects, np.uint8)[:, None, None]
+    return fit_to_patches(image, size, patch_size), indices == np.array(objects, np.uint8)[:, None, None]
 
 
 @torch.no_grad()
-def overlap(model: Backbone, image: np.ndarray, objects: np.ndarray, mass: float, device: torch.device) -> np.ndarray:
+def measure_overlap(
+    model: Backbone, image: np.ndarray, objects: np.ndarray, mass: float, device: torch.device
+) -> np.ndarray:
     """Jaccard index of each object with the mask of each head [k, heads].
 
     Args:
         image: [h, w, 3] uint8 of whole patches; objects: bool [k, h, w].
         mass: share of a head's attention that its mask keeps.
     """
-    attention = cls_attention(model, as_input(model, image)).float()
+    attention = cls_attention(model, prepare_image(model, image)).float()
     masks = enlarge(mass_mask(attention, mass), (objects.shape[1], objects.shape[2])) > 0
     return jaccard(masks, torch.from_numpy(objects)[:, None].to(device)).cpu().numpy()
 
@@ -109,23 +113,23 @@ def overlap(model: Backbone, image: np.ndarray, objects: np.ndarray, mass: float
 PAPER = {"vit_small/16": {"voc_jaccard_best_head": 45.9}}
 
 
-def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Judgement:
+def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Result:
     """The head that fits an object best, and the mean of heads; averaged over an image's objects, then over images."""
     if not model.has_attention:
         raise ValueError(NO_ATTENTION)
     size = options.size or min(SIZE, SIZE * model.image_size // 224)
     if size < model.patch_size:
         raise ValueError(f"--size is {size}, smaller than one patch of {model.patch_size} pixels; use a larger one.")
-    images, masks = open_pair(options)
+    images, masks = open_masks(options)
 
     def look(index: int) -> np.ndarray | str:
         """`overlap` at one position, or why that cannot be."""
         try:
-            indices = object_indices(Path(masks.root, masks.name(index)))
+            indices = read_objects(Path(masks.root, masks.name(index)))
             image, objects = read_pair(images.read(index), indices, size, model.patch_size)
         except (BadImage, ValueError) as error:
             return str(error)
-        return overlap(model, image, objects, options.mass, device)
+        return measure_overlap(model, image, objects, options.mass, device)
 
     # One by one: images differ in size. Every rank takes its share.
     mine = range(distributed.rank(), len(images), distributed.world_size())
@@ -143,7 +147,7 @@ def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Ju
             f"none of the {len(found)} masks holds an object; objects are white, or palette indices 1 to 254."
         )
     prefix = "voc_" if options.data is not None else ""
-    return Judgement(
+    return Result(
         {
             f"{prefix}jaccard_best_head": 100 * float(np.mean([heads.max(axis=1).mean() for heads in used])),
             f"{prefix}jaccard_mean_head": 100 * float(np.mean([heads.mean() for heads in used])),

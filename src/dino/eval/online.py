@@ -40,7 +40,7 @@ class OnlineEvaluation:
         held_out: Source | None,
         size: int,
         device: torch.device,
-        more: Sequence[evaluate.Callback] = (),
+        more: Sequence[evaluate.EvaluationCallback] = (),
     ):
         self.train, self.held_out, self.size, self.device, self.more = train, held_out, size, device, more
         self.labeled = held_out is not None and train.labels is not None and held_out.labels is not None

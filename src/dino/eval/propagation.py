@@ -84,7 +84,7 @@ def follow(features: Iterable[Tensor], first: Tensor, queue: int, radius: int, t
         yield found
 
 
-def view_size(height: int, width: int, size: int, patch_size: int) -> tuple[int, int]:
+def fit_view(height: int, width: int, size: int, patch_size: int) -> tuple[int, int]:
     """Height and width a frame is looked at: shorter side `size`, aspect kept, both trimmed to whole patches; from 480
     pixels on the longer one to a multiple of 64, as in the reference."""
     step = 64 if size >= 480 and 64 % patch_size == 0 else patch_size
@@ -94,7 +94,7 @@ def view_size(height: int, width: int, size: int, patch_size: int) -> tuple[int,
 
 
 @torch.no_grad()
-def patch_features(
+def extract_frame(
     model: Backbone, image: np.ndarray, view: tuple[int, int], device: torch.device, original: bool = False
 ) -> Tensor:
     """Normed patch features of a frame [h, w, 3] uint8 looked at `view` pixels: [rows, columns, d] float32.
@@ -109,13 +109,13 @@ def patch_features(
     return model.tokens(pixels)[-1][0, 1:].float().unflatten(0, model.grid(*view))
 
 
-def soft(indices: np.ndarray, grid: tuple[int, int], objects: int) -> Tensor:
+def soften(indices: np.ndarray, grid: tuple[int, int], objects: int) -> Tensor:
     """One-hot labels of patches [rows, columns, 1 + objects] from a mask's indices [h, w], each patch's middle one."""
     small = np.array(Image.fromarray(indices).resize((grid[1], grid[0]), Image.Resampling.NEAREST))
     return F.one_hot(torch.from_numpy(small).long(), objects + 1).float()
 
 
-def hard(labels: Tensor, view: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+def harden(labels: Tensor, view: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
     """Indices of a mask [height, width] uint8 from patches' labels [rows, columns, c].
 
     Labels are enlarged to `view` pixels, each stretched to [0, 1]; the largest wins, and what wins is brought to `shape`.

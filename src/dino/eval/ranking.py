@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dino.data.evaluation_views import Resize
 from dino.data.sources import Source, open_source
-from dino.eval.evaluate import fingerprint
 from dino.features import cache
-from dino.features.extract import Readout
+from dino.features.extract import Pooling
 from dino.models import Backbone
 from dino.options.evaluate import RankingOptions
+from dino.weights import fingerprint
 
 
 def average_precision(positions: np.ndarray, total: int) -> float:
@@ -85,12 +85,12 @@ def learn_whitening(features: Tensor, centered: bool) -> Whitening:
     return Whitening(mean, directions / variances.clamp(min=1e-5 * variances[0]).sqrt())
 
 
-def comparable(
+def extract_comparable(
     model: Backbone,
     options: RankingOptions,
     device: torch.device,
     size: int,
-    readout: Readout,
+    pooling: Pooling,
     view: Resize,
     sources: dict[str, Source],
 ) -> tuple[dict[str, Tensor], str, dict[str, str]]:
@@ -103,7 +103,7 @@ def comparable(
         sources = sources | {"whitening": open_source(options.whiten, "none")}
     digest, words, features = fingerprint(model), "", {}
     for part, source in sources.items():
-        found = cache.features(model, digest, source, size, device, readout, part, view)
+        found = cache.load_or_extract(model, digest, source, size, device, pooling, part, view)
         if found.bad:  # without it the figures would mean something else
             raise ValueError(
                 f"{len(found.bad)} of the {len(source)} images ({part}) cannot be read, first {found.bad[0][0]} "

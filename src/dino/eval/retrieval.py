@@ -16,9 +16,9 @@ import torch
 
 from dino.data.decode import BadImage
 from dino.data.evaluation_views import shrink
-from dino.data.sources import Source, Subset, listed
-from dino.eval.evaluate import Judgement
-from dino.eval.ranking import comparable, mean_precisions
+from dino.data.sources import Source, Subset, open_listed
+from dino.eval.evaluate import Result
+from dino.eval.ranking import extract_comparable, mean_precisions
 from dino.models import Backbone
 from dino.options.evaluate import RetrievalOptions
 from dino.weights import pickles
@@ -56,7 +56,7 @@ def read_ground_truth(data: str) -> GroundTruth:
     if not path.is_file() or path.suffix != ".pkl":
         raise ValueError(f"--data {data} is neither a folder nor a .pkl file; {LAYOUT}.")
     try:
-        return _parse(path, pickles.read_plain(path))
+        return _parse(path, pickles.load_plain_pickle(path))
     except Exception as error:  # a damaged pickle fails in many ways
         reason = str(error) or type(error).__name__
         raise ValueError(
@@ -121,7 +121,7 @@ PAPER = {
 }
 
 
-def score(
+def score_rankings(
     rankings: np.ndarray, easy: list[list[int]], hard: list[list[int]], junk: list[list[int]]
 ) -> dict[str, float]:
     """Figures of the three protocols in percent; {} for one in which no query has anything to find.
@@ -139,23 +139,25 @@ def score(
     }
 
 
-def evaluate(model: Backbone, options: RetrievalOptions, device: torch.device) -> Judgement:
+def evaluate(model: Backbone, options: RetrievalOptions, device: torch.device) -> Result:
     """`score` of a ranking by the cosine of [CLS] features, exact, in float32."""
     truth = read_ground_truth(options.data)
     size, scales = PUBLISHED.get(truth.name, (model.image_size, 3))
     size, scales = options.size or size, options.scales or scales
-    database, queries = (listed(truth.folder, part, truth.path, LAYOUT) for part in (truth.database, truth.queries))
+    database, queries = (
+        open_listed(truth.folder, part, truth.path, LAYOUT) for part in (truth.database, truth.queries)
+    )
     if cropped := options.protocol == "fixed":
         queries = Cropped(queries, truth.boxes, size)
-    readout = "three scales" if scales == 3 else "any size"
+    pooling = "three scales" if scales == 3 else "any size"
     sources: dict[str, Source] = {"database": database, "queries": queries}
-    features, whitened, data = comparable(model, options, device, size, readout, "shrunk", sources)
+    features, whitened, data = extract_comparable(model, options, device, size, pooling, "shrunk", sources)
     similarity = features["queries"] @ features["database"].T
     rankings = similarity.argsort(dim=1, descending=True, stable=True).cpu().numpy()
-    figures = score(rankings, truth.easy, truth.hard, truth.junk)
+    figures = score_rankings(rankings, truth.easy, truth.hard, truth.junk)
     if not figures:
         raise ValueError(f"no query of {options.data} has an easy or a hard image to find; check the ground truth.")
-    return Judgement(
+    return Result(
         {f"{truth.name}_{name}": value for name, value in figures.items()},
         f"{options.protocol} protocol: cosine of [CLS] features at {'1, 1/sqrt(2) and 1/2 of ' * (scales == 3)}{size} "
         f"pixels (longer side), queries {'cropped to their boxes' if cropped else 'whole'}{whitened}",

@@ -22,9 +22,9 @@ from dino.data.decode import BadImage
 from dino.data.loader import epoch_order, start_worker
 from dino.data.sources import Source
 from dino.engine.checkpoint import Checkpoints
-from dino.eval.evaluate import result_path
+from dino.eval.evaluate import locate_result
 from dino.features.extract import report_unreadable
-from dino.machine import spare_cores
+from dino.machine import count_spare_cores
 from dino.options import required
 from dino.options.evaluate import EvalOptions
 from dino.terminal import Terminal
@@ -32,14 +32,14 @@ from dino.terminal import Terminal
 Transform = Callable[[Image.Image], Tensor]  # may draw from the global generators, which are seeded for each image
 
 
-class Batch(NamedTuple):
+class LabeledBatch(NamedTuple):
     images: Tensor  # this rank's share [n, 3, size, size]
     labels: Tensor  # [n] int64
     total: int  # images in the batch of all ranks
     bad: list[tuple[str, str]]  # images of this rank that could not be read, and why; others stand in
 
 
-class LabeledBatches(Dataset[Batch]):
+class LabeledBatches(Dataset[LabeledBatch]):
     """Item s is this rank's share of the batch of step s, a function of (seed, s) alone.
 
     Args:
@@ -79,7 +79,7 @@ class LabeledBatches(Dataset[Batch]):
         mine = positions[groups[0] * self.group : (groups[-1] + 1) * self.group] if len(groups) else positions[:0]
         return [(int(order[p // self.repeats]), int(p % self.repeats)) for p in mine], len(positions)
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> LabeledBatch:
         samples, count = self.samples(step)
         images, labels, bad = [], [], []
         for index, copy in samples:
@@ -88,7 +88,7 @@ class LabeledBatches(Dataset[Batch]):
             images.append(self.transform(Image.fromarray(image)))
             labels.append(int(self.labels[position]))
         stacked = torch.stack(images) if images else torch.zeros(0, 3, self.size, self.size)
-        return Batch(stacked, torch.tensor(labels, dtype=torch.int64), count, bad)
+        return LabeledBatch(stacked, torch.tensor(labels, dtype=torch.int64), count, bad)
 
     def _read(self, index: int, bad: list[tuple[str, str]]) -> tuple[np.ndarray, int]:
         """The image at `index`, or the next readable one after it, and its position; `bad` gets those passed over."""
@@ -110,13 +110,15 @@ def seed_all(*key: int) -> None:
 
 
 class Trainee(Protocol):
-    def step(self, step: int, batch: Batch) -> Tensor: ...  # one step of training; its loss, for the progress line
+    def step(
+        self, step: int, batch: LabeledBatch
+    ) -> Tensor: ...  # one step of training; its loss, for the progress line
     def epoch_end(self, epoch: int) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def train(
+def train_supervised(
     trainee: Trainee,
     batches: LabeledBatches,
     epochs: int,
@@ -142,7 +144,7 @@ def train(
     distributed.barrier()  # all ranks have read the checkpoint before the main one writes the next
     saved = time.monotonic()
     if num_workers is None:
-        num_workers = spare_cores(distributed.world_size()) if device.type == "cuda" else 0
+        num_workers = count_spare_cores(distributed.world_size()) if device.type == "cuda" else 0
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -188,7 +190,7 @@ def _resume(trainee: Trainee, checkpoints: Checkpoints, identity: Mapping[str, A
     return state["step"]
 
 
-def per_class(labels: np.ndarray, share: float, seed: int, least: int = 1) -> np.ndarray:
+def draw_per_class(labels: np.ndarray, share: float, seed: int, least: int = 1) -> np.ndarray:
     """Positions of a share of each class, rounded but at least `least`, in order; a larger share contains a smaller."""
     draws = np.random.Philox(key=np.array([seed, int.from_bytes(b"classes")], np.uint64)).random_raw(len(labels))
     chosen = []
@@ -198,7 +200,7 @@ def per_class(labels: np.ndarray, share: float, seed: int, least: int = 1) -> np
     return np.sort(np.concatenate(chosen))
 
 
-def accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
+def compute_accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1, top-5 (of five classes or more) and the mean of the classes' own top-1, in percent.
 
     Args:
@@ -219,7 +221,7 @@ def save_weights(
     options: EvalOptions, name: str, state: Mapping[str, Tensor], classes: tuple[str, ...], **about: str
 ) -> None:
     """Write what was trained beside the result, if that has a place, with its classes' names."""
-    path = result_path(options, name)
+    path = locate_result(options, name)
     if path is None or not distributed.is_main():
         return
     file = path.with_suffix(".safetensors")

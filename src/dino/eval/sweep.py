@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dino import distributed, schedules
 from dino.data.loader import epoch_order
-from dino.features.extract import Readout
+from dino.features.extract import Pooling
 from dino.options.evaluate import LinearOptions
 from dino.terminal import Terminal
 
@@ -17,20 +17,20 @@ SCORES_AT_ONCE = 2**26  # 256 MB of float32
 
 
 class Sweep:
-    """Linear classifiers side by side, one for each readout, learning rate and decay, as one matrix per readout.
+    """Linear classifiers side by side, one for each pooling, learning rate and decay, as one matrix per pooling.
 
     Each is trained as if it were alone, by SGD of momentum 0.9 from weights N(0, 0.01) and biases 0, the same for all
-    of a readout.
+    of a pooling.
 
     Args:
-        columns: readout -> its columns of the features.
+        columns: pooling -> its columns of the features.
         rates: learning rates per step of the batch at hand; decays: of the L2 penalty, on the bias too.
         sum_: over the ranks, where each steps on a share of the batch only.
     """
 
     def __init__(
         self,
-        columns: Mapping[Readout, tuple[int, int]],
+        columns: Mapping[Pooling, tuple[int, int]],
         rates: Sequence[float],
         decays: Sequence[float],
         num_classes: int,
@@ -48,7 +48,7 @@ class Sweep:
 
         self.rates = side_by_side([rate for rate, _ in self.points])
         self.decays = side_by_side([decay for _, decay in self.points])
-        self.weights: dict[Readout, Tensor] = {}  # [columns + 1, classifiers * classes]; the last row is the bias
+        self.weights: dict[Pooling, Tensor] = {}  # [columns + 1, classifiers * classes]; the last row is the bias
         for name, (first, last) in columns.items():
             draws = torch.Generator().manual_seed(seed)
             first_weights = torch.zeros(last - first + 1, num_classes)
@@ -56,7 +56,7 @@ class Sweep:
             self.weights[name] = first_weights.to(device, dtype).repeat(1, len(self.points))
         self.momenta = {name: torch.zeros_like(w) for name, w in self.weights.items()}
 
-    def scores(self, name: Readout, features: Tensor) -> Tensor:
+    def scores(self, name: Pooling, features: Tensor) -> Tensor:
         """[n, classifiers, classes] of features [n, all columns]."""
         first, last = self.columns[name]
         w = self.weights[name]
@@ -86,15 +86,15 @@ class Sweep:
         return best
 
     @torch.no_grad()
-    def top1(self, name: Readout, features: Tensor, labels: Tensor, device: torch.device) -> list[float]:
-        """Accuracy of each classifier of a readout, percent."""
+    def top1(self, name: Pooling, features: Tensor, labels: Tensor, device: torch.device) -> list[float]:
+        """Accuracy of each classifier of a pooling, percent."""
         hits = torch.zeros(len(self.points), device=device)
         for rows in _chunks(len(features), len(self.points) * self.num_classes):
             predicted = self.scores(name, features[rows].to(device)).argmax(dim=-1)
             hits += (predicted == labels[rows].to(device)[:, None]).sum(dim=0)
         return (100 * hits.double() / len(features)).tolist()
 
-    def head(self, name: Readout, point: int) -> dict[str, Tensor]:
+    def head(self, name: Pooling, point: int) -> dict[str, Tensor]:
         """One classifier as the weights of a linear layer: weight [classes, columns], bias [classes]."""
         chosen = self.weights[name].unflatten(1, (len(self.points), self.num_classes))[:, point].cpu()
         return {"weight": chosen[:-1].T.contiguous(), "bias": chosen[-1].clone()}
@@ -105,7 +105,9 @@ def _chunks(count: int, width: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, count, rows))
 
 
-def fit(sweep: Sweep, features: Tensor, labels: Tensor, options: LinearOptions, device: torch.device, say: str) -> None:
+def train_sweep(
+    sweep: Sweep, features: Tensor, labels: Tensor, options: LinearOptions, device: torch.device, say: str
+) -> None:
     """Train all classifiers on features [n, d] that are kept in memory; every rank does the same, to the bit."""
     batch = min(options.batch_size, len(features))
     terminal = Terminal(distributed.is_main())

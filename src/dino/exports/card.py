@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dino import __version__
-from dino.engine.checkpoint import Checkpoints, read
+from dino.engine.checkpoint import Checkpoints, read_checkpoint
 from dino.engine.log import read_metrics
+from dino.version import __version__
 from dino.weights import releases
 
 USE = {
@@ -46,7 +46,7 @@ INPUT = (
 )
 
 
-def card(name: str, to: str, out: Path, facts: dict[str, str], digest: str) -> str:
+def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: str) -> str:
     """The Markdown text.
 
     Args:
@@ -55,7 +55,7 @@ def card(name: str, to: str, out: Path, facts: dict[str, str], digest: str) -> s
         facts: what is known of the model and of the check, by name.
         digest: SHA-256 of the model's weights; evaluations of other weights are left out.
     """
-    release = releases.find(name) if not Path(name).exists() else None
+    release = releases.find_release(name) if not Path(name).exists() else None
     library = to if to == "timm" else "transformers" if to == "hf" else "dino"
     head = [
         "---",
@@ -95,7 +95,7 @@ def _run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple[str, ...
     """What a run directory says of its data and training, and its figures: of the training, and of evaluations."""
     facts: dict[str, str] = {}
     if (latest := Checkpoints(folder / "checkpoints").latest()) is not None:
-        facts["fingerprint of the training data"] = f"`{read(latest)['data']}`"
+        facts["fingerprint of the training data"] = f"`{read_checkpoint(latest)['data']}`"
     last: dict[str, Any] = {}
     for line in read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []:
         last |= line

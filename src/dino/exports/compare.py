@@ -41,7 +41,7 @@ class Difference(NamedTuple):
     scale: float  # the largest number that the model gives
 
 
-def require(to: str, out: Path) -> None:
+def check_format(to: str, out: Path) -> None:
     """Refuse what can be neither written nor checked.
 
     Raises:
@@ -63,9 +63,9 @@ def compare(found: Weights, to: str, out: Path) -> list[Difference]:
     Raises:
         ValueError: the file cannot be opened again.
     """
-    own = weights.build(found)
+    own = weights.build_backbone(found)
     way = FORMATS[to].positions if isinstance(own, VisionTransformer) else None
-    models = [formats.Outputs(own), formats.Outputs(weights.build(found, pos_interp=way) if way else own)]
+    models = [formats.Outputs(own), formats.Outputs(weights.build_backbone(found, pos_interp=way) if way else own)]
     opened, patch = FORMATS[to].opened(out, found), own.patch_size
     cells, generator, differences = max(2, own.image_size // patch), torch.Generator().manual_seed(0), []
     for number, rows, columns in ((2, cells, cells), (1, cells + 3, cells), (3, max(2, cells // 2), cells + 1)):
@@ -79,7 +79,7 @@ def compare(found: Weights, to: str, out: Path) -> list[Difference]:
     return differences
 
 
-def sentence(differences: list[Difference], to: str) -> str:
+def describe_differences(differences: list[Difference], to: str) -> str:
     """The largest of all and each; and what is left of them where only the interpolation of positions differs."""
     _, largest, alike, scale = map(max, zip(*differences, strict=True))
     each = ", ".join(f"{seen.largest:.1e} at {seen.size}" for seen in differences)
@@ -97,10 +97,10 @@ def _ours(out: Path, found: Weights) -> Opened:
 
 
 def _timm(out: Path, found: Weights) -> Opened:
-    from dino.models.timm_backbone import WISHES, build
+    from dino.models.timm_backbone import WISHES, build_timm
 
     wishes: dict[str, Any] = WISHES | {"pretrained": True}
-    model = build(f"local-dir:{out}", found.arguments.get("in_channels", 3), wishes)[0].eval()
+    model = build_timm(f"local-dir:{out}", found.arguments.get("in_channels", 3), wishes)[0].eval()
     return lambda images: (model(images),)
 
 
@@ -129,11 +129,11 @@ def _torch_export(out: Path, found: Weights) -> Opened:
 
 
 FORMATS = {
-    "reference": Format(formats.reference, _ours),
-    "reference-checkpoint": Format(formats.reference_checkpoint, _ours),
-    "safetensors": Format(formats.safetensors, _ours, ".safetensors"),
-    "timm": Format(formats.timm, _timm, positions="antialias"),
-    "hf": Format(formats.hf, _hf, needs=("transformers",), positions="size"),
-    "onnx": Format(formats.onnx, _onnx, ".onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "torch-export": Format(formats.torch_export, _torch_export, ".pt2"),
+    "reference": Format(formats.write_reference, _ours),
+    "reference-checkpoint": Format(formats.write_reference_checkpoint, _ours),
+    "safetensors": Format(formats.write_safetensors, _ours, ".safetensors"),
+    "timm": Format(formats.write_timm, _timm, positions="antialias"),
+    "hf": Format(formats.write_hf, _hf, needs=("transformers",), positions="size"),
+    "onnx": Format(formats.write_onnx, _onnx, ".onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "torch-export": Format(formats.write_torch_export, _torch_export, ".pt2"),
 }

@@ -28,7 +28,7 @@ def export(
     path = Path(out)
     if path.exists():
         raise ValueError(f"--out {out} exists already; choose another name, or remove it.")
-    compare.require(to, path)
+    compare.check_format(to, path)
     found = weights.read(model, offline, num_heads, only_backbone=to != "reference-checkpoint")
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,15 +37,15 @@ def export(
         if wrong := [seen.size for seen in differences if not seen.alike <= compare.TOLERANCE * seen.scale]:
             raise RuntimeError(
                 f"{to} of {model} gives other numbers than the model for images of {' and '.join(wrong)}: "
-                f"{compare.sentence(differences, to)}; nothing was written."
+                f"{compare.describe_differences(differences, to)}; nothing was written."
             )
-        backbone = weights.build(found)
+        backbone = weights.build_backbone(found)
         facts = {
             "architecture": ", ".join(f"{k} {v}" for k, v in found.arguments.items() if v is not None),
             "parameters": f"{sum(p.numel() for p in backbone.parameters()):,}",
-            "largest difference from the model that was exported": compare.sentence(differences, to),
+            "largest difference from the model that was exported": compare.describe_differences(differences, to),
         }
-        text = card.card(model, to, path, facts, fingerprint(backbone))
+        text = card.render_card(model, to, path, facts, fingerprint(backbone))
         (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
     return differences
 
@@ -53,4 +53,4 @@ def export(
 def export_command(options: ExportOptions) -> None:
     differences = export(options.model, options.to, options.out, options.num_heads, options.offline)
     print(f"{options.out}: {options.to} of {options.model}")
-    print(f"Largest difference from the model itself: {compare.sentence(differences, options.to)}")
+    print(f"Largest difference from the model itself: {compare.describe_differences(differences, options.to)}")

@@ -15,18 +15,19 @@ from torch.export import Dim, ExportedProgram
 
 from dino import errors
 from dino.models import VisionTransformer
-from dino.weights import Weights, build, formats
+from dino.models.vit import SIZES
+from dino.weights import Weights, build_backbone, formats
 from dino.weights.formats import State
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which the evaluation views are normalized by
 
 
-def reference(weights: Weights, out: Path) -> None:
+def write_reference(weights: Weights, out: Path) -> None:
     """The reference's backbone-only file."""
     torch.save(formats.to_reference(weights.backbone()), out)
 
 
-def reference_checkpoint(weights: Weights, out: Path) -> None:
+def write_reference_checkpoint(weights: Weights, out: Path) -> None:
     """The reference's checkpoint of a run: what its training script resumes from and its evaluations take."""
     if not weights.part("teacher.head."):
         raise ValueError(f"{weights.where} holds no projection heads; convert it with --to reference instead.")
@@ -45,7 +46,7 @@ def reference_checkpoint(weights: Weights, out: Path) -> None:
 
 
 def _flags(weights: Weights) -> argparse.Namespace:
-    sizes, head = weights.arguments, formats.head_options(weights.part("student.head."))
+    sizes, head = weights.arguments, formats.infer_head(weights.part("student.head."))
     return argparse.Namespace(
         arch=sizes["arch"].removeprefix("timm:"),
         patch_size=sizes.get("patch_size", 16),
@@ -55,14 +56,14 @@ def _flags(weights: Weights) -> argparse.Namespace:
     )
 
 
-def safetensors(weights: Weights, out: Path) -> None:
+def write_safetensors(weights: Weights, out: Path) -> None:
     """One file of the backbone in our keys, which are timm's, with the arguments that rebuild it in its header."""
-    _save(weights.backbone(), out, {"model": json.dumps(formats.full_sizes(weights.arguments))})
+    _save(weights.backbone(), out, {"model": json.dumps(formats.fill_sizes(weights.arguments))})
 
 
-def timm(weights: Weights, out: Path) -> None:
+def write_timm(weights: Weights, out: Path) -> None:
     """A folder for `timm.create_model("local-dir:FOLDER")`."""
-    sizes = formats.full_sizes(weights.arguments)
+    sizes = formats.fill_sizes(weights.arguments)
     if sizes.get("stem", "default") != "default":
         raise ValueError(
             f"{weights.where} has stem '{sizes['stem']}', which timm's folders cannot say; use safetensors."
@@ -92,10 +93,10 @@ def timm(weights: Weights, out: Path) -> None:
     _save_folder(formats.to_timm(weights.backbone()), out, {"config.json": config})
 
 
-def hf(weights: Weights, out: Path) -> None:
+def write_hf(weights: Weights, out: Path) -> None:
     """A folder for `transformers.ViTModel` and its image processor."""
-    sizes = formats.full_sizes(weights.arguments)
-    if sizes["arch"] not in formats.SIZES:
+    sizes = formats.fill_sizes(weights.arguments)
+    if sizes["arch"] not in SIZES:
         raise ValueError(f"{weights.where} is a {sizes['arch']}; Hugging Face's ViTModel is a ViT only.")
     edge, channels = sizes["image_size"], sizes.get("in_channels", 3)
     config = {
@@ -149,12 +150,12 @@ class Outputs(nn.Module):
         return tokens[:, 0], tokens
 
 
-def torch_export(weights: Weights, out: Path) -> None:
+def write_torch_export(weights: Weights, out: Path) -> None:
     """A program for `torch.export.load`, of any number of images of any size that the model takes."""
     torch.export.save(_program(weights), out)
 
 
-def onnx(weights: Weights, out: Path) -> None:
+def write_onnx(weights: Weights, out: Path) -> None:
     """An ONNX graph: `images` to `features` and `tokens`; number, height and width of the images are left open."""
     program = _program(weights)
     with warnings.catch_warnings(action="ignore"):
@@ -169,7 +170,7 @@ def onnx(weights: Weights, out: Path) -> None:
 
 
 def _program(weights: Weights) -> ExportedProgram:
-    model = build(weights)
+    model = build_backbone(weights)
     patch, ours = model.patch_size, isinstance(model, VisionTransformer)
     height, width = (patch * Dim("rows"), patch * Dim("columns")) if ours else (Dim.AUTO, Dim.AUTO)
     cells = max(2, model.image_size // patch)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from dino import distributed, files
 from dino.data.evaluation_views import Resize
 from dino.data.sources import Source
-from dino.features.extract import Features, Readout, extract
+from dino.features.extract import Features, Pooling, extract
 from dino.models import Backbone
 from dino.options import required
 
@@ -29,7 +29,7 @@ def folder() -> Path:
 
 
 @contextlib.contextmanager
-def unused() -> Iterator[None]:
+def bypass_cache() -> Iterator[None]:
     """Neither read nor write features within it."""
     token = _in_use.set(False)
     try:
@@ -38,13 +38,13 @@ def unused() -> Iterator[None]:
         _in_use.reset(token)
 
 
-def features(
+def load_or_extract(
     model: Backbone,
     model_hash: str,
     source: Source,
     size: int,
     device: torch.device,
-    readout: Readout = "cls",
+    pooling: Pooling = "cls",
     progress: str | None = None,
     view: Resize = "center",
 ) -> Features:
@@ -52,16 +52,16 @@ def features(
 
     Args:
         model_hash: digest of the model's weights.
-        readout, view: see `READOUTS` and `VIEWS` of `dino.features.extract`.
+        pooling, view: see `POOLINGS` and `VIEWS` of `dino.features.extract`.
     """
     if not _in_use.get():
-        return extract(model, source, size, device, readout=readout, shared=True, progress=progress, view=view)
-    key = [model_hash, source.fingerprint, source.stamp(), str(size), view, readout, str(len(source))]
+        return extract(model, source, size, device, pooling=pooling, shared=True, progress=progress, view=view)
+    key = [model_hash, source.fingerprint, source.stamp(), str(size), view, pooling, str(len(source))]
     path = folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     found = _load(path) if distributed.is_main() else None
     if distributed.from_main(lambda: found is not None):
         return required(found or _load(path))
-    result = extract(model, source, size, device, readout=readout, shared=True, progress=progress, view=view)
+    result = extract(model, source, size, device, pooling=pooling, shared=True, progress=progress, view=view)
     if distributed.is_main():
         _save(path, result)
     distributed.barrier()

@@ -28,7 +28,7 @@ def embed(options: EmbedOptions) -> None:
     """Write the features of images, or go on writing them."""
     o = options
     try:
-        written = embeddings.embed(o.model, o.data, o.out, o.readout, o.size, o.fp16, o.shard, o.device)
+        written = embeddings.embed(o.model, o.data, o.out, o.pooling, o.size, o.fp16, o.shard, o.device)
         if not distributed.is_main():
             return
         print(f"{o.out}: {written.rows:,} features of {written.dim} numbers, {written.about['shards']} files")

@@ -18,27 +18,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino import __version__, distributed, errors, files, weights
+from dino import distributed, errors, files, weights
 from dino.data.normalize import normalize
 from dino.data.open import open_images
 from dino.data.sources import Source
-from dino.features.extract import READOUTS, Features, Readout, batch_of, stream
+from dino.features.extract import POOLINGS, Features, Pooling, choose_batch_size, extract_batches
 from dino.models import Backbone
+from dino.version import __version__
 from dino.weights import fingerprint
 
 SHARD, MOST_VALUES = 4096, 2**24  # most images of a shard, and most numbers in one: 64 MB
-WHAT_IT_IS = ("model_sha256", "data_sha256", "stamp", "images", "readout", "size", "fp16", "shard")
+WHAT_IT_IS = ("model_sha256", "data_sha256", "stamp", "images", "pooling", "size", "fp16", "shard")
 
 
-def parquet() -> Any:
-    return errors.optional("pyarrow.parquet", "embeddings need PyArrow", "search")
+def import_parquet() -> Any:
+    return errors.import_optional("pyarrow.parquet", "embeddings need PyArrow", "search")
 
 
 def embed(
     model: str | Backbone,
     data: str | Source,
     out: str | Path,
-    readout: Readout = "cls",
+    pooling: Pooling = "cls",
     size: int | None = None,
     fp16: bool = False,
     shard: int | None = None,
@@ -58,7 +59,7 @@ def embed(
     Raises:
         ValueError: `out` holds another embedding or something else, or no image can be read.
     """
-    pq = parquet()
+    pq = import_parquet()
     if shard is not None and shard < 1:
         raise ValueError(f"--shard is {shard}; write at least 1 image to a shard.")
     name = model if isinstance(model, str) else ""
@@ -71,18 +72,18 @@ def embed(
     )
     blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(where()).device)
     with torch.no_grad():
-        shape = READOUTS[readout](model, normalize(blank, model.in_channels)).shape[1:]  # [d] or [p, d]
+        shape = POOLINGS[pooling](model, normalize(blank, model.in_channels)).shape[1:]  # [d] or [p, d]
     shard = shard or max(1, min(SHARD, MOST_VALUES // shape.numel()))
-    batch = min(batch_of(size), shard)
+    batch = min(choose_batch_size(size), shard)
     shard = -(-shard // batch) * batch
     about = {
-        "model": files.lasting(name),
+        "model": files.absolute_if_exists(name),
         "model_sha256": fingerprint(model),
-        "data": files.lasting(data) if isinstance(data, str) else "",
+        "data": files.absolute_if_exists(data) if isinstance(data, str) else "",
         "data_sha256": source.fingerprint,
         "stamp": source.stamp(),
         "images": len(source),
-        "readout": readout,
+        "pooling": pooling,
         "size": size,
         "fp16": fp16,
         "shard": shard,
@@ -93,7 +94,7 @@ def embed(
     missing = distributed.from_main(lambda: _missing(folder, about))
     mine = missing[distributed.rank() :: distributed.world_size()]
     positions = [i for part in mine for i in range(part * shard, min((part + 1) * shard, len(source)))]
-    batches = stream(model, source, size, blank.device, positions, batch, None, "embed", readout, fp16=fp16)
+    batches = extract_batches(model, source, size, blank.device, positions, batch, None, "embed", pooling, fp16=fp16)
     for part in mine:
         # The last shard has fewer batches; nothing comes after it.
         table = _table([*islice(batches, shard // batch)], source, shape, about)
@@ -163,7 +164,7 @@ class Damaged(ValueError):
 
 def _about(path: Path) -> dict[str, Any]:
     """What the metadata of a shard say, with `rows` and the feature's length as `dim` (None: they differ)."""
-    pq = parquet()
+    pq = import_parquet()
     try:
         with pq.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
@@ -226,14 +227,14 @@ class Folder:
         Raises:
             ValueError: a shard is damaged, or features are of patches.
         """
-        if self.about["readout"] == "patches":
+        if self.about["pooling"] == "patches":
             raise ValueError(
-                f"{self.path} holds features of patches, but images are compared; embed with another --readout."
+                f"{self.path} holds features of patches, but images are compared; embed with another --pooling."
             )
         values, names, positions, start = torch.empty(self.rows, self.dim), [], [], 0
         for file in self.files:
             try:
-                table = parquet().read_table(file, partitioning=None, page_checksum_verification=True)
+                table = import_parquet().read_table(file, partitioning=None, page_checksum_verification=True)
             except (ValueError, OSError) as error:
                 raise Damaged(
                     f"{file} is damaged or cut short; delete it, and the same `dino embed` makes it anew."

@@ -21,7 +21,7 @@ from dino.data.evaluation_views import RESIZES, Resize
 from dino.data.loader import start_worker
 from dino.data.normalize import normalize
 from dino.data.sources import Source
-from dino.machine import spare_cores
+from dino.machine import count_spare_cores
 from dino.models import Backbone
 from dino.options import required
 
@@ -58,7 +58,7 @@ class EvaluationViews(Dataset[tuple[list[Tensor], list[int], list[tuple[str, str
             return index, error
 
 
-Readout = Literal[
+Pooling = Literal[
     "cls", "average", "gem", "cls+average", "cls+gem", "last4", "last4+average", "any size", "three scales", "patches"
 ]
 
@@ -108,7 +108,7 @@ def _mean_over(scales: tuple[float, ...]) -> Callable[[Backbone, Tensor], Tensor
 # Normalized images to features [n, d]: the last [CLS], patches of the last block pooled, both, the last four [CLS], or
 # the last [CLS] of images of any size, as they are or as the mean over three scales (the reference's retrieval); or the
 # patches of the last block themselves, [n, p, d].
-READOUTS: dict[Readout, Callable[[Backbone, Tensor], Tensor]] = {
+POOLINGS: dict[Pooling, Callable[[Backbone, Tensor], Tensor]] = {
     "cls": lambda model, images: model(images),
     "average": lambda model, images: model.tokens(images)[-1][:, 1:].mean(dim=1),
     "gem": lambda model, images: gem(model.tokens(images)[-1][:, 1:]),
@@ -128,13 +128,13 @@ class Features(NamedTuple):
     bad: list[tuple[str, str]]
 
 
-def batch_of(size: int) -> int:
+def choose_batch_size(size: int) -> int:
     """Images of `size` pixels to compute at a time: 128, fewer of more than 224 pixels."""
     return max(1, min(128, 128 * 224**2 // size**2))
 
 
 @torch.no_grad()
-def stream(
+def extract_batches(
     model: Backbone,
     source: Source,
     size: int,
@@ -143,7 +143,7 @@ def stream(
     batch_size: int,
     num_workers: int | None = None,
     progress: str | None = None,
-    readout: Readout = "cls",
+    pooling: Pooling = "cls",
     view: Resize = "center",
     fp16: bool = False,
 ) -> Iterator[Features]:
@@ -154,13 +154,13 @@ def stream(
     """
     device = torch.device(device)
     if num_workers is None:  # starting processes costs more than a few hundred small images
-        num_workers = spare_cores() if len(indices) * size**2 > 2e7 and device.type == "cuda" else 0
+        num_workers = count_spare_cores() if len(indices) * size**2 > 2e7 and device.type == "cuda" else 0
     threads = 1 if num_workers else torch.get_num_threads()
     views = EvaluationViews(source, indices, size, batch_size, view, threads)
     on_gpu = device.type == "cuda"
     start = start_worker if num_workers else None
     loader = DataLoader(views, batch_size=None, num_workers=num_workers, worker_init_fn=start, pin_memory=on_gpu)
-    read, half = READOUTS[readout], fp16 and on_gpu
+    read, half = POOLINGS[pooling], fp16 and on_gpu
     show = progress is not None and sys.stderr.isatty()
     batches = track(loader, description=progress, total=len(views), transient=True) if show and progress else loader
     late: list[Features] = []  # on the device
@@ -184,7 +184,7 @@ def extract(
     batch_size: int | None = None,
     num_workers: int | None = None,
     progress: str | None = None,
-    readout: Readout = "cls",
+    pooling: Pooling = "cls",
     shared: bool = False,
     view: Resize = "center",
 ) -> Features:
@@ -194,19 +194,19 @@ def extract(
         size: edge of the evaluation view, pixels.
         batch_size: images at a time. None: 128, fewer of more than 224 pixels.
         progress: a label shows a progress bar on the terminal.
-        readout: what of the model's outputs is the feature.
+        pooling: what of the model's outputs is the feature.
         shared: every rank computes its share and gets all of them; all ranks must call this.
         view: how an image is brought to that size, see `VIEWS`.
     """
-    batch_size = batch_size or batch_of(size)
+    batch_size = batch_size or choose_batch_size(size)
     indices = range(len(source)) if indices is None else indices
     if shared and distributed.world_size() > 1:
         # Whole batches, so that each is computed as it would be on one rank.
         starts = range(distributed.rank() * batch_size, len(indices), distributed.world_size() * batch_size)
         mine = [index for start in starts for index in indices[start : start + batch_size]]
-        part = extract(model, source, size, device, mine, batch_size, num_workers, progress, readout, view=view)
+        part = extract(model, source, size, device, mine, batch_size, num_workers, progress, pooling, view=view)
         return _together(distributed.gather(part), indices)
-    found = [*stream(model, source, size, device, indices, batch_size, num_workers, progress, readout, view)]
+    found = [*extract_batches(model, source, size, device, indices, batch_size, num_workers, progress, pooling, view)]
     return Features(
         torch.cat([part.values for part in found if len(part.values)] or [torch.zeros(0, model.embed_dim)]),
         np.concatenate([np.zeros(0, np.int64), *(part.indices for part in found)]),

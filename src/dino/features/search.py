@@ -84,7 +84,7 @@ class Index:
 
 
 def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
-    faiss = errors.optional("faiss", f"--index {kind} needs FAISS", "search")
+    faiss = errors.import_optional("faiss", f"--index {kind} needs FAISS", "search")
     folder, (count, dim) = embedding.folder, embedding.values.shape
     path = folder.path.with_suffix(f".{kind}.faiss")
     state = hashlib.sha256(embedding.values.numpy().data).hexdigest().encode()  # at the end of the file
@@ -114,7 +114,7 @@ def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
     return index
 
 
-def opened(embedding: str | Path | Embedding) -> Embedding:
+def open_embedding(embedding: str | Path | Embedding) -> Embedding:
     return embedding if isinstance(embedding, Embedding) else Folder.open(embedding).read()
 
 
@@ -153,16 +153,16 @@ def search(
     """
     if k < 1:
         raise ValueError(f"k is {k}; ask for at least 1 neighbor.")
-    embedding = opened(embedding)
+    embedding = open_embedding(embedding)
     wanted = embedding.folder.about["model"] if model is None else model
     if isinstance(wanted, str) and not wanted:
         raise ValueError(f"{embedding.folder.path} does not say where its model lies; give it with --model.")
     asked = weights.load(wanted).to(distributed.start(device)) if isinstance(wanted, str) else wanted
-    refuse_other(embedding.folder, asked)
-    return ask(Index(embedding, index, rebuild), asked, images, k)
+    check_same_model(embedding.folder, asked)
+    return search_index(Index(embedding, index, rebuild), asked, images, k)
 
 
-def refuse_other(folder: Folder, model: Backbone) -> None:
+def check_same_model(folder: Folder, model: Backbone) -> None:
     """Refuse a model that is not the one `folder` was made by."""
     if (own := fingerprint(model)) != (made := folder.about["model_sha256"]):
         raise ValueError(
@@ -171,10 +171,10 @@ def refuse_other(folder: Folder, model: Backbone) -> None:
         )
 
 
-def ask(index: Index, model: Backbone, images: Sequence[str | os.PathLike[str] | np.ndarray], k: int) -> Found:
+def search_index(index: Index, model: Backbone, images: Sequence[str | os.PathLike[str] | np.ndarray], k: int) -> Found:
     """The same as `search` of an index that is there already, with the model that made its embedding."""
     source, about = Images(images), index.embedding.folder.about
-    found = extract(model, source, about["size"], next(model.parameters()).device, readout=about["readout"])
+    found = extract(model, source, about["size"], next(model.parameters()).device, pooling=about["pooling"])
     for name, reason in found.bad:
         print(f"Skipped {name}: {reason}", file=sys.stderr)
     if not len(found.indices):
@@ -199,7 +199,7 @@ def duplicates(
     """
     if threshold is not None and not -1 <= threshold <= 1:
         raise ValueError(f"the threshold is {threshold}; a cosine lies between -1 and 1.")
-    embedding = opened(embedding)
+    embedding = open_embedding(embedding)
     values, groups = embedding.values, []
     taken = torch.zeros(len(values), dtype=torch.bool)
     if index == "flat" and threshold is not None:
@@ -242,7 +242,7 @@ def outliers(
     embedding: str | Path | Embedding, k: int = 10, index: IndexKind = "flat", rebuild: bool = False
 ) -> Tensor:
     """Mean cosine of each row and its k nearest others [n]; low where an image is unlike all others."""
-    embedding = opened(embedding)
+    embedding = open_embedding(embedding)
     if not 1 <= k < len(embedding.values):
         raise ValueError(f"k is {k}; it must be from 1 to {len(embedding.values) - 1}, the number of other images.")
     made, scores = Index(embedding, index, rebuild), []

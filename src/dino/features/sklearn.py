@@ -9,7 +9,7 @@ import numpy as np
 
 from dino import distributed, weights
 from dino.data.sources import Images
-from dino.features.extract import Readout, extract
+from dino.features.extract import Pooling, extract
 from dino.models import Backbone
 
 try:
@@ -26,20 +26,20 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     Args:
         model: what `dino.load` takes, or a model, used where it lies.
-        readout: [CLS] ('cls'), patches pooled ('average', 'gem'), or another of `READOUTS`.
+        pooling: [CLS] ('cls'), patches pooled ('average', 'gem'), or another of `POOLINGS`.
         size: edge of the evaluation view, pixels. None: what the model was made for.
     """
 
     def __init__(
         self,
         model: str | Backbone = "vits16",
-        readout: Readout = "cls",
+        pooling: Pooling = "cls",
         size: int | None = None,
         batch_size: int | None = None,
         device: str = "auto",
     ):
         self.model, self.size, self.batch_size, self.device = model, size, batch_size, device
-        self.readout: Readout = readout
+        self.pooling: Pooling = pooling
 
     def fit(self, X: Any, y: Any = None) -> DinoFeatures:
         """Load the model and see how long its features are."""
@@ -60,7 +60,7 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def _features(self, images: Sequence[Any]) -> np.ndarray:
         model = self.model_
         on, size = next(model.parameters()).device, self.size or model.image_size
-        found = extract(model, Images(images), size, on, None, self.batch_size, readout=self.readout)
+        found = extract(model, Images(images), size, on, None, self.batch_size, pooling=self.pooling)
         if found.bad:
             name, reason = found.bad[0]
             raise ValueError(f"{len(found.bad)} of {len(images)} images cannot be read, first {name}: {reason}.")

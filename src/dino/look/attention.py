@@ -13,7 +13,7 @@ from torch import Tensor
 from dino.models import Backbone, VisionTransformer
 
 
-def fit(
+def fit_to_patches(
     image: np.ndarray, size: int, patch_size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
     """`image` [h, w] or [h, w, 3] with its shorter side at `size` pixels, trimmed evenly to whole patches; the aspect

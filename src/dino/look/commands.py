@@ -19,8 +19,16 @@ from dino.data.open import expand_images
 from dino.data.sources import evenly_spaced
 from dino.files import check_writable
 from dino.look.attention import finer_patches
-from dino.look.patches import BASIS_IMAGES, main_axes
-from dino.look.pictures import attention_maps, chosen_size, colored, fitted, match_patches, panel, video_frames
+from dino.look.patches import BASIS_IMAGES, compute_axes
+from dino.look.pictures import (
+    attention_maps,
+    choose_size,
+    color_patches,
+    draw_panel,
+    fit_image,
+    match_patches,
+    video_frames,
+)
 from dino.look.video import Clip, Frame, write_video
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.commands import AttentionOptions, LookOptions, MatchOptions, PcaOptions, VideoOptions
@@ -29,8 +37,8 @@ from dino.terminal import track
 
 def attention(options: AttentionOptions) -> None:
     """Write `NAME-attention.png` (all maps and masks) and `NAME-head0.png`, ... for each image; a panel if asked for."""
-    model, rows = opened(options, attention=True), []
-    for stem, pixels in shown(model, options):
+    model, rows = open_model(options, attention=True), []
+    for stem, pixels in load_images(model, options):
         look = attention_maps(model, pixels, options.size, options.mass)
         look.figure().save(f"{stem}-attention.png")
         for j, picture in enumerate(look.maps[:-1]):
@@ -41,23 +49,23 @@ def attention(options: AttentionOptions) -> None:
             top, left = ((side - edge) // 2 for side in pixels.shape[:2])
             rows.append(attention_maps(model, pixels[top : top + edge, left : left + edge], options.size))
     if rows:
-        panel(rows).save(f"{options.out}/panel.png")
+        draw_panel(rows).save(f"{options.out}/panel.png")
         print(f"{options.out}/panel.png")
 
 
 def pca(options: PcaOptions) -> None:
     """Write `NAME-pca.png` for each image, on one basis for all of them."""
-    model = opened(options)
-    basis = main_axes(model, (pixels for _, pixels in shown(model, options, BASIS_IMAGES)))
-    for stem, pixels in shown(model, options):
-        colored(model, pixels, basis).figure().save(f"{stem}-pca.png")
+    model = open_model(options)
+    basis = compute_axes(model, (pixels for _, pixels in load_images(model, options, BASIS_IMAGES)))
+    for stem, pixels in load_images(model, options):
+        color_patches(model, pixels, basis).figure().save(f"{stem}-pca.png")
         print(f"{stem}-pca.png")
 
 
 def match(options: MatchOptions) -> None:
     """Write one picture of two images with lines between their corresponding patches."""
     out = check_writable(options.out, ".png .jpg .webp", (options.a, options.b))
-    found = match_patches(opened(options), options.a, options.b, options.size)
+    found = match_patches(open_model(options), options.a, options.b, options.size)
     found.figure(options.lines).save(out)
     print(f"{out}: {min(options.lines, len(found.cosine))} of {len(found.cosine)} mutual nearest neighbors")
 
@@ -67,7 +75,7 @@ def video(options: VideoOptions) -> None:
     clip = Clip(options.clip, options.fps)
     name = Path(options.clip).resolve().stem
     out = check_writable(options.out or f"{name}-{options.show}.mp4", ".mp4", (options.clip,))
-    model = opened(options, attention=options.show != "pca")
+    model = open_model(options, attention=options.show != "pca")
     frames = video_frames(model, clip, options.show, options.size, options.head, options.mass)
     pictures = (
         picture if options.alone else Frame(frame.seconds, np.concatenate([frame.pixels, picture.pixels], axis=1))
@@ -79,7 +87,7 @@ def video(options: VideoOptions) -> None:
 # --- what they share -----------------------------------------------------------------------------------------------
 
 
-def opened(options: LookOptions, attention: bool = False) -> Backbone:
+def open_model(options: LookOptions, attention: bool = False) -> Backbone:
     """The model, on its device and with its patches as the options want them.
 
     Raises:
@@ -89,11 +97,11 @@ def opened(options: LookOptions, attention: bool = False) -> Backbone:
     if attention and not model.has_attention:
         raise ValueError(NO_ATTENTION)
     finer = model if options.stride is None else finer_patches(model, options.stride)
-    chosen_size(finer, options.size)
+    choose_size(finer, options.size)
     return finer
 
 
-def shown(model: Backbone, options: PcaOptions, most: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
+def load_images(model: Backbone, options: PcaOptions, most: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """What to call the pictures of each image, less what they show, and its pixels, fitted to whole patches.
 
     A name is the image's own, with as much of its path as it takes to tell the images apart.
@@ -107,13 +115,13 @@ def shown(model: Backbone, options: PcaOptions, most: int | None = None) -> Iter
     files = list(expand_images(options.images))
     stems = [
         str(check_writable(f"{options.out}/NAME.png", ".png").with_name(name))
-        for name in names([path for path, _ in files])
+        for name in distinguish_names([path for path, _ in files])
     ]
     chosen, done = evenly_spaced(len(files), most or len(files)), False
     for i in track(chosen, len(chosen), "images"):
         path, given = files[i]
         try:
-            pixels = fitted(model, path, options.size)
+            pixels = fit_image(model, path, options.size)
         except ValueError as error:
             if given or len(files) == 1:
                 raise
@@ -126,7 +134,7 @@ def shown(model: Backbone, options: PcaOptions, most: int | None = None) -> Iter
         raise ValueError(f"none of {len(chosen)} images can be shown, first {files[0][0]}; give others.")
 
 
-def names(paths: Sequence[str]) -> list[str]:
+def distinguish_names(paths: Sequence[str]) -> list[str]:
     """A different name for each of the absolute `paths`: the stem, or with folders, or with the suffix too."""
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     relative = [os.path.relpath(path, root).replace(os.sep, "-") for path in paths]

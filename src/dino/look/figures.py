@@ -15,27 +15,27 @@ from dino import distributed, errors, weights
 from dino.data.evaluation_views import resize_and_crop
 from dino.data.open import open_labeled, open_labeled_pair, split_folders
 from dino.data.sources import Source, evenly_spaced
-from dino.eval.evaluate import fingerprint
 from dino.features import cache
 from dino.features.extract import readable_labels
 from dino.features.neighbors import vote
 from dino.files import check_writable
-from dino.html import EDGE, NEIGHBORS, draw_neighbors, label_of, render_page
+from dino.html import EDGE, NEIGHBORS, draw_neighbors, get_label, render_page
 from dino.options.commands import NeighborsOptions, TsneOptions
+from dino.weights import fingerprint
 
 QUERIES_AT_ONCE = 64
 
 
-def labeled_features(options: TsneOptions, **sources: Source) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
+def extract_labeled(options: TsneOptions, **sources: Source) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
     """[CLS] features [m, d] of length 1, labels [m] and positions [m] of the readable images of each source."""
     model = weights.load(options.model).to(device := distributed.start(options.device))
     size, digest = options.size or model.image_size, fingerprint(model)
     for what, source in sources.items():
-        found = cache.features(model, digest, source, size, device, progress=what)
+        found = cache.load_or_extract(model, digest, source, size, device, progress=what)
         yield F.normalize(found.values, dim=1), readable_labels(source, found, what), found.indices
 
 
-def class_map(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+def map_classes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Each class's mean feature in two dimensions, by t-SNE (paper Fig. 11).
 
     Args:
@@ -47,7 +47,7 @@ def class_map(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.nd
     Raises:
         ValueError: scikit-learn is missing, or there are fewer than three classes.
     """
-    manifold = errors.optional("sklearn.manifold", "t-SNE needs scikit-learn", "figures")
+    manifold = errors.import_optional("sklearn.manifold", "t-SNE needs scikit-learn", "figures")
     sums = torch.zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
     present = torch.unique(labels)
     if len(present) < 3:
@@ -57,13 +57,13 @@ def class_map(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.nd
     return present.numpy(), manifold.TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(means)
 
 
-def tsne(options: TsneOptions) -> None:
+def draw_tsne(options: TsneOptions) -> None:
     """Write the map of classes: those that lie close have features that are alike."""
     out = check_writable(options.out, ".png .svg .pdf")
     train, val = split_folders(options.data, None)
     source = open_labeled(val or train)
-    ((features, labels, _),) = labeled_features(options, labeled=source)
-    classes, points = class_map(features, labels, len(source.classes))
+    ((features, labels, _),) = extract_labeled(options, labeled=source)
+    classes, points = map_classes(features, labels, len(source.classes))
     edge = 5 + 0.6 * len(classes) ** 0.5  # inches
     figure = Figure((edge, edge), layout="constrained")
     axes = figure.add_subplot()
@@ -75,11 +75,11 @@ def tsne(options: TsneOptions) -> None:
     print(f"{out}: {len(classes)} classes, the means of {len(labels)} images")
 
 
-def neighbors(options: NeighborsOptions) -> None:
+def draw_neighbor_page(options: NeighborsOptions) -> None:
     """Write a page of queries that k-NN gets right, and of those that it gets wrong, with their neighbors."""
     out = check_writable(options.out, ".html")
     train, test = open_labeled_pair(options.data, options.val)
-    (bank, labels, places), (queries, wanted, positions) = labeled_features(options, training=train, test=test)
+    (bank, labels, places), (queries, wanted, positions) = extract_labeled(options, training=train, test=test)
     k = min(options.k, len(bank))
     found = [(part @ bank.T).topk(k, dim=1) for part in queries.split(QUERIES_AT_ONCE)]
     cosines, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -90,7 +90,7 @@ def neighbors(options: NeighborsOptions) -> None:
         all_such = torch.nonzero(chosen)[:, 0].tolist()
         rows = ""
         for i in (all_such[j] for j in evenly_spaced(len(all_such), options.rows)):
-            query, label = test.read(at := int(positions[i])), label_of(test, at)
+            query, label = test.read(at := int(positions[i])), get_label(test, at)
             alike = [*zip(cosines[i].tolist(), places[nearest[i].numpy()].tolist(), strict=True)][:NEIGHBORS]
             rows += draw_neighbors(resize_and_crop(query, EDGE), escape(label or ""), label, train, alike)[0]
         sections[f"{title}: {len(all_such)} of {len(right)}"] = rows or "<p>None.</p>"

@@ -18,16 +18,16 @@ BASIS_IMAGES, BASIS_PATCHES = 64, 1024  # most images a basis is made from, and 
 AT_ONCE = 2048  # patches compared with all of the other image
 
 
-def as_input(model: Backbone, image: np.ndarray) -> Tensor:
+def prepare_image(model: Backbone, image: np.ndarray) -> Tensor:
     """One image [h, w, 3] uint8 as `model` takes it, on its device."""
     pixels = torch.from_numpy(np.array(image))[None, None].to(next(model.parameters()).device)
     return normalize(pixels, model.in_channels)
 
 
 @torch.no_grad()
-def patch_features(model: Backbone, image: np.ndarray) -> Tensor:
+def extract_patches(model: Backbone, image: np.ndarray) -> Tensor:
     """Normed features of the cells of `image` [h, w, 3] uint8 after the last block: float32 [cells, d], on the CPU."""
-    return model.tokens(as_input(model, image))[-1][0, 1:].float().cpu()
+    return model.tokens(prepare_image(model, image))[-1][0, 1:].float().cpu()
 
 
 class Basis(NamedTuple):
@@ -43,12 +43,12 @@ class Basis(NamedTuple):
         return (((features - self.mean) @ self.axes - self.low) / (self.high - self.low).clamp(min=1e-6)).clamp(0, 1)
 
 
-def main_axes(model: Backbone, images: Iterable[np.ndarray]) -> Basis:
+def compute_axes(model: Backbone, images: Iterable[np.ndarray]) -> Basis:
     """The three main axes (PCA) of the patches of `images`, taken one by one; give at most BASIS_IMAGES of them."""
-    return axes_of(patch_features(model, image) for image in images)
+    return fit_axes(extract_patches(model, image) for image in images)
 
 
-def axes_of(images: Iterable[Tensor]) -> Basis:
+def fit_axes(images: Iterable[Tensor]) -> Basis:
     """The same of the images' features, each [cells, d]."""
     flat = torch.cat([features[evenly_spaced(len(features), BASIS_PATCHES)] for features in images])
     mean = flat.mean(dim=0)
@@ -59,7 +59,7 @@ def axes_of(images: Iterable[Tensor]) -> Basis:
     return Basis(mean, axes, *(flat @ axes).quantile(flat.new_tensor([0.02, 0.98]), dim=0))
 
 
-def mutual_nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def match_mutual(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs of features that are each other's nearest by cosine, most alike first.
 
     Args:

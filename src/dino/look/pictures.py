@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dino.data.decode import BadImage, decode
 from dino.data.sources import evenly_spaced
-from dino.look.attention import cls_attention, enlarge, fit, mass_mask
-from dino.look.patches import BASIS_IMAGES, Basis, as_input, main_axes, mutual_nearest, patch_features
-from dino.look.video import Clip, Frame, evenly
+from dino.look.attention import cls_attention, enlarge, fit_to_patches, mass_mask
+from dino.look.patches import BASIS_IMAGES, Basis, compute_axes, extract_patches, match_mutual, prepare_image
+from dino.look.video import Clip, Frame, thin_out
 from dino.models import NO_ATTENTION, Backbone
 
 MOST_PATCHES = 2**15  # of one image; the work grows with their square, and here a CPU needs minutes
@@ -32,7 +32,7 @@ AnyImage = str | Path | np.ndarray  # a file, or pixels [h, w, 3] uint8
 GUTTER = 6  # pixels between the pictures of a figure
 
 
-def chosen_size(model: Backbone, size: int | None) -> int:
+def choose_size(model: Backbone, size: int | None) -> int:
     """Edge of an image's shorter side, pixels: `size`, or twice what the model was trained at.
 
     Raises:
@@ -46,15 +46,15 @@ def chosen_size(model: Backbone, size: int | None) -> int:
     return size or 2 * model.image_size // patch * patch
 
 
-def fitted(model: Backbone, image: AnyImage, size: int | None = None) -> np.ndarray:
+def fit_image(model: Backbone, image: AnyImage, size: int | None = None) -> np.ndarray:
     """`image` as the pictures show it: its shorter side at `size` pixels, trimmed to whole patches.
 
     Raises:
         ValueError: it cannot be read, is smaller than a patch, or has more patches than time should be spent on.
     """
-    size = chosen_size(model, size)
+    size = choose_size(model, size)
     try:
-        pixels = fit(image if isinstance(image, np.ndarray) else decode(image), size, model.patch_size)
+        pixels = fit_to_patches(image if isinstance(image, np.ndarray) else decode(image), size, model.patch_size)
         height, width = pixels.shape[:2]
         if (patches := math.prod(model.grid(height, width))) > MOST_PATCHES:
             raise ValueError(
@@ -86,7 +86,7 @@ class Look:
     @property
     def maps(self) -> list[np.ndarray]:
         """Attention as colors, heads + 1 of [h, w, 3] uint8."""
-        return [large(heat(m.numpy()), self.image) for m in self.attention]
+        return [enlarge_cells(draw_heat(m.numpy()), self.image) for m in self.attention]
 
     @property
     def overlays(self) -> list[np.ndarray]:
@@ -103,7 +103,7 @@ class Look:
 
     def figure(self) -> Image.Image:
         """All in a row: the image, the heads' maps and their mean, with the masks beneath."""
-        return mosaic([[self.image, *self.maps], [f"{100 * self.mass:g} % of the\nattention", *self.overlays]])
+        return draw_mosaic([[self.image, *self.maps], [f"{100 * self.mass:g} % of the\nattention", *self.overlays]])
 
 
 def attention_maps(model: Backbone, image: AnyImage, size: int | None = None, mass: float = 0.6) -> Look:
@@ -118,21 +118,21 @@ def attention_maps(model: Backbone, image: AnyImage, size: int | None = None, ma
     """
     if not model.has_attention:
         raise ValueError(NO_ATTENTION)
-    pixels = fitted(model, image, size)
-    attention = cls_attention(model, as_input(model, pixels)).float().cpu()[0]
+    pixels = fit_image(model, image, size)
+    attention = cls_attention(model, prepare_image(model, pixels)).float().cpu()[0]
     return Look(pixels, torch.cat([attention, attention.mean(dim=0, keepdim=True)]), mass)
 
 
-def panel(looks: Sequence[Look]) -> Image.Image:
+def draw_panel(looks: Sequence[Look]) -> Image.Image:
     """Rows of images, columns of heads and their mean; images of one size make the neatest."""
-    return mosaic([[look.image, *look.maps] for look in looks])
+    return draw_mosaic([[look.image, *look.maps] for look in looks])
 
 
 # --- patch features ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Colored:
+class ColoredPatches:
     """One image and the features of its patches as colors: like features have like colors."""
 
     image: np.ndarray  # [h, w, 3] uint8, of whole patches
@@ -140,13 +140,13 @@ class Colored:
 
     @property
     def picture(self) -> np.ndarray:
-        return large(to_bytes(self.colors), self.image)
+        return enlarge_cells(to_bytes(self.colors), self.image)
 
     def figure(self) -> Image.Image:
-        return mosaic([[self.image, self.picture]], ["image", "patch features"])
+        return draw_mosaic([[self.image, self.picture]], ["image", "patch features"])
 
 
-def pca_colors(model: Backbone, images: Sequence[AnyImage], size: int | None = None) -> Iterator[Colored]:
+def pca_colors(model: Backbone, images: Sequence[AnyImage], size: int | None = None) -> Iterator[ColoredPatches]:
     """The images one after the other, their patch features on three main axes that all of them share.
 
     Args:
@@ -154,14 +154,14 @@ def pca_colors(model: Backbone, images: Sequence[AnyImage], size: int | None = N
         size: see `attention_maps`.
     """
     some = (images[i] for i in evenly_spaced(len(images), BASIS_IMAGES))
-    basis = main_axes(model, (fitted(model, image, size) for image in some))
-    yield from (colored(model, fitted(model, image, size), basis) for image in images)
+    basis = compute_axes(model, (fit_image(model, image, size) for image in some))
+    yield from (color_patches(model, fit_image(model, image, size), basis) for image in images)
 
 
-def colored(model: Backbone, pixels: np.ndarray, basis: Basis) -> Colored:
+def color_patches(model: Backbone, pixels: np.ndarray, basis: Basis) -> ColoredPatches:
     """`pixels` [h, w, 3] uint8 of whole patches on the axes of `basis`."""
-    colors = basis.colors(patch_features(model, pixels))
-    return Colored(pixels, colors.view(*model.grid(*pixels.shape[:2]), 3).numpy())
+    colors = basis.colors(extract_patches(model, pixels))
+    return ColoredPatches(pixels, colors.view(*model.grid(*pixels.shape[:2]), 3).numpy())
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ class Matches:
 
 def match_patches(model: Backbone, a: AnyImage, b: AnyImage, size: int | None = None) -> Matches:
     """Patches of `a` and `b` that correspond: of all in the other image each has the most similar feature (cosine)."""
-    images = fitted(model, a, size), fitted(model, b, size)
-    pairs, cosine = mutual_nearest(*(patch_features(model, image) for image in images))
+    images = fit_image(model, a, size), fit_image(model, b, size)
+    pairs, cosine = match_mutual(*(extract_patches(model, image) for image in images))
     points = []
     for image, cells in zip(images, pairs.T.numpy(), strict=True):
         height, width = image.shape[:2]
@@ -221,10 +221,10 @@ def video_frames(
     clip = clip if isinstance(clip, Clip) else Clip(clip)
     basis = None
     if show == "pca":
-        basis = main_axes(model, evenly((fitted(model, frame, size) for _, frame in clip), BASIS_IMAGES))
+        basis = compute_axes(model, thin_out((fit_image(model, frame, size) for _, frame in clip), BASIS_IMAGES))
     for seconds, frame in clip:
         if basis is not None:
-            shown = colored(model, fitted(model, frame, size), basis)
+            shown = color_patches(model, fit_image(model, frame, size), basis)
             yield Frame(seconds, shown.image), Frame(seconds, shown.picture)
             continue
         look = attention_maps(model, frame, size, mass).only(head)
@@ -235,7 +235,7 @@ def video_frames(
 # --- drawing -------------------------------------------------------------------------------------------------------
 
 
-def heat(values: np.ndarray) -> np.ndarray:
+def draw_heat(values: np.ndarray) -> np.ndarray:
     """A map [rows, columns] of numbers from 0 up as colors, [rows, columns, 3] uint8."""
     return to_bytes(colormaps["inferno"](values / max(float(values.max()), 1e-12))[..., :3])
 
@@ -244,7 +244,7 @@ def to_bytes(colors: np.ndarray) -> np.ndarray:
     return (colors * 255 + 0.5).astype(np.uint8)
 
 
-def large(cells: np.ndarray, image: np.ndarray) -> np.ndarray:
+def enlarge_cells(cells: np.ndarray, image: np.ndarray) -> np.ndarray:
     """Colors of cells [rows, columns, 3] as a picture of the size of `image`, each a rectangle."""
     return np.asarray(Image.fromarray(cells).resize(image.shape[1::-1], Image.Resampling.NEAREST))
 
@@ -255,7 +255,7 @@ def dim_outside(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask[..., None], image, shade).astype(np.uint8)
 
 
-def mosaic(rows: Sequence[Sequence[np.ndarray | str]], titles: Sequence[str] | None = None) -> Image.Image:
+def draw_mosaic(rows: Sequence[Sequence[np.ndarray | str]], titles: Sequence[str] | None = None) -> Image.Image:
     """Rows of pictures [h, w, 3] uint8 (or texts) under the columns' titles. None: an image, its heads, their mean."""
     titles = titles or ["image", *(f"head {j}" for j in range(len(rows[0]) - 2)), "mean"]
     pictures = [[cell for cell in row if not isinstance(cell, str)] for row in rows]

@@ -26,8 +26,8 @@ class Frame(NamedTuple):
     pixels: np.ndarray  # [h, w, 3] uint8
 
 
-def pyav() -> Any:
-    return errors.optional("av", "video needs PyAV", "video")
+def import_pyav() -> Any:
+    return errors.import_optional("av", "video needs PyAV", "video")
 
 
 class Clip:
@@ -72,8 +72,8 @@ class Clip:
 
     def _open(self) -> Any:
         try:
-            container = pyav().open(self.path)
-        except pyav().error.FFmpegError as error:
+            container = import_pyav().open(self.path)
+        except import_pyav().error.FFmpegError as error:
             raise ValueError(f"{self.path} cannot be read as a video ({error.strerror}).") from error
         if not container.streams.video:
             raise ValueError(
@@ -92,11 +92,11 @@ class Clip:
                     start = seconds if start is None else start
                     # Phones film sideways and say so.
                     yield seconds - start, np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-            except pyav().error.FFmpegError as error:
+            except import_pyav().error.FFmpegError as error:
                 print(f"{self.path} cannot be read beyond {seconds:.1f} s ({error.strerror}).", file=sys.stderr)
 
 
-def evenly(items: Iterable[T], most: int) -> list[T]:
+def thin_out(items: Iterable[T], most: int) -> list[T]:
     """At most `most` of the items, evenly spaced, though nobody may know how many there are."""
     kept, step = [], 1
     for i, item in enumerate(items):
@@ -113,7 +113,7 @@ def write_video(out: Path, frames: Iterable[Frame]) -> int:
     Raises:
         OSError: it cannot be written.
     """
-    av, count = pyav(), 0
+    av, count = import_pyav(), 0
     with (
         files.replacing(out) as temporary,  # plays while it loads:
         av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,

@@ -56,7 +56,9 @@ class TimmBackbone(nn.Module):
         if not timm.is_model(name):
             raise ValueError(f"timm has no architecture '{name}'.{errors.did_you_mean(name, timm.list_models())}")
         self.name, self.image_size, self.in_channels = name, image_size, in_channels
-        self.model, taken = build(name, in_channels, WISHES | {"img_size": image_size, "drop_path_rate": drop_path})
+        self.model, taken = build_timm(
+            name, in_channels, WISHES | {"img_size": image_size, "drop_path_rate": drop_path}
+        )
         if drop_path and "drop_path_rate" not in taken:
             raise ValueError(f"drop_path is {drop_path}, but timm:{name} has no stochastic depth; use 0.")
         if stem == "small":
@@ -183,7 +185,7 @@ class TimmBackbone(nn.Module):
         return (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
 
 
-def build(name: str, in_channels: int, wishes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def build_timm(name: str, in_channels: int, wishes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """timm's model `name`, and those of the `wishes` that the architecture knows."""
     wishes = dict(wishes)
     while True:

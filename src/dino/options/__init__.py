@@ -12,17 +12,17 @@ def required(value: T | None) -> T:
     return value
 
 
-def dotted(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_names(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}, in the same order."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
-        flat |= dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flatten_names(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
 def flatten(options: Any) -> dict[str, Any]:
     """Options as {dotted name: value}, in declaration order."""
-    return dotted(dataclasses.asdict(options))
+    return flatten_names(dataclasses.asdict(options))
 
 
 def replace(options: Any, changes: dict[str, Any]) -> Any:

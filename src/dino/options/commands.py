@@ -107,7 +107,7 @@ class EmbedOptions(ModelOptions):
     """Images: a folder, a list of files (.txt, .csv), scenes:NUMBER, or torchvision:NAME:FOLDER."""
     out: str
     """Folder of Parquet files to write, e.g. x.parquet. The same command again goes on where it stopped."""
-    readout: Literal["cls", "average", "gem", "patches"] = "cls"
+    pooling: Literal["cls", "average", "gem", "patches"] = "cls"
     """[CLS], the mean or generalized mean of the patches, or a row for every patch."""
     size: int | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""

@@ -123,7 +123,7 @@ class LinearOptions(TrainedOptions):
     """'fast': sweep on features of the evaluation view, kept on disk. 'paper': crops and flips, 100 epochs of forwards."""
     protocol: Literal["default", "original"] = "default"
     """'original' (paper mode): report the best epoch on the test images, as the reference does, not the last."""
-    readout: tuple[Literal["cls", "average", "last4", "cls+average"], ...] | None = None
+    pooling: tuple[Literal["cls", "average", "last4", "cls+average"], ...] | None = None
     """Features to classify. None: in fast mode all that the model has, in paper mode the paper's for its size."""
     lr: tuple[float, ...] | None = None
     """Learning rates per 256 images. None: seven from 0.001 to 1 in fast mode, 0.001 in paper mode."""
@@ -139,13 +139,13 @@ class LinearOptions(TrainedOptions):
     def __post_init__(self) -> None:
         if self.protocol == "original" and self.mode != "paper":
             raise ValueError("protocol 'original' differs from the default only in paper mode; add --mode paper.")
-        for name, values in (("lr", self.lr), ("readout", self.readout), ("weight-decay", self.weight_decay)):
+        for name, values in (("lr", self.lr), ("pooling", self.pooling), ("weight-decay", self.weight_decay)):
             if values is not None and not values:
                 raise ValueError(f"--{name} is empty; give at least one value.")
         if min(self.lr or (1.0,)) <= 0 or min(self.weight_decay or (0.0,)) < 0:
             raise ValueError("learning rates must be above 0 and weight decays not below.")
-        if self.mode == "paper" and len(self.readout or ()) > 1:
-            raise ValueError("paper mode classifies one readout; give one, or use --mode fast.")
+        if self.mode == "paper" and len(self.pooling or ()) > 1:
+            raise ValueError("paper mode classifies one pooling; give one, or use --mode fast.")
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("epochs and batch_size must be at least 1.")
         if not 0 < self.held_out < 1:

@@ -21,7 +21,7 @@ def at_least(least: int, text: str) -> Rule:
     return Rule(lambda value: value >= least, text)
 
 
-def bytes_of(size: str) -> int:
+def parse_bytes(size: str) -> int:
     """Bytes of "8GB", "500 MB" or "7.5GiB"; 0 if it is none of these."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([MG])(i?)B", size.strip(), re.IGNORECASE)
     if match is None:
@@ -36,7 +36,7 @@ SHARE = Rule(lambda value: 0 <= value <= 1, "a probability or share lies between
 BELOW_ONE = Rule(lambda value: 0 <= value < 1, "it must be in [0, 1)")
 AREA = Rule(lambda value: 0 < value <= 1, "a share of the image area lies above 0 and is at most 1")
 TURN = Rule(lambda value: 0 <= value <= 0.5, "a hue shift lies in [0, 0.5] turns")
-MEMORY = Rule(lambda value: bytes_of(value) > 0, "write an amount of memory such as 8GB or 500MB")
+MEMORY = Rule(lambda value: parse_bytes(value) > 0, "write an amount of memory such as 8GB or 500MB")
 SEED = Rule(lambda value: 0 <= value < 2**32, "a seed lies in [0, 2**32)")
 
 

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from dino.options import dotted, replace
+from dino.options import flatten_names, replace
 from dino.options.train import TrainOptions
 
 
@@ -16,10 +16,10 @@ def to_dict(options: Any) -> dict[str, Any]:
     return dataclasses.asdict(options, dict_factory=lambda items: {k: v for k, v in items if v is not None})
 
 
-def toml_flags(path: Path) -> list[str]:
+def read_flags(path: Path) -> list[str]:
     """The flags a TOML file stands for, so that one parser checks files and flags alike."""
     flags: list[str] = []
-    for name, value in dotted(_toml(path)).items():
+    for name, value in flatten_names(_toml(path)).items():
         section, dot, leaf = name.replace("_", "-").rpartition(".")
         if isinstance(value, bool):
             flags.append(f"--{section}{dot}{'' if value else 'no-'}{leaf}")
@@ -30,7 +30,7 @@ def toml_flags(path: Path) -> list[str]:
 
 def read_toml(path: Path) -> TrainOptions:
     """The options a TOML file gives, the others at their defaults."""
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in dotted(_toml(path)).items()}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in flatten_names(_toml(path)).items()}
     try:
         return replace(TrainOptions(), values)
     except ValueError as error:
@@ -46,7 +46,7 @@ def _toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a valid TOML file: {error}.") from error
 
 
-def recorded(run: str) -> TrainOptions:
+def read_recorded(run: str) -> TrainOptions:
     """The options that the run in directory `run` was started with."""
     path = Path(run) / "config.toml"
     if not path.is_file():

@@ -24,7 +24,7 @@ from dino.data.scenes import Scenes
 from dino.data.sources import Source, evenly_spaced
 from dino.data.views import Views, draw_views
 from dino.features.extract import extract
-from dino.html import NEIGHBORS, draw_image, draw_neighbors, draw_tile, encode_image, label_of
+from dino.html import NEIGHBORS, draw_image, draw_neighbors, draw_tile, encode_image, get_label
 from dino.look.attention import jaccard
 from dino.look.pictures import MOST_PATCHES, Look, attention_maps, pca_colors, to_bytes
 from dino.models import NO_ATTENTION, Backbone
@@ -57,7 +57,7 @@ class Gallery:
     @classmethod
     def open(cls, run: Run, model: Backbone, source: Source, held_out: Source | None, device: torch.device) -> Gallery:
         shown = source if held_out is None else held_out
-        return cls(run, model, device, source, shown, choose(shown, SHOWN))
+        return cls(run, model, device, source, shown, choose_pictures(shown, SHOWN))
 
     @property
     def held_out(self) -> bool:
@@ -146,7 +146,7 @@ class Gallery:
         nearest = similarity.topk(min(NEIGHBORS, len(bank.indices)), dim=1)
         rows, same, judged = "", 0, 0
         for picture, square, likeness, places in zip(self.pictures, squares, *nearest, strict=True):
-            wanted, positions = label_of(self.shown, picture.position), bank.indices[places.numpy()].tolist()
+            wanted, positions = get_label(self.shown, picture.position), bank.indices[places.numpy()].tolist()
             found = [pair for pair in zip(likeness.tolist(), positions, strict=True) if pair[0] >= -1]
             row, ticks = draw_neighbors(square, self._caption(picture), wanted, self.source, found)
             rows, judged, same = rows + row, judged + len(ticks), same + sum(ticks)
@@ -161,7 +161,7 @@ class Gallery:
     def views(self) -> str:
         """Crops and colors the run's first epoch drew, through the training pipeline itself."""
         options = self.run.options.views
-        pictures = choose(self.source, VIEWED)
+        pictures = choose_pictures(self.source, VIEWED)
         sizes = (required(options.global_size),) * 2 + (required(options.local_size),) * options.num_local
         shapes = np.array([picture.pixels.shape[:2] for picture in pictures]).reshape(-1, 2)
         chosen = draw_views(options, sizes, self.run.options.seed, 0, [p.position for p in pictures], shapes)
@@ -174,7 +174,7 @@ class Gallery:
                 kind = "global" if v < 2 else "local"
                 crops[kind] += draw_image(view[i], f"{kind} view", kind)
             name = escape(self.source.name(picture.position))
-            rows += f'<div class="views"><figure title="{name}">{boxed(picture.pixels, chosen, i)}'
+            rows += f'<div class="views"><figure title="{name}">{draw_boxes(picture.pixels, chosen, i)}'
             rows += f"<figcaption>{name}</figcaption></figure><div><div>{crops['global']}</div>"
             rows += f"<div>{crops['local']}</div></div></div>"
         return (
@@ -216,11 +216,11 @@ class Gallery:
         return self.shown.name(picture.position)
 
     def _caption(self, picture: Picture) -> str:
-        label = label_of(self.shown, picture.position)
+        label = get_label(self.shown, picture.position)
         return escape(self._name(picture).rpartition("/")[2] if label is None else label)
 
 
-def choose(source: Source, most: int) -> list[Picture]:
+def choose_pictures(source: Source, most: int) -> list[Picture]:
     """At most `most` readable images, evenly spaced, of different classes first."""
     positions = evenly_spaced(len(source), CANDIDATES)
     first: list[int] = []
@@ -242,7 +242,7 @@ def choose(source: Source, most: int) -> list[Picture]:
     return sorted(pictures)
 
 
-def boxed(pixels: np.ndarray, views: Views, i: int) -> str:
+def draw_boxes(pixels: np.ndarray, views: Views, i: int) -> str:
     """The image with outlines of the boxes that its views were cut from."""
     height, width = pixels.shape[:2]
     outlines = ""

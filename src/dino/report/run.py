@@ -11,7 +11,7 @@ from typing import Any
 from dino.engine.log import read_metrics
 from dino.engine.monitor import CollapseMonitor
 from dino.options import required
-from dino.options.toml import recorded
+from dino.options.toml import read_recorded
 from dino.options.train import TrainOptions
 
 
@@ -26,7 +26,7 @@ class Run:
     @classmethod
     def read(cls, folder: Path, num_images: int) -> Run:
         """The run in `folder`, which trains on `num_images` images."""
-        options = recorded(str(folder))
+        options = read_recorded(str(folder))
         metrics, bad = folder / "metrics.jsonl", folder / "quarantine.jsonl"
         lines = [line for line in read_metrics(metrics) if "step" in line] if metrics.exists() else []
         return cls(folder, options, lines, read_metrics(bad) if bad.exists() else [], num_images)

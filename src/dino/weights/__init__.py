@@ -83,10 +83,10 @@ def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) ->
         ValueError: no such weights, or weights that do not fit; names the keys and shapes that differ.
         DownloadError: a release that is neither cached nor to be had.
     """
-    return build(read(name, offline, changes.get("num_heads"), only_backbone=True), **changes)
+    return build_backbone(read(name, offline, changes.get("num_heads"), only_backbone=True), **changes)
 
 
-def build(weights: Weights, **changes: Any) -> VisionTransformer | TimmBackbone:
+def build_backbone(weights: Weights, **changes: Any) -> VisionTransformer | TimmBackbone:
     """The (teacher's) backbone that `weights` hold; arguments and errors as for `load`."""
     try:
         model = create(**weights.arguments | changes)
@@ -118,12 +118,12 @@ def _locate(name: str | os.PathLike[str], offline: bool) -> Path:
     """Where `name` lies, downloaded if it is a release."""
     path = Path(name)
     if not path.exists():
-        if releases.find(str(name)) is None:
+        if releases.find_release(str(name)) is None:
             raise ValueError(
                 f"there is no run, weight file or release '{name}'; give the --out folder of a training run, a .pth or "
                 ".safetensors file, or a name that `dino models` lists."
             )
-        path = releases.fetch(str(name), offline)
+        path = releases.fetch_release(str(name), offline)
     return path
 
 
@@ -147,7 +147,7 @@ def _read_folder(folder: Path, only_backbone: bool) -> Weights:
     num_heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
     state = load_file(folder / "model.safetensors")
     if "architecture" in config and "pos_embed" not in state:  # no ViT of our kind, so timm builds it
-        backbone, _, left_out = formats.network(state)
+        backbone, _, left_out = formats.split_network(state)
         state = {f"teacher.backbone.model.{name}": value for name, value in backbone.items()}
         return Weights(str(folder), {"arch": f"timm:{config['architecture']}"}, state, tuple(left_out))
     found = _networks({"teacher": state}, str(folder), num_heads)
@@ -164,7 +164,7 @@ def _read_file(path: Path, num_heads: int | None = None) -> Weights:
         if "arch" in said:  # written by `dino export`, in our keys
             return Weights(where, said, {f"teacher.backbone.{name}": value for name, value in load_file(path).items()})
         return _networks({"teacher": load_file(path)}, where, num_heads)
-    content = pickles.read(path)
+    content = pickles.load_pickle(path)
     if isinstance(content, dict) and "method" in content and "options" in content:  # a checkpoint of ours
         options = content["options"]
         arguments = {key: value for key, value in options["model"].items() if key != "drop_path"}
@@ -194,7 +194,7 @@ def _networks(roles: dict[str, Any], where: str, num_heads: int | None) -> Weigh
             raise ValueError(f"{where} holds no state dict (names and tensors); save model.state_dict() instead.")
         if {name.removeprefix("module.") for name in state} == {"linear.weight", "linear.bias"}:
             raise ValueError(f"{where} is a linear classifier, not a backbone; read it with read_linear.")
-        backbone, head, ignored = formats.network(state)
+        backbone, head, ignored = formats.split_network(state)
         arguments, backbone = formats.recognize(backbone, where, num_heads)
         out |= {f"{role}.backbone.{name}": value for name, value in backbone.items()}
         out |= {f"{role}.head.{name}": value for name, value in head.items()}
@@ -211,11 +211,11 @@ def read_linear(name: str | os.PathLike[str], offline: bool = False) -> tuple[Te
         ValueError: the file holds something else.
     """
     path = _locate(name, offline)
-    content = pickles.read(path)
+    content = pickles.load_pickle(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     plain = {key.removeprefix("module."): value for key, value in (state or {}).items()}
     if plain.keys() != {"linear.weight", "linear.bias"}:
-        raise ValueError(f"{path} is no linear classifier; its keys are {formats.first(plain)}.")
+        raise ValueError(f"{path} is no linear classifier; its keys are {formats.list_first(plain)}.")
     return plain["linear.weight"], plain["linear.bias"]
 
 
@@ -237,7 +237,7 @@ def load_strictly(module: nn.Module, state: State, where: str) -> None:
         if state[name].shape != own[name].shape
     ]
     kinds = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(), "of another shape": reshaped}
-    if wrong := [f"{len(names)} {kind} ({formats.first(names)})" for kind, names in kinds.items() if names]:
+    if wrong := [f"{len(names)} {kind} ({formats.list_first(names)})" for kind, names in kinds.items() if names]:
         raise ValueError(f"{where} does not fit this model: {'; '.join(wrong)}. Use the options it was trained with.")
     module.load_state_dict(state)
 

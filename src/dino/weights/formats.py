@@ -19,7 +19,7 @@ from torch import Tensor
 from dino.models.vit import SIZES
 
 State = dict[str, Tensor]
-Names = dict[str, tuple[str, ...]]  # a name to its counterpart, or to those of its equal parts along the first axis
+NameMap = dict[str, tuple[str, ...]]  # a name to its counterpart, or to those of its equal parts along the first axis
 
 # The only names that may be left out, and are named when they are: classifiers and poolers on top of a backbone.
 TOLERATED = frozenset(
@@ -42,7 +42,7 @@ _XCIT_SIZES = {128: "nano", 192: "tiny", 384: "small", 512: "medium", 768: "larg
 _RESNETS = {(True, 16): 50, (True, 33): 101, (True, 50): 152, (False, 8): 18, (False, 16): 34}  # (bottleneck, blocks)
 
 
-def split(state: State, names: Names) -> State:
+def split_names(state: State, names: NameMap) -> State:
     """Rename, and cut into equal parts what `names` gives several counterparts."""
     out: State = {}
     for name, value in state.items():
@@ -51,7 +51,7 @@ def split(state: State, names: Names) -> State:
     return out
 
 
-def join(state: State, names: Names) -> State:
+def join_names(state: State, names: NameMap) -> State:
     """The inverse of `split`; parts of which one is absent stay as they are."""
     whole = {name: parts for name, parts in names.items() if all(part in state for part in parts)}
     taken = {part for parts in whole.values() for part in parts}
@@ -62,9 +62,9 @@ def join(state: State, names: Names) -> State:
     }
 
 
-def hf_names(depth: int) -> Names:
+def hf_names(depth: int) -> NameMap:
     """Our ViT's names to those of Hugging Face's `ViTModel`."""
-    names: Names = {
+    names: NameMap = {
         "cls_token": ("embeddings.cls_token",),
         "pos_embed": ("embeddings.position_embeddings",),
     }
@@ -78,10 +78,12 @@ def hf_names(depth: int) -> Names:
     return names
 
 
-def xcit_names(state: State) -> Names:
+def xcit_names(state: State) -> NameMap:
     """The reference's XCiT names to timm's."""
     leaves = ("weight", "bias")
-    names: Names = {f"pos_embeder.token_projection.{leaf}": (f"pos_embed.token_projection.{leaf}",) for leaf in leaves}
+    names: NameMap = {
+        f"pos_embeder.token_projection.{leaf}": (f"pos_embed.token_projection.{leaf}",) for leaf in leaves
+    }
     for i in range(_count(state, r"cls_attn_blocks\.(\d+)\.")):
         for leaf in leaves:
             stem = f"cls_attn_blocks.{i}.attn."
@@ -100,12 +102,12 @@ def recognize(state: State, where: str, num_heads: int | None = None) -> tuple[d
         ValueError: no architecture has these keys, or `num_heads` is needed.
     """
     if "embeddings.cls_token" in state:
-        state = join(state, hf_names(_count(state, r"encoder\.layer\.(\d+)\.")))
+        state = join_names(state, hf_names(_count(state, r"encoder\.layer\.(\d+)\.")))
     state = {name.removeprefix("model."): value for name, value in state.items()}  # our timm adapter's prefix
     if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
         return vit_arguments(state, where, num_heads), state
     if "cls_attn_blocks.0.norm1.weight" in state and "cls_token" in state:
-        state = split(state, xcit_names(state))
+        state = split_names(state, xcit_names(state))
         width, depth = state["cls_token"].shape[-1], _count(state, r"blocks\.(\d+)\.")
         patch = 16 if "patch_embed.proj.6.0.weight" in state else 8
         arch = f"timm:xcit_{_XCIT_SIZES.get(width, width)}_{depth}_p{patch}_224"
@@ -113,7 +115,9 @@ def recognize(state: State, where: str, num_heads: int | None = None) -> tuple[d
         blocks = sum(_count(state, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
         arch = f"timm:resnet{_RESNETS.get(('layer1.0.conv3.weight' in state, blocks), f' of {blocks} blocks')}"
     else:
-        raise ValueError(f"{where} holds no ViT, XCiT or ResNet backbone: its {len(state)} keys are {first(state)}.")
+        raise ValueError(
+            f"{where} holds no ViT, XCiT or ResNet backbone: its {len(state)} keys are {list_first(state)}."
+        )
     return {"arch": arch}, {f"model.{name}": value for name, value in state.items()}
 
 
@@ -141,7 +145,7 @@ def vit_arguments(state: State, where: str, num_heads: int | None) -> dict[str, 
     }
 
 
-def full_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
+def fill_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `create` with a ViT's width, depth and heads filled in where they are its architecture's own."""
     own = zip(("width", "depth", "num_heads"), SIZES.get(arguments["arch"], ()), strict=False)
     return arguments | {name: arguments.get(name) or value for name, value in own}
@@ -150,7 +154,7 @@ def full_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
 def to_reference(state: State) -> State:
     """Our backbone's state with the keys of the reference (its ViT, the XCiT of its hub, torchvision's ResNet)."""
     state = to_timm(state)
-    return join(state, xcit_names(state))
+    return join_names(state, xcit_names(state))
 
 
 def to_timm(state: State) -> State:
@@ -158,10 +162,10 @@ def to_timm(state: State) -> State:
 
 
 def to_hf(state: State) -> State:
-    return split(state, hf_names(_count(state, r"blocks\.(\d+)\.")))
+    return split_names(state, hf_names(_count(state, r"blocks\.(\d+)\.")))
 
 
-def network(state: State) -> tuple[State, State, list[str]]:
+def split_network(state: State) -> tuple[State, State, list[str]]:
     """One network of the reference, whatever wrapped it: its backbone, its head ({}: none), and what was left out.
 
     ``module.`` is DistributedDataParallel's, ``backbone.`` the multi-crop wrapper's, ``vit.`` that of Hugging Face's
@@ -177,7 +181,7 @@ def network(state: State) -> tuple[State, State, list[str]]:
     return {name: value for name, value in backbone.items() if name not in TOLERATED}, head, left_out
 
 
-def head_options(head: State) -> dict[str, Any]:
+def infer_head(head: State) -> dict[str, Any]:
     """The sizes of a projection head by the names of `dino.options.train.HeadOptions`."""
     layers = [value for name, value in head.items() if re.fullmatch(r"mlp\.(\d+\.)?weight", name) and value.ndim == 2]
     out_dim, bottleneck_dim = head["last_layer.weight_v"].shape
@@ -191,7 +195,7 @@ def head_options(head: State) -> dict[str, Any]:
     }
 
 
-def first(names: Collection[str]) -> str:
+def list_first(names: Collection[str]) -> str:
     """A few of the names, for messages."""
     return ", ".join([*sorted(names)[:3], *(["..."] if len(names) > 3 else [])]) or "none"
 

@@ -30,7 +30,7 @@ _HARMLESS: list[Any] = [
 ]
 
 
-def read(path: str | os.PathLike[str]) -> Any:
+def load_pickle(path: str | os.PathLike[str]) -> Any:
     """What `torch.save` wrote to `path`, on the CPU.
 
     Raises:
@@ -64,7 +64,7 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module_name, global_name)
 
 
-def read_plain(path: str | os.PathLike[str]) -> Any:
+def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
     """What `pickle.dump` wrote to `path`, if that is dicts, lists, strings, numbers and NumPy arrays.
 
     Raises:

@@ -73,7 +73,7 @@ RELEASES: dict[str, Release] = {
 }
 
 
-def find(name: str) -> tuple[str, str] | None:
+def find_release(name: str) -> tuple[str, str] | None:
     """Release and part that `name` stands for, e.g. 'dino_vits16', 'vits16', 'vits16:full', 'vits16:linear'."""
     release, _, part = name.partition(":")
     release = release if release.startswith("dino_") else f"dino_{release}"
@@ -86,20 +86,20 @@ def find(name: str) -> tuple[str, str] | None:
     return release, part
 
 
-def cached(release: str, part: str) -> Path | None:
+def find_cached(release: str, part: str) -> Path | None:
     """The downloaded file, unchecked."""
     path = cache_folder() / Path(RELEASES[release].files[part]).name
     return path if path.is_file() else None
 
 
-def fetch(name: str, offline: bool = False) -> Path:
+def fetch_release(name: str, offline: bool = False) -> Path:
     """The file of a release, from the cache or else downloaded; an interrupted download is continued where it stopped.
 
     Raises:
         ValueError: no such release.
         DownloadError: `offline` (or $DINO_OFFLINE=1) and not cached, no network, or damaged on the way or since.
     """
-    found = find(name)
+    found = find_release(name)
     if found is None:
         raise errors.unknown("release", name, RELEASES)
     release, part = found
@@ -183,13 +183,13 @@ def models_command(options: ModelsOptions) -> None:
     from rich.table import Table
 
     if options.name:
-        print(fetch(options.name, options.offline))
+        print(fetch_release(options.name, options.offline))
         return
     table = Table(title=f"Releases of the reference ({LICENSE}, {BASE})", title_justify="left")
     for name in ("name", "architecture", "MB", "k-NN", "linear", "license", "parts (* cached)"):
         table.add_column(name, justify="right" if name in ("MB", "k-NN", "linear") else "left", no_wrap=True)
     for name, release in RELEASES.items():
-        parts = " ".join(part + "*" * (cached(name, part) is not None) for part in release.files)
+        parts = " ".join(part + "*" * (find_cached(name, part) is not None) for part in release.files)
         figures = (f"{value:.1f}" if value is not None else "" for value in (release.knn, release.linear))
         table.add_row(name, release.arch, str(release.megabytes), *figures, LICENSE, parts)
     Console(width=None if os.isatty(1) else 120).print(table)
