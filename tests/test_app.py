@@ -24,7 +24,7 @@ from dino import weights
 from dino.cli import main
 
 gradio = pytest.importorskip("gradio")
-from dino.app.explorer import (
+from dino.app.explorer import (  # noqa: E402
     Explorer,
     find_newest_run,
 )

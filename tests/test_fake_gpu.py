@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import TINY
+from dino.data import device_render
 from dino.data.device_decode import Jpeg
 from dino.data.device_render import LARGEST, DeviceRenderer, pack
 from dino.data.loader import ViewBatches
-from dino.engine import parallel
+from dino.engine import parallel, train
 from dino.engine.build import build_method
 from dino.engine.train import Trainer
 from dino.options import replace
@@ -117,7 +118,7 @@ def with_trainer(changes: dict[str, Any], work: Any) -> Any:
     options = resolve(replace(TrainOptions(), TINY | wanted | changes), len(source), 50, on_gpu=True, cores=0)
     batches = ViewBatches(source, options.views, pack, len(source), options.seed)
     batch, method = batches[0], build_method(options)
-    build_method = lambda _: method  # its initial weights are numbers, which fake tensors have not
+    train.build_method = lambda _: method  # its initial weights are numbers, which fake tensors have not
     without_backward(method.student)
     with tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=True):
         terminal, renderer = Terminal(False), DeviceRenderer(GPU)
@@ -154,7 +155,7 @@ def rendering_of_files() -> str:
         assert all(piece.device.type == "cpu" for piece in data)  # as TorchCodec asks
         return [torch.empty(3, *shape, dtype=torch.uint8, device=device) for shape in shapes]
 
-    decode_jpegs = decoded
+    device_render.decode_jpegs = decoded
     source, jpeg = Pictures(), Jpeg(b"\xff\xd8\xff\xd9", (40, 50, 3))
     images = [jpeg, source.read(1), source.read(2), jpeg]
     options = replace(TrainOptions(), TINY).views
