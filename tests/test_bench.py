@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import json
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from conftest import draw_images, run_dino, tiny_flags
-from dino.bench import advise, measure_seconds, measure_step, watch_functions
+from dino.bench import advise, measure_parts, measure_seconds, measure_step
 from dino.options.commands import BenchOptions
 from test_memory import trainer
 
@@ -110,7 +111,7 @@ def test_fewer_images_come_in_parts_of_the_same_size(images, tmp_path):
     """Else a step in parts would be measured with parts of an image or two, which no run has."""
     subject = trainer(images, tmp_path, accumulate=3, optim__warmup_epochs=1.0, method__teacher_temp_epochs=1.0)
     assert measure_step(subject, 1e-6)["images_measured"] == 2
-    assert subject.split.parts == 1
+    assert subject.training_step.split.parts == 1
 
 
 def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
@@ -133,20 +134,17 @@ def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
     assert "from 1 worker where" in asked(50.0, data__num_workers=1)
 
 
-def test_watched_functions_are_timed_and_put_back():
-    class Thing:
-        def wait(self, duration: float) -> float:
-            time.sleep(duration)
-            return duration
-
-    thing = Thing()
-    with watch_functions(torch.device("cpu"), wait=(thing, "wait")) as spent:
-        assert thing.wait(0.02) == 0.02
-        assert thing.wait(duration=0.02) == 0.02
-    assert 0.04 <= spent["wait"] < 0.5
-    thing.wait(0.01)
-    assert 0.04 <= spent["wait"] < 0.05 + 0.5
-    assert set(spent) == {"wait"}
+def test_parts_of_a_step_are_timed_and_then_no_longer(images, tmp_path):
+    subject = trainer(images, tmp_path)
+    parts, step = measure_parts(subject, subject.batches[0]), subject.training_step
+    assert list(parts) == ["normalize", "teacher", "student", "backward", "optimizer", "EMA", "other"]
+    assert min(parts.values()) >= 0
+    assert parts["backward"] > parts["EMA"] > 0
+    assert step.time is contextlib.nullcontext
+    step.compute_gradients = None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError):
+        measure_parts(subject, subject.batches[0])
+    assert step.time is contextlib.nullcontext
 
 
 def test_turns_alternate_and_ratios_are_of_pairs():

@@ -25,12 +25,12 @@ for rate, recompute in ((0.0, "nothing"), (0.3, "nothing"), (0.0, "elementwise")
     counters.clear()
     for step in range(3):
         groups = [torch.randn(8, 3, 32, 32), torch.randn(12, 3, 16, 16)]
-        draws = [torch.rand(4, 8), torch.rand(4, 12)]
+        noise = [torch.rand(4, 8), torch.rand(4, 12)]
         found = []
         for method in (plain, compiled):
             method.zero_grad()
-            taught = method.teach(groups[0], 0.04)
-            loss = method.learn(method.student(groups, draws if rate else None), taught)
+            targets, _ = method.teacher_targets(groups[0], 0.04)
+            loss = method.student_loss(method.student(groups, noise if rate else None), targets)
             loss.backward()
             found.append([loss, *(p.grad for p in method.student.parameters() if p.grad is not None)])
             method.update_teacher(0.9)

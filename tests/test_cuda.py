@@ -109,7 +109,7 @@ def test_steps_between_logs_wait_for_nothing(tmp_path, monkeypatch):
     """With CUDA's sync-debug mode on, a step that reads anything back from the device is an error."""
     images = draw_images(tmp_path / "images")
     options = replace(TrainOptions(), TINY | {"device": "cuda", "data.num_workers": 2, "log.every": 100})
-    plain = Trainer._train_step
+    plain = Trainer.take_step
 
     def watched(self, batch):
         if self.step < 2:  # allocations and choices of kernels
@@ -120,7 +120,7 @@ def test_steps_between_logs_wait_for_nothing(tmp_path, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Trainer, "_train_step", watched)
+    monkeypatch.setattr(Trainer, "take_step", watched)
     dino.train(options, data=str(images), out=str(tmp_path / "run"))
 
 

@@ -132,17 +132,19 @@ def one_step(changes: dict[str, Any], planted: Any = None) -> str:
     def work(subject: Trainer, batch: Any) -> str:
         method, seen = subject.method, set()
         if planted is not None:
-            plain = method.learn
-            method.learn = lambda *arguments: planted(plain(*arguments), method.center.value)
+            plain = method.student_loss
+            method.student_loss = lambda *arguments: planted(plain(*arguments), method.center.value)
         linear = next(m for m in method.student.modules() if isinstance(m, nn.Linear))
         linear.register_forward_hook(lambda _, given, made: seen.add(made.dtype))
         for _ in range(2):  # before and after the prototypes are set free
-            logged = subject._train_step(batch)
+            logged = subject.take_step(batch)
             subject.step += subject.plan.steps_per_epoch
         devices = {value.device for value in [*logged.values(), *method.state_dict().values()]}
         if devices != {GPU}:
             return f"tensors on {devices}"
-        expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[subject.precision]
+        expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            subject.training_step.precision
+        ]
         return "" if seen == {expected} else f"computed in {seen}"
 
     return with_trainer(changes, work)

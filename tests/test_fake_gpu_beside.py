@@ -117,9 +117,9 @@ EVALUATIONS: dict[str, Any] = {
 
 
 TRAINERS: dict[str, Any] = {
-    "fit": lambda trainer, batch: fit.fit_memory(trainer, 10**12),
+    "fit": lambda trainer, batch: fit.fit_memory(trainer.training_step, trainer.options, 6, 10**12),
     "center": lambda trainer, batch: init.estimate_center(trainer, trainer.batches),
-    "bench": lambda trainer, batch: bench.step_parts(trainer, batch),
+    "bench": lambda trainer, batch: bench.measure_parts(trainer, batch),
 }
 PLANTED: dict[str, tuple[str, Any]] = {
     "labels left on the CPU": (

@@ -45,19 +45,19 @@ def test_a_step_is_the_plain_one(tmp_path, monkeypatch, device, precision, split
     options = replace(TrainOptions(), TINY | wanted)
     trainer = Trainer(options, tmp_path, source, view_batches(options, source, where), where, Terminal(False))
     # The narrow head's gradients are large before its norm: the usual scale is for wide ones.
-    trainer.scaler = torch.amp.GradScaler(device, init_scale=16.0, enabled=precision == "fp16")
-    plain = Side(plain_copy(trainer.method).double(), trainer.optimizer, where, "fp32")
+    trainer.training_step.scaler = torch.amp.GradScaler(device, init_scale=16.0, enabled=precision == "fp16")
+    plain = Side(plain_copy(trainer.method).double(), trainer.training_step.optimizer, where, "fp32")
     torch.manual_seed(1)
     groups = [torch.randn(v * 6, 3, s, s) for v, s in ((2, 32), (4, 16))]
-    draws = trainer._draws(0)
-    assert (draws is None) == (drop_path == 0)
+    noise = trainer.draw_noise(0)
+    assert (noise is None) == (drop_path == 0)
 
-    whole = None if draws is None else [group.flatten(1) for group in draws]
+    whole = None if noise is None else [group.flatten(1) for group in noise]
     exact = plain_loss(plain, [group.to(where).double() for group in groups], whole)
     exact.backward()
-    trainer.split_steps(split)
-    loss, _ = trainer.gradients([group.to(where) for group in groups], 0.04, draws)
-    trainer.scaler.unscale_(trainer.optimizer)
+    trainer.training_step.set_split(split)
+    loss, _ = trainer.training_step.compute_gradients([group.to(where) for group in groups], 0.04, noise)
+    trainer.training_step.scaler.unscale_(trainer.training_step.optimizer)
 
     ours, theirs = (
         torch.cat([p.grad.double().flatten() for _, p in sorted(student.named_parameters()) if p.grad is not None])

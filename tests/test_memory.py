@@ -48,11 +48,11 @@ def views(subject: Trainer) -> list[torch.Tensor]:
 
 
 def state_and_gradients(subject: Trainer, split: Split) -> tuple[float, dict[str, torch.Tensor]]:
-    subject.split_steps(split)
-    subject.optimizer.zero_grad()
-    loss, signs = subject.gradients(views(subject), 0.05, subject._draws(0))
+    subject.training_step.set_split(split)
+    subject.training_step.optimizer.zero_grad()
+    loss, metrics = subject.training_step.compute_gradients(views(subject), 0.05, subject.draw_noise(0))
     found = {f"grad {n}": p.grad for n, p in subject.method.student.named_parameters() if p.grad is not None}
-    return loss.item(), found | {f"after {n}": b.clone() for n, b in subject.method.named_buffers()} | signs
+    return loss.item(), found | {f"after {n}": b.clone() for n, b in subject.method.named_buffers()} | metrics
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -90,14 +90,14 @@ def test_views_of_one_size_are_still_global_and_local(images, tmp_path):
     subject = trainer(
         images, tmp_path, views__global_size=32, views__local_size=32, views__num_local=3, model__drop_path=0.0
     )
-    groups = subject.views_of(subject.batches[0])
+    groups = subject.render_views(subject.batches[0])
     assert [tuple(group.shape) for group in groups] == [(2 * 6, 3, 32, 32), (3 * 6, 3, 32, 32)]
 
     with torch.no_grad():
         targets = (subject.method.teacher(groups[:1]) / 0.05).softmax(-1).chunk(2)  # the center is still zero
         scores = (torch.cat([subject.method.student([group]) for group in groups]) / 0.1).log_softmax(-1).chunk(5)
     pairs = [-(t * s).sum(-1).mean() for i, t in enumerate(targets) for j, s in enumerate(scores) if i != j]
-    loss, _ = subject.gradients(groups, 0.05)
+    loss, _ = subject.training_step.compute_gradients(groups, 0.05)
     torch.testing.assert_close(loss, torch.stack(pairs).mean())
 
 
@@ -106,10 +106,10 @@ def test_recomputed_blocks_drop_the_same_samples(images, tmp_path):
     found = []
     for recompute in ("nothing", "elementwise", "blocks"):
         subject = trainer(images, tmp_path, model__drop_path=0.5, model__depth=4)
-        subject.split_steps(Split(1, recompute))
+        subject.training_step.set_split(Split(1, recompute))
         groups = views(subject)
         torch.manual_seed(0)
-        subject.gradients(groups, 0.05)
+        subject.training_step.compute_gradients(groups, 0.05)
         found.append([p.grad for p in subject.method.student.parameters() if p.grad is not None])
     for a, b, c in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
@@ -230,8 +230,8 @@ def test_fit_leaves_the_run_as_it_was(images, tmp_path):
     """The trial moves neither center nor weights, and what it chooses is less than the whole step."""
     subject = trainer(images, tmp_path, model__depth=8)
     before = {k: v.clone() for k, v in subject.method.state_dict().items()}
-    _, whole = fit.fit_memory(subject, 10**12)
-    assert subject.split == Split()
+    _, whole = fit.fit_memory(subject.training_step, subject.options, 6, 10**12)
+    assert subject.training_step.split == Split()
     for key, value in subject.method.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=key)
     assert all(p.grad is None for p in subject.method.student.parameters())

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from conftest import golden_images, load_golden_weights
 from dino.engine import optim
-from dino.method import DINO, Center, Network, cross_entropy, sharpen
+from dino.engine.step import Rates, TrainingStep
+from dino.method import CENTERING, DINO, Center, CrossEntropy, Network, cross_entropy, sharpen
 from dino.models import Head, VisionTransformer
 from dino.options.train import OptimOptions
 from dino.schedules import cosine, linear_then_constant, warmup_cosine
@@ -37,7 +38,7 @@ def test_loss_center_and_gradient_match_reference(golden):
         assert temp == pytest.approx(float(expected["teacher_temp"][i]) if expected["teacher_temp"].size > 5 else temp)
         student = (3 * golden_images(100 + i, 24, 256)).requires_grad_()
         teacher = 3 * golden_images(200 + i, 8, 256)
-        probs, _ = sharpen(teacher, center.value, temp)
+        probs = sharpen(teacher, center.value, temp).exp()
         loss = cross_entropy(student.unflatten(0, (6, 4)), probs.unflatten(0, (2, 4)), 0.1)
         center.update(teacher)
         loss.backward()
@@ -62,7 +63,7 @@ def test_one_log_sum_exp_per_view_is_the_sum_over_pairs(views, images, k, temp, 
 def test_entropy_and_kl_add_up_to_the_loss():
     torch.manual_seed(0)
     student, teacher = torch.randn(5, 3, 20), torch.randn(6, 20)
-    probs, entropy = sharpen(teacher, torch.zeros(20), 0.5)
+    probs, metrics = CrossEntropy().make_targets(teacher, torch.zeros(20), 0.5, CENTERING)
     targets = probs.unflatten(0, (2, 3))
     kl = [
         (targets[q] * (targets[q].log() - (student[v] / 0.1).log_softmax(-1))).sum(-1).mean()
@@ -70,43 +71,46 @@ def test_entropy_and_kl_add_up_to_the_loss():
         for v in range(5)
         if v != q
     ]
-    expected = entropy.mean() + sum(kl) / len(kl)
+    expected = metrics["teacher_entropy"] + sum(kl) / len(kl)
     torch.testing.assert_close(cross_entropy(student, targets, 0.1), expected)
 
 
-def make_trace_model(prototypes: int = 512, **variant: Any) -> DINO:
+def make_trace_model(prototypes: int = 512) -> DINO:
     def network() -> Network:
         backbone = VisionTransformer(image_size=64, patch_size=8, dim=96, depth=3, num_heads=3)
         return Network(backbone, Head(96, prototypes, hidden_dim=128, bottleneck_dim=64))
 
     student = network()
     load_golden_weights(student)
-    return DINO(student, network(), **variant)
+    return DINO(student, network())
+
+
+def make_step(method: DINO, name: Any = "adamw") -> TrainingStep:
+    return TrainingStep(method, optim.create_optimizer(OptimOptions(name=name), method.student), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("name", "lr"), [("adamw", 2e-3), ("sgd", 0.1)])
 def test_thirty_steps_match_reference(golden, name, lr):
-    """Loss, gradient norm and center of every step, and all parameters at the end, within 1e-4."""
+    """The step that trains: loss, gradient norm and center of every step, and all parameters at the end, within 1e-4."""
     expected, total, per_epoch = golden(f"trace_{name}_norm1"), 30, 10
     method = make_trace_model()
-    optimizer = optim.create_optimizer(OptimOptions(name=name), method.student)
+    train = make_step(method, name)
     found: dict[str, list[float]] = {"loss": [], "grad_norm": [], "center_norm": []}
     for step in range(total):
-        optim.set_rates(optimizer, warmup_cosine(step, total, lr, 1e-6, per_epoch), cosine(step, total, 0.04, 0.4))
         groups = [
             torch.cat([golden_images(1000 * step + c, 8, 3, 64, 64) for c in range(2)]),
             torch.cat([golden_images(1000 * step + 10 + c, 8, 3, 32, 32) for c in range(4)]),
         ]
-        result = method(groups, linear_then_constant(step // per_epoch, 0.04, 0.07, 2))
-        optimizer.zero_grad()
-        result.loss.backward()
-        found["loss"].append(result.loss.item())
-        found["grad_norm"].append(optim.clip_per_parameter_(method.student.parameters(), 3.0).item())
-        if step < per_epoch:
-            method.cancel_last_layer_gradients()
-        optimizer.step()
-        method.update_teacher(cosine(step, total, 0.99, 1.0))
-        found["center_norm"].append(result.signs["center_norm"].item())
+        rates = Rates(
+            warmup_cosine(step, total, lr, 1e-6, per_epoch),
+            cosine(step, total, 0.04, 0.4),
+            cosine(step, total, 0.99, 1.0),
+            linear_then_constant(step // per_epoch, 0.04, 0.07, 2),
+            freeze_last_layer=step < per_epoch,
+        )
+        metrics = train(groups, rates)
+        for key, values in found.items():
+            values.append(metrics[key].item())
     for key, values in found.items():
         np.testing.assert_allclose(values, expected[key], rtol=1e-4, err_msg=key)
     for key, network in (("student", method.student), ("teacher", method.teacher)):
@@ -125,7 +129,7 @@ def test_gradients_against_float64():
     for dtype in (torch.float64, torch.float32):
         method.to(dtype).zero_grad()
         method.center.value.zero_()  # the forward pass of the other precision moved it
-        method([g.to(dtype) for g in groups], 0.04).loss.backward()
+        make_step(method).compute_gradients([g.to(dtype) for g in groups], 0.04)
         grads[dtype] = {n: p.grad.double() for n, p in method.student.named_parameters() if p.grad is not None}
     assert len(grads[torch.float32]) == sum(p.requires_grad for p in method.student.parameters())
     for name, exact in grads[torch.float64].items():
@@ -135,7 +139,7 @@ def test_gradients_against_float64():
 
 def test_teacher_gets_no_gradient_and_starts_as_the_student():
     method = make_trace_model(64)
-    method([torch.randn(4, 3, 64, 64)], 0.04).loss.backward()
+    make_step(method).compute_gradients([torch.randn(4, 3, 64, 64)], 0.04)
     assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
     shared = {p.data_ptr() for p in method.student.parameters()} & {p.data_ptr() for p in method.teacher.parameters()}
     assert not shared

@@ -17,12 +17,11 @@ from dino import variants
 from dino.data.loader import ViewBatches
 from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
-from dino.engine import parallel
+from dino.engine.step import Rates, TrainingStep
 from dino.method import DINO, Network
 from dino.models import Head, VisionTransformer, create
 from dino.options import replace
 from dino.options.train import TrainOptions, ViewOptions
-from dino.variants import feature_spread
 
 VARIANTS = {
     "dino": {},
@@ -33,9 +32,9 @@ VARIANTS = {
     "byol": {"loss": "mse", "targets": "none", "predictor": True, "prototypes": False},
     "mocov2": {"loss": "infonce", "targets": "none", "queue_size": 48, "prototypes": False},
     "predictor": {"predictor": True},
-    "swav": {"targets": "sinkhorn", "teacher_is": "student"},
-    "previous-iteration": {"teacher_is": "previous-iteration"},
-    "previous-epoch": {"teacher_is": "previous-epoch"},
+    "swav": {"targets": "sinkhorn", "follow": "student"},
+    "previous-iteration": {"follow": "previous-iteration"},
+    "previous-epoch": {"follow": "previous-epoch"},
 }
 
 
@@ -54,7 +53,7 @@ def build(name: str = "dino", dtype: torch.dtype = torch.float64) -> DINO:
         head = Head(24, 32, hidden_dim=24, bottleneck_dim=12, prototypes=prototypes, predictor=predictor)
         return Network(backbone, head)
 
-    method = DINO(network(predictor), network(False), **changes).to(dtype)
+    method = variants.combine(network(predictor), network(False), **changes).to(dtype)
     # Fresh linear layers are so small that all outputs are alike; larger ones make every term of a loss matter.
     with torch.no_grad():
         for network_ in (method.student, method.teacher):
@@ -62,6 +61,11 @@ def build(name: str = "dino", dtype: torch.dtype = torch.float64) -> DINO:
                 if parameter.requires_grad or network_ is method.teacher:
                     parameter.add_(0.2 * double(index, *parameter.shape).to(dtype))
     return method
+
+
+def make_step(method: DINO) -> TrainingStep:
+    optimizer = torch.optim.SGD(method.student.parameters(), 0.1)
+    return TrainingStep(method, optimizer, torch.device("cpu"), clip_grad=0.0)
 
 
 def views(step: int, images: int = 8) -> list[torch.Tensor]:
@@ -138,7 +142,7 @@ def test_info_nce_is_a_cross_entropy_over_positive_and_negatives(v, n, temp, see
 
 def test_negatives_replace_the_oldest_and_wrap():
     torch.manual_seed(0)
-    queue = variants.Negatives(5, 4)
+    queue = variants.InfoNce(0.1, 5, 4)
     start = queue.values.clone()
     torch.testing.assert_close(start.norm(dim=1), torch.ones(5))
     keys = torch.randn(9, 4)
@@ -150,8 +154,8 @@ def test_negatives_replace_the_oldest_and_wrap():
 
 
 def test_spread_is_0_for_a_point_and_1_for_the_sphere():
-    assert feature_spread(torch.ones(10, 8)).item() == pytest.approx(0, abs=1e-6)
-    assert feature_spread(double(0, 4000, 16)).item() == pytest.approx(1, abs=0.02)
+    assert variants.feature_spread(torch.ones(10, 8)).item() == pytest.approx(0, abs=1e-6)
+    assert variants.feature_spread(double(0, 4000, 16)).item() == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["mse", "byol", "mocov2", "sinkhorn", "softmax-batch", "none", "predictor"])
@@ -159,7 +163,7 @@ def test_the_loss_of_a_step_is_its_formula_in_float64(name):
     """The whole forward pass against the networks' outputs put through the plain formulas."""
     method, groups = build(name), [g.flatten(0, 1) for g in views(0)]
     teacher, student = method.teacher(groups[:1]), method.student(groups).unflatten(0, (5, 8))
-    negatives = method.negatives.values.clone() if name == "mocov2" else None
+    negatives = method.loss.values.clone() if name == "mocov2" else None
     temp = 0.2
     if name in ("mse", "byol"):
         s, t = F.normalize(student, dim=-1), F.normalize(teacher.unflatten(0, (2, 8)), dim=-1)
@@ -174,20 +178,20 @@ def test_the_loss_of_a_step_is_its_formula_in_float64(name):
         probs = probs.unflatten(0, (2, 8))
         terms = [-(probs[q] * (student[v] / 0.1).log_softmax(-1)).sum(-1).mean() for q, v in pairs(5)]
         expected = torch.stack(terms).mean()
-    step = method(groups, temp)
-    torch.testing.assert_close(step.loss, expected)
-    assert all(value.isfinite() for value in step.signs.values())
+    loss, metrics = make_step(method).compute_gradients(groups, temp)
+    torch.testing.assert_close(loss, expected.detach())
+    assert all(value.isfinite() for value in metrics.values())
 
 
 def test_centering_moves_the_targets_of_mse_too():
     method, groups = build("mse"), [g.flatten(0, 1) for g in views(0)]
-    method(groups, 0.1)
+    make_step(method).compute_gradients(groups, 0.1)
     center = method.center.value.clone()
     torch.testing.assert_close(center, 0.1 * method.teacher(groups[:1]).mean(dim=0))
     s = F.normalize(method.student(groups).unflatten(0, (5, 8)), dim=-1)
     t = F.normalize((method.teacher(groups[:1]) - center).unflatten(0, (2, 8)), dim=-1)
     expected = torch.stack([(t[q] - s[v]).pow(2).sum(-1).mean() for q, v in pairs(5)]).mean()
-    torch.testing.assert_close(method(groups, 0.1).loss, expected)
+    torch.testing.assert_close(make_step(method).compute_gradients(groups, 0.1)[0], expected.detach())
 
 
 # ---------------------------------------------------------------------------------------------------- teachers
@@ -204,7 +208,7 @@ def test_centering_moves_the_targets_of_mse_too():
 def test_the_teacher_is_the_student_of_then(name, expected):
     """The student's parameters are set to the number of steps done; epochs have three steps."""
     method = build(name)
-    for network in (method.student, method.teacher, *([method.previous] if hasattr(method, "previous") else [])):
+    for network in (method.student, method.teacher, method.follow):
         for p in network.parameters():
             p.data.zero_()
     found = []
@@ -312,19 +316,13 @@ def test_what_makes_no_sense_together_is_refused_with_a_reason(changes, words):
 def train(name: str, rank: int, ranks: int) -> list[float]:
     """Four steps of plain gradient descent on this rank's share of each batch; all numbers of the end."""
     method = build(name)
-    forward, optimizer = (
-        parallel.distribute(method, torch.device("cpu")),
-        torch.optim.SGD(method.student.parameters(), 0.1),
-    )
+    step_of = make_step(method)
+    step_of.distribute()
     share = 8 // ranks
     numbers: list[float] = []
     for step in range(4):
         groups = [g[:, rank * share : (rank + 1) * share].flatten(0, 1) for g in views(step)]
-        result = forward(groups, 0.1)
-        optimizer.zero_grad()
-        result.loss.backward()
-        optimizer.step()
-        method.update_teacher(0.9, epoch_ends=step % 2 == 1)
+        step_of(groups, Rates(0.1, 0.0, 0.9, 0.1, epoch_ends=step % 2 == 1))
     for network in (method.student, method.teacher):
         numbers += [value.norm().item() for value in network.parameters()]
     return [*numbers, method.center.value.norm().item()]

@@ -1,7 +1,7 @@
 """`dino bench`: what each part of training costs on these images and this machine, and which option helps most.
 
-The steps measured are the trainer's own: its parts are timed from outside, in turns with steps left alone and with
-matrix products, the machine's limit. Nothing is kept but, if asked for, a JSON file.
+The steps measured are the trainer's own, in turns with steps whose parts are timed and with matrix products, the
+machine's limit. Nothing is kept but, if asked for, a JSON file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dino import distributed, run
 from dino.data.decode import BadImage
 from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.views import draw_views
-from dino.engine import optim, parallel, train
+from dino.engine import parallel
 from dino.engine.train import Trainer
 from dino.machine import count_spare_cores, name_device
 from dino.options import replace, required
@@ -43,12 +43,16 @@ ONCE = ("optimizer", "EMA")  # cost the same however many images a step has
 
 def measure_seconds(work: Callable[[], object], device: torch.device) -> float:
     """Wall time of `work`, with everything that it starts on the device finished."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    wait_for(device)
     started = time.perf_counter()
     work()
-    wait()
+    wait_for(device)
     return time.perf_counter() - started
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32, edge: int | None = None) -> float:
@@ -61,53 +65,28 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32
     return 2 * edge**3 * count / measure_seconds(lambda: [square @ square for _ in range(count)], device)
 
 
-@contextlib.contextmanager
-def watch_functions(device: torch.device, **functions: tuple[Any, str]) -> Iterator[dict[str, float]]:
-    """Seconds spent in each function, by the name given: `name=(owner, attribute)`."""
+def measure_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """Seconds of each part of one step, with everything that a part starts on the device finished."""
     spent: dict[str, float] = defaultdict(float)
-    before = {name: getattr(owner, attribute) for name, (owner, attribute) in functions.items()}
 
-    def watch(name: str) -> Callable[..., Any]:
-        def timed(*arguments: Any, **named: Any) -> Any:
-            result: list[Any] = []
-            spent[name] += measure_seconds(lambda: result.append(before[name](*arguments, **named)), device)
-            return result[0]
+    @contextlib.contextmanager
+    def time_part(name: str) -> Iterator[None]:
+        wait_for(trainer.device)
+        started = time.perf_counter()
+        yield
+        wait_for(trainer.device)
+        spent[name] += time.perf_counter() - started
 
-        return timed
-
+    step = trainer.training_step
+    plain, step.time = step.time, time_part
     try:
-        for name, (owner, attribute) in functions.items():
-            setattr(owner, attribute, watch(name))
-        yield spent
+        whole = measure_seconds(lambda: trainer.take_step(batch), trainer.device)
     finally:
-        for name, (owner, attribute) in functions.items():
-            setattr(owner, attribute, before[name])
-
-
-def step_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
-    """Seconds of each part of one step."""
-    method, device = trainer.method, trainer.device
-    functions: dict[str, tuple[Any, str]] = {
-        "whole": (trainer, "_train_step"),
-        "normalize": (train, "normalize"),
-        "gradients": (trainer, "gradients"),
-        "teacher": (method, "teach"),
-        "forward": (trainer, "student"),
-        "loss": (method, "learn"),
-        "clip": (optim, "clip_per_parameter_"),
-        "update": (trainer.optimizer, "step"),
-        "EMA": (method, "update_teacher"),
-    }
-    if trainer.render is not None:
-        functions["transfer, render"] = (trainer, "render")
-    with watch_functions(device, **functions) as t:
-        trainer._train_step(batch)
-    parts = {name: t[name] for name in ("transfer, render", "normalize", "teacher", "EMA") if name in t}
-    parts["student"] = t["forward"] + t["loss"]
-    parts["backward"] = t["gradients"] - t["teacher"] - parts["student"]
-    parts["optimizer"] = t["clip"] + t["update"]
-    parts["other"] = max(0.0, t["whole"] - sum(parts.values()))
-    return {name: parts[name] for name in STEP if name in parts}
+        step.time = plain
+    if trainer.render is None:  # the workers have done it
+        del spent["transfer, render"]
+    spent["other"] = max(0.0, whole - sum(spent.values()))
+    return {name: spent[name] for name in STEP if name in spent}
 
 
 def measure_data(batches: ViewBatches, workers: int, limit: float) -> dict[str, float]:
@@ -163,23 +142,24 @@ def measure_step(trainer: Trainer, limit: float) -> dict[str, Any]:
     images = size
     if device.type == "cpu":
         few = min(2, size)
-        trainer._train_step(of(few))
-        each = measure_seconds(lambda: trainer._train_step(of(few)), device) / few
+        trainer.take_step(of(few))
+        each = measure_seconds(lambda: trainer.take_step(of(few)), device) / few
         images = max(few, min(size, int(LONGEST_STEP * limit / each)))
-        fewer = max(1, round(trainer.split.parts * images / size))
-        trainer.split_steps(trainer.split._replace(parts=fewer))  # as large as those of the whole step
-    batch, dtype = of(images), parallel.DTYPES.get(trainer.precision, torch.float32)
+        split = trainer.training_step.split
+        fewer = max(1, round(split.parts * images / size))
+        trainer.training_step.set_split(split._replace(parts=fewer))  # as large as those of the whole step
+    batch, dtype = of(images), parallel.DTYPES.get(trainer.training_step.precision, torch.float32)
     with FlopCounterMode(display=False) as counter:
-        trainer._train_step(batch)
+        trainer.take_step(batch)
     if trainer.options.compile:
         parallel.compile_networks(trainer.method)
-        trainer._train_step(batch)
+        trainer.take_step(batch)
     several = 5 if device.type == "cuda" else 1  # a GPU works on one step while the next is prepared
     rates, wholes, parts, started = [], [], [], time.perf_counter()
     while len(parts) < 3 or (time.perf_counter() - started < STEPS * limit and len(parts) < 30):
         rates.append(measure_matrix_rate(device, dtype))
-        wholes.append(measure_seconds(lambda: [trainer._train_step(batch) for _ in range(several)], device) / several)
-        parts.append(step_parts(trainer, batch))
+        wholes.append(measure_seconds(lambda: [trainer.take_step(batch) for _ in range(several)], device) / several)
+        parts.append(measure_parts(trainer, batch))
     ms = {n: 1e3 * statistics.median(p[n] for p in parts) / (size if n in ONCE else images) for n in parts[0]}
     once = sum(ms[name] for name in ONCE)
     whole = max(1e3 * statistics.median(wholes) / images - once * (size - images) / images, 1e-6)
@@ -217,11 +197,11 @@ def advise(trainer: Trainer, data: dict[str, float], loader: float, step: dict[s
     found = f"The step is the bottleneck, most of it {slowest} ({100 * step['parts'][slowest] / total:.0f} %)"
     if fixed > 0.25:
         return f"The step is the bottleneck, {100 * fixed:.0f} % of it optimizer and EMA: use a larger --batch-size."
-    if trainer.device.type == "cuda" and trainer.precision == "fp32":
+    if trainer.device.type == "cuda" and trainer.training_step.precision == "fp32":
         return f"{found}, in full precision: use --precision bf16."
-    if trainer.device.type == "cpu" and trainer.precision == "bf16" and share < 0.3:
+    if trainer.device.type == "cpu" and trainer.training_step.precision == "bf16" and share < 0.3:
         return f"{found}, in bf16, which helps little here: use --precision fp32."
-    if trainer.split.recompute != "nothing":
+    if trainer.training_step.split.recompute != "nothing":
         return f"{found}, with activations computed twice: use --recompute nothing if memory allows."
     if trainer.device.type == "cuda" and share < 0.3:
         compiled = "" if options.compile else "--compile, or "
@@ -288,7 +268,7 @@ def bench(options: BenchOptions) -> None:
         "device": name_device(device),
         "torch": torch.__version__,
         "dino": __version__,
-        "precision": trainer.precision,
+        "precision": trainer.training_step.precision,
         "batch_size": batches.batch_size,
         "workers": workers,
         "data": shares(data),

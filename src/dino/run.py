@@ -109,8 +109,9 @@ def set_up(
     render = DeviceRenderer(device) if device.type == "cuda" else None
     trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, render)
     if resolved.fit is not None:
-        split, needed = distributed.gather(fit.fit_memory(trainer, parse_bytes(resolved.fit)))[0]
-        trainer.split_steps(split)
+        step, images = trainer.training_step, batches.batch_size // batches.world_size
+        split, needed = distributed.gather(fit.fit_memory(step, resolved, images, parse_bytes(resolved.fit)))[0]
+        step.set_split(split)
         terminal.say(describe_split(split, needed))
     if found is not None:
         terminal.say(init.initialize(trainer.method, found))

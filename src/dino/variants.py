@@ -1,8 +1,13 @@
-"""What the paper compares DINO with, each a small function (Tables 2, 7, 14 and 15): other targets, other losses.
+"""What the paper compares DINO with (Tables 2, 7, 14 and 15, Fig. 6): other targets, losses and teachers.
 
-Plain PyTorch, like `dino.method`, which calls these. Letters: n images, v views (the g global ones first), k
-prototypes, d width of projections, m negatives.
+Each is one small object and one entry in `TARGETS`, `LOSSES` or `TEACHERS`, under the name that its option has. Plain
+PyTorch, like `dino.method`. Letters: n images, v views (the g global ones first), k prototypes, d width of projections,
+m negatives.
 """
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +15,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino import distributed
+from dino.method import (
+    CENTERING,
+    DINO,
+    CrossEntropy,
+    Loss,
+    Metrics,
+    MovingAverage,
+    Network,
+    Targets,
+    move_parameters,
+    pair_products,
+    sharpen,
+)
+
+# --- targets -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def sinkhorn(scores: Float[Tensor, "b k"], temp: float, iterations: int = 3) -> Float[Tensor, "b k"]:
-    """Log-probabilities of targets that use all prototypes alike over the global batch (appendix D, from SwAV).
+    """Log-probabilities of targets that use all prototypes equally over the global batch (appendix D, from SwAV).
 
     Each iteration shares every prototype's weight among all samples of all ranks, then makes each sample sum to one.
     One iteration is the paper's "softmax over the batch". In the log domain, so that no temperature overflows.
@@ -30,6 +50,23 @@ def _logsumexp_over_ranks(logits: Float[Tensor, "b k"]) -> Float[Tensor, " k"]:
     """Over the samples of all ranks."""
     largest = distributed.max_(logits.amax(dim=0))
     return distributed.sum_((logits - largest).exp().sum(dim=0)).log() + largest
+
+
+TARGETS: dict[str, Targets] = {
+    "centering": CENTERING,
+    "none": Targets(sharpen, moves_center=False),  # the center stays zero
+    "softmax-batch": Targets(lambda scores, _, temp: sinkhorn(scores, temp, iterations=1), moves_center=False),
+    "sinkhorn": Targets(lambda scores, _, temp: sinkhorn(scores, temp), moves_center=False),
+}
+
+
+# --- losses --------------------------------------------------------------------------------------------------------
+
+
+def feature_spread(vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+    """Standard deviation of L2-normalized vectors times sqrt(d): 0 when all are the same, 1 when all over the sphere."""
+    unit = F.normalize(vectors.detach().float(), dim=-1)
+    return unit.std(dim=0).mean() * unit.shape[1] ** 0.5
 
 
 def squared_distance(student: Float[Tensor, "v n d"], teacher: Float[Tensor, "g n d"]) -> Float[Tensor, ""]:
@@ -56,36 +93,121 @@ def info_nce(
     return torch.cat(terms).mean()
 
 
-class Negatives(nn.Module):
-    """A queue of the teacher's latest projections of all ranks, L2-normalized: what MoCo contrasts with."""
+class SquaredDistance(nn.Module):
+    """BYOL's loss on the heads' outputs as vectors. Metric: `target_spread` (`feature_spread` of the teacher's)."""
+
+    def make_targets(self, scores: Tensor, center: Tensor, temp: float, targets: Targets) -> tuple[Tensor, Metrics]:
+        return scores - center, {"target_spread": feature_spread(scores)}
+
+    def forward(self, student_scores: Float[Tensor, "v n d"], targets: Float[Tensor, "g n d"]) -> Float[Tensor, ""]:
+        return squared_distance(student_scores, targets)
+
+
+class InfoNce(SquaredDistance):
+    """MoCo's loss: the positive against a queue of the teacher's latest projections of all ranks, L2-normalized.
+
+    Args:
+        temp: of the softmax.
+        size: negatives that the queue remembers; dim: width of the projections.
+    """
 
     values: Tensor
     oldest: Tensor
 
-    def __init__(self, size: int, dim: int):
+    def __init__(self, temp: float, size: int, dim: int):
         super().__init__()
+        self.temp = temp
         self.register_buffer("values", F.normalize(torch.randn(size, dim), dim=-1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
+        self.negatives = self.values  # of this step
+
+    def make_targets(self, scores: Tensor, center: Tensor, temp: float, targets: Targets) -> tuple[Tensor, Metrics]:
+        self.negatives = self.values.clone()  # a step does not contrast with its own projections
+        self.push(scores)
+        return super().make_targets(scores, center, temp, targets)
+
+    def forward(self, student_scores: Float[Tensor, "v n d"], targets: Float[Tensor, "g n d"]) -> Float[Tensor, ""]:
+        return info_nce(student_scores, targets, self.negatives, self.temp)
 
     @torch.no_grad()
     def push(self, keys: Float[Tensor, "b d"]) -> None:
         """Replace the oldest by `keys` and those of the other ranks."""
         keys = F.normalize(distributed.concatenate(keys), dim=-1)
-        assert len(keys) <= len(self.values), "dino.run.check compares the queue with the batch"
+        assert len(keys) <= len(self.values), "dino.run compares the queue with the batch"
         where = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.values)
         self.values[where] = keys.to(self.values.dtype)
         self.oldest.copy_((self.oldest + len(keys)) % len(self.values))
 
 
-def pair_products(student: Float[Tensor, "v n d"], teacher: Float[Tensor, "g n d"]) -> Float[Tensor, ""]:
-    """Sum of <teacher view q, student view v> over all images and all pairs of different views q != v."""
-    g, total = len(teacher), teacher.sum(dim=0)
-    matched = ((total - teacher) * student[:g]).sum()
-    return matched + (total * student[g:].sum(dim=0)).sum() if len(student) > g else matched
+class LossSizes(NamedTuple):
+    """What the losses are built from."""
+
+    student_temp: float = 0.1
+    queue_size: int = 65536
+    out_dim: int = 256
 
 
-@torch.no_grad()
-def feature_spread(vectors: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """Standard deviation of L2-normalized vectors times sqrt(d): 0 when all are the same, 1 when all over the sphere."""
-    unit = F.normalize(vectors.float(), dim=-1)
-    return unit.std(dim=0).mean() * unit.shape[1] ** 0.5
+LOSSES: dict[str, Callable[[LossSizes], Loss]] = {
+    "cross-entropy": lambda sizes: CrossEntropy(sizes.student_temp),
+    "mse": lambda _: SquaredDistance(),
+    "infonce": lambda sizes: InfoNce(sizes.student_temp, sizes.queue_size, sizes.out_dim),
+}
+
+
+# --- teachers ------------------------------------------------------------------------------------------------------
+
+
+class StudentCopy(nn.Module):
+    """The teacher is what the student is now."""
+
+    def forward(self, teacher: nn.Module, student: nn.Module, momentum: float, epoch_ends: bool) -> None:
+        move_parameters(teacher, student, 1.0)
+
+
+class PreviousEpoch(nn.Module):
+    """The teacher is what the student was when the last epoch ended."""
+
+    def forward(self, teacher: nn.Module, student: nn.Module, momentum: float, epoch_ends: bool) -> None:
+        if epoch_ends:
+            move_parameters(teacher, student, 1.0)
+
+
+class PreviousIteration(nn.Module):
+    """The teacher is what the student was one step ago."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.previous = copy.deepcopy(network).requires_grad_(False)
+
+    def forward(self, teacher: nn.Module, student: nn.Module, momentum: float, epoch_ends: bool) -> None:
+        move_parameters(teacher, self.previous, 1.0)
+        move_parameters(self.previous, student, 1.0)
+
+
+TEACHERS: dict[str, Callable[[Network], nn.Module]] = {
+    "momentum": lambda _: MovingAverage(),
+    "previous-epoch": lambda _: PreviousEpoch(),
+    "previous-iteration": PreviousIteration,
+    "student": lambda _: StudentCopy(),
+}
+
+
+def combine(
+    student: Network,
+    teacher: Network,
+    targets: str = "centering",
+    loss: str = "cross-entropy",
+    follow: str = "momentum",
+    student_temp: float = 0.1,
+    center_momentum: float = 0.9,
+    queue_size: int = 65536,
+) -> DINO:
+    """A method from the names of its parts: keys of `TARGETS`, `LOSSES` and `TEACHERS`.
+
+    Args:
+        queue_size: negatives that "infonce" remembers.
+    """
+    sizes = LossSizes(student_temp, queue_size, teacher.head.out_dim)
+    method = DINO(student, teacher, center_momentum, TARGETS[targets], LOSSES[loss](sizes))
+    method.follow = TEACHERS[follow](method.teacher)  # built last: it may copy the teacher as it starts
+    return method

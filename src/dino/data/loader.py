@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino.data.decode import BadImage
 from dino.data.sources import Source
-from dino.data.views import Views, draw_views, group_views
+from dino.data.views import Views, draw_views
 from dino.options.train import ViewOptions
 from dino.randomness import Stream, generator
 
@@ -74,20 +74,13 @@ class ViewBatches(Dataset[Batch]):
         """Positions in the source of this rank's samples at `step`."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.seed, epoch, len(self.source))
-        share = self.batch_size // self.world_size
-        start = batch * self.batch_size + self.rank * share
-        return order[start : start + share]
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size][self.share]
 
-    def draws(self, step: int, num: int) -> list[np.ndarray]:
-        """`num` uniform numbers in [0, 1) for each view of this rank's samples at `step`: float32 [num, v, n] by group.
-
-        For stochastic depth, which drops the same branches of the same views whatever the ranks and the parts of a step.
-        """
-        share = self.batch_size // self.world_size
-        shape = (num, len(self.sizes), self.batch_size)
-        drawn = generator(Stream.DEPTH, self.seed, 0, step).random(shape, np.float32)
-        own = drawn[:, :, self.rank * share : (self.rank + 1) * share]
-        return [own[:, group] for group in group_views(self.sizes)]
+    @property
+    def share(self) -> slice:
+        """This rank's part of the global batch."""
+        size = self.batch_size // self.world_size
+        return slice(self.rank * size, (self.rank + 1) * size)
 
     def __getitem__(self, step: int) -> Batch:
         return self._batch(step, self.read)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from dino import schedules
+from dino.engine.step import Rates
 from dino.method import DINO, Network
 from dino.models import Backbone, Head, ImageSizeError, create
 from dino.options import required
 from dino.options.train import TrainOptions, ViewOptions
+from dino.variants import combine
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class Plan:
         m = self.options.method
         epochs, end = math.ceil(required(m.teacher_temp_epochs)), required(m.teacher_temp)
         return schedules.linear_then_constant(step // self.steps_per_epoch, required(m.teacher_temp_start), end, epochs)
+
+    def rates(self, step: int) -> Rates:
+        return Rates(
+            self.lr(step),
+            self.weight_decay(step),
+            self.momentum(step),
+            self.teacher_temp(step),
+            freeze_last_layer=step < self.steps(self.options.optim.freeze_last_layer),
+            epoch_ends=(step + 1) % self.steps_per_epoch == 0,
+        )
 
 
 def model_arguments(options: TrainOptions) -> dict[str, Any]:
@@ -93,7 +105,8 @@ def build_method(options: TrainOptions) -> DINO:
         return Network(backbone, head)
 
     student, teacher = network(options.model.drop_path, h.norm_last_layer, h.predictor), network(0.0, True, False)
-    return DINO(student, teacher, m.student_temp, m.center_momentum, m.teacher, m.targets, m.loss, m.queue_size)
+    rules = (m.targets, m.loss, m.teacher)
+    return combine(student, teacher, *rules, m.student_temp, m.center_momentum, m.queue_size)
 
 
 def check_views(backbone: Backbone, views: ViewOptions) -> None:

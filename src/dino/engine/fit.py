@@ -1,4 +1,4 @@
-"""A step in parts: the same gradients in less memory (gradient accumulation, recomputed activations, `--fit`)."""
+"""`--fit`: how to compute a step within a given memory, from the tensors alive in a trial of a few images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import resource
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dino.engine import parallel
-from dino.engine.step import Split
-from dino.models import Backbone, Recompute
+from dino.engine.step import Split, TrainingStep
+from dino.models import Recompute
 from dino.options import required
-
-if TYPE_CHECKING:
-    from dino.engine.train import Trainer
+from dino.options.train import TrainOptions
 
 MARGIN = 1.1  # kernels' workspaces and fragmentation
 WORKSPACE = 34e6  # bytes that cuBLAS takes for the stream that renders
@@ -74,48 +72,45 @@ def measure_in_use(device: torch.device) -> int:
     return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
-def fit_memory(trainer: Trainer, limit: int) -> tuple[Split, float]:
-    """How to compute the steps of `trainer` within `limit` bytes, found by trying parts of a few images; and the bytes
-    that takes.
+def fit_memory(step: TrainingStep, options: TrainOptions, images: int, limit: int) -> tuple[Split, float]:
+    """How to compute `step` of `images` (of one rank) within `limit` bytes, found by trying parts of a few images; and
+    the bytes that takes.
 
     Raises:
         ValueError: there is no way.
     """
-    options, method, device = trainer.options, trainer.method, trainer.device
-    images = trainer.batches.batch_size // trainer.batches.world_size
+    method, device, noises = step.method, step.device, step.backbone.num_draws
     sizes = [(2, required(options.views.global_size)), (options.views.num_local, required(options.views.local_size))]
     pixels = [(v, options.model.in_channels, s, s) for v, s in sizes if v]
     # Beside the parts: pixels as bytes and as floats; scores, logarithms and targets of two views; the optimizer.
     of_image = sum(5 * math.prod(shape) for shape in pixels) + 24 * method.out_dim
-    learned = sum(p.numel() * p.element_size() for p in method.student.parameters() if p.requires_grad)
+    trained = [p for p in method.student.parameters() if p.requires_grad]
+    learned = sum(p.numel() * p.element_size() for p in trained)
     fixed = learned * (2 if options.optim.name == "adamw" else 1) + images * of_image
     few = min(2, images)
     buffers = [buffer.clone() for buffer in method.buffers()]
-    before = trainer.split
+    before = step.split
 
-    def of_part(count: int, recompute: Recompute) -> int:
-        trainer.split_steps(Split(1, recompute))
+    def measure_part(count: int, recompute: Recompute) -> int:
+        step.set_split(Split(1, recompute))
         groups = [torch.zeros(v * count, *shape, device=device) for v, *shape in pixels]
-        # Stochastic depth drops none then.
-        draws = (
-            [torch.zeros(trainer.num_draws, v, count, device=device) for v, *_ in pixels] if trainer.num_draws else None
-        )
-        return measure_peak(lambda: trainer.gradients(groups, required(options.method.teacher_temp), draws))
+        noise = [torch.zeros(noises, v, count, device=device) for v, *_ in pixels] if noises else None  # drops nothing
+        return measure_peak(lambda: step.compute_gradients(groups, required(options.method.teacher_temp), noise))
 
     try:
-        for p in filter(lambda p: p.requires_grad, method.student.parameters()):
+        for p in trained:
             p.grad = torch.zeros_like(p)  # there throughout, so that they do not count as a part's
-        # Two counts make a line each: what a part costs however small, and what an image adds.
+        # Two counts give a line for each way: what a part costs however small, and what an image adds.
         lines: dict[Recompute, tuple[float, float]] = {}
-        for recompute in cast(Backbone, method.student.backbone).recomputable:
-            low, high = of_part(few, recompute), of_part(2 * few, recompute)
+        for recompute in step.backbone.recomputable:
+            low, high = measure_part(few, recompute), measure_part(2 * few, recompute)
             lines[recompute] = (2 * low - high, (high - low) / few)
-        # Now, with what the trial has left behind.
+        # Measured now, with what the trial has left behind.
         fixed += measure_in_use(device) + (KEPT if device.type == "cpu" else WORKSPACE)
         return choose_split(limit, images, fixed, lines, parts_allowed=not parallel.has_batch_norm(method))
     finally:
-        trainer.split_steps(before)
-        trainer.optimizer.zero_grad(set_to_none=True)
+        step.set_split(before)
+        step.optimizer.zero_grad(set_to_none=True)
         for buffer, value in zip(method.buffers(), buffers, strict=True):
             buffer.copy_(value)
 

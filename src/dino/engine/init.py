@@ -83,7 +83,7 @@ def initialize(method: DINO, start: Weights) -> str:
 
 def needs_center(method: DINO, start: Weights) -> bool:
     known_center = start.part("teacher.head.") and "center.value" in start.state
-    return not known_center and method.targets == "centering"
+    return not known_center and method.targets.moves_center
 
 
 @torch.no_grad()
@@ -98,8 +98,8 @@ def estimate_center(trainer: Trainer, batches: ViewBatches) -> int:
     for batch in iterate(batches, 0, steps, required(options.data.num_workers), trainer.device.type == "cuda"):
         if not batch.prepared:
             continue  # nothing in it could be read
-        with parallel.autocast(trainer.device, trainer.precision):
-            scores = method.teacher(trainer.views_of(batch)[:1])
+        with parallel.autocast(trainer.device, trainer.training_step.precision):
+            scores = method.teacher(trainer.render_views(batch)[:1])
         total += scores.float().sum(dim=0)
         count += len(scores)
     method.center.value.copy_(distributed.sum_(total) / distributed.sum_(count))

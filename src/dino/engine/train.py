@@ -1,4 +1,4 @@
-"""The training loop: steps in the reference's order, metrics without syncs, exact resume, orderly endings.
+"""The training loop around `dino.engine.step`: data, schedules, metrics without syncs, exact resume, orderly endings.
 
 Everything random is a function of (seed, step, sample), so a checkpoint holds the step and tensors, no generator
 state, and continuing from it is bit for bit the run that was never interrupted.
@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino import distributed, weights
 from dino.data.device_decode import Undecodable
@@ -30,9 +30,8 @@ from dino.engine.build import Plan, build_method, model_arguments
 from dino.engine.checkpoint import CheckpointError, Checkpoints
 from dino.engine.log import Metrics, Quarantine
 from dino.engine.monitor import CollapseMonitor
-from dino.engine.step import Split, slice_noise, slice_views, split_images
+from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
 from dino.method import DINO
-from dino.models import Backbone
 from dino.options import required
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
@@ -61,16 +60,14 @@ class Trainer:
     ):
         self.options, self.run, self.source, self.batches = options, run, source, batches
         self.device, self.terminal, self.callback, self.render = device, terminal, callback, render
-        self.beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.render_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.plan = Plan(options, batches.steps_per_epoch)
-        self.precision = parallel.choose_precision(options.precision, device)
         self.method = build_method(options).to(device)
-        self.student: nn.Module = self.method.student
-        self.num_draws = cast(Backbone, self.method.student.backbone).num_draws
-        self.split_steps(Split(options.accumulate, options.recompute))
+        precision = parallel.choose_precision(options.precision, device)
+        optimizer = optim.create_optimizer(options.optim, self.method.student)
+        self.training_step = TrainingStep(self.method, optimizer, device, precision, options.optim.clip_grad)
+        self.training_step.set_split(self._check_split(Split(options.accumulate, options.recompute)))
         self._share_batch_norm()
-        self.optimizer = optim.create_optimizer(options.optim, self.method.student)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.monitor = CollapseMonitor(options.head.out_dim or 1, batches.batch_size // batches.world_size)
         self.checkpoints = Checkpoints(run / "checkpoints", options.log.keep)
         self.quarantine = Quarantine(run / "quarantine.jsonl", len(source), options.data.max_bad_fraction)
@@ -81,21 +78,19 @@ class Trainer:
         self._pending: list[dict[str, Tensor]] = []
         self._bad: list[tuple[str, str]] = []
 
-    def split_steps(self, split: Split) -> None:
-        """Compute steps so from now on."""
+    def _check_split(self, split: Split) -> Split:
         if split.parts > 1 and parallel.has_batch_norm(self.method):
             raise ValueError(
                 f"accumulate is {split.parts}, but this model has BatchNorm, whose statistics are of all images of a step; "
                 "use --recompute blocks instead, or a smaller --batch-size."
             )
-        backbone = cast(Backbone, self.method.student.backbone)
-        if split.recompute not in backbone.recomputable:
+        offered = self.training_step.backbone.recomputable
+        if split.recompute not in offered:
             raise ValueError(
                 f"recompute is {split.recompute}, which {self.options.model.arch} does not offer; use "
-                f"--recompute {' or '.join(backbone.recomputable)}."
+                f"--recompute {' or '.join(offered)}."
             )
-        self.split = split
-        backbone.set_recompute(split.recompute)
+        return split
 
     def _share_batch_norm(self) -> None:
         if distributed.world_size() == 1 or not parallel.has_batch_norm(self.method):
@@ -111,8 +106,8 @@ class Trainer:
         return {
             "step": self.step,
             "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "optimizer": self.training_step.optimizer.state_dict(),
+            "scaler": self.training_step.scaler.state_dict(),
             "monitor": self.monitor.state_dict(),
             "options": to_dict(self.options),
             "data": self.source.fingerprint,
@@ -133,8 +128,8 @@ class Trainer:
                 f"{self.source.fingerprint[:12]}, was {trained[:12]}); restore them or start a new run."
             )
         weights.load_strictly(self.method, state["method"], str(self.checkpoints.latest()))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.training_step.optimizer.load_state_dict(state["optimizer"])
+        self.training_step.scaler.load_state_dict(state["scaler"])
         self.monitor.load_state_dict(state["monitor"])
         self.step = state["step"]
         return True
@@ -154,7 +149,7 @@ class Trainer:
         if self.options.compile:
             self.terminal.say("Compiling: the first step takes a minute or more.")
             parallel.compile_networks(self.method)
-        self.student = parallel.distribute(self.method.student, self.device)
+        self.training_step.distribute()
         self.metrics = Metrics(self.run, self.step, self.options.log.tensorboard) if distributed.is_main() else None
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.terminal.start(self.step, total)
@@ -187,7 +182,7 @@ class Trainer:
             before = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - before
-            self._pending.append(self._train_step(batch))
+            self._pending.append(self.take_step(batch))
             self.step += 1
             epoch_ends = self.step % per_epoch == 0
             measure = self.step % measure_every == 0 or self.step == self.plan.total
@@ -207,71 +202,42 @@ class Trainer:
             if ending:
                 return
 
-    def _train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """One step in the reference's order (main_dino.py, train_one_epoch); what to log, on the device."""
-        step, method = self.step, self.method
-        # For what timm's stochastic depth draws; keyed by step and rank it needs no state in checkpoints.
-        key = np.random.SeedSequence([self.options.seed, distributed.rank(), step])
+    def take_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Train on one batch; what to log, on the device."""
+        # For timm's stochastic depth, which draws from the global generator; keyed by step and rank it needs no state in
+        # checkpoints.
+        key = np.random.SeedSequence([self.options.seed, distributed.rank(), self.step])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
-        optim.set_rates(self.optimizer, self.plan.lr(step), self.plan.weight_decay(step))
-        groups = self.views_of(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, signs = self.gradients(groups, self.plan.teacher_temp(step), self._draws(step))
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = optim.clip_per_parameter_(method.student.parameters(), self.options.optim.clip_grad)
-        if step < self.plan.steps(self.options.optim.freeze_last_layer):
-            method.cancel_last_layer_gradients()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        method.update_teacher(self.plan.momentum(step), (step + 1) % self.plan.steps_per_epoch == 0)
-        return {"loss": loss, **signs, "grad_norm": grad_norm}
+        return self.training_step(self.render_views(batch), self.plan.rates(self.step), self.draw_noise(self.step))
 
-    def _draws(self, step: int) -> list[Tensor] | None:
-        if not self.num_draws:
+    def draw_noise(self, step: int) -> list[Tensor] | None:
+        """This rank's drop-path noise of a step; None where the backbone draws for itself or drops nothing."""
+        batches, num = self.batches, self.training_step.backbone.num_draws
+        if not num:
             return None
-        drawn = [torch.from_numpy(np.ascontiguousarray(g)) for g in self.batches.draws(step, self.num_draws)]
-        if self.device.type == "cuda":  # copying more than a little of other memory would wait for the step before
-            drawn = [group.pin_memory() for group in drawn]
-        return [group.to(self.device, non_blocking=True) for group in drawn]
+        return draw_drop_path_noise(
+            self.options.seed, step, num, batches.sizes, batches.batch_size, batches.share, self.device
+        )
 
-    def gradients(
-        self, groups: list[Tensor], teacher_temp: float, draws: list[Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its (scaled) gradients, in parts where memory is short; teacher and center once a step.
-
-        `draws` of stochastic depth are [num, v, n] by group of views, where the backbone does not draw for itself.
-        """
-        images = len(groups[0]) // 2
-        parts = split_images(images, self.split.parts)
-        with parallel.autocast(self.device, self.precision):
-            taught = self.method.teach(groups[0], teacher_temp, len(parts))
-        losses = []
-        for part in parts:
-            with parallel.without_sync(self.student, part != parts[-1]):
-                with parallel.autocast(self.device, self.precision):
-                    drawn = None if draws is None else slice_noise(draws, part)
-                    scores = self.student(slice_views(groups, part, images), drawn)
-                    loss = self.method.learn(scores, taught.of(part)) * ((part.stop - part.start) / images)
-                self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
-        return torch.stack(losses).sum(), taught.signs
-
-    def views_of(self, batch: Batch) -> list[Tensor]:
+    def render_views(self, batch: Batch) -> list[Tensor]:
         """The batch's views as the networks take them, float32 [v * n, c, s, s] per resolution.
 
         A GPU renders them on a stream of their own, while it still computes the step before.
         """
-        with torch.cuda.stream(self.beside):
-            try:
-                groups = self._render(batch)
-            except Undecodable:  # decoding it here names the file, and takes the stand-in that a worker would take
-                groups = self._render(self.batches.decoded(self.step))
-            groups = [normalize(g, self.options.model.in_channels) for g in groups]
-        if self.beside is not None:
+        time = self.training_step.time
+        with torch.cuda.stream(self.render_stream):
+            with time("transfer, render"):
+                try:
+                    groups = self._render(batch)
+                except Undecodable:  # decoding in this process names the file, and takes the stand-in of a worker
+                    groups = self._render(self.batches.decoded(self.step))
+            with time("normalize"):
+                groups = [normalize(g, self.options.model.in_channels) for g in groups]
+        if self.render_stream is not None:
             step = torch.cuda.current_stream(self.device)
-            step.wait_stream(self.beside)
+            step.wait_stream(self.render_stream)
             for g in groups:
-                g.record_stream(step)  # its memory is not to be used again before the step is done
+                g.record_stream(step)  # keeps its memory until the step is done
         return groups
 
     def _render(self, batch: Batch) -> list[Tensor]:
