@@ -9,9 +9,10 @@ averaged over WINDOW steps; the difference is from the plain curve. k-NN (k = 20
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -26,10 +27,11 @@ from dino.data.loader import ViewBatches, iterate
 from dino.data.normalize import normalize
 from dino.data.render import CpuRenderer
 from dino.data.sources import Source, hold_out, open_source
-from dino.engine import optim, parallel
+from dino.engine import parallel
+from dino.engine.step import draw_drop_path_noise
 from dino.eval import knn
 from dino.features.extract import extract
-from dino.models import Backbone
+from dino.method import DINO
 from dino.options.train import ViewOptions
 
 RATE, WINDOW = 5e-4, 20  # learning rate; steps
@@ -53,32 +55,35 @@ WAYS = {
 }
 
 
-def train(way: Way, source: Source, options: Any, steps: int) -> tuple[list[float], step.Side]:
+def train(way: Way, source: Source, options: Any, steps: int) -> tuple[list[float], DINO]:
     """Losses of all steps, and what was trained."""
     device, size = torch.device(options.device), options.size
     sizes = options.patch, size, step.DROP_PATH
     ours, plain = step.sides(options.arch, options.prototypes, device, way.precision, "fp32", *sizes)
-    side, one = (plain, step.plain_step) if way.plain else (ours, step.our_step)
+    method, one = (plain.method, functools.partial(step.plain_step, plain)) if way.plain else (ours.method, ours)
     if way.compiled:
-        parallel.compile_networks(side.method)
-    optim.set_rates(side.optimizer, RATE, 0.04)
+        parallel.compile_networks(method)
+    rates = step.RATES._replace(lr=RATE)
     edges = {"global_size": size, "local_size": size // 2}
     views = ViewOptions(**edges, num_local=options.num_local, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
     render = DeviceRenderer(device) if way.on_device else None
     batches = ViewBatches(source, views, pack if way.on_device else CpuRenderer(), options.batch, way.seed)
-    backbone, losses = cast(Backbone, side.method.student.backbone), []
-    for batch in iterate(batches, 0, steps, options.workers, pin_memory=False):
+    losses: list[float] = []
+    for number, batch in enumerate(iterate(batches, 0, steps, options.workers, pin_memory=False)):
         assert batch.views is not None
         groups = batch.prepared if render is None else render(batch.prepared, batch.views)
-        drawn = batches.draws(len(losses), backbone.num_draws)  # all ways drop the same branches
-        draws = [torch.from_numpy(of_group).to(device).flatten(1) for of_group in drawn]
-        losses.append(float(one(side, [normalize(group.to(device)) for group in groups], draws)))
-    return losses, side
+        sizes = (way.seed, number, ours.backbone.num_draws, batches.sizes, options.batch, batches.share)
+        noise = draw_drop_path_noise(*sizes, device)  # all ways drop the same branches
+        if way.plain:
+            noise = [of_group.flatten(1) for of_group in noise]
+        losses.append(float(one([normalize(group.to(device)) for group in groups], rates, noise)["loss"]))
+    return losses, method
 
 
-def accuracy(side: step.Side, source: Source, held_out: Source, size: int) -> float:
-    model = side.method.teacher.backbone.eval()
-    (bank, labels), (queries, truth) = (_features(model, part, size, side.device) for part in (source, held_out))
+def accuracy(method: DINO, source: Source, held_out: Source, size: int) -> float:
+    model = method.teacher.backbone.eval()
+    device = method.center.value.device
+    (bank, labels), (queries, truth) = (_features(model, part, size, device) for part in (source, held_out))
     return knn.classify(bank, labels, queries, truth)["knn20_top1"]
 
 
@@ -139,13 +144,13 @@ def main() -> None:
     }
     plain = None
     for name, way in WAYS.items():
-        losses, side = train(way, source, options, options.steps)
+        losses, method = train(way, source, options, options.steps)
         curve = np.array(losses)[: len(losses) // WINDOW * WINDOW].reshape(-1, WINDOW).mean(1)
         plain = curve if plain is None else plain
         result["ways"][name] = {
             "largest_difference": float(np.abs(curve - plain).max()),
             "last_loss": float(curve[-1]),
-            "knn20_top1": accuracy(side, source, held_out, options.size),
+            "knn20_top1": accuracy(method, source, held_out, options.size),
             "curve": [round(float(value), 7) for value in curve],
         }
         print(name, {k: v for k, v in result["ways"][name].items() if k != "curve"}, file=sys.stderr)

@@ -30,7 +30,7 @@ from dino.options import replace
 from dino.options.train import TrainOptions
 from dino.terminal import Terminal
 from reference import Reference
-from step import Side, plain_loss, sides, views
+from step import Plain, plain_loss, sides, views
 
 LOCALS, IMAGES = 10, 64
 
@@ -67,7 +67,7 @@ def added(student: nn.Module, step: Callable[[list[Tensor]], object], images: in
         return harness.peak_bytes(lambda: step(groups), device)
 
 
-def peer_of(plain: Side, arch: str, reference: Path | None) -> tuple[nn.Module, Callable[[list[Tensor]], object]]:
+def peer_of(plain: Plain, arch: str, reference: Path | None) -> tuple[nn.Module, Callable[[list[Tensor]], object]]:
     if reference is not None:
         own = Reference(reference, plain.method, arch, 16, plain.device, plain.precision)
         student, scaler, backward = own.student, own.scaler, own.gradients
@@ -119,16 +119,17 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         trainer, _ = run.set_up(replace(TrainOptions(), wanted), Path(folder), device, Terminal(False))
+        step = trainer.training_step
         for name, split in WAYS.items():
-            trainer.split_steps(split)
-            add(name, trainer.method.student, lambda groups: trainer.gradients(groups, 0.04))
+            step.set_split(split)
+            add(name, step.student, lambda groups: step.compute_gradients(groups, 0.04))
     result = {
         "what": "peak bytes of a step, weights and optimizer included; peer / ours",
         "peer": "the same mathematics written plainly" if options.reference is None else "the reference's own step",
         "arch": options.arch,
         "views": f"2 x 224 + {LOCALS} x 96",
         "prototypes": options.prototypes,
-        "precision": trainer.precision,
+        "precision": step.precision,
         "peer_precision": plain.precision,
         "bytes_of_weights_gradients_optimizer": fixed,
         **figures,

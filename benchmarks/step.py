@@ -11,11 +11,10 @@ from a checkout of facebookresearch/dino. Ratios first: peer time / our time.
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +24,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import harness
 from dino.bench import measure_matrix_rate
 from dino.engine import optim, parallel
+from dino.engine.step import Rates, Split, TrainingStep
 from dino.method import DINO, Network
-from dino.models import Backbone, Head, Recompute, create
+from dino.models import Head, Recompute, create
 from dino.models.vit import Attention, Block, VisionTransformer
 from dino.options.train import OptimOptions
 from reference import Reference
 
 DROP_PATH = 0.1  # as the reference and we train by default
+RATES = Rates(lr=1e-4, weight_decay=0.04, momentum=0.996, teacher_temp=0.04)
 
 
 class PlainAttention(nn.Module):
@@ -54,8 +55,8 @@ class PlainBlock(nn.Module):
         self.norm1, self.norm2, self.mlp, self.drop_path = ours.norm1, ours.norm2, ours.mlp, ours.drop_path
         self.attn = PlainAttention(ours.attn)
 
-    def forward(self, x: Tensor, only_cls: bool = False, draws: Tensor | None = None) -> Tensor:
-        first, second = (None, None) if draws is None else draws.unbind()
+    def forward(self, x: Tensor, only_cls: bool = False, noise: Tensor | None = None) -> Tensor:
+        first, second = (None, None) if noise is None else noise.unbind()
         x = x + self._drop(self.attn(self.norm1(x)), first)
         return x + self._drop(self.mlp(x, self.norm2), second)
 
@@ -77,47 +78,24 @@ def plain_copy(method: DINO) -> DINO:
     return plain
 
 
-class Side:
-    """A method with what a step of it needs."""
+class Plain:
+    """The plain peer: a method, and what a step of it needs."""
 
     def __init__(self, method: DINO, optimizer: torch.optim.Optimizer, device: torch.device, precision: str):
         self.method, self.optimizer, self.device, self.precision = method.to(device), optimizer, device, precision
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        optim.set_rates(optimizer, 1e-4, 0.04)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
 
-    def update(self) -> None:
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
 
-
-def our_loss(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None) -> Tensor:
-    method = side.method
-    with parallel.autocast(side.device, side.precision):
-        taught = method.teach(groups[0], 0.04)
-        return method.learn(method.student(groups, draws), taught)
-
-
-def our_step(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None) -> Tensor:
-    """The loss, which stays on the device as in the trainer; `draws` of stochastic depth: see `Network.forward`."""
-    loss = our_loss(side, groups, draws)
-    side.optimizer.zero_grad(set_to_none=True)
-    side.backward(loss)
-    optim.clip_per_parameter_(side.method.student.parameters(), 3.0)
-    side.update()
-    side.method.update_teacher(0.996)
-    return loss.detach()
-
-
-def plain_loss(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None) -> Tensor:
+def plain_loss(side: Plain, groups: list[Tensor], noise: list[Tensor] | None = None) -> Tensor:
     method = side.method
     with parallel.autocast(side.device, side.precision):
         with torch.no_grad():
             teacher = method.teacher(groups[:1])
-        student = (method.student(groups, draws) / 0.1).chunk(sum(len(g) for g in groups) // (len(groups[0]) // 2))
+        student = (method.student(groups, noise) / 0.1).chunk(sum(len(g) for g in groups) // (len(groups[0]) // 2))
         targets = ((teacher - method.center.value) / 0.04).softmax(dim=-1).chunk(2)
         terms = [
             -(q * F.log_softmax(s, dim=-1)).sum(dim=-1).mean()
@@ -129,8 +107,11 @@ def plain_loss(side: Side, groups: list[Tensor], draws: list[Tensor] | None = No
         return torch.stack(terms).mean()
 
 
-def plain_step(side: Side, groups: list[Tensor], draws: list[Tensor] | None = None) -> float:
-    loss, method = plain_loss(side, groups, draws), side.method
+def plain_step(
+    side: Plain, groups: list[Tensor], rates: Rates = RATES, noise: list[Tensor] | None = None
+) -> dict[str, Tensor]:
+    loss, method = plain_loss(side, groups, noise), side.method
+    optim.set_rates(side.optimizer, rates.lr, rates.weight_decay)
     side.optimizer.zero_grad()
     side.backward(loss)
     for p in method.student.parameters():
@@ -138,11 +119,12 @@ def plain_step(side: Side, groups: list[Tensor], draws: list[Tensor] | None = No
             coefficient = 3.0 / (p.grad.norm() + 1e-6)
             if coefficient < 1:
                 p.grad.mul_(coefficient)
-    side.update()
+    side.scaler.step(side.optimizer)
+    side.scaler.update()
     with torch.no_grad():
         for t, s in zip(method.teacher.parameters(), method.student.parameters(), strict=True):
-            t.mul_(0.996).add_((1 - 0.996) * s)
-    return loss.item()
+            t.mul_(rates.momentum).add_((1 - rates.momentum) * s)
+    return {"loss": torch.tensor(loss.item())}  # read back, as the reference does
 
 
 def build(arch: str, prototypes: int, patch: int = 16, size: int = 224, drop_path: float = 0.0) -> DINO:
@@ -161,21 +143,21 @@ def sides(
     patch: int = 16,
     size: int = 224,
     drop_path: float = 0.0,
-) -> tuple[Side, Side]:
+) -> tuple[TrainingStep, Plain]:
     """Ours and the peer, on the device, from the same weights."""
     ours = build(arch, prototypes, patch, size, drop_path).to(device)
     plain = plain_copy(ours)
     plain_optimizer = torch.optim.AdamW(optim.group_parameters(plain.student), lr=0.0, weight_decay=0.04)
     our_optimizer = optim.create_optimizer(OptimOptions(), ours.student)
-    return Side(ours, our_optimizer, device, precision), Side(plain, plain_optimizer, device, peer_precision)
+    return TrainingStep(ours, our_optimizer, device, precision), Plain(plain, plain_optimizer, device, peer_precision)
 
 
 def peer_of(
-    plain: Side, arch: str, patch: int, reference: Path | None
+    plain: Plain, arch: str, patch: int, reference: Path | None
 ) -> tuple[nn.Module, Callable[[list[Tensor]], float]]:
     """The student and the step of the plain peer, or of the reference from the same weights."""
     if reference is None:
-        return plain.method.student, functools.partial(plain_step, plain)
+        return plain.method.student, lambda groups: plain_step(plain, groups)["loss"].item()
     peer = Reference(reference, plain.method, arch, patch, plain.device, plain.precision)
     return peer.student, peer.step
 
@@ -202,23 +184,23 @@ def measure(
     ours, plain = sides(arch, prototypes, device, precision, peer_precision, patch, drop_path=DROP_PATH)
     peer_student, peer_step = peer_of(plain, arch, patch, reference)
     groups = views(batch, 8, device)
-    cast(Backbone, ours.method.student.backbone).set_recompute(recompute)
+    ours.set_split(Split(1, recompute))
     students = ours.method.student.eval(), peer_student.eval()  # without stochastic depth, to compare
-    loss, peer = our_step(ours, groups).item(), peer_step(groups)
+    loss, peer = ours(groups, RATES)["loss"].item(), peer_step(groups)
     tolerance = 1e-4 if {precision, peer_precision} == {"fp32"} else 0.05
     assert abs(loss - peer) < tolerance * peer, (loss, peer)
     for student in students:
         student.train()
     with FlopCounterMode(display=False) as counter:
-        our_step(ours, groups)
+        ours(groups, RATES)
     if compiled:
         parallel.compile_networks(ours.method)  # pyright: ignore[reportAttributeAccessIssue]
-        our_step(ours, groups)
+        ours(groups, RATES)
     rates, flops = [], counter.get_total_flops()
     dtype = parallel.DTYPES.get(precision, torch.float32)
     steps = 10 if device.type == "cuda" else 1  # of a turn: a GPU works on one while the next is prepared
     turns = {
-        "ours": lambda: [our_step(ours, groups) for _ in range(steps)],
+        "ours": lambda: [ours(groups, RATES) for _ in range(steps)],
         "peer": lambda: [peer_step(groups) for _ in range(steps)],
         "product": lambda: rates.append(measure_matrix_rate(device, dtype)),
     }

@@ -59,8 +59,8 @@ class InMemory(Trainer):
 
     ready: list[Tensor] | None = None
 
-    def views_of(self, batch: Batch) -> list[Tensor]:
-        self.ready = self.ready or super().views_of(batch)
+    def render_views(self, batch: Batch) -> list[Tensor]:
+        self.ready = self.ready or super().render_views(batch)
         return self.ready
 
 
@@ -104,9 +104,9 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
         trainer.step = trainer.plan.total // 2  # away from warm-up and frozen prototypes, as the peer
         if trainer is memory:
             first = trainer.batches[trainer.step]
-            return timed(lambda: trainer._train_step(first), options.steps, 0, batch, device)
+            return timed(lambda: trainer.take_step(first), options.steps, 0, batch, device)
         prepared = iterate(trainer.batches, trainer.step, 10**9, workers, on_gpu)
-        return timed(lambda: trainer._train_step(next(prepared)), options.steps, workers, batch, device)
+        return timed(lambda: trainer.take_step(next(prepared)), options.steps, workers, batch, device)
 
     def peer_turn() -> float:
         loader = DataLoader(PeerImages(paths, peer), batch, num_workers=workers, pin_memory=on_gpu)
@@ -131,7 +131,7 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
         "batch": batch,
         "workers": workers,
         "decode": options.decode,
-        "precision": ours.precision,
+        "precision": ours.training_step.precision,
         "compiled": options.compile,
         "images": len(paths),
         "ratio": harness.ratio(rates["ours"], rates["peer"]),

@@ -22,7 +22,7 @@ from dino.run import view_batches
 from dino.terminal import Terminal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from step import Side, plain_copy, plain_loss
+from step import Plain, plain_copy, plain_loss
 
 # Relative error allowed of the loss, and of all gradients as one vector. A number alone is rounded by 6e-8, 5e-4 and 4e-3.
 TOLERANCE = {"fp32": (1e-6, 1e-5), "fp16": (1e-3, 1e-2), "bf16": (1e-2, 8e-2)}
@@ -46,7 +46,7 @@ def test_a_step_is_the_plain_one(tmp_path, monkeypatch, device, precision, split
     trainer = Trainer(options, tmp_path, source, view_batches(options, source, where), where, Terminal(False))
     # The narrow head's gradients are large before its norm: the usual scale is for wide ones.
     trainer.training_step.scaler = torch.amp.GradScaler(device, init_scale=16.0, enabled=precision == "fp16")
-    plain = Side(plain_copy(trainer.method).double(), trainer.training_step.optimizer, where, "fp32")
+    plain = Plain(plain_copy(trainer.method).double(), trainer.training_step.optimizer, where, "fp32")
     torch.manual_seed(1)
     groups = [torch.randn(v * 6, 3, s, s) for v, s in ((2, 32), (4, 16))]
     noise = trainer.draw_noise(0)
