@@ -135,7 +135,7 @@ def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
 
 
 def test_parts_of_a_step_are_timed_and_then_no_longer(images, tmp_path):
-    subject = trainer(images, tmp_path)
+    subject = trainer(images, tmp_path, optim__warmup_epochs=1.0, method__teacher_temp_epochs=1.0)
     parts, step = measure_parts(subject, subject.batches[0]), subject.training_step
     assert list(parts) == ["normalize", "teacher", "student", "backward", "optimizer", "EMA", "other"]
     assert min(parts.values()) >= 0
