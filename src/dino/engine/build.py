@@ -1,4 +1,4 @@
-"""What options mean: every schedule in steps, and the two networks."""
+"""From options to schedules in steps, and to the method with its two networks."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def build_method(options: TrainOptions) -> DINO:
 
 
 def check_views(backbone: Backbone, views: ViewOptions) -> None:
-    """Refuse local views that the backbone cannot take; the global ones it was built for."""
+    """Refuse local views that the backbone cannot take; it was built for the global ones."""
     size = required(views.local_size)
     try:
         if views.num_local:

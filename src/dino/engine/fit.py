@@ -21,17 +21,16 @@ from dino.options import required
 from dino.options.train import TrainOptions
 
 MARGIN = 1.1  # kernels' workspaces and fragmentation
-WORKSPACE = 34e6  # bytes that cuBLAS takes for the stream that renders
-KEPT = 0.3e9  # bytes that a CPU's allocator does not give back after some dozens of steps, and the monitor's
-OVERHEAD = 2  # images' worth of time that a part costs beside its images
+WORKSPACE = 34e6  # bytes that cuBLAS takes for the render stream
+KEPT = 0.3e9  # bytes that a CPU's allocator keeps after some dozens of steps, and the k-NN monitor's
+OVERHEAD = 2  # cost of a part beside its images, in images
 
-
-# Time of a step that computes again what it does not keep.
+# Relative time of a step with activation checkpointing.
 LONGER: dict[Recompute, float] = {"nothing": 1, "elementwise": 1.08, "blocks": 4 / 3}
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of tensors that are made within it and alive at the same time, on any device."""
+    """Counts the bytes of tensors that are created inside it and alive at the same time, on any device."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,9 +14,9 @@ from dino.variants import feature_spread
 
 Collapse = Literal["uniform", "dominated", "same", "point"]
 
-POINT_BELOW = 0.01  # spread of the targets; an untrained network's is above 0.05
-UNIFORM_WITHIN = 1e-3  # nats below ln K; logits that vary by sigma cost sigma^2 / 2, so this is a sigma of 0.045
-SAME_WITHIN = 1e-3  # nats that a target tells of its image; in some eighty runs those that learned stayed above 0.1
+POINT_BELOW = 0.01  # spread of the targets below which they are one point; an untrained network is above 0.05
+UNIFORM_WITHIN = 1e-3  # nats between entropy and ln K; logits with deviation s lose s^2 / 2, so s is below 0.045
+SAME_WITHIN = 1e-3  # nats of information that a target has of its image; runs that learned stayed above 0.1
 
 ADVICE: dict[Collapse, str] = {
     "uniform": (
@@ -46,12 +46,12 @@ class CollapseMonitor:
     """Looks at averages over a log interval and speaks when one collapse has lasted for `patience` steps.
 
     A loss that rises early is normal, and so is an entropy close to ln K in the first steps: centering takes away what
-    all images share, and an untrained network tells them little apart. Only targets that are uniform to the third
-    decimal, which no teacher at a sharpening temperature gives, count.
+    all images share, and an untrained network hardly separates them. So targets count as uniform only to the third
+    decimal, which a teacher with a sharpening temperature never reaches.
     """
 
     out_dim: int
-    images: int = 64  # of a batch that the entropy of the mean target is over
+    images: int = 64  # of one process's batch, whose mean target has the entropy `prototype_usage`
     patience: int = 50
     since: dict[str, int] = field(default_factory=dict)
     reported: Collapse | Literal[""] = ""
@@ -66,7 +66,7 @@ class CollapseMonitor:
         self.since.setdefault(now, step)
         if step - min(self.since.values()) < self.patience or self.reported:
             return None
-        # One that swings between the kinds is a teacher that follows a student astray.
+        # Swinging between the kinds means that the teacher follows the student too closely.
         self.reported = now if len(self.since) == 1 else "same"
         return ADVICE[self.reported].format(limit=math.log(self.out_dim), **values)
 
@@ -76,7 +76,7 @@ class CollapseMonitor:
         limit, entropy = math.log(self.out_dim), values["teacher_entropy"]
         uniform = limit - entropy < UNIFORM_WITHIN
         dominated = max(values["prototype_usage"], values["kl"]) < 0.05 * limit
-        # Of one or two images the targets are meant to be alike.
+        # With fewer than four images, similar targets are normal.
         same = self.images >= 4 and values["prototype_usage"] - entropy < SAME_WITHIN
         if not (uniform or dominated or same):
             return None

@@ -28,8 +28,8 @@ def create_optimizer(options: OptimOptions, module: nn.Module) -> torch.optim.Op
     if options.name == "sgd":
         sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=options.weight_decay, fused=True)
         for parameter in (p for group in groups for p in group["params"]):
-            # From zero momentum the first step is the same. Left to itself the fused kernel wants either no momentum or
-            # all of it, and fails when the last layer, frozen during the first epoch, takes its first step after the others.
+            # Starting from zero momentum gives the same first step. Without it the fused kernel fails when the last layer,
+            # frozen during the first epoch, takes its first step later than the others.
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     return LARS(groups, weight_decay=options.weight_decay)

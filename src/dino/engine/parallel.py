@@ -1,4 +1,4 @@
-"""One process or many, full or half precision: what wraps the method so that the loop need not know."""
+"""Precision, compilation and gradients over ranks: wrappers around the networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def choose_precision(precision: str, device: torch.device) -> str:
     """'auto' as what this device does best; an impossible wish is refused."""
-    # GPUs before Ampere emulate it, slowly, and PyTorch counts that as support unless told otherwise.
+    # GPUs before Ampere emulate bf16 slowly, which PyTorch counts as support by default.
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
         return ("bf16" if bf16 else "fp16") if device.type == "cuda" else "fp32"
@@ -80,7 +80,7 @@ def distribute(student: nn.Module, device: torch.device) -> nn.Module:
 
 
 def without_sync(student: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[object]:
-    """Gradients stay with their rank while `wanted`: in all parts of a step but the last."""
+    """No averaging of gradients over ranks while `wanted`: in all parts of a step but the last."""
     if wanted and isinstance(student, DistributedDataParallel):
         return student.no_sync()
     return contextlib.nullcontext()
