@@ -5,50 +5,39 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dino.version import __version__
+from dino.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dino.eval.evaluate import evaluate
-    from dino.exports.export import export
-    from dino.features.embed import embed
-    from dino.features.search import duplicates, outliers, search
-    from dino.features.sklearn import DinoFeatures
-    from dino.look.attention import finer_patches
-    from dino.look.pictures import attention_maps, match_patches, pca_colors, video_frames
-    from dino.models import create
-    from dino.run import train
-    from dino.weights import load
+    from dino.eval.evaluate import evaluate as evaluate
+    from dino.exports.export import export as export
+    from dino.features.embed import embed as embed
+    from dino.features.search import duplicates as duplicates
+    from dino.features.search import outliers as outliers
+    from dino.features.search import search as search
+    from dino.features.sklearn import DinoFeatures as DinoFeatures
+    from dino.look.attention import finer_patches as finer_patches
+    from dino.look.pictures import attention_maps as attention_maps
+    from dino.look.pictures import match_patches as match_patches
+    from dino.look.pictures import pca_colors as pca_colors
+    from dino.look.pictures import video_frames as video_frames
+    from dino.models import create as create
+    from dino.run import train as train
+    from dino.weights import load as load
 
-__all__ = [
-    "DinoFeatures",
-    "__version__",
-    "attention_maps",
-    "create",
-    "duplicates",
-    "embed",
-    "evaluate",
-    "export",
-    "finer_patches",
-]
-__all__ += ["load", "match_patches", "outliers", "pca_colors", "search", "train", "video_frames"]
-
-_HOME = {
-    "DinoFeatures": "dino.features.sklearn",
-    "attention_maps": "dino.look.pictures",
-    "create": "dino.models",
-    "duplicates": "dino.features.search",
-    "embed": "dino.features.embed",
-    "evaluate": "dino.eval.evaluate",
-    "export": "dino.exports.export",
-    "finer_patches": "dino.look.attention",
-    "load": "dino.weights",
-    "match_patches": "dino.look.pictures",
-    "outliers": "dino.features.search",
-    "pca_colors": "dino.look.pictures",
-    "search": "dino.features.search",
-    "train": "dino.run",
-    "video_frames": "dino.look.pictures",
+_NAMES = {
+    "dino.eval.evaluate": ("evaluate",),
+    "dino.exports.export": ("export",),
+    "dino.features.embed": ("embed",),
+    "dino.features.search": ("duplicates", "outliers", "search"),
+    "dino.features.sklearn": ("DinoFeatures",),
+    "dino.look.attention": ("finer_patches",),
+    "dino.look.pictures": ("attention_maps", "match_patches", "pca_colors", "video_frames"),
+    "dino.models": ("create",),
+    "dino.run": ("train",),
+    "dino.weights": ("load",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,7 +34,7 @@ from dino.machine import count_spare_cores
 from dino.options import flatten, replace, required, toml
 from dino.options.commands import AblateOptions
 from dino.options.evaluate import KnnOptions
-from dino.options.recipes import find_recipe
+from dino.options.recipes import choose_base
 from dino.options.train import TrainOptions
 from dino.paper import Row, Table
 from dino.run import FREE_ON_RESUME
@@ -59,12 +59,12 @@ class Ablation:
     def _options(self, row: Row) -> TrainOptions:
         o, table = self.options, self.table
         if o.scale == "tiny":
-            base = _base(o.recipe or paper.TINY_RECIPE)
+            base = choose_base(o.recipe or paper.TINY_RECIPE)
             changes = {**table.base, **(row.changes if row.tiny is None else row.tiny)}
             if o.recipe is None:
                 changes = {"epochs": paper.TINY_EPOCHS} | changes
         else:
-            base, changes = _base(o.recipe or table.recipe), {**table.paper_base, **table.base, **row.changes}
+            base, changes = choose_base(o.recipe or table.recipe), {**table.paper_base, **table.base, **row.changes}
         train, val = self.data
         changes |= {"data.path": train, "data.val": val} | ({} if o.epochs is None else {"epochs": o.epochs})
         return replace(base, changes)
@@ -195,12 +195,6 @@ class Ablation:
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-
-
-def _base(recipe: str) -> TrainOptions:
-    if recipe.endswith(".toml"):
-        return toml.read_toml(Path(recipe))
-    return find_recipe(recipe).options
 
 
 def _plain(options: TrainOptions) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The command line: one table from a command to its options and the function that does it.
 
-Parsing comes first and importing after, so `dino --help` neither loads PyTorch nor takes half a second.
+Arguments are parsed before the function is imported, so that help and mistakes need no PyTorch and answer at once.
 """
 
 from __future__ import annotations
@@ -9,61 +9,56 @@ import argparse
 import importlib
 import os
 import sys
-from dataclasses import fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
-
 from dino import errors
-from dino.options import commands as looks
-from dino.options import recipes, toml
-from dino.options.commands import (
-    AblateOptions,
-    BenchOptions,
-    ExportOptions,
-    ModelsOptions,
-    RecipesOptions,
-    ReportOptions,
-)
+from dino.options import commands, toml
 from dino.options.evaluate import EVALUATIONS
-from dino.options.recipes import find_recipe
+from dino.options.flags import parse_flags
+from dino.options.recipes import RECIPES, choose_base, find_recipe
+from dino.options.rules import Options
 from dino.options.train import TrainOptions
-from dino.run import check_resumable
 from dino.version import __version__
 
 
 class Command(NamedTuple):
     summary: str
-    options: type
-    function: str  # "module:function", called with the options' fields
+    options: type[Options]
+    function: str  # "module:function", called with the options
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("learn from images without labels", TrainOptions, "dino.run:run"),
+    "train": Command("learn from images without labels", TrainOptions, "dino.run:run_training"),
     **{f"eval {name}": Command(what, kind, "dino.eval.evaluate:command") for name, (what, kind) in EVALUATIONS.items()},
-    "ablate": Command("train the rows of one of the paper's tables", AblateOptions, "dino.ablate:ablate_command"),
-    "bench": Command("what training costs on your data and machine, and what helps", BenchOptions, "dino.bench:bench"),
-    "attention": Command("pictures of where the model looks", looks.AttentionOptions, "dino.look.commands:attention"),
-    "pca": Command("features of patches as colors", looks.PcaOptions, "dino.look.commands:pca"),
-    "match": Command("corresponding patches of two images", looks.MatchOptions, "dino.look.commands:match"),
-    "video": Command("attention, masks or colors over a clip", looks.VideoOptions, "dino.look.commands:video"),
-    "embed": Command("features of a folder as Parquet", looks.EmbedOptions, "dino.features.commands:embed"),
-    "search": Command("images most like yours", looks.SearchOptions, "dino.features.commands:search"),
-    "duplicates": Command("near-copies, as groups", looks.DuplicatesOptions, "dino.features.commands:duplicates"),
-    "outliers": Command("images unlike all others", looks.OutliersOptions, "dino.features.commands:outliers"),
-    "figure tsne": Command("a map of classes (t-SNE)", looks.TsneOptions, "dino.look.figures:draw_tsne"),
+    "ablate": Command(
+        "train the rows of one of the paper's tables", commands.AblateOptions, "dino.ablate:ablate_command"
+    ),
+    "bench": Command(
+        "what training costs on your data and machine, and what helps", commands.BenchOptions, "dino.bench:bench"
+    ),
+    "attention": Command(
+        "pictures of where the model looks", commands.AttentionOptions, "dino.look.commands:attention"
+    ),
+    "pca": Command("features of patches as colors", commands.PcaOptions, "dino.look.commands:pca"),
+    "match": Command("corresponding patches of two images", commands.MatchOptions, "dino.look.commands:match"),
+    "video": Command("attention, masks or colors over a clip", commands.VideoOptions, "dino.look.commands:video"),
+    "embed": Command("features of a folder as Parquet", commands.EmbedOptions, "dino.features.commands:embed"),
+    "search": Command("images most like yours", commands.SearchOptions, "dino.features.commands:search"),
+    "duplicates": Command("near-copies, as groups", commands.DuplicatesOptions, "dino.features.commands:duplicates"),
+    "outliers": Command("images unlike all others", commands.OutliersOptions, "dino.features.commands:outliers"),
+    "figure tsne": Command("a map of classes (t-SNE)", commands.TsneOptions, "dino.look.figures:draw_tsne"),
     "figure neighbors": Command(
-        "where k-NN is right and wrong", looks.NeighborsOptions, "dino.look.figures:draw_neighbor_page"
+        "where k-NN is right and wrong", commands.NeighborsOptions, "dino.look.figures:draw_neighbor_page"
     ),
-    "app": Command("a page to explore what a model sees", looks.AppOptions, "dino.app:command"),
-    "report": Command("write a run's report.html again", ReportOptions, "dino.run:report_command"),
-    "models": Command("list or download the released weights", ModelsOptions, "dino.weights.releases:models_command"),
+    "app": Command("a page to explore what a model sees", commands.AppOptions, "dino.app:command"),
+    "report": Command("write a run's report.html again", commands.ReportOptions, "dino.run:report_command"),
+    "models": Command(
+        "list or download the released weights", commands.ModelsOptions, "dino.weights.releases:models_command"
+    ),
     "export": Command(
-        "write a model for other libraries and runtimes", ExportOptions, "dino.exports.export:export_command"
+        "write a model for other libraries and runtimes", commands.ExportOptions, "dino.exports.export:export_command"
     ),
-    "convert": Command("another name of export", ExportOptions, "dino.exports.export:export_command"),
-    "recipes": Command("list the named configurations", RecipesOptions, "dino.cli:show_recipes"),
+    "recipes": Command("list the named configurations", commands.RecipesOptions, "dino.cli:show_recipes"),
 }
 
 HELP = """\
@@ -96,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return _complain("interrupted.", 130)
-    except BrokenPipeError:  # whoever read our output has seen enough; Python would complain again when it exits
+    except BrokenPipeError:  # the reader of our output has closed it; without this Python complains again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
@@ -104,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         name = type(error).__name__
         if isinstance(error, ValueError):
-            # What is wrong for one rank is wrong for all of them: said once.
+            # All ranks fail alike; one of them says it.
             return _complain(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
         if name in ("TrainingError", "CheckpointError", "DownloadError"):
             return _complain(str(error), 1)
@@ -119,53 +114,47 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"dino {__version__}")
         return 0
-    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
-    name, rest = " ".join(arguments[:words]), arguments[words:]
-    if name not in COMMANDS:
-        known = sorted(n for n in COMMANDS if n.startswith(f"{name} ")) or list(COMMANDS)
-        near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
-        raise ValueError(f"there is no command '{name}'; known are {', '.join(known)}.{near}")
-    command = COMMANDS[name]
-    if issubclass(command.options, TrainOptions):
-        options = _parse_train(rest, command.options, name)
-    else:
-        options = tyro.cli(command.options, args=rest, prog=f"dino {name}")
-    module, _, function = command.function.partition(":")
+    name, options = parse(arguments)
+    module, _, function = COMMANDS[name].function.partition(":")
     code = getattr(importlib.import_module(module), function)(options)
     return code if isinstance(code, int) else 0
 
 
-def _parse_train(arguments: list[str], kind: type[TrainOptions] = TrainOptions, name: str = "train") -> TrainOptions:
-    """`dino train [RECIPE | FILE.toml] [FLAGS]`: flags win over the file or recipe they follow; as `dino bench`."""
-    default, flags = TrainOptions(), []
-    if arguments and not arguments[0].startswith("-"):
-        first, arguments = arguments[0], arguments[1:]
-        if first.endswith(".toml"):
-            flags = toml.read_flags(Path(first))
-        elif first not in recipes.RECIPES and Path(first).exists():
-            raise ValueError(f"'{first}' is not a recipe; to train on it write: dino {name} --data {first}")
-        else:
-            default = find_recipe(first).options
-    elif not any(a.split("=")[0] in ("--data", "--data.path", "--resume", "-h", "--help") for a in arguments):
-        default = find_recipe("demo").options
-    resuming = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
-    resuming.add_argument("--resume")
-    if (resume := resuming.parse_known_args(arguments)[0].resume) is not None:
-        default, flags = toml.read_recorded(resume), []
-    default = kind(**{f.name: getattr(default, f.name) for f in fields(default)})
-    options = tyro.cli(kind, args=flags + arguments, default=default, prog=f"dino {name} [RECIPE | FILE.toml]")
-    if resume is not None and name == "train":
-        check_resumable(default, options)
-    return options
+def parse(arguments: list[str]) -> tuple[str, Options]:
+    """The name of a command and its options."""
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, flags = " ".join(arguments[:words]), arguments[words:]
+    if name not in COMMANDS:
+        known = sorted(n for n in COMMANDS if n.startswith(f"{name} ")) or list(COMMANDS)
+        near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
+        raise ValueError(f"there is no command '{name}'; known are {', '.join(known)}.{near}")
+    kind = COMMANDS[name].options
+    if issubclass(kind, TrainOptions):
+        return name, parse_train(flags, kind, name)
+    return name, parse_flags(kind, flags, f"dino {name}")
 
 
-def show_recipes(options: RecipesOptions) -> None:
+def parse_train(flags: list[str], kind: type[TrainOptions] = TrainOptions, name: str = "train") -> TrainOptions:
+    """`[RECIPE | FILE.toml] [FLAGS]` of `dino train` and `dino bench`: flags win over the recipe, the file or the run."""
+    recipe = None
+    if flags and not flags[0].startswith("-"):
+        recipe, *flags = flags
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
+    first.add_argument("--resume")
+    first.add_argument("--data", "--data.path")
+    given, _ = first.parse_known_args(flags)
+    has_data = given.data is not None or "--help" in flags or "-h" in flags  # help is not about the demo
+    base = choose_base(recipe, has_data, given.resume)
+    return parse_flags(kind, flags, f"dino {name} [RECIPE | FILE.toml]", kind(**vars(base)))
+
+
+def show_recipes(options: commands.RecipesOptions) -> None:
     if options.name:
         import tomli_w
 
         print(tomli_w.dumps(toml.to_dict(find_recipe(options.name).options)), end="")
         return
-    for name, recipe in recipes.RECIPES.items():
+    for name, recipe in RECIPES.items():
         print(f"{name}\n    {recipe.about}\n    {recipe.command}\n    expected: {recipe.expected}")
 
 

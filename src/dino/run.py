@@ -27,7 +27,7 @@ from dino.eval.online import OnlineEvaluation
 from dino.machine import count_spare_cores, describe_device
 from dino.options import auto, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
-from dino.options.recipes import find_recipe
+from dino.options.recipes import choose_base
 from dino.options.rules import parse_bytes
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
@@ -35,28 +35,36 @@ from dino.terminal import Terminal
 
 
 def train(
-    recipe: str | TrainOptions | None = None, data: str | None = None, out: str | None = None, **changes: Any
+    recipe: str | TrainOptions | None = None,
+    data: str | None = None,
+    out: str | None = None,
+    resume: str | None = None,
+    **changes: Any,
 ) -> Path:
     """Train, and return the run directory.
 
     Args:
-        recipe: a recipe's name or complete options; None: the demo without `data`, else options chosen for the data.
+        recipe: a recipe's name, a TOML file or complete options. None: the options of the run to `resume`, else the demo
+            without `data`, else options chosen for the data.
         data: a folder, list file, or 'scenes'.
         out: run directory to write.
+        resume: run directory to continue, with its own options.
         changes: any option by its dotted name, e.g. ``epochs=30`` or ``**{"optim.lr": 1e-3}``.
 
     Raises:
-        ValueError: an option or the data is unusable; nothing has been written then.
+        ValueError: an option or the data is unusable, or a run cannot be resumed so; nothing has been written then.
     """
-    if isinstance(recipe, TrainOptions):
-        options = recipe
-    else:
-        options = find_recipe(recipe or "demo").options if recipe or data is None else TrainOptions()
-    return run(replace(options, changes | {k: v for k, v in (("data.path", data), ("out", out)) if v is not None}))
+    given = {"data.path": data, "out": out, "resume": resume}
+    changes |= {name: value for name, value in given.items() if value is not None}
+    if not isinstance(recipe, TrainOptions):
+        recipe = choose_base(recipe, "data.path" in changes, resume)
+    return run_training(replace(recipe, changes))
 
 
-def run(options: TrainOptions) -> Path:
+def run_training(options: TrainOptions) -> Path:
     """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
+    if options.resume is not None:
+        check_resumable(toml.read_recorded(options.resume), options)
     with contextlib.ExitStack() as held:
         device = distributed.start(options.device)
         held.callback(distributed.stop)
@@ -91,7 +99,7 @@ def set_up(
     options: TrainOptions, folder: Path, device: torch.device, terminal: Terminal
 ) -> tuple[Trainer, Source | None]:
     """Open the data, choose what was left open, check it all, make or resume the run."""
-    source, held_out = distributed.from_main(lambda: open_training_pair(options, folder))
+    source, held_out = distributed.from_main(lambda: open_training_pair(options, folder, options.resume is not None))
     terminal.say(describe(source, options.data.path))
     edge = probe(source)
     # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
@@ -235,22 +243,21 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
             floor = f"; on raw pixels {pixels:.1f} %" if pixels is not None else ""
             terminal.say(f"{what}: {measured[0][key]:.1f} % untrained -> {measured[-1][key]:.1f} % trained{floor}")
     if trainer.options.report:
-        terminal.say(f"Report: {report(folder, trainer.source, held_out, trainer.device)}")
+        terminal.say(f"Report: {write_report(folder, trainer.source, held_out, trainer.device)}")
 
 
-def report(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:
-    from dino.report.page import write
+def write_report(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:
+    from dino.report.page import write  # takes a while to import, and few commands need it
 
     return write(folder, source, held_out, device)
 
 
 def report_command(options: ReportOptions) -> None:
     """Write a run's report again from what is in its directory."""
-    recorded = replace(toml.read_recorded(options.run), {"resume": options.run})
-    device = distributed.start("auto")
+    recorded, folder, device = toml.read_recorded(options.run), Path(options.run), distributed.start("auto")
     set_threads(recorded, device)
-    source, held_out = open_training_pair(recorded, Path(options.run))
-    print(report(Path(options.run), source, held_out, device))
+    source, held_out = open_training_pair(recorded, folder, trust=True)
+    print(write_report(folder, source, held_out, device))
 
 
 # Options that change neither the mathematics nor the data, so that a resumed run may have others.

@@ -102,13 +102,13 @@ def probe(source: Source, most: int = 16) -> int:
     return int(np.median(edges))
 
 
-def open_training_pair(options: TrainOptions, folder: Path | None) -> tuple[Source, Source | None]:
-    """Training and held-out images; the run directory `folder` records which, and a resumed run takes just those."""
+def open_training_pair(options: TrainOptions, folder: Path | None, trust: bool) -> tuple[Source, Source | None]:
+    """Training and held-out images; the run directory `folder` records which, and with `trust` it is just those."""
     spec = options.data.path
     if (scenes := open_scenes(spec)) is not None:
         return scenes
     record = None if folder is None else folder / "files.jsonl"
-    source = open_source(spec, options.data.labels, record, trust=options.resume is not None)
+    source = open_source(spec, options.data.labels, record, trust)
     if options.data.val is not None:
         return require_same_classes(source, open_source(options.data.val, options.data.labels))
     return hold_out(source, options.data.val_fraction, MOST_HELD_OUT, options.seed)

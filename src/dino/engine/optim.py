@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,17 +22,20 @@ def group_parameters(module: nn.Module) -> list[dict[str, Any]]:
 
 def create_optimizer(options: OptimOptions, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of `options.name`; learning rate and decay are set at every step by `set_rates`."""
-    groups = group_parameters(module)
-    if options.name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=options.weight_decay, fused=True)
-    if options.name == "sgd":
-        sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=options.weight_decay, fused=True)
-        for parameter in (p for group in groups for p in group["params"]):
-            # Starting from zero momentum gives the same first step. Without it the fused kernel fails when the last layer,
-            # frozen during the first epoch, takes its first step later than the others.
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
-    return LARS(groups, weight_decay=options.weight_decay)
+    return OPTIMIZERS[options.name](group_parameters(module), options.weight_decay)
+
+
+def create_adamw(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
+
+
+def create_sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+    sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay, fused=True)
+    for parameter in (p for group in groups for p in group["params"]):
+        # Starting from zero momentum gives the same first step. Without it the fused kernel fails when the last layer,
+        # frozen during the first epoch, takes its first step later than the others.
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
@@ -62,7 +65,7 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 0.001
+        self, params: Any, weight_decay: float = 0.0, lr: float = 0.0, momentum: float = 0.9, eta: float = 0.001
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
 
@@ -84,3 +87,11 @@ class LARS(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].mul_(group["momentum"]).add_(update)
                 p.sub_(group["lr"] * state["momentum"])
+
+
+# `options.name` -> a function of parameter groups and weight decay
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]] = {
+    "adamw": create_adamw,
+    "sgd": create_sgd,
+    "lars": LARS,
+}

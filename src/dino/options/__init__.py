@@ -3,7 +3,11 @@
 import dataclasses
 from typing import Any, TypeVar
 
+from dino.errors import did_you_mean
+from dino.options.rules import Options
+
 T = TypeVar("T")
+AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
 def required(value: T | None) -> T:
@@ -20,19 +24,21 @@ def flatten_names(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def flatten(options: Any) -> dict[str, Any]:
+def flatten(options: Options) -> dict[str, Any]:
     """Options as {dotted name: value}, in declaration order."""
     return flatten_names(dataclasses.asdict(options))
 
 
-def replace(options: Any, changes: dict[str, Any]) -> Any:
+def replace(options: AnyOptions, changes: dict[str, Any]) -> AnyOptions:
     """A copy of `options` with dotted names replaced, e.g. ``{"head.out_dim": 256}``.
 
     Raises:
-        ValueError: there are no such options.
+        ValueError: there are no such options, or they do not take these values.
     """
-    if unknown := sorted(changes.keys() - flatten(options).keys()):
-        raise ValueError(f"unknown options {unknown}; `dino train --help` lists them.")
+    known = flatten(options)
+    if unknown := sorted(changes.keys() - known.keys()):
+        near = did_you_mean(unknown[0], known)
+        raise ValueError(f"unknown options {unknown}; `dino train --help` lists them.{near}")
     own: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():

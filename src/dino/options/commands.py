@@ -1,35 +1,31 @@
-"""Options of the commands that make pictures. The text under a field is its help; nothing heavy is imported here."""
+"""Options of all commands but `train` and `eval`. The text under a field is its help on the command line."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
-from tyro import conf
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from dino.options.rules import COUNT, POSITIVE, check
+from dino.options.rules import AttentionMass, NonNegativeInt, Options, PositiveFloat, PositiveInt, Rule
 from dino.options.train import TrainOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class InferenceOptions(Options):
+    """For commands that look at images with a trained model."""
+
     model: Positional[str]
     """A run directory, a release (see `dino models`) or a weight file."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LookOptions(ModelOptions):
-    size: int | None = None
+class LookOptions(InferenceOptions):
+    size: PositiveInt | None = None
     """Edge the image's shorter side is resized to, pixels. None: twice what the model was trained at."""
-    stride: int | None = None
+    stride: PositiveInt | None = None
     """Pixels from a patch to the next, for finer maps of overlapping patches, e.g. 8 of 16. None: side by side."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class PcaOptions(LookOptions):
     images: Positional[tuple[str, ...]]
     """Image files or folders."""
@@ -37,17 +33,15 @@ class PcaOptions(LookOptions):
     """Folder to write the pictures to."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class AttentionOptions(PcaOptions):
     out: str = "attention"
     """Folder to write the pictures to."""
-    mass: float = 0.6
+    mass: AttentionMass = 0.6
     """Share of the attention that the mask keeps."""
     panel: bool = False
     """Write also all images, cut to squares, into one panel.png: a row each, a column for each head."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class MatchOptions(LookOptions):
     a: Positional[str]
     """An image."""
@@ -55,70 +49,65 @@ class MatchOptions(LookOptions):
     """Another image."""
     out: str = "match.png"
     """Picture to write."""
-    lines: int = 50
+    lines: NonNegativeInt = 50
     """Most pairs to draw, those that are most alike."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class VideoOptions(LookOptions):
     clip: Positional[str]
     """A video (mp4, mov, webm, gif, ...), or a folder of frames named in their order."""
     show: Literal["attention", "mask", "pca"] = "attention"
     """A map of the attention, the picture where most of it lies, or the features of patches as colors."""
-    head: int | None = None
+    head: NonNegativeInt | None = None
     """Whose attention. None: the mean of all heads."""
-    mass: float = 0.6
+    mass: AttentionMass = 0.6
     """Share of the attention that the mask keeps."""
     alone: bool = False
     """Leave out the clip itself, which is shown on the left."""
-    fps: float = 24.0
+    fps: PositiveFloat = 24.0
     """Frames per second of a folder of frames; videos say their own."""
     out: str | None = None
     """Video to write, an .mp4. None: CLIP-SHOW.mp4 in the working directory."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TsneOptions(ModelOptions):
+class TsneOptions(InferenceOptions):
     data: str
     """Labeled images: a folder of classes, or a folder with train/ and val/, of which val/ is used."""
-    size: int | None = None
+    size: PositiveInt | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
     out: str = "tsne.png"
     """Figure to write: .png, .svg or .pdf."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class NeighborsOptions(TsneOptions):
     data: str
     """Labeled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the queries)."""
     val: str | None = None
     """Labeled queries, when they lie elsewhere."""
-    k: int = 20
+    k: PositiveInt = 20
     """Neighbors that vote."""
-    rows: int = 12
+    rows: PositiveInt = 12
     """Most queries to show of those that are right, and of those that are wrong."""
     out: str = "neighbors.html"
     """Page to write."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EmbedOptions(ModelOptions):
+class EmbedOptions(InferenceOptions):
     data: Positional[str]
     """Images: a folder, a list of files (.txt, .csv), scenes:NUMBER, or torchvision:NAME:FOLDER."""
     out: str
     """Folder of Parquet files to write, e.g. x.parquet. The same command again goes on where it stopped."""
     pooling: Literal["cls", "average", "gem", "patches"] = "cls"
     """[CLS], the mean or generalized mean of the patches, or a row for every patch."""
-    size: int | None = None
+    size: PositiveInt | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
     fp16: bool = False
     """Store half precision, and compute in it on a GPU."""
-    shard: int | None = None
+    shard: PositiveInt | None = None
     """Images of a file, which is the most that is lost by a crash. None: 4096, fewer of patches."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FindOptions:
+class FindOptions(Options):
     embedding: Positional[str]
     """What `dino embed` wrote."""
     index: Literal["flat", "ivf", "hnsw"] = "flat"
@@ -131,11 +120,10 @@ class FindOptions:
     """Result file to write."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SearchOptions(FindOptions):
     images: Positional[tuple[str, ...]]
     """Image files or folders to find the like of."""
-    k: int = 10
+    k: PositiveInt = 10
     """Neighbors of each."""
     model: str | None = None
     """The model that made the embedding. None: where it was then."""
@@ -143,37 +131,33 @@ class SearchOptions(FindOptions):
     """Where to compute."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class DuplicatesOptions(FindOptions):
-    threshold: float | None = None
+    threshold: Annotated[float, Rule(lambda value: -1 <= value <= 1, "a cosine lies between -1 and 1")] | None = None
     """Cosine from which two images are near-copies. None: where one is 20 times nearer than the 31st nearest of either."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class OutliersOptions(FindOptions):
-    k: int = 10
+    k: PositiveInt = 10
     """Nearest others that an image is compared with."""
-    top: int = 20
+    top: PositiveInt = 20
     """Images to name, those least like any other first."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AppOptions:
-    model: Annotated[Positional[str], conf.arg(metavar="[MODEL]")] = ""
+class AppOptions(Options):
+    model: Annotated[Positional[str], arg(metavar="[MODEL]")] = ""
     """A run directory, a release (see `dino models`) or a weight file. None: the newest run in runs/."""
     data: str | None = None
     """Images to pick from and to search: a folder, a list of files, or scenes:NUMBER. None: what the run was trained on."""
     embedding: str | None = None
     """What `dino embed` wrote with this model. None: a button on the page embeds the data."""
-    port: int | None = None
+    port: Annotated[int, Rule(lambda value: 0 <= value < 2**16, "a port lies between 0 and 65535")] | None = None
     """Port of the page, on this machine alone. None: the first free one from 7860."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AblateOptions:
-    table: Annotated[Positional[str], tyro.conf.arg(metavar="[TABLE]")] = ""
+class AblateOptions(Options):
+    table: Annotated[Positional[str], arg(metavar="[TABLE]")] = ""
     """Which of the paper's tables (7, 14, 15, teacher, crops, prototypes, ...). Without one, they are listed."""
     data: str | None = None
     """Labeled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the test set)."""
@@ -183,58 +167,50 @@ class AblateOptions:
     """'tiny': minutes a row, small images and model; shows what collapses. 'paper': ViT-S/16, 100 or 300 epochs."""
     recipe: str | None = None
     """Recipe or TOML file that rows start from. None: cifar10 at tiny scale, the table's own at paper scale."""
-    epochs: int | None = None
+    epochs: PositiveInt | None = None
     """Epochs of every row. None: 8 at tiny scale, the recipe's at paper scale."""
     out: str | None = None
     """Folder for the runs and the table. None: runs/ablate-TABLE. The same command again goes on where it stopped."""
-    jobs: Annotated[int, COUNT] = 1
+    jobs: PositiveInt = 1
     """Rows trained at a time on a CPU; with GPUs it is one row for each."""
     report: bool = True
     """Write each row's report.html."""
     device: Literal["auto", "cpu"] = "auto"
     """Where to compute."""
 
-    def __post_init__(self) -> None:
-        check(self)
 
-
-@dataclass(frozen=True, kw_only=True)
 class BenchOptions(TrainOptions):
     json: str | None = None
     """File to write the figures to."""
-    seconds: Annotated[float, POSITIVE] = 40
+    seconds: PositiveFloat = 40
     """About how long to measure."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class ReportOptions(Options):
     run: Positional[str]
     """A run directory."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelsOptions:
-    name: Annotated[Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
+class ModelsOptions(Options):
+    name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
     """Download this release ('vits16', 'vits16:full', 'vits16:linear') and print where it lies."""
     offline: bool = False
     """Never download; DINO_OFFLINE=1 in the environment means the same for every command."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(Options):
     model: Positional[str]
     """A run directory, a release (see `dino models`), a weight file, or a folder of timm or Hugging Face."""
     to: Literal["onnx", "torch-export", "safetensors", "hf", "timm", "reference", "reference-checkpoint"]
     """Format to write; 'timm' and 'hf' are folders, the others files. Each is opened again and compared with the model."""
     out: str
     """File or folder to write; a model card goes into it as README.md, or beside it."""
-    num_heads: int | None = None
+    num_heads: PositiveInt | None = None
     """Attention heads of a ViT of unusual width whose file does not say them."""
     offline: bool = False
     """Never download; DINO_OFFLINE=1 in the environment means the same."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecipesOptions:
-    name: Annotated[Positional[str], tyro.conf.arg(metavar="[NAME]")] = ""
+class RecipesOptions(Options):
+    name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
     """Show one recipe as a TOML file to start from."""

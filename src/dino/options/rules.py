@@ -1,19 +1,38 @@
-"""What the values of options must meet: a `Rule` in a field's ``Annotated`` type, checked for all fields at once."""
+"""The one check of all options: each value is of its field's type, one of its choices, and meets the rules in its type.
+
+A rule stands in an ``Annotated`` type. Those that several options share have a name here, `PositiveInt` for example.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+import os
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple, get_type_hints
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from numbers import Integral, Real
+from types import NoneType
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from dino.errors import did_you_mean
 
 
 class Rule(NamedTuple):
-    """What an option's value must meet, or each of several; one that is left open (None) meets all."""
+    """What a value of the right type must meet, and how to say so."""
 
-    meets: Callable[[Any], bool]
+    accepts: Callable[[Any], object]
     text: str
 
 
@@ -29,34 +48,113 @@ def parse_bytes(size: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** {"M": 2, "G": 3}[match[2].upper()])
 
 
-COUNT = at_least(1, "it must be at least 1")
-NOT_NEGATIVE = at_least(0, "it cannot be negative")
-POSITIVE = Rule(lambda value: 0 < value < math.inf, "it must be above 0 and finite")
-SHARE = Rule(lambda value: 0 <= value <= 1, "a probability or share lies between 0 and 1")
-BELOW_ONE = Rule(lambda value: 0 <= value < 1, "it must be in [0, 1)")
-AREA = Rule(lambda value: 0 < value <= 1, "a share of the image area lies above 0 and is at most 1")
-TURN = Rule(lambda value: 0 <= value <= 0.5, "a hue shift lies in [0, 0.5] turns")
-MEMORY = Rule(lambda value: parse_bytes(value) > 0, "write an amount of memory such as 8GB or 500MB")
-SEED = Rule(lambda value: 0 <= value < 2**32, "a seed lies in [0, 2**32)")
+NOT_EMPTY = Rule(len, "give at least one value")
+_NOT_NEGATIVE = at_least(0, "it cannot be negative")
+
+PositiveInt = Annotated[int, at_least(1, "it must be at least 1")]
+NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
+Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**32, "a seed lies in [0, 2**32)")]
+PositiveFloat = Annotated[float, Rule(lambda value: value > 0, "it must be above 0 and finite")]
+NonNegativeFloat = Annotated[float, _NOT_NEGATIVE]
+Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a probability or share lies between 0 and 1")]
+BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "it must be in [0, 1)")]
+AttentionMass = Annotated[
+    float, Rule(lambda value: 0 < value <= 1, "the share of attention to keep lies above 0 and up to 1")
+]
+MemorySize = Annotated[str, Rule(parse_bytes, "write an amount of memory such as 8GB or 500MB")]
+
+# Type -> the values that are taken for it and converted, and its name in an error.
+_PLAIN: dict[Any, tuple[Any, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    bool: (bool, "True or False"),
+    str: ((str, os.PathLike), "text"),
+}
+
+
+def conform(value: Any, kind: Any) -> Any:
+    """`value` as type `kind` holds it: an integer becomes a float where one is meant, a list a tuple, a path text.
+
+    Raises:
+        ValueError: wrong type, no choice, or against a rule; the rest of a sentence that begins with "NAME is".
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        value = conform(value, parts[0])
+        for rule in parts[1:]:
+            if isinstance(rule, Rule) and not rule.accepts(value):
+                raise ValueError(f"{value}; {rule.text}.")
+        return value
+    if NoneType in parts:  # Optional, whose other type is the first
+        return None if value is None else conform(value, parts[0])
+    if origin is Literal:
+        if not any(type(value) is type(choice) and value == choice for choice in parts):
+            choices = [str(choice) for choice in parts]
+            near = did_you_mean(str(value), choices)
+            raise ValueError(f"{value!r}; choose one of {', '.join(choices)}.{near}")
+        return value
+    if origin is tuple:
+        length = None if parts[-1] is ... else len(parts)
+        if not isinstance(value, tuple | list) or len(value) != (len(value) if length is None else length):
+            raise ValueError(f"{value!r}; give {'a list of' if length is None else length} values.")
+        return tuple(conform(one, parts[0] if length is None else parts[i]) for i, one in enumerate(value))
+    if kind not in _PLAIN:  # a section, which has checked itself
+        if not isinstance(value, kind):
+            raise ValueError(f"{value!r}; it must be {kind.__name__}.")
+        return value
+    taken, name = _PLAIN[kind]
+    if not isinstance(value, taken) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{value!r}; it must be {name}.")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{value}; it must be a finite number.")
+    return kind(value)
 
 
 @functools.cache
-def _rules(kind: type) -> dict[str, list[Rule]]:
+def get_types(kind: type[Options]) -> dict[str, Any]:
+    """Field -> type with its rules, in the order of declaration."""
     hints = get_type_hints(kind, include_extras=True)
-    return {name: [r for r in getattr(hint, "__metadata__", ()) if isinstance(r, Rule)] for name, hint in hints.items()}
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def check(options: Any, prefix: str = "") -> None:
-    """The rules of all fields of a dataclass, and of those that are fields of it.
+CHECKED = ContextVar("CHECKED", default=True)  # False while a parser builds options that it checks at the end
 
-    Raises:
-        ValueError: one is broken; names the field with its dotted name, the value and the rule.
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of all options. A subclass becomes a frozen dataclass of keywords, checked whenever one is made.
+
+    `section` is what the names of its fields begin with: ``class OptimOptions(Options, section="optim.")``.
     """
-    for name, rules in _rules(type(options)).items():
-        value = getattr(options, name)
-        if dataclasses.is_dataclass(value):
-            check(value, f"{prefix}{name}.")
-        for one in value if isinstance(value, tuple) else (value,):
-            for rule in rules:
-                if one is not None and not rule.meets(one):
-                    raise ValueError(f"{prefix}{name} is {one}; {rule.text}.")
+
+    section: ClassVar[str] = ""
+
+    def __init_subclass__(cls, section: str = "") -> None:
+        cls.section = section
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        if CHECKED.get():
+            self.check()
+
+    def check(self) -> None:
+        """Hold all values to their types and rules, converting those that `conform` converts.
+
+        Raises:
+            ValueError: names the option with its section, the value, and the rule, type or choices.
+        """
+        for name, kind in get_types(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, Options):
+                value.check()
+            try:
+                object.__setattr__(self, name, conform(value, kind))
+            except ValueError as error:
+                raise ValueError(f"{self.section}{name} is {error}") from None
+        for message in self.contradictions():
+            raise ValueError(message)
+
+    def contradictions(self) -> Iterator[str]:
+        """Values that exclude each other, each in a sentence."""
+        yield from ()

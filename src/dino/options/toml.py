@@ -16,34 +16,22 @@ def to_dict(options: Any) -> dict[str, Any]:
     return dataclasses.asdict(options, dict_factory=lambda items: {k: v for k, v in items if v is not None})
 
 
-def read_flags(path: Path) -> list[str]:
-    """The flags a TOML file stands for, so that one parser checks files and flags alike."""
-    flags: list[str] = []
-    for name, value in flatten_names(_toml(path)).items():
-        section, dot, leaf = name.replace("_", "-").rpartition(".")
-        if isinstance(value, bool):
-            flags.append(f"--{section}{dot}{'' if value else 'no-'}{leaf}")
-        else:
-            flags += [f"--{section}{dot}{leaf}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
-
-
 def read_toml(path: Path) -> TrainOptions:
-    """The options a TOML file gives, the others at their defaults."""
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in flatten_names(_toml(path)).items()}
-    try:
-        return replace(TrainOptions(), values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    """The options a TOML file gives, the others at their defaults.
 
-
-def _toml(path: Path) -> dict[str, Any]:
+    Raises:
+        ValueError: there is no such file, or it is no TOML, or it holds an unknown option or a value that breaks its rule.
+    """
     if not path.is_file():
         raise ValueError(f"there is no options file '{path}'.")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a valid TOML file: {error}.") from error
+    try:
+        return replace(TrainOptions(), flatten_names(values))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_recorded(run: str) -> TrainOptions:
