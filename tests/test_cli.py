@@ -18,7 +18,7 @@ from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
 from dino import cli, run
 from dino.engine.build import Plan, build_method
 from dino.options import auto, flatten, replace, toml
-from dino.options.recipes import find_recipe
+from dino.options.recipes import RECIPES, find_recipe
 from dino.options.train import TrainOptions
 
 
@@ -151,7 +151,12 @@ def test_resume_with_other_mathematics_or_images_is_refused(photos, tmp_path, ca
     run = tmp_path / "run"
     assert cli.main(["train", "--data", str(photos), "--out", str(run), *tiny_flags(stop_after=3)]) == 0
     assert cli.main(["train", "--resume", str(run), "--optim.lr", "1"]) == 2
-    assert "optim.lr is 1.0 where it was 0.0005" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "optim.lr is 1.0 where it was 0.0005" in said
+    for changes in ({"optim.lr": 1}, {"data": str(photos / "class0")}, {"recipe": "cifar10"}):  # the same from Python
+        with pytest.raises(ValueError, match="--resume continues a run with") as refused:
+            dino.train(resume=str(run), **changes)
+        assert ("optim.lr" not in changes) or said.endswith(f"dino: {refused.value}\n")
     (run / "files.jsonl").unlink()
     next(photos.rglob("*.jpg")).unlink()
     assert cli.main(["train", "--resume", str(run)]) == 2
@@ -192,17 +197,20 @@ def test_debug_shows_the_traceback():
 def test_toml_file_and_flags(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('epochs = 7\n[views]\nglobal_scale = [0.3, 1.0]\n[log]\ntensorboard = false\n[data]\npath = "x"\n')
-    options = cli._parse_train([str(file), "--epochs", "9"])
+    options = cli.parse_train([str(file), "--epochs", "9"])
     assert (options.epochs, options.views.global_scale, options.log.tensorboard) == (9, (0.3, 1.0), False)
     file.write_text("epochz = 7\n")
-    with pytest.raises(SystemExit):
-        cli._parse_train([str(file)])
+    with pytest.raises(ValueError, match=r"mine.toml: unknown options \['epochz'\].*Did you mean 'epochs'"):
+        cli.parse_train([str(file)])
+    file.write_text('[optim]\nname = "adam"\n')
+    with pytest.raises(ValueError, match=r"mine.toml: optim.name is 'adam'; choose one of .*Did you mean 'adamw'"):
+        cli.parse_train([str(file)])
     file.write_text("epochs = = 7\n")
     with pytest.raises(ValueError, match="not a valid TOML file"):
-        cli._parse_train([str(file)])
+        cli.parse_train([str(file)])
 
 
-@pytest.mark.parametrize("name", sorted(auto.RECIPES))
+@pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipes_resolve_and_survive_a_round_trip(name, tmp_path):
     recipe = find_recipe(name)
     assert recipe.about
@@ -236,7 +244,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(auto.RECIPES))
+@pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipes_build_the_models_they_name(name):
     recipe = find_recipe(name)
     options = auto.resolve(recipe.options, 1_281_167, 400, True, 1)
@@ -285,7 +293,7 @@ def test_chosen_values_are_round():
 def test_threads_are_left_for_the_worker_but_none_added(allowed, used, monkeypatch):
     """Whoever sets OMP_NUM_THREADS=1 on a shared machine gets one thread."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(run, "spare_cores", lambda: 3)
+    monkeypatch.setattr(run, "count_spare_cores", lambda: 3)
     try:
         torch.set_num_threads(allowed)
         run.set_threads(TrainOptions(), torch.device("cpu"))

@@ -364,7 +364,14 @@ def test_unusable_options_are_said(saved_model, clips, tmp_path, monkeypatch, ca
     assert complaint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [{"queue": -1}, {"neighborhood": -1}, {"top_k": 0}])
-def test_options_out_of_range(wrong):
-    with pytest.raises(ValueError, match="must not be negative, and top_k must be at least 1"):
-        DavisOptions(model="-", data="-", **wrong)
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("queue", -1, "cannot be negative"),
+        ("neighborhood", -1, "cannot be negative"),
+        ("top_k", 0, "must be at least 1"),
+    ],
+)
+def test_options_out_of_range(name, value, rule):
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it {rule}"):
+        DavisOptions(model="-", data="-", **{name: value})

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
-import tyro
 
 import dino
 from conftest import TINY, as_flags, draw_images, run_dino
@@ -123,13 +122,8 @@ def quickened(command: str, arguments: list[str]) -> list[str]:
 
 def parsed(arguments: list[str]) -> tuple[str, list[str]]:
     """The command and its arguments, which the command line's own parser has accepted."""
-    command = " ".join(arguments[:2]) if " ".join(arguments[:2]) in cli.COMMANDS else arguments[0]
-    arguments = arguments[len(command.split()) :]
-    if command == "train":
-        cli._parse_train(arguments)
-    else:
-        tyro.cli(cli.COMMANDS[command].options, args=arguments)
-    return command, arguments
+    command, _ = cli.parse(arguments)
+    return command, arguments[len(command.split()) :]
 
 
 def execute(words: list[str]) -> None:

@@ -111,7 +111,7 @@ def test_the_card_says_how_the_run_was_trained_and_what_was_found(run, tmp_path,
     other = json.loads((run / "eval" / "knn.json").read_text())
     other |= {"evaluation": "of-other-weights", "model": {"sha256": "0"}}
     (run / "eval" / "other.json").write_text(json.dumps(other))
-    assert cli.main(["convert", str(run), "--to", "reference-checkpoint", "--out", str(tmp_path / "a.pth")]) == 0
+    assert cli.main(["export", str(run), "--to", "reference-checkpoint", "--out", str(tmp_path / "a.pth")]) == 0
     text = (tmp_path / "a.pth.md").read_text()
     trained_on = torch.load(next((run / "checkpoints").glob("*.pt")), weights_only=True)["data"]
     knn = json.loads((run / "eval" / "knn.json").read_text())

@@ -90,10 +90,7 @@ def test_resume_is_exact_also_within_an_epoch(photos, tmp_path, at):
     chosen = options(model__drop_path=0.2)  # its randomness must resume too
     whole = dino.train(chosen, data=str(photos), out=str(tmp_path / "whole"))
     part = dino.train(chosen, data=str(photos), out=str(tmp_path / "part"), stop_after=at)
-    from dino.cli import _parse_train
-
-    resumed = _parse_train(["--resume", str(part), "--stop-after", "1000"])
-    dino.train(resumed)
+    dino.train(resume=part, stop_after=1000)
     assert_same_bits(final_state(whole), final_state(part))
     drop_time = lambda line: {  # noqa: E731
         k: v for k, v in line.items() if k not in ("images_per_second", "data_wait_share", "peak_memory_gb")

@@ -250,7 +250,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"could run code|damaged"):
         read("old.pth")
     assert not (tmp_path / "owned").exists()
-    assert cli.main(["convert", "evil.pth", "--to", "timm", "--out", "out"]) == 2
+    assert cli.main(["export", "evil.pth", "--to", "timm", "--out", "out"]) == 2
 
 
 def test_damaged_files_are_refused_kindly(tmp_path):
@@ -399,14 +399,14 @@ def test_a_run_is_converted_and_used_everywhere(photos, tmp_path, capsys):
     expected = dino.load(run).state_dict()
     for kind in KINDS:
         out = tmp_path / f"{kind}{'.safetensors' if kind == 'safetensors' else ''}"
-        assert cli.main(["convert", str(run), "--to", kind, "--out", str(out)]) == 0
+        assert cli.main(["export", str(run), "--to", kind, "--out", str(out)]) == 0
         found = read(out, num_heads=2)
         model = create(**found.arguments)
         weights.load_strictly(model, found.backbone(), kind)
         assert_same_bits(model.state_dict(), expected)
-    assert cli.main(["convert", str(run), "--to", "timm", "--out", str(tmp_path / "timm")]) == 2
+    assert cli.main(["export", str(run), "--to", "timm", "--out", str(tmp_path / "timm")]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert cli.main(["convert", str(tmp_path / "nothing"), "--to", "timm", "--out", str(tmp_path / "x")]) == 2
+    assert cli.main(["export", str(tmp_path / "nothing"), "--to", "timm", "--out", str(tmp_path / "x")]) == 2
     assert "dino models" in capsys.readouterr().err
 
 
@@ -438,7 +438,7 @@ def test_continued_training_starts_at_the_old_loss(photos, tmp_path, capsys):
     continued = first_loss(photos, tmp_path / "a", init=str(run), **same)
     assert abs(continued - old) < 0.1 * limit
     for kind in ("reference-checkpoint", "reference"):
-        assert cli.main(["convert", str(run), "--to", kind, "--out", str(tmp_path / f"{kind}.pth")]) == 0
+        assert cli.main(["export", str(run), "--to", kind, "--out", str(tmp_path / f"{kind}.pth")]) == 0
     content = torch.load(tmp_path / "reference-checkpoint.pth", weights_only=False)
     del content["dino_loss"]
     torch.save(content, tmp_path / "no-center.pth")

@@ -1,0 +1,236 @@
+"""All options: one check whoever fills them in, choices that are those of the tables, and a list that is reviewed.
+
+A new or changed option changes tests/options.txt; write it again with: python tests/test_options.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+
+import dino
+from dino import cli
+from dino.options import commands, evaluate, replace, train
+from dino.options.flags import parse_flags
+from dino.options.rules import Options, get_types
+from dino.options.toml import read_toml, to_dict
+from dino.options.train import TrainOptions
+
+LIST = Path(__file__).with_name("options.txt")
+CLASSES = [
+    kind
+    for module in (train, evaluate, commands)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, Options) and kind.__module__ == module.__name__
+]
+# What makes options of each class, which has no default for these.
+REQUIRED = {"model": "m", "data": "d", "images": ("i",), "a": "a", "b": "b", "clip": "c", "out": "o", "embedding": "e"}
+REQUIRED |= {"run": "r", "to": "onnx"}
+
+
+def make(kind: type[Options], **values: Any) -> Any:
+    fields = dataclasses.fields(kind)
+    needed = {f.name: REQUIRED[f.name] for f in fields if f.default is dataclasses.MISSING}
+    if kind in (evaluate.CopydetectOptions, evaluate.MasksOptions):
+        needed["data"] = "d"
+    return kind(**needed | values)
+
+
+def strip(kind: Any) -> Any:
+    """A type without its rules and None."""
+    while get_origin(kind) is Annotated or NoneType in get_args(kind):
+        kind = get_args(kind)[0]
+    return kind
+
+
+def find_choices(kind: Any) -> tuple[Any, ...]:
+    """The values of a Literal, also of one within a tuple."""
+    kind = strip(kind)
+    return get_args(kind) if get_origin(kind) is Literal else find_choices(get_args(kind)[0]) if get_args(kind) else ()
+
+
+FIELDS = [(kind, name, hint) for kind in CLASSES for name, hint in get_types(kind).items()]
+
+
+def test_every_options_class_is_looked_at():
+    assert len(CLASSES) > 35
+    assert {command.options for command in cli.COMMANDS.values()} <= set(CLASSES)
+    assert len(FIELDS) > 250
+
+
+WRONG = {int: (2.5, "3", True), float: ("0.1", True, math.nan, math.inf), bool: (1, "yes"), str: (3, b"a")}
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_wrong_types_and_words_are_refused_with_the_name_of_the_option(kind):
+    make(kind)
+    for name, hint in get_types(kind).items():
+        plain, words = strip(hint), find_choices(hint)
+        if get_origin(plain) is tuple:
+            wrong: list[Any] = [3, "3", (object(),) * max(1, len(get_args(plain)) - (get_args(plain)[-1] is ...))]
+        elif words:
+            wrong = [3.5, True, f"{words[0]}x"]
+        else:
+            wrong = [*WRONG.get(plain, ("section",))]
+        if NoneType not in get_args(hint):
+            wrong.append(None)
+        for value in wrong:
+            with pytest.raises(ValueError, match=rf"^{kind.section}{name} is .*; .+\.") as error:
+                make(kind, **{name: value})
+            assert all(str(word) in str(error.value) for word in (words if get_origin(plain) is not tuple else ()))
+        if words and isinstance(words[0], str):
+            misspelled = words[0] + "x"
+            with pytest.raises(ValueError, match=rf"choose one of .*Did you mean '{words[0].replace('+', '.')}'\?"):
+                make(kind, **{name: (misspelled,) if get_origin(plain) is tuple else misspelled})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("method.targets", "centering-x", "centering, softmax-batch, sinkhorn, none. Did you mean 'centering'?"),
+        ("method.teacher", "ema", "momentum, previous-epoch, previous-iteration, student."),
+        ("optim.name", "adam", "adamw, sgd, lars. Did you mean 'adamw'?"),
+        ("epochs", 2.5, "it must be a whole number."),
+        ("batch_size", 12.5, "it must be a whole number."),
+        ("optim.lr", "ten", "it must be a number."),
+        ("optim.lr", math.nan, "it must be a finite number."),
+        ("head.activation", "swish", "gelu, relu."),
+        ("method.loss", "hinge", "cross-entropy, mse, infonce."),
+        ("views.global_scale", 0.5, "give 2 values."),
+        ("views.blur_prob", (0.5, 2), "give 3 values."),
+        ("views.blur_prob", (0.5, 2, 0), "a probability or share lies between 0 and 1."),
+    ],
+)
+def test_nothing_wrong_trains_in_silence(name, value, said, tmp_path):
+    """From Python, from a TOML file, and from the file of a run that is resumed."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        dino.train(data="photos", out=str(tmp_path / "run"), **{name: value})
+    assert str(error.value).startswith(f"{name} is ")
+    assert said in str(error.value)
+    file = tmp_path / "config.toml"
+    section, _, leaf = name.rpartition(".")
+    text = f'"{value}"' if isinstance(value, str) else str(list(value) if isinstance(value, tuple) else value)
+    file.write_text(f"{f'[{section}]' if section else ''}\n{leaf} = {text}\n")
+    for attempt in (lambda: read_toml(file), lambda: dino.train(resume=tmp_path), lambda: cli.parse_train([str(file)])):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            attempt()
+        assert str(error.value).startswith(f"{file}: {name} is ")
+        assert said in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_table_starts_from_no_wrong_file(tmp_path, capsys):
+    (file := tmp_path / "mine.toml").write_text("batch_size = 12.5\n")
+    assert (
+        cli.main(["ablate", "7", "--data", str(tmp_path), "--recipe", str(file), "--out", str(tmp_path / "out")]) == 2
+    )
+    assert "mine.toml: batch_size is 12.5; it must be a whole number." in capsys.readouterr().err
+
+
+def test_what_can_be_meant_alone_is_converted():
+    options = replace(TrainOptions(), {"optim.lr": 1, "epochs": np.int64(3), "views.global_scale": [0.5, 1]})
+    assert repr((options.optim.lr, options.epochs, options.views.global_scale)) == "(1.0, 3, (0.5, 1.0))"
+    assert make(evaluate.KnnOptions, data=Path("photos"), k=[5]) == make(evaluate.KnnOptions, data="photos", k=(5,))
+
+
+def test_a_value_is_checked_after_the_flags_are_read():
+    """The sentence is ours, without the parser's frame around it; sections keep their names."""
+    for flags, said in (
+        (["--optim.lr", "-1"], "optim.lr is -1.0; it cannot"),
+        (["--epochs", "0"], "epochs is 0; it must"),
+    ):
+        with pytest.raises(ValueError, match=f"^{said}"):
+            parse_flags(TrainOptions, flags, "dino train")
+
+
+def test_options_survive_being_written_and_read(tmp_path):
+    import tomli_w
+
+    options = replace(TrainOptions(), {"epochs": 3, "log.evaluate": ("knn --data x",), "views.global_scale": (0.3, 1)})
+    (tmp_path / "a.toml").write_text(tomli_w.dumps(to_dict(options)))
+    assert read_toml(tmp_path / "a.toml") == options
+
+
+def test_choices_are_the_entries_of_the_tables():
+    from dino import variants
+    from dino.engine import optim
+    from dino.eval import finetune, linear
+    from dino.exports import compare
+    from dino.features import extract, search
+    from dino.look import pictures
+    from dino.models import head, vit
+    from dino.models.timm_backbone import TimmBackbone
+
+    def choices(kind: type[Options], name: str) -> set[Any]:
+        return set(find_choices(get_types(kind)[name]))
+
+    assert choices(train.MethodOptions, "targets") == set(variants.TARGETS)
+    assert choices(train.MethodOptions, "loss") == set(variants.LOSSES)
+    assert choices(train.MethodOptions, "teacher") == set(variants.TEACHERS)
+    assert choices(train.OptimOptions, "name") == set(optim.OPTIMIZERS)
+    assert choices(train.HeadOptions, "activation") == set(head.ACTIVATIONS) == set(get_args(head.Activation))
+    assert choices(train.ModelOptions, "pos_interp") == set(get_args(vit.PositionInterpolation))
+    assert choices(train.ModelOptions, "stem") == set(get_args(get_type_hints(TimmBackbone.__init__)["stem"]))
+    assert f"Backbone: {', '.join(vit.SIZES)}, or timm:NAME" in inspect.getsource(train.ModelOptions)
+    assert choices(TrainOptions, "recompute") == set(get_args(vit.Recompute))
+    assert choices(commands.FindOptions, "index") == set(get_args(search.IndexKind))
+    assert choices(commands.ExportOptions, "to") == set(compare.FORMATS)
+    assert choices(commands.EmbedOptions, "pooling") < set(extract.POOLINGS) == set(get_args(extract.Pooling))
+    assert choices(evaluate.LinearOptions, "pooling") == {name for wide in linear.COLUMNS.values() for name in wide}
+    assert choices(evaluate.FinetuneOptions, "recipe") == set(finetune.RECIPES)
+    assert choices(commands.VideoOptions, "show") == set(get_args(get_type_hints(pictures.video_frames)["show"]))
+
+
+# --- the reviewed list ---------------------------------------------------------------------------------------------
+
+
+def describe_type(kind: Any) -> str:
+    if NoneType in get_args(kind):
+        return f"{describe_type(get_args(kind)[0])} | None"
+    kind = strip(kind)
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    if get_origin(kind) is tuple:
+        return " ".join("..." if part is ... else describe_type(part) for part in get_args(kind))
+    return kind.__name__
+
+
+def list_options() -> str:
+    """A line for each option of each command; those that `bench` has from `train` only once."""
+    lines = []
+    for command, (_, kind, _) in cli.COMMANDS.items():
+        for name, hint in find_leaves(kind, inherited=command != "train"):
+            lines.append(f"{command}: {name} {hint}")
+    return "\n".join(lines) + "\n"
+
+
+def find_leaves(kind: type[Options], inherited: bool) -> list[tuple[str, str]]:
+    leaves = []
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    for name, hint in get_types(kind).items():
+        if inherited and issubclass(kind, TrainOptions) and name in get_types(TrainOptions):
+            continue
+        if isinstance(strip(hint), type) and issubclass(strip(hint), Options):
+            leaves += find_leaves(strip(hint), inherited=False)
+            continue
+        default = "" if defaults[name] is dataclasses.MISSING else f" = {defaults[name]!r}"
+        positional = any("Positional" in repr(mark) for mark in getattr(hint, "__metadata__", ()))
+        leaves.append(
+            (f"{'' if positional else '--'}{kind.section}{name}".replace("_", "-"), describe_type(hint) + default)
+        )
+    return leaves
+
+
+def test_the_list_of_options_is_the_reviewed_one():
+    assert list_options() == LIST.read_text(), "options changed: run `python tests/test_options.py` and review the diff"
+
+
+if __name__ == "__main__":
+    LIST.write_text(list_options())
