@@ -1,6 +1,8 @@
 """`python -m dino`, for `torchrun -m dino train ...`."""
 
-from dino.cli import run
+import sys
+
+from dino.cli import main
 
 if __name__ == "__main__":
-    run()
+    sys.exit(main())

@@ -9,7 +9,7 @@ import argparse
 import importlib
 import os
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dino import errors
 from dino.options import commands, toml
@@ -161,7 +161,3 @@ def show_recipes(options: commands.RecipesOptions) -> None:
 def _complain(text: str, code: int) -> int:
     print(f"dino: {text}", file=sys.stderr)
     return code
-
-
-def run() -> Any:
-    sys.exit(main())

@@ -35,29 +35,23 @@ from dino.terminal import Terminal
 
 
 def train(
-    recipe: str | TrainOptions | None = None,
-    data: str | None = None,
-    out: str | None = None,
-    resume: str | None = None,
-    **changes: Any,
+    recipe: str | TrainOptions | None = None, data: str | None = None, out: str | None = None, **changes: Any
 ) -> Path:
-    """Train, and return the run directory.
+    """Train, and return the run directory. ``dino.train(resume="runs/a")`` continues run a with its own options.
 
     Args:
-        recipe: a recipe's name, a TOML file or complete options. None: the options of the run to `resume`, else the demo
+        recipe: a recipe's name, a TOML file or complete options. None: the options of the run to resume, else the demo
             without `data`, else options chosen for the data.
         data: a folder, list file, or 'scenes'.
         out: run directory to write.
-        resume: run directory to continue, with its own options.
         changes: any option by its dotted name, e.g. ``epochs=30`` or ``**{"optim.lr": 1e-3}``.
 
     Raises:
         ValueError: an option or the data is unusable, or a run cannot be resumed so; nothing has been written then.
     """
-    given = {"data.path": data, "out": out, "resume": resume}
-    changes |= {name: value for name, value in given.items() if value is not None}
+    changes |= {name: value for name, value in (("data.path", data), ("out", out)) if value is not None}
     if not isinstance(recipe, TrainOptions):
-        recipe = choose_base(recipe, "data.path" in changes, resume)
+        recipe = choose_base(recipe, "data.path" in changes, changes.get("resume"))
     return run_training(replace(recipe, changes))
 
 
@@ -70,7 +64,7 @@ def run_training(options: TrainOptions) -> Path:
         held.callback(distributed.stop)
         set_threads(options, device)
         terminal = Terminal(distributed.is_main())
-        folder = distributed.from_main(lambda: run_folder(options))
+        folder = distributed.from_main(lambda: choose_folder(options))
         fresh = distributed.is_main() and not folder.exists()
         distributed.from_main(lambda: held.enter_context(lock_folder(folder)))
         with files.writing(folder, leave=not fresh):
@@ -86,72 +80,113 @@ def run_training(options: TrainOptions) -> Path:
     return folder
 
 
+# A resumed run may change these options and those of `log`: they change neither the mathematics nor the data.
+FREE_ON_RESUME = {
+    *("resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"),
+    *("fit", "accumulate", "recompute", "compile", "data.decode"),
+}
+
+
+def check_resumable(recorded: TrainOptions, wanted: TrainOptions) -> None:
+    """Refuse to continue a run with other mathematics or data than it was started with."""
+    before = flatten(recorded)
+    for name, value in flatten(wanted).items():
+        if value != before[name] and name not in FREE_ON_RESUME and not name.startswith("log."):
+            raise ValueError(
+                f"--resume continues a run with the options it was started with, but {name} is {value} where it was "
+                f"{before[name]}; leave it out, or start a new run with another --out."
+            )
+
+
 def set_threads(options: TrainOptions, device: torch.device) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     elif device.type == "cpu" and distributed.world_size() == 1 and count_spare_cores() > 2:
-        # One core for the data worker and whatever else runs: threads that wait for a busy core make all of them slow.
-        # Never more than torch has: OMP_NUM_THREADS may say how many this user is allowed.
+        # One core stays free for the data worker and other programs: a thread that waits for a busy core slows all others.
+        # No more than torch has already, because OMP_NUM_THREADS may limit this user.
         torch.set_num_threads(min(torch.get_num_threads(), count_spare_cores()))
 
 
 def set_up(
     options: TrainOptions, folder: Path, device: torch.device, terminal: Terminal
 ) -> tuple[Trainer, Source | None]:
-    """Open the data, choose what was left open, check it all, make or resume the run."""
+    """Open the data, fill in the options, check everything, and build the trainer of a new or a resumed run."""
     source, held_out = distributed.from_main(lambda: open_training_pair(options, folder, options.resume is not None))
     terminal.say(describe(source, options.data.path))
-    edge = probe(source)
-    # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
-    workers = count_spare_cores(distributed.world_size()) if device.type == "cuda" else int(count_spare_cores() > 2)
-    found = distributed.from_main(lambda: starting_weights(options, folder))
-    adopted = options if found is None else init.adopt(options, found)
-    resolved = auto.resolve(adopted, len(source), edge, device.type == "cuda", workers)
-    check(resolved, source, device)
-    chosen = {n: v for n, v in flatten(resolved).items() if flatten(options)[n] is None and v is not None}
-    if chosen and options.resume is None:
-        terminal.say(f"Chosen for {len(source)} images: " + ", ".join(f"{n} {v}" for n, v in chosen.items()))
-    more = [evaluate.EvaluationCallback.parse(text, folder) for text in resolved.log.evaluate]
-    callback = OnlineEvaluation(source, held_out, required(resolved.views.global_size), device, more)
-    batches = view_batches(resolved, source, device)
-    render = DeviceRenderer(device) if device.type == "cuda" else None
-    trainer = Trainer(resolved, folder, source, batches, device, terminal, callback, render)
-    if resolved.fit is not None:
-        step, images = trainer.training_step, batches.batch_size // batches.world_size
-        split, needed = distributed.gather(fit.fit_memory(step, resolved, images, parse_bytes(resolved.fit)))[0]
-        step.set_split(split)
-        terminal.say(describe_split(split, needed))
-    if found is not None:
-        terminal.say(init.initialize(trainer.method, found))
-        if init.needs_center(trainer.method, found):
-            globals_only = view_batches(
-                replace(resolved, {"views.num_local": 0, "data.decode": "workers"}), source, device
-            )
-            terminal.say(f"The center is the mean over {init.estimate_center(trainer, globals_only)} global views.")
+    start = distributed.from_main(lambda: read_start(options, folder))
+    resolved = resolve_options(options, source, start, device, terminal)
+    trainer = build_trainer(resolved, folder, (source, held_out), device, terminal)
+    if start is not None:
+        initialize_trainer(trainer, start)
     distributed.from_main(lambda: prepare(resolved, folder))
     if options.resume is not None and trainer.resume():
         terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
     return trainer, held_out
 
 
-def starting_weights(options: TrainOptions, folder: Path) -> weights.Weights | None:
-    """What `options.init` holds; None without it, and for a resumed run that has got beyond its start."""
+def read_start(options: TrainOptions, folder: Path) -> weights.Weights | None:
+    """The weights of `options.init`; None without it, and for a resumed run that has a checkpoint."""
     if options.init is None or (options.resume is not None and Checkpoints(folder / "checkpoints").latest()):
         return None
     return weights.read(options.init, num_heads=options.model.num_heads)
 
 
-def run_folder(options: TrainOptions) -> Path:
-    """Where the run writes; refuses a folder that holds something else unless told otherwise."""
+def resolve_options(
+    options: TrainOptions, source: Source, start: weights.Weights | None, device: torch.device, terminal: Terminal
+) -> TrainOptions:
+    """Fill in the open options from the images, the weights to start from and the machine, and check all of them."""
+    # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
+    workers = count_spare_cores(distributed.world_size()) if device.type == "cuda" else int(count_spare_cores() > 2)
+    adopted = options if start is None else init.adopt(options, start)
+    resolved = auto.resolve(adopted, len(source), probe(source), device.type == "cuda", workers)
+    check(resolved, source, device)
+    given = flatten(options)
+    chosen = {name: value for name, value in flatten(resolved).items() if given[name] is None and value is not None}
+    if chosen and options.resume is None:
+        values = (
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in chosen.items()
+        )
+        terminal.say(f"Chosen for {len(source)} images: " + ", ".join(values))
+    return resolved
+
+
+def build_trainer(
+    options: TrainOptions, folder: Path, data: tuple[Source, Source | None], device: torch.device, terminal: Terminal
+) -> Trainer:
+    """The trainer with fresh weights, its evaluations, and its steps cut to the memory of `options.fit`."""
+    more = [evaluate.EvaluationCallback.parse(text, folder) for text in options.log.evaluate]
+    callback = OnlineEvaluation(*data, required(options.views.global_size), device, more)
+    batches = view_batches(options, data[0], device)
+    render = DeviceRenderer(device) if device.type == "cuda" else None
+    trainer = Trainer(options, folder, data[0], batches, device, terminal, callback, render)
+    if options.fit is not None:
+        step, images = trainer.training_step, batches.batch_size // batches.world_size
+        split, needed = distributed.gather(fit.fit_memory(step, options, images, parse_bytes(options.fit)))[0]
+        step.set_split(split)
+        terminal.say(describe_split(split, needed))
+    return trainer
+
+
+def initialize_trainer(trainer: Trainer, start: weights.Weights) -> None:
+    """Load the weights to start from, and estimate the center if they have none."""
+    trainer.terminal.say(init.initialize(trainer.method, start))
+    if init.needs_center(trainer.method, start):
+        global_views = replace(trainer.options, {"views.num_local": 0, "data.decode": "workers"})
+        count = init.estimate_center(trainer, view_batches(global_views, trainer.source, trainer.device))
+        trainer.terminal.say(f"The center is the mean over {count} global views.")
+
+
+def choose_folder(options: TrainOptions) -> Path:
+    """The run directory. Refuses a folder that holds anything but a run, and a run without `overwrite`."""
     if options.resume is not None:
         return Path(options.resume)
     name = options.data.path.partition(":")[0].rstrip("/") or "run"
     folder = Path(options.out) if options.out is not None else Path("runs") / Path(name).stem
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give a folder to write the run to.")
-    # A start that was killed early leaves at most its lock and its file list.
+    # A run that was killed as it started leaves at most its lock and its file list.
     if folder.is_dir() and any(child.name not in ("files.jsonl", LOCK) for child in folder.iterdir()):
-        # --overwrite deletes what is there, so it must be a run's and not, say, the photos themselves.
+        # --overwrite deletes the content, so it must be a run and not, for example, the photos.
         if not (folder / "config.toml").exists():
             raise ValueError(f"{folder} is not empty and holds no run; choose another --out.")
         if not options.overwrite:
@@ -166,12 +201,12 @@ def run_folder(options: TrainOptions) -> Path:
 
 
 def prepare(options: TrainOptions, folder: Path) -> None:
-    """Make the run directory with its resolved options; called once nothing can go wrong any more."""
+    """Make the run directory and record the resolved options; called last, when all checks have passed."""
     if options.resume is not None:
         return
     if options.overwrite and folder.exists():
         for child in folder.iterdir():
-            if child.name not in ("files.jsonl", LOCK):  # just scanned, and held by this process
+            if child.name not in ("files.jsonl", LOCK):  # this process has just written one and holds the other
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     given = {name: flatten(options)[name] for name in ("data.path", "data.val", "data.labels", "init")}
@@ -191,7 +226,7 @@ def view_batches(options: TrainOptions, source: Source, device: torch.device) ->
 
 
 def check(options: TrainOptions, source: Source, device: torch.device) -> None:
-    """Contradictions that only show once data, device and options are all known."""
+    """Refuse options that contradict the data, the device or the number of processes."""
     if options.data.decode == "device":
         device_decode.check_device(device)
     if options.compile:
@@ -228,7 +263,7 @@ def describe_split(split: Split, needed: float) -> str:
 
 
 def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
-    """Say what was reached and how to go on; write the report."""
+    """Print the figures that were reached and how to go on, and write the report."""
     folder, terminal = trainer.run, trainer.terminal
     lines = log.read_metrics(folder / "metrics.jsonl")
     measured = [line for line in lines if "effective_rank" in line]
@@ -253,27 +288,8 @@ def write_report(folder: Path, source: Source, held_out: Source | None, device: 
 
 
 def report_command(options: ReportOptions) -> None:
-    """Write a run's report again from what is in its directory."""
+    """Write the report of a run again from the files in its directory."""
     recorded, folder, device = toml.read_recorded(options.run), Path(options.run), distributed.start("auto")
     set_threads(recorded, device)
     source, held_out = open_training_pair(recorded, folder, trust=True)
     print(write_report(folder, source, held_out, device))
-
-
-# Options that change neither the mathematics nor the data, so that a resumed run may have others.
-FREE_ON_RESUME = {
-    *("resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"),
-    *("fit", "accumulate", "recompute", "compile", "data.decode"),
-}
-
-
-def check_resumable(recorded: TrainOptions, wanted: TrainOptions) -> None:
-    """Refuse to continue a run with other mathematics or data than it was started with."""
-    before, after = flatten(recorded), flatten(wanted)
-    changed = [n for n in after if after[n] != before[n] and n not in FREE_ON_RESUME and not n.startswith("log.")]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"--resume continues a run with the options it was started with, but {name} is {after[name]} where it was "
-            f"{before[name]}; leave it out, or start a new run with another --out."
-        )
