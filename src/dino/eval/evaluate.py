@@ -16,13 +16,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 
 from dino import distributed, errors, files, weights
 from dino.features import cache
 from dino.models import Backbone, VisionTransformer
 from dino.models.vit import SIZES
 from dino.options.evaluate import EVALUATIONS, EvalOptions
+from dino.options.flags import parse_flags
 from dino.version import __version__
 from dino.weights import fingerprint
 
@@ -85,8 +85,10 @@ class EvaluationCallback(NamedTuple):
         name, *flags = shlex.split(text) or [""]
         kind = find_options(name)
         try:
-            options = tyro.cli(kind, args=[str(run), *flags], prog=f"--log.evaluate '{name} ...'")
-        except SystemExit as stop:  # it has said why
+            options = parse_flags(kind, [str(run), *flags], f"--log.evaluate '{name} ...'")
+        except ValueError as error:
+            raise ValueError(f"--log.evaluate '{text}': {error}") from error
+        except SystemExit as stop:  # the parser has said why
             raise ValueError(f"--log.evaluate '{text}' is not understood; see `dino eval {name} --help`.") from stop
         return cls(name, options, run)
 

@@ -1,4 +1,4 @@
-"""Options of the evaluations. The text under a field is its help; nothing heavy is imported here."""
+"""Options of the evaluations. The text under a field is its help on the command line."""
 
 from __future__ import annotations
 
@@ -207,10 +207,10 @@ class DavisOptions(EvalOptions):
     neighborhood: NonNegativeInt = 12
     """Rows and columns of patches that a label can move between two frames."""
     top_k: PositiveInt = 5
-    """Likest patches that labels are taken from."""
+    """Most similar patches, from which labels are taken."""
 
 
-# Name -> what it measures and its options; the rest is `PAPER` and `evaluate` of the module dino.eval.NAME.
+# Name -> what it measures, and its options. The code is in the module dino.eval.NAME.
 EVALUATIONS: dict[str, tuple[str, type[EvalOptions]]] = {
     "knn": ("k-NN accuracy of a run's features", KnnOptions),
     "linear": ("linear classification of frozen features", LinearOptions),

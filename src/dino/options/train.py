@@ -212,8 +212,9 @@ class TrainOptions(Options):
     accumulate: PositiveInt = 1
     """Parts that a step's images are computed in, one after the other; the same gradients in less memory."""
     recompute: Literal["nothing", "elementwise", "blocks"] = "nothing"
-    """What the backward pass computes again instead of keeping it, with the same gradients. 'elementwise': norms and GELU, a
-    quarter less memory for a twelfth more time; 'blocks': all but each block's input, a fifth of the memory for a third."""
+    """Activation checkpointing: what the backward pass computes again instead of keeping it, with the same gradients.
+    'elementwise': norms and GELU, a quarter less memory for a twelfth more time; 'blocks': all but each block's input, a
+    fifth of the memory for a third more time."""
     compile: bool = False
     """Compile the networks (torch.compile): minutes at the start, then faster steps, on a GPU above all."""
     threads: PositiveInt | None = None
