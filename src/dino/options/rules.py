@@ -1,6 +1,6 @@
 """The one check of all options: each value is of its field's type, one of its choices, and meets the rules in its type.
 
-A rule stands in an ``Annotated`` type. Those that several options share have a name here, `PositiveInt` for example.
+A rule stands in an ``Annotated`` type. Types that several options share have a name here, for example `PositiveInt`.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ def conform(value: Any, kind: Any) -> Any:
             raise ValueError(f"{value!r}; choose one of {', '.join(choices)}.{near}")
         return value
     if origin is tuple:
-        length = None if parts[-1] is ... else len(parts)
-        if not isinstance(value, tuple | list) or len(value) != (len(value) if length is None else length):
-            raise ValueError(f"{value!r}; give {'a list of' if length is None else length} values.")
-        return tuple(conform(one, parts[0] if length is None else parts[i]) for i, one in enumerate(value))
+        any_length = parts[-1] is ...
+        if not isinstance(value, tuple | list) or not (any_length or len(value) == len(parts)):
+            raise ValueError(f"{value!r}; give {'a list of' if any_length else len(parts)} values.")
+        return tuple(conform(one, parts[0] if any_length else parts[i]) for i, one in enumerate(value))
     if kind not in _PLAIN:  # a section, which has checked itself
         if not isinstance(value, kind):
             raise ValueError(f"{value!r}; it must be {kind.__name__}.")
