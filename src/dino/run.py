@@ -239,9 +239,9 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
 
 
 def report(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:
-    from dino.report.page import write
+    from dino.report.page import write_report
 
-    return write(folder, source, held_out, device)
+    return write_report(folder, source, held_out, device)
 
 
 def report_command(options: ReportOptions) -> None:
