@@ -278,17 +278,15 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
             floor = f"; on raw pixels {pixels:.1f} %" if pixels is not None else ""
             terminal.say(f"{what}: {measured[0][key]:.1f} % untrained -> {measured[-1][key]:.1f} % trained{floor}")
     if trainer.options.report:
+        from dino.report.page import write_report  # importing it takes a while
+
         terminal.say(f"Report: {write_report(folder, trainer.source, held_out, trainer.device)}")
-
-
-def write_report(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:
-    from dino.report.page import write  # takes a while to import, and few commands need it
-
-    return write(folder, source, held_out, device)
 
 
 def report_command(options: ReportOptions) -> None:
     """Write the report of a run again from the files in its directory."""
+    from dino.report.page import write_report
+
     recorded, folder, device = toml.read_recorded(options.run), Path(options.run), distributed.start("auto")
     set_threads(recorded, device)
     source, held_out = open_training_pair(recorded, folder, trust=True)
