@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fork
 from dino.machine import count_cores
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -138,16 +139,14 @@ def as_flags(options: dict[str, object]) -> list[str]:
     return flags
 
 
-def dino_command(*arguments: object, ranks: int = 1) -> list[str]:
-    """The real command line, in a process of its own."""
-    launch = [sys.executable, "-m"]
-    if ranks > 1:
-        launch += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
-    return [*launch, "dino", *map(str, arguments)]
+def dino_command(*arguments: object) -> list[str]:
+    """The real command line, to be started by `fork.start` or as a process without any help."""
+    return [sys.executable, "-m", "dino", *map(str, arguments)]
 
 
-def run_dino(*arguments: object, ranks: int = 1, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(dino_command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=300, **options)
+def run_dino(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The real command line in a process of its own, on `ranks` of them; `real` is without the help of a fork server."""
+    return fork.run(dino_command(*arguments), **options)
 
 
 def ranks_agree(*arguments: object) -> dict[str, Any]:

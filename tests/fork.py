@@ -1,0 +1,115 @@
+"""Python programs as processes of their own, without three seconds of imports each: the tests' side of `fork_server.py`."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+# Nothing reads these variables while it is imported, so a program that differs in them can be forked.
+FREE = ("DINO_", "PYTEST_")
+
+
+class Server:
+    """The process that forks; started when first needed, ends with the tests."""
+
+    def __init__(self) -> None:
+        self.environment = dict(os.environ)
+        self.control, far_end = socket.socketpair()
+        with far_end:
+            command = [sys.executable, Path(__file__).with_name("fork_server.py"), str(far_end.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=[far_end.fileno()], stdin=subprocess.DEVNULL)
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        self.control.close()
+        self.process.wait()
+
+    def suits(self, environment: dict[str, str]) -> bool:
+        differ = self.environment.items() ^ environment.items()
+        return all(name.startswith(FREE) for name, _ in differ)
+
+
+class Forked(subprocess.Popen):
+    """A Popen of `[sys.executable, ...]` whose process the server forks; with `ranks` it stands for torchrun.
+
+    Of Popen's options it knows the streams, text, cwd, env and start_new_session. `pid` is that of the first rank.
+    """
+
+    def __init__(self, server: Server, ranks: int, command: list[str], **options: Any) -> None:
+        self.server, self.ranks = server, ranks
+        super().__init__(command, **options)
+
+    def _execute_child(self, args, *rest):
+        _, preexec_fn, _, _, cwd, env, _, _, _, *ends, _, _, _, _, _, new_session, _ = rest
+        assert preexec_fn is None
+        child_stdin, _, _, child_stdout, _, child_stderr = ends
+        request = {
+            "arguments": args[1:],
+            "environment": dict(os.environ if env is None else env),
+            "cwd": str(cwd or Path.cwd()),
+            "new_session": new_session,
+            "ranks": self.ranks,
+        }
+        self.link, far_end = socket.socketpair()
+        streams = [i if end == -1 else end for i, end in enumerate((child_stdin, child_stdout, child_stderr))]
+        with far_end:
+            socket.send_fds(self.server.control, [b"+"], [far_end.fileno(), *streams])
+        self.link.sendall(json.dumps(request).encode() + b"\n")
+        self.pid = [self._receive() for _ in range(self.ranks)][0]
+        self._child_created = True
+        self._close_pipe_fds(*ends)
+
+    def _receive(self) -> int:
+        answer = self.link.recv(4, socket.MSG_WAITALL)
+        assert len(answer) == 4, "the fork server ended"
+        return int.from_bytes(answer)
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if wait_flags & os.WNOHANG and not select.select([self.link], [], [], 0)[0]:
+            return 0, 0
+        with self.link:
+            return self.pid, self._receive()
+
+    def _internal_poll(self, _deadstate: int | None = None) -> int | None:
+        if self.returncode is None:
+            pid, status = self._try_wait(os.WNOHANG)
+            if pid:
+                self._handle_exitstatus(status)
+        return self.returncode
+
+
+_servers: list[Server] = []
+
+
+def start(command: list[str], *, ranks: int = 1, real: bool = False, **options: Any) -> subprocess.Popen[str]:
+    """Start `[sys.executable, ...]`, on `ranks` ranks.
+
+    It is forked, unless it has to be `real` or its environment differs in what is read while modules are imported.
+    """
+    if not real and hasattr(os, "fork"):
+        if not _servers:
+            _servers.append(Server())
+        if _servers[0].suits(options.get("env") or dict(os.environ)):
+            return Forked(_servers[0], ranks, command, **options)
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *launcher, *command[1:]]
+    return subprocess.Popen(command, **options)
+
+
+def run(command: list[str], *, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` with captured text."""
+    with start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
