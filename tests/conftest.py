@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-import fork
+import processes
 from dino.machine import count_cores
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -140,13 +140,13 @@ def as_flags(options: dict[str, object]) -> list[str]:
 
 
 def dino_command(*arguments: object) -> list[str]:
-    """The real command line, to be started by `fork.start` or as a process without any help."""
+    """The real command line, to be started by `processes.start` or as a process without any help."""
     return [sys.executable, "-m", "dino", *map(str, arguments)]
 
 
 def run_dino(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """The real command line in a process of its own, on `ranks` of them; `real` is without the help of a fork server."""
-    return fork.run(dino_command(*arguments), **options)
+    return processes.run(dino_command(*arguments), **options)
 
 
 def ranks_agree(*arguments: object) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Start Python programs quickly: a process that has imported what dino needs forks one child per program.
 
 A child is a process like any other: its own arguments, environment, folder, standard streams, session and exit code. Only the
-imports, some three seconds of CPU time, are done already. `fork.py` is the tests' side.
+imports, some three seconds of CPU time, are done already. `processes.py` is the tests' side.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -43,9 +44,11 @@ PRELOADED = (
 
 def serve(control: socket.socket) -> dict[str, Any]:
     """Answer requests until the tests end. Returns, in a child only, what this child has to be."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no keeper is waited for
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1, 4)
+        with contextlib.suppress(ChildProcessError):  # there is none
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         if not message:
             sys.exit()
         if os.fork() == 0:
@@ -57,7 +60,6 @@ def serve(control: socket.socket) -> dict[str, Any]:
 
 def keep(link: int, *streams: int) -> dict[str, Any]:
     """Start the ranks of one program and report how it ended, as `os.waitpid` does. Returns in the ranks only."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     connection = socket.socket(fileno=link)
     request = json.loads(connection.makefile().readline())

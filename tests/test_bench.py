@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import processes
 from conftest import draw_images, run_dino, tiny_flags
 from dino.bench import advise, measure_parts, measure_seconds, measure_step
 from dino.options.commands import BenchOptions
@@ -236,7 +236,7 @@ def test_training_from_files_is_measured_against_a_peer(images, tmp_path):
         str(tmp_path / "t.json"),
     ]
     flags = "--arch vit_nano --prototypes 64 --batch 2 --steps 1 --pairs 1 --workers 0 --threads 1"
-    done = subprocess.run([*command, *flags.split()], capture_output=True, text=True, timeout=300)
+    done = processes.run([*command, *flags.split()])
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "t.json").read_text())
     rates = {name: rate["median"] for name, rate in result["images_per_second"].items()}
@@ -247,7 +247,7 @@ def test_training_from_files_is_measured_against_a_peer(images, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_gpu_benchmarks_refuse_a_machine_without_one(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", str(tmp_path / "gpu.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = processes.run(command)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -262,7 +262,7 @@ def test_gpu_benchmarks_go_on_with_what_is_missing(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--json", str(tmp_path / "gpu.json")]
 
     def parts(*flags: str) -> tuple[dict, str]:
-        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+        done = processes.run([*command, *flags])
         assert done.returncode == 0, done.stderr
         for line in ("learning curves", "tests"):
             assert line in done.stdout  # a line for every part, measured or not

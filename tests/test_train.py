@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import dino
+import processes
 from conftest import TINY, assert_same_bits, dino_command, draw_images, final_state, run_dino, tiny_flags
 from dino.engine.log import read_metrics
 
@@ -111,7 +112,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(photos, tmp_path):
     rng, killed, run = random.Random(0), 0, tmp_path / "killed"
     command = dino_command("train", "--data", photos, "--out", run, *flags)
     for _ in range(60):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = processes.start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         before = latest_step(run)
         if killed < 10:
             # Wait until it makes headway (one step at least), then a random while longer.
@@ -139,7 +140,7 @@ def latest_step(run: Path) -> str:
 def test_a_signal_saves_says_how_to_resume_and_exits_0(photos, tmp_path, number):
     run = tmp_path / "run"
     flags = tiny_flags(epochs=2000, log__every=1000)
-    process = subprocess.Popen(
+    process = processes.start(
         dino_command("train", "--data", photos, "--out", run, *flags), stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60

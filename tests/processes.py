@@ -62,7 +62,7 @@ class Forked(subprocess.Popen):
         with far_end:
             socket.send_fds(self.server.control, [b"+"], [far_end.fileno(), *streams])
         self.link.sendall(json.dumps(request).encode() + b"\n")
-        self.pid = [self._receive() for _ in range(self.ranks)][0]
+        self.pid, *_ = [self._receive() for _ in range(self.ranks)]
         self._child_created = True
         self._close_pipe_fds(*ends)
 
