@@ -13,11 +13,14 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
 from pathlib import Path
 from typing import Any
+
+import processes
 
 PRELOADED = (
     "dino.cli",
@@ -42,27 +45,32 @@ PRELOADED = (
 )
 
 
-def serve(control: socket.socket) -> dict[str, Any]:
+def serve(address: str) -> dict[str, Any]:
     """Answer requests until the tests end. Returns, in a child only, what this child has to be."""
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1, 4)
-        with contextlib.suppress(ChildProcessError):  # there is none
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        if not message:
-            sys.exit()
-        if os.fork() == 0:
-            control.close()
-            return keep(*descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        print("listening", flush=True)
+        while True:
+            ready, _, _ = select.select([listener, 0], [], [])
+            with contextlib.suppress(ChildProcessError):  # there is none
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            if 0 in ready:  # closed, by a process that has ended
+                sys.exit()
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                return keep(connection)
+            connection.close()
 
 
-def keep(link: int, *streams: int) -> dict[str, Any]:
+def keep(connection: socket.socket) -> dict[str, Any]:
     """Start the ranks of one program and report how it ended, as `os.waitpid` does. Returns in the ranks only."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    connection = socket.socket(fileno=link)
-    request = json.loads(connection.makefile().readline())
+    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    with connection.makefile() as lines:
+        request = json.loads(lines.readline())
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
@@ -134,7 +142,9 @@ if __name__ == "__main__":
     for name in PRELOADED:
         importlib.import_module(name)
     gc.freeze()
-    wanted = serve(socket.socket(fileno=int(sys.argv[1])))
+    address = sys.argv[1]
+    wanted = serve(address)
+    processes.fork_own_programs(address)
     try:
         become(wanted["arguments"], wanted["environment"])
         ENDED_WITH.append(0)

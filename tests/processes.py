@@ -9,27 +9,39 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 # Nothing reads these variables while it is imported, so a program that differs in them can be forked.
 FREE = ("DINO_", "PYTEST_")
 
+_popen = subprocess.Popen
+
 
 class Server:
-    """The process that forks; started when first needed, ends with the tests."""
+    """The address of a process that forks, and the environment it has."""
 
-    def __init__(self) -> None:
-        self.environment = dict(os.environ)
-        self.control, far_end = socket.socketpair()
-        with far_end:
-            command = [sys.executable, Path(__file__).with_name("fork_server.py"), str(far_end.fileno())]
-            self.process = subprocess.Popen(command, pass_fds=[far_end.fileno()], stdin=subprocess.DEVNULL)
-        atexit.register(self.close)
+    def __init__(self, address: str) -> None:
+        self.address, self.environment = address, dict(os.environ)
 
-    def close(self) -> None:
-        self.control.close()
-        self.process.wait()
+    @classmethod
+    def start(cls) -> Server:
+        """A new one, which ends with this process."""
+        folder = tempfile.TemporaryDirectory()
+        server = cls(str(Path(folder.name, "socket")))
+        command = [sys.executable, Path(__file__).with_name("fork_server.py"), server.address]
+        process = _popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()  # it listens
+
+        def close() -> None:
+            process.communicate()
+            folder.cleanup()
+
+        atexit.register(close)
+        return server
 
     def suits(self, environment: dict[str, str]) -> bool:
         differ = self.environment.items() ^ environment.items()
@@ -51,16 +63,16 @@ class Forked(subprocess.Popen):
         assert preexec_fn is None
         child_stdin, _, _, child_stdout, _, child_stderr = ends
         request = {
-            "arguments": args[1:],
+            "arguments": [str(word) for word in args[1:]],
             "environment": dict(os.environ if env is None else env),
             "cwd": str(cwd or Path.cwd()),
             "new_session": new_session,
             "ranks": self.ranks,
         }
-        self.link, far_end = socket.socketpair()
+        self.link = socket.socket(socket.AF_UNIX)
+        self.link.connect(self.server.address)
         streams = [i if end == -1 else end for i, end in enumerate((child_stdin, child_stdout, child_stderr))]
-        with far_end:
-            socket.send_fds(self.server.control, [b"+"], [far_end.fileno(), *streams])
+        socket.send_fds(self.link, [b"+"], streams)
         self.link.sendall(json.dumps(request).encode() + b"\n")
         self.pid, *_ = [self._receive() for _ in range(self.ranks)]
         self._child_created = True
@@ -88,20 +100,20 @@ class Forked(subprocess.Popen):
 _servers: list[Server] = []
 
 
-def start(command: list[str], *, ranks: int = 1, real: bool = False, **options: Any) -> subprocess.Popen[str]:
+def start(command: list[str], *, ranks: int = 1, real: bool = False, **options: Any) -> subprocess.Popen:
     """Start `[sys.executable, ...]`, on `ranks` ranks.
 
     It is forked, unless it has to be `real` or its environment differs in what is read while modules are imported.
     """
     if not real and hasattr(os, "fork"):
         if not _servers:
-            _servers.append(Server())
+            _servers.append(Server.start())
         if _servers[0].suits(options.get("env") or dict(os.environ)):
             return Forked(_servers[0], ranks, command, **options)
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [sys.executable, *launcher, *command[1:]]
-    return subprocess.Popen(command, **options)
+    return _popen(command, **options)
 
 
 def run(command: list[str], *, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -113,3 +125,17 @@ def run(command: list[str], *, timeout: float = 300, **options: Any) -> subproce
             process.kill()
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+class Popen(_popen):
+    """The Popen of a forked program: what it starts of Python is forked as well."""
+
+    def __new__(cls, command: Any, *rest: Any, **options: Any) -> Any:
+        if not rest and isinstance(command, list) and command[0] == sys.executable:
+            return start(command, **options)
+        return super().__new__(cls)
+
+
+def fork_own_programs(address: str) -> None:
+    _servers[:] = [Server(address)]
+    subprocess.Popen = Popen
