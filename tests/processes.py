@@ -17,22 +17,16 @@ from typing import Any
 FREE = ("DINO_", "PYTEST_")
 
 _popen = subprocess.Popen
+_addresses: list[str] = []
 
 
-class Server:
-    """The address of a process that forks, and the environment it has."""
-
-    def __init__(self, address: str) -> None:
-        self.address, self.environment = address, dict(os.environ)
-
-    @classmethod
-    def start(cls) -> Server:
-        """A new one, which ends with this process."""
+def find_server() -> str:
+    """The address of the process that forks. The first call starts it; it ends with this process."""
+    if not _addresses:
         folder = tempfile.TemporaryDirectory()
-        server = cls(str(Path(folder.name, "socket")))
-        command = [sys.executable, Path(__file__).with_name("fork_server.py"), server.address]
+        _addresses.append(str(Path(folder.name, "socket")))
+        command = [sys.executable, Path(__file__).with_name("fork_server.py"), *_addresses]
         process = _popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()  # it listens
 
@@ -41,21 +35,23 @@ class Server:
             folder.cleanup()
 
         atexit.register(close)
-        return server
+    return _addresses[0]
 
-    def suits(self, environment: dict[str, str]) -> bool:
-        differ = self.environment.items() ^ environment.items()
-        return all(name.startswith(FREE) for name, _ in differ)
+
+def can_fork(environment: dict[str, str] | None) -> bool:
+    """Whether a program with this environment (None: ours) finds what is imported already as it would import it."""
+    differ = set() if environment is None else environment.items() ^ os.environ.items()
+    return hasattr(os, "fork") and all(name.startswith(FREE) for name, _ in differ)
 
 
 class Forked(subprocess.Popen):
-    """A Popen of `[sys.executable, ...]` whose process the server forks; with `ranks` it stands for torchrun.
+    """A Popen of `[sys.executable, ...]` whose process `fork_server.py` forks; with `ranks` it stands for torchrun.
 
     Of Popen's options it knows the streams, text, cwd, env and start_new_session. `pid` is that of the first rank.
     """
 
-    def __init__(self, server: Server, ranks: int, command: list[str], **options: Any) -> None:
-        self.server, self.ranks = server, ranks
+    def __init__(self, command: list[str], ranks: int, **options: Any) -> None:
+        self.ranks = ranks
         super().__init__(command, **options)
 
     def _execute_child(self, args, *rest):
@@ -70,7 +66,7 @@ class Forked(subprocess.Popen):
             "ranks": self.ranks,
         }
         self.link = socket.socket(socket.AF_UNIX)
-        self.link.connect(self.server.address)
+        self.link.connect(find_server())
         streams = [i if end == -1 else end for i, end in enumerate((child_stdin, child_stdout, child_stderr))]
         socket.send_fds(self.link, [b"+"], streams)
         self.link.sendall(json.dumps(request).encode() + b"\n")
@@ -97,19 +93,13 @@ class Forked(subprocess.Popen):
         return self.returncode
 
 
-_servers: list[Server] = []
-
-
 def start(command: list[str], *, ranks: int = 1, real: bool = False, **options: Any) -> subprocess.Popen:
     """Start `[sys.executable, ...]`, on `ranks` ranks.
 
     It is forked, unless it has to be `real` or its environment differs in what is read while modules are imported.
     """
-    if not real and hasattr(os, "fork"):
-        if not _servers:
-            _servers.append(Server.start())
-        if _servers[0].suits(options.get("env") or dict(os.environ)):
-            return Forked(_servers[0], ranks, command, **options)
+    if not real and can_fork(options.get("env")):
+        return Forked(command, ranks, **options)
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [sys.executable, *launcher, *command[1:]]
@@ -137,5 +127,5 @@ class Popen(_popen):
 
 
 def fork_own_programs(address: str) -> None:
-    _servers[:] = [Server(address)]
+    _addresses[:] = [address]
     subprocess.Popen = Popen
