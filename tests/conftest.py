@@ -21,7 +21,7 @@ import processes
 from dino.machine import count_cores
 
 HERE = Path(__file__).parent
-GOLDEN = HERE / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 
 if tests_at_once := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Threads that wait for a core which another test keeps busy make both slow; so do those of the commands tests start.
