@@ -91,7 +91,7 @@ def test_bad_input_is_one_sentence(arguments, said, images, tmp_path):
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "i"),
     }
     arguments = [a.replace("{images}", str(images)) for a in arguments]
-    done = run_dino("bench", *arguments, cwd=tmp_path, env=no_compiler)
+    done = run_dino("bench", *arguments, cwd=tmp_path, env=no_compiler if "--compile" in arguments else None)
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("dino: ")
@@ -183,7 +183,7 @@ def test_step_and_memory_benchmarks_write_their_figures(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     for name in ("step", "memory"):
         flags = f"--arch vit_nano --prototypes 64 --pairs 1 --threads 1 --json {tmp_path / name}.json"
-        flags += " --batch 2" if name == "step" else " --images 2 4"
+        flags += " --batch 2" if name == "step" else " --images 4 8"
         monkeypatch.setattr(sys, "argv", [name, *flags.split()])
         importlib.import_module(name).main()
     torch.set_num_threads(threads)
@@ -194,7 +194,7 @@ def test_step_and_memory_benchmarks_write_their_figures(tmp_path, monkeypatch):
     assert step["ratio"]["min"] <= step["ratio"]["median"] <= step["ratio"]["max"]
     assert 0 < step["share_of_matrix_product"]["median"] < 1
     names = ("ours, blocks", "ours, in 2 parts", "ours, elementwise", "ours", "plain")
-    peaks = [memory[name]["bytes_4_images"] for name in names]
+    peaks = [memory[name]["bytes_8_images"] for name in names]
     assert peaks == sorted(peaks)
 
 

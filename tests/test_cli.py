@@ -311,8 +311,10 @@ def test_a_reader_that_stops_reading_is_no_error():
         assert process.stderr.read() == b""
 
 
-def test_no_command_shows_help():
-    done = subprocess.run(dino_command(), capture_output=True, text=True)
+@pytest.mark.parametrize("command", [dino_command(), [Path(sys.executable).with_name("dino")]], ids=["-m", "script"])
+def test_no_command_shows_help(command):
+    """As users start it: nothing is forked."""
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "usage: dino COMMAND" in done.stdout
 
