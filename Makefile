@@ -3,16 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test docs bench format clean
+.PHONY: demo check quick test docs bench format clean
 
 demo: $(STAMP)  ## train on the built-in scenes and write runs/demo/report.html
 	$(BIN)/dino train demo --out runs/demo --overwrite
 
-test: $(STAMP)  ## every check: format, lint, types, import layers, tests
+check: $(STAMP)  ## format, lint, import layers, types, line budget: no tests, seconds
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python tools/count_lines.py
+
+quick: $(STAMP)  ## the tests that take no time and start no process: under a minute on two cores
+	$(BIN)/pytest -n auto --dist worksteal --quick
+
+test: check  ## every check, then every test
 	$(BIN)/pytest -n auto --dist worksteal
 
 BENCH_DATA ?=

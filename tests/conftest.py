@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+import processes
 from dino.machine import count_cores
 
+HERE = Path(__file__).parent
 GOLDEN = Path(__file__).parent / "golden"
 
 if tests_at_once := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -43,6 +46,39 @@ def golden_images(seed: int, *shape: int) -> torch.Tensor:
 def load_golden_weights(module: torch.nn.Module, prefix: str = "") -> None:
     state = {k: torch.from_numpy(golden_weight(prefix + k, tuple(v.shape))) for k, v in module.state_dict().items()}
     module.load_state_dict(state)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out tests marked slow and those that start processes")
+
+
+def starts_processes(function: Any, seen: set[CodeType]) -> bool:
+    """Whether a test's function, or one of the tests' own functions that it calls, speaks of processes."""
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        names |= {*code.co_names}
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    if {"processes", "subprocess"} & names:
+        return True
+    seen.add(function.__code__)
+    called = [function.__globals__.get(name) for name in names]
+    ours = [f for f in called if isinstance(f, FunctionType) and Path(f.__code__.co_filename).parent == HERE]
+    return any(starts_processes(f, seen) for f in ours if f.__code__ not in seen)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("quick"):
+        return
+    chosen = []
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        fixtures = [f.func for each in item._fixtureinfo.name2fixturedefs.values() for f in each]
+        functions = [f for f in [item.function, *fixtures] if isinstance(f, FunctionType)]
+        if not item.get_closest_marker("slow") and not any(starts_processes(f, set()) for f in functions):
+            chosen.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -138,16 +174,14 @@ def as_flags(options: dict[str, object]) -> list[str]:
     return flags
 
 
-def dino_command(*arguments: object, ranks: int = 1) -> list[str]:
-    """The real command line, in a process of its own."""
-    launch = [sys.executable, "-m"]
-    if ranks > 1:
-        launch += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
-    return [*launch, "dino", *map(str, arguments)]
+def dino_command(*arguments: object) -> list[str]:
+    """The real command line, to be started by `processes.start` or as a process without any help."""
+    return [sys.executable, "-m", "dino", *map(str, arguments)]
 
 
-def run_dino(*arguments: object, ranks: int = 1, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(dino_command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=300, **options)
+def run_dino(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The real command line in a process of its own, on `ranks` of them; `real` is without the help of a fork server."""
+    return processes.run(dino_command(*arguments), **options)
 
 
 def ranks_agree(*arguments: object) -> dict[str, Any]:

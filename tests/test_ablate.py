@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 import torch
 
+import processes
 from conftest import TINY, dino_command, run_dino
 from dino import paper
 from dino.ablate import Ablation
@@ -110,7 +111,7 @@ def test_a_table_runs_skips_what_is_finished_and_is_written(photos, tmp_path, re
 def test_interrupted_goes_on(asked, photos, tmp_path, recipe):
     out = tmp_path / "out"
     command = ["ablate", "activation", "--data", photos, "--recipe", recipe, "--epochs", 3, "--out", out, "--no-report"]
-    process = subprocess.Popen(dino_command(*map(str, command)), stderr=subprocess.DEVNULL, start_new_session=True)
+    process = processes.start(dino_command(*command), stderr=subprocess.DEVNULL, start_new_session=True)
     first = out / "no-bn-gelu" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not first.exists() and time.monotonic() < deadline:

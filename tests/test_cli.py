@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import dino
+import processes
 from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
 from dino import cli, run
 from dino.engine.build import Plan, build_method
@@ -24,7 +25,7 @@ from dino.options.train import TrainOptions
 
 def test_help_is_quick_and_loads_no_torch():
     started = time.monotonic()
-    done = run_dino("--help")
+    done = run_dino("--help", real=True)
     seconds = time.monotonic() - started
     assert done.returncode == 0
     assert "dino train --data photos/" in done.stdout
@@ -128,8 +129,8 @@ def test_an_existing_run_is_refused_unless_overwritten_or_resumed(photos, tmp_pa
 
 def test_a_run_has_one_writer(photos, tmp_path):
     run = tmp_path / "run"
-    command = dino_command("train", "--data", str(photos), "--out", str(run), *tiny_flags(epochs=2000))
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = dino_command("train", "--data", photos, "--out", run, *tiny_flags(epochs=2000))
+    process = processes.start(command, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while not (run / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
@@ -318,8 +319,10 @@ def test_a_reader_that_stops_reading_is_no_error():
         assert process.stderr.read() == b""
 
 
-def test_no_command_shows_help():
-    done = subprocess.run(dino_command(), capture_output=True, text=True)
+@pytest.mark.parametrize("command", [dino_command(), [Path(sys.executable).with_name("dino")]], ids=["-m", "script"])
+def test_no_command_shows_help(command):
+    """As users start it: nothing is forked."""
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "usage: dino COMMAND" in done.stdout
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+
+import processes
 
 # In a process of its own: shape checks (jaxtyping) are on in this one, and are not to be compiled.
 SCRIPT = """
@@ -44,5 +45,5 @@ print("alike")
 
 
 def test_compiled_once_with_the_same_gradients():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
+    done = processes.run([sys.executable, "-c", SCRIPT])
     assert done.stdout == "alike\n", done.stderr

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dino
+import processes
 from conftest import dino_command, draw_images, run_dino
 from dino.cli import main
 from dino.data.open import open_images
@@ -73,7 +74,7 @@ def test_killed_at_several_moments_and_gone_on_with_it_has_the_same_rows(tmp_pat
     command = dino_command("embed", saved_model, many, "--out", out, "--shard", SHARD, "--device", "cpu")
     kept: dict[Path, int] = {}
     for moment in (1, 14, 35):  # files written, of 60
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = processes.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while len(list(out.glob("*.parquet"))) < moment and process.poll() is None:
             time.sleep(0.0005)
         process.send_signal(signal.SIGKILL)

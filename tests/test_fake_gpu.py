@@ -14,7 +14,6 @@ import functools
 import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import processes
 from conftest import TINY
 from dino.data import device_render
 from dino.data.device_decode import Jpeg
@@ -186,7 +186,7 @@ def report(cases: dict[str, Callable[[], str]]) -> NoReturn:
 
 def reported(file: str) -> dict[str, str]:
     """What `report` prints when `file` runs by itself."""
-    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=300)
+    done = processes.run([sys.executable, file])
     assert done.returncode == 0, done.stderr
     return dict(json.loads(line) for line in done.stdout.splitlines())
 

@@ -18,6 +18,7 @@ from timm.data.mixup import Mixup
 from timm.scheduler.cosine_lr import CosineLRScheduler
 
 import dino
+import processes
 from conftest import TINY, assert_same_bits, dino_command, draw_images, run_dino
 from dino import cli
 from dino.data.torchvision_sets import TorchvisionSet, open_torchvision
@@ -184,7 +185,7 @@ def test_resumes_to_the_bit_after_a_kill(trained, tmp_path, capsys):
     assert "epoch 4/4" in capsys.readouterr().err
     process = dino_command("eval", "finetune", *flags, tmp_path / "killed.json")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(process, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as killed:
+    with processes.start(process, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as killed:
         assert any("epoch 1/" in line for line in killed.stderr)
         killed.send_signal(signal.SIGKILL)
     assert command(*flags, tmp_path / "killed.json") == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import processes
 from dino import variants
 from dino.data.loader import ViewBatches
 from dino.data.render import CpuRenderer
@@ -330,8 +330,8 @@ def train(name: str, rank: int, ranks: int) -> list[float]:
 
 def test_two_ranks_equal_one(tmp_path):
     """Every variant: halves of the batch on two real processes give the parameters of the whole on one."""
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
-    subprocess.run([sys.executable, *command, __file__, str(tmp_path)], check=True, capture_output=True, timeout=300)
+    done = processes.run([sys.executable, __file__, str(tmp_path)], ranks=2)
+    assert done.returncode == 0, done.stderr
     together = json.loads((tmp_path / "numbers.json").read_text())
     for name in VARIANTS:
         assert together[name] == pytest.approx(train(name, 0, 1), rel=1e-9, abs=1e-12), name
