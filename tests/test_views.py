@@ -13,7 +13,6 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from dino.data.views import Views, draw_views
 from dino.options.train import ViewOptions
-from dino.randomness import Stream, generator
 
 OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 SIZES = (224,) * 2 + (96,) * OPTIONS.num_local
@@ -185,11 +184,6 @@ def test_an_option_changes_only_its_own_numbers():
         for name, values in columns(draw(20, **changes)).items():
             same = (values == base[name][:, : values.shape[1]]).all()
             assert same == (name not in own), (changes, name)
-
-
-def test_streams_do_not_overlap():
-    numbers = {tuple(generator(stream, 1, 2, 3).integers(0, 2**63, 4)) for stream in Stream}
-    assert len(numbers) == len(Stream)
 
 
 def test_groups_are_the_global_views_and_runs_of_equal_size():

@@ -20,7 +20,7 @@ from dino.data.decode import BadImage
 from dino.data.sources import Source
 from dino.data.views import Views, draw_views
 from dino.options.train import ViewOptions
-from dino.randomness import Stream, generator
+from dino.randomness import Stream, open_stream
 
 FARTHEST_STAND_IN = 1000  # unreadable images in a row after which a batch is given up
 
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """The order in which epoch `epoch` visits the images: a permutation of 0..num_images-1."""
-    return generator(Stream.ORDER, seed, epoch, 0).permutation(num_images)
+    return open_stream(Stream.ORDER, seed, epoch).permutation(num_images)
 
 
 def read_pixels(source: Source, index: int) -> np.ndarray:

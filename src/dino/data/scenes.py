@@ -19,6 +19,8 @@ from functools import cache
 import cv2
 import numpy as np
 
+from dino.randomness import Stream, open_stream
+
 Array = np.ndarray
 
 SIZE_RANGE = (0.1, 0.125)  # radius of the disc that has the object's area
@@ -34,7 +36,6 @@ BACKGROUND_HUE = 0.2  # and their hue by up to this, in turns
 BACKGROUND_CHROMA = (0.03, 0.15)
 GRAIN_CELLS = 48  # a fixed grid, so that the grain is the same scene at any size
 GRAIN = 0.005  # standard deviation, white = 1
-_LABEL_STREAM = 1 << 63  # keeps the keys of labels apart from those of images
 
 
 # ---------------------------------------------------------------------------------------------------- shapes
@@ -131,10 +132,6 @@ def _color(luma: Array, hue: Array, chroma: Array) -> Array:
     return np.asarray(luma)[..., None] + np.asarray(chroma)[..., None] * np.cos(2 * np.pi * (hue[..., None] - thirds))
 
 
-def _generator(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
-
-
 def _poses(rng: np.random.Generator) -> Array:
     """Four things around the middle, a quarter turn apart more or less, anywhere on the circle: float32 [4, 4]."""
     radius = rng.uniform(*SIZE_RANGE, 4)
@@ -146,7 +143,7 @@ def _poses(rng: np.random.Generator) -> Array:
 
 
 def _scene(seed: int, index: int, label: int) -> _Scene:
-    rng = _generator(seed, index)
+    rng = open_stream(Stream.SCENES, seed, index)
     poses = _poses(rng)
     texture = TEXTURES[label % len(TEXTURES)]
 
@@ -229,7 +226,7 @@ class Scenes:
         if size < 8:
             raise ValueError(f"size is {size}; a scene needs at least 8 pixels to show its object.")
         for name, value in (("seed", seed), ("first", first)):
-            if not 0 <= value < _LABEL_STREAM:
+            if not 0 <= value < 2**63:
                 raise ValueError(f"{name} is {value}; it must be in [0, 2**63).")
         self.num_images, self.seed, self.size, self.first = num_images, seed, size, first
         self.labels = _labels(num_images, seed, first)
@@ -273,7 +270,7 @@ def _labels(num_images: int, seed: int, first: int) -> Array:
     """int64 [num_images]; each block of ten positions is a permutation drawn from (seed, block)."""
     num = len(SHAPES)
     blocks = range(first // num, (first + num_images - 1) // num + 1)
-    orders = [_generator(seed, _LABEL_STREAM + block).permutation(num) for block in blocks]
+    orders = [open_stream(Stream.SCENE_LABELS, seed, block).permutation(num) for block in blocks]
     start = first % num
     return np.concatenate(orders)[start : start + num_images].astype(np.int64)
 

@@ -14,6 +14,7 @@ import numpy as np
 from dino.data.decode import BadImage, decode
 from dino.data.labels import assign_labels
 from dino.data.listing import Names, list_names, locate
+from dino.randomness import Stream, draw_words
 
 
 class Source(Protocol):
@@ -113,13 +114,12 @@ def hold_out(source: Source, fraction: float, maximum: int, seed: int) -> tuple[
     """Training images and min(maximum, round(fraction * n)) held-out ones, both in the order of `source`.
 
     At least one image stays for training. The second is None when nothing is held out. The choice depends on n and
-    `seed` alone: it sorts raw Philox numbers, whose stream, unlike NumPy's `permutation`, never changes.
+    `seed` alone, whatever the version of NumPy.
     """
     count = min(maximum, round(fraction * len(source)), len(source) - 1)
     if count <= 0:
         return source, None
-    key = np.array([seed % 2**64, int.from_bytes(b"held-out")], np.uint64)  # no other use of the seed has this stream
-    order = np.argsort(np.random.Philox(key=key).random_raw(len(source)), kind="stable")
+    order = np.argsort(draw_words(Stream.HELD_OUT, seed, len(source)), kind="stable")
     return subset(source, np.sort(order[count:])), subset(source, np.sort(order[:count]))
 
 

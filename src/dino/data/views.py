@@ -19,7 +19,7 @@ import numpy as np
 
 from dino.options import required
 from dino.options.train import ViewOptions
-from dino.randomness import Stream, generator
+from dino.randomness import Stream, open_stream
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -87,7 +87,7 @@ def draw_views(
     assert shapes.shape == (len(indices), 2)
     num_views = len(sizes)
     # One call per sample, a row per view: a view's numbers depend neither on the batch nor on how many views follow.
-    draws = [generator(Stream.VIEWS, seed, epoch, i).random((num_views, _SLOTS)) for i in indices]
+    draws = [open_stream(Stream.VIEWS, seed, epoch, i).random((num_views, _SLOTS)) for i in indices]
     u = np.stack(draws) if draws else np.empty((0, num_views, _SLOTS))
 
     kinds = np.minimum(np.arange(num_views), 2)  # first global, second global, local

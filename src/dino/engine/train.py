@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from dino.method import DINO
 from dino.options import required
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
+from dino.randomness import seed_step
 from dino.terminal import Terminal
 
 Callback = Callable[[DINO, int], dict[str, float]]  # measures the method after so many steps; all ranks call it
@@ -204,10 +204,7 @@ class Trainer:
 
     def take_step(self, batch: Batch) -> dict[str, Tensor]:
         """Train on one batch; what to log, on the device."""
-        # For timm's stochastic depth, which draws from the global generator; keyed by step and rank it needs no state in
-        # checkpoints.
-        key = np.random.SeedSequence([self.options.seed, distributed.rank(), self.step])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        seed_step(self.options.seed, distributed.rank(), self.step)
         return self.training_step(self.render_views(batch), self.plan.rates(self.step), self.draw_noise(self.step))
 
     def draw_noise(self, step: int) -> list[Tensor] | None:

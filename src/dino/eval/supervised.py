@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from dino.features.extract import report_unreadable
 from dino.machine import count_spare_cores
 from dino.options import required
 from dino.options.evaluate import EvalOptions
+from dino.randomness import Stream, draw_words, seed_augmentation
 from dino.terminal import Terminal
 
 Transform = Callable[[Image.Image], Tensor]  # may draw from the global generators, which are seeded for each image
@@ -84,7 +84,7 @@ class LabeledBatches(Dataset[LabeledBatch]):
         images, labels, bad = [], [], []
         for index, copy in samples:
             image, position = self._read(index, bad)
-            seed_all(self.seed, step // self.steps_per_epoch, index, copy)
+            seed_augmentation(self.seed, step // self.steps_per_epoch, index, copy)
             images.append(self.transform(Image.fromarray(image)))
             labels.append(int(self.labels[position]))
         stacked = torch.stack(images) if images else torch.zeros(0, 3, self.size, self.size)
@@ -99,14 +99,6 @@ class LabeledBatches(Dataset[LabeledBatch]):
             except BadImage as error:
                 bad.append((self.source.name(position), error.reason))
         raise ValueError(f"none of the {len(self.source)} training images can be read; check the data folder.")
-
-
-def seed_all(*key: int) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch, from which the libraries' augmentations draw."""
-    words = np.random.SeedSequence(key).generate_state(3, np.uint32).tolist()
-    random.seed(words[0])
-    np.random.seed(words[1])
-    torch.manual_seed(words[2])
 
 
 class Trainee(Protocol):
@@ -192,7 +184,7 @@ def _resume(trainee: Trainee, checkpoints: Checkpoints, identity: Mapping[str, A
 
 def draw_per_class(labels: np.ndarray, share: float, seed: int, least: int = 1) -> np.ndarray:
     """Positions of a share of each class, rounded but at least `least`, in order; a larger share contains a smaller."""
-    draws = np.random.Philox(key=np.array([seed, int.from_bytes(b"classes")], np.uint64)).random_raw(len(labels))
+    draws = draw_words(Stream.CLASSES, seed, len(labels))
     chosen = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
