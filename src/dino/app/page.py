@@ -15,6 +15,7 @@ from gradio import themes
 
 from dino import distributed, files, weights
 from dino.app.explorer import Explorer, Shown, find_newest_run
+from dino.data.open import find_path
 from dino.models import NO_ATTENTION
 from dino.options import toml
 from dino.options.commands import AppOptions
@@ -264,6 +265,7 @@ def _data_of(run: Path | None) -> str | None:
     """What a run was trained on, if it is still there."""
     with contextlib.suppress(ValueError, TypeError):
         if run is not None:
-            path = toml.read_recorded(str(run)).data.path
-            return path if path.startswith("scenes") or Path(path).exists() else None
+            data = toml.read_recorded(str(run)).data.path
+            path = find_path(data)
+            return data if path is None or path.exists() else None
     return None

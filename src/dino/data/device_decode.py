@@ -7,7 +7,6 @@ ever: other formats, other colors than YCbCr and gray, images to be turned uprig
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from dino import errors
-from dino.data.decode import ORIENTATION, open_file
-from dino.data.sources import Files, Source, Subset
+from dino.data.decode import ORIENTATION
+from dino.data.sources import Source, read_bytes
 
 _EDGE = 2  # pixels of the image that shows whether a device decodes at all
 
@@ -61,21 +60,16 @@ def read_jpeg(source: Source, index: int, largest: int) -> np.ndarray | Jpeg:
     Raises:
         BadImage: there is no usable image.
     """
-    while isinstance(source, Subset):
-        source, index = source.source, int(source.indices[index])
-    if isinstance(source, Files):
-        try:
-            with open_file(os.path.join(source.root, source.name(index))) as stream:
-                jpeg = _decodable(stream.getvalue()) if isinstance(stream, io.BytesIO) else None
-        except Exception:  # whatever it is, decoding will say
-            jpeg = None
-        if jpeg is not None and max(jpeg.shape) <= largest:
-            return jpeg
-    return source.read(index)
+    try:
+        data = read_bytes(source, index)
+        jpeg = None if data is None else _parse_jpeg(data)
+    except Exception:  # reading it in full names the fault
+        jpeg = None
+    return jpeg if jpeg is not None and max(jpeg.shape) <= largest else source.read(index)
 
 
-def _decodable(data: bytes) -> Jpeg | None:
-    """A file if a device can be trusted with it."""
+def _parse_jpeg(data: bytes) -> Jpeg | None:
+    """A file, if a device makes the same pixels of it as `dino.data.decode`."""
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
         return None
     with warnings.catch_warnings():

@@ -20,36 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.data.device_decode import Jpeg, decode_jpegs
+from dino.data.device_decode import Jpeg, decode_jpegs, read_jpeg
 from dino.data.normalize import LUMA
-from dino.data.render import HUE_STEPS, blur_kernels, crop
+from dino.data.render import HUE_STEPS, CpuRenderer, Renderer, blur_kernels, crop
+from dino.data.sources import Source
 from dino.data.views import CONTRAST, HUE, SATURATION, Views
 
 LARGEST = 640  # pixels of an edge; what is larger is cut by the worker
 ALIGNED = 8  # of this many numbers are rows in memory, which matrix products of half precision ask for
 AT_ONCE = 2**27  # numbers between the two products, at most
 REACH = 2  # of the bicubic filter, pixels of the smaller picture
-
-
-def pack(images: Sequence[np.ndarray | Jpeg], views: Views) -> list[Tensor]:
-    """What a worker does: the images of at most LARGEST pixels in one tensor, and the views of the others cut.
-
-    Returns:
-        uint8 [k, H, W, 3], each in the upper left corner; the bytes of e files, one after the other; int64 [e, 3], their
-        lengths, heights and widths; int64 [k + e], which images these are; then as `crop` returns them, the views of the
-        others.
-    """
-    files = {i: image for i, image in enumerate(images) if isinstance(image, Jpeg)}
-    pixels = {i: image for i, image in enumerate(images) if not isinstance(image, Jpeg)}
-    small = {i: image for i, image in pixels.items() if max(image.shape) <= LARGEST}
-    large = {i: image for i, image in pixels.items() if i not in small}
-    canvas = torch.empty((len(small), *_extent([image.shape for image in small.values()]), 3), dtype=torch.uint8)
-    for page, image in zip(canvas.numpy(), small.values(), strict=True):
-        page[: len(image), : image.shape[1]] = image
-    data = torch.frombuffer(bytearray().join(jpeg.data for jpeg in files.values()) or bytearray(1), dtype=torch.uint8)
-    sizes = torch.tensor([(len(jpeg.data), *jpeg.shape[:2]) for jpeg in files.values()], dtype=torch.int64).view(-1, 3)
-    which = torch.tensor([*small, *files], dtype=torch.int64)
-    return [canvas, data, sizes, which, *crop(list(large.values()), views.of(list(large)))]
 
 
 def _extent(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
@@ -59,21 +39,52 @@ def _extent(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
 
 
 class DeviceRenderer:
-    """Renders on `device` what `pack` returned; on a GPU products are in half precision, a tenth of a level fine."""
+    """Workers pack images, `device` does the rest. On a GPU, products are in half precision (errors of 0.1 levels).
 
-    def __init__(self, device: torch.device | str):
-        self.device = torch.device(device)
+    Args:
+        decode: let the device decode the JPEG files that it can.
+    """
+
+    def __init__(self, device: torch.device | str, decode: bool = False):
+        self.device, self.decode = torch.device(device), decode
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
 
-    def __call__(self, packed: list[Tensor], views: Views) -> list[Tensor]:
+    def read(self, source: Source, index: int) -> np.ndarray | Jpeg:
+        return read_jpeg(source, index, LARGEST) if self.decode else source.read(index)
+
+    def prepare(self, images: Sequence[np.ndarray | Jpeg], views: Views) -> list[Tensor]:
+        """Images of at most LARGEST pixels in one tensor; of larger ones the crops.
+
+        Returns:
+            uint8 [k, H, W, 3], each image in the upper left corner; the bytes of e files, one after the other; int64 [e, 3],
+            their lengths, heights and widths; int64 [k + e], the positions of these images in the batch; then the crops of
+            all other images, as `crop` returns them.
+        """
+        files = {i: image for i, image in enumerate(images) if isinstance(image, Jpeg)}
+        pixels = {i: image for i, image in enumerate(images) if not isinstance(image, Jpeg)}
+        small = {i: image for i, image in pixels.items() if max(image.shape) <= LARGEST}
+        large = {i: image for i, image in pixels.items() if i not in small}
+        canvas = torch.empty((len(small), *_extent([image.shape for image in small.values()]), 3), dtype=torch.uint8)
+        for page, image in zip(canvas.numpy(), small.values(), strict=True):
+            page[: len(image), : image.shape[1]] = image
+        data = torch.frombuffer(
+            bytearray().join(jpeg.data for jpeg in files.values()) or bytearray(1), dtype=torch.uint8
+        )
+        sizes = torch.tensor([(len(jpeg.data), *jpeg.shape[:2]) for jpeg in files.values()], dtype=torch.int64).view(
+            -1, 3
+        )
+        which = torch.tensor([*small, *files], dtype=torch.int64)
+        return [canvas, data, sizes, which, *crop(list(large.values()), views.of(list(large)))]
+
+    def finish(self, prepared: list[Tensor], views: Views) -> list[Tensor]:
         """Views by group of equal size: uint8 [v, n, s, s, 3] on the device.
 
         Raises:
             Undecodable: the device cannot decode a file.
         """
-        which, num_images = np.array(packed[3].tolist(), np.int64), len(views.box)
-        pages = self._pages(*packed[:3])
-        placed, *cut = (x.to(self.device, non_blocking=True) for x in packed[3:])
+        which, num_images = np.array(prepared[3].tolist(), np.int64), len(views.box)
+        pages = self._pages(*prepared[:3])
+        placed, *cut = (x.to(self.device, non_blocking=True) for x in prepared[3:])
         others = _send(np.setdiff1d(np.arange(num_images), which), self.device)
         kernels, groups = blur_kernels(views.sigma), []
         for crops, group in zip(cut, views.groups, strict=True):
@@ -105,6 +116,11 @@ class DeviceRenderer:
         """Crops [v, n, 3, s, s] of whole numbers, colored: uint8 [v, n, s, s, 3]."""
         colored = _color_batch(crops.flatten(0, 1), parameters).to(torch.uint8)
         return colored.permute(0, 2, 3, 1).contiguous().unflatten(0, crops.shape[:2])
+
+
+def choose_renderer(device: torch.device, decode: bool) -> Renderer:
+    """A GPU renders itself, and decodes if asked to; a CPU leaves everything to the workers."""
+    return DeviceRenderer(device, decode) if device.type == "cuda" else CpuRenderer()
 
 
 def _send(values: np.ndarray, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.normalize import LUMA
+from dino.data.sources import Source
 from dino.data.views import CONTRAST, HUE, SATURATION, Views
 
 HUE_STEPS = 255  # of Pillow's circle of hues, as torchvision counts them
@@ -40,13 +42,38 @@ def crop(images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
     return groups
 
 
-class CpuRenderer:
-    """Everything with OpenCV and PyTorch's resize, one view after the other on one thread."""
+class Renderer(Protocol):
+    """How files become views, chosen once per run: by the workers alone, or by the workers and then the device.
 
-    def __call__(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
+    A worker reads and prepares, and the training process finishes. What passes between them is the renderer's own affair.
+    """
+
+    def read(self, source: Source, index: int) -> Any:
+        """One image, with its `shape`; raises `dino.data.decode.BadImage`."""
+        ...
+
+    def prepare(self, images: Sequence[Any], views: Views) -> list[Tensor]:
+        """The worker's share of making `views` of images that `read` returned."""
+        ...
+
+    def finish(self, prepared: list[Tensor], views: Views) -> list[Tensor]:
+        """The device's share; views by group of equal size: uint8 [v, n, s, s, 3]."""
+        ...
+
+
+class CpuRenderer:
+    """A worker does everything, with OpenCV and PyTorch's resize, one view after the other on one thread."""
+
+    def read(self, source: Source, index: int) -> np.ndarray:
+        return source.read(index)
+
+    def prepare(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
         """Views of `images` ([h, w, 3] uint8 each) by group of equal size: uint8 [v, n, s, s, 3]."""
-        # All crops first: to take turns between PyTorch's code and OpenCV's for each view is a sixth slower.
+        # All crops first: switching between PyTorch and OpenCV for each view is a sixth slower.
         return self.color(crop(images, views), views)
+
+    def finish(self, prepared: list[Tensor], views: Views) -> list[Tensor]:
+        return prepared
 
     def color(self, crops: list[Tensor], views: Views) -> list[Tensor]:
         """Changes what `crop` returned, in place."""

@@ -36,6 +36,7 @@ BACKGROUND_HUE = 0.2  # and their hue by up to this, in turns
 BACKGROUND_CHROMA = (0.03, 0.15)
 GRAIN_CELLS = 48  # a fixed grid, so that the grain is the same scene at any size
 GRAIN = 0.005  # standard deviation, white = 1
+HELD_OUT = 500  # scenes
 
 
 # ---------------------------------------------------------------------------------------------------- shapes
@@ -275,15 +276,14 @@ def _labels(num_images: int, seed: int, first: int) -> Array:
     return np.concatenate(orders)[start : start + num_images].astype(np.int64)
 
 
-def parse_scenes(spec: str) -> Scenes | None:
-    """The drawn scenes that 'scenes' or 'scenes:NUMBER' stands for; None: it is something else.
+def open_scenes(spec: str) -> tuple[Scenes, Scenes]:
+    """Training and held-out scenes of 'scenes' or 'scenes:NUMBER'.
 
     Raises:
-        ValueError: the number is none.
+        ValueError: NUMBER is no number.
     """
-    if spec != "scenes" and not spec.startswith("scenes:"):
-        return None
     count = spec.partition(":")[2] or "3000"
     if not count.isdigit() or int(count) < 1:
         raise ValueError(f"--data {spec}: write scenes:NUMBER with the number of images to draw, e.g. scenes:3000.")
-    return Scenes(int(count))
+    train = Scenes(int(count))
+    return train, Scenes(HELD_OUT, first=len(train))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dino.data.decode import BadImage, decode
+from dino.data.decode import BadImage, decode, open_file
 from dino.data.labels import assign_labels
 from dino.data.listing import Names, list_names, locate
 from dino.randomness import Stream, draw_words
@@ -49,6 +50,8 @@ class Source(Protocol):
         """[h, w, 3] uint8 RGB; raises `dino.data.decode.BadImage`."""
         ...
 
+    # A source of image files may also have `read_bytes(index) -> bytes | None`; see the function of that name.
+
 
 class Files:
     """A `Source` of image files. `name(i)` is relative to `root` (or as written in the list file)."""
@@ -79,6 +82,10 @@ class Files:
     def read(self, index: int) -> np.ndarray:
         return decode(os.path.join(self.root, self._names[index]))
 
+    def read_bytes(self, index: int) -> bytes | None:
+        with open_file(os.path.join(self.root, self._names[index])) as stream:
+            return stream.getvalue() if isinstance(stream, io.BytesIO) else None
+
 
 class Subset:
     """Some images of another source, in the order of `indices` [n]."""
@@ -100,6 +107,15 @@ class Subset:
 
     def read(self, index: int) -> np.ndarray:
         return self.source.read(int(self.indices[index]))
+
+    def read_bytes(self, index: int) -> bytes | None:
+        return read_bytes(self.source, int(self.indices[index]))
+
+
+def read_bytes(source: Source, index: int) -> bytes | None:
+    """The image file at `index` as it is; None where a source has none, or one too large to be read whole."""
+    read = getattr(source, "read_bytes", None)
+    return None if read is None else read(index)
 
 
 def subset(source: Source, indices: Sequence[int] | np.ndarray) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,6 @@ from torch.utils.data import ConcatDataset
 from dino import errors
 from dino.data.decode import BadImage
 from dino.data.sources import Source
-
-TORCHVISION = "torchvision:"
 
 # name -> (arguments of each part of the training set, arguments of the test set, where the labels lie)
 _SETS: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str]] = {
@@ -36,7 +35,7 @@ class TorchvisionSet:
         self.labels = np.array(flat, np.int64)
         known = getattr(parts[0], "classes", None) or range(int(self.labels.max()) + 1)
         self.classes = tuple(str(entry) for entry in known)
-        digest = hashlib.sha256(json.dumps([name, *map(repr, parts)]).replace(root, "").encode())
+        digest = hashlib.sha256(json.dumps([name, *(repr(part).replace(root, "") for part in parts)]).encode())
         digest.update(self.labels.astype("<i8").tobytes())
         self.fingerprint = digest.hexdigest()
 
@@ -65,10 +64,11 @@ def open_torchvision(spec: str) -> tuple[Source, Source]:
     """
     from torchvision import datasets
 
-    name, _, root = spec.removeprefix(TORCHVISION).partition(":")
+    name, _, root = spec.partition(":")[2].partition(":")
     if name not in _SETS or not root:
         raise ValueError(f"--data {spec}: write torchvision:NAME:FOLDER with one of the names {', '.join(_SETS)}.")
     train, test, labels_in = _SETS[name]
+    root = os.path.abspath(os.path.expanduser(root))  # so that the fingerprint does not depend on how it is written
     try:
         parts = [getattr(datasets, name)(root, **arguments) for arguments in (*train, test)]
     except (RuntimeError, OSError) as error:

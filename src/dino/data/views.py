@@ -76,16 +76,14 @@ class Views:
 
 def draw_views(
     options: ViewOptions,
-    sizes: tuple[int, ...],
     seed: int,
     epoch: int,
     indices: Sequence[int],
     shapes: np.ndarray,
 ) -> Views:
     """Views of the samples `indices` at `epoch`, for images of `shapes` [n, 2] (height, width)."""
-    assert len(sizes) == 2 + options.num_local, f"{len(sizes)} sizes for 2 + {options.num_local} views"
     assert shapes.shape == (len(indices), 2)
-    num_views = len(sizes)
+    num_views = len(options.sizes)
     # One call per sample, a row per view: a view's numbers depend neither on the batch nor on how many views follow.
     draws = [open_stream(Stream.VIEWS, seed, epoch, i).random((num_views, _SLOTS)) for i in indices]
     u = np.stack(draws) if draws else np.empty((0, num_views, _SLOTS))
@@ -97,7 +95,7 @@ def draw_views(
     blur = u[..., _BLUR] < np.array(options.blur_prob)[kinds]
     low, high = options.blur_sigma
     return Views(
-        sizes=tuple(sizes),
+        sizes=options.sizes,
         box=_boxes(u, scales, shapes),
         flip=u[..., _FLIP] < options.flip_prob,
         jitter=jitter,

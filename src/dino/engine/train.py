@@ -23,7 +23,6 @@ from dino.data.device_decode import Undecodable
 from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.normalize import normalize
 from dino.data.sources import Source
-from dino.data.views import Views
 from dino.engine import optim, parallel
 from dino.engine.build import Plan, build_method, model_arguments
 from dino.engine.checkpoint import CheckpointError, Checkpoints
@@ -56,10 +55,10 @@ class Trainer:
         device: torch.device,
         terminal: Terminal,
         callback: Callback | None = None,
-        render: Callable[[list[Tensor], Views], list[Tensor]] | None = None,
     ):
         self.options, self.run, self.source, self.batches = options, run, source, batches
-        self.device, self.terminal, self.callback, self.render = device, terminal, callback, render
+        self.device, self.terminal, self.callback = device, terminal, callback
+        self.render = batches.renderer.finish
         self.render_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.plan = Plan(options, batches.steps_per_epoch)
         self.method = build_method(options).to(device)
@@ -213,7 +212,7 @@ class Trainer:
         if not num:
             return None
         return draw_drop_path_noise(
-            self.options.seed, step, num, batches.sizes, batches.batch_size, batches.share, self.device
+            self.options.seed, step, num, self.options.views.sizes, batches.batch_size, batches.share, self.device
         )
 
     def render_views(self, batch: Batch) -> list[Tensor]:
@@ -227,7 +226,7 @@ class Trainer:
                 try:
                     groups = self._render(batch)
                 except Undecodable:  # decoding in this process names the file, and takes the stand-in of a worker
-                    groups = self._render(self.batches.decoded(self.step))
+                    groups = self._render(self.batches.decode_batch(self.step))
             with time("normalize"):
                 groups = [normalize(g, self.options.model.in_channels) for g in groups]
         if self.render_stream is not None:
@@ -241,9 +240,7 @@ class Trainer:
         self._bad += batch.bad
         if not batch.prepared:
             self._check_quarantine(force=True)
-        if self.render is None or batch.views is None:
-            return batch.prepared
-        return self.render(batch.prepared, batch.views)
+        return batch.prepared if batch.views is None else self.render(batch.prepared, batch.views)
 
     # --- between steps -----------------------------------------------------------------------------------------
 

@@ -14,11 +14,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dino import distributed
-from dino.data.decode import BadImage
-from dino.data.loader import epoch_order, start_worker
+from dino.data.loader import Bad, epoch_order, iterate, read_with_stand_in
 from dino.data.sources import Source
 from dino.engine.checkpoint import Checkpoints
 from dino.eval.evaluate import locate_result
@@ -36,7 +35,7 @@ class LabeledBatch(NamedTuple):
     images: Tensor  # this rank's share [n, 3, size, size]
     labels: Tensor  # [n] int64
     total: int  # images in the batch of all ranks
-    bad: list[tuple[str, str]]  # images of this rank that could not be read, and why; others stand in
+    bad: Bad  # images of this rank that could not be read; others stand in
 
 
 class LabeledBatches(Dataset[LabeledBatch]):
@@ -81,24 +80,17 @@ class LabeledBatches(Dataset[LabeledBatch]):
 
     def __getitem__(self, step: int) -> LabeledBatch:
         samples, count = self.samples(step)
-        images, labels, bad = [], [], []
+        images, labels, bad = [], [], Bad()
         for index, copy in samples:
-            image, position = self._read(index, bad)
+            found = read_with_stand_in(self.source, index, bad, len(self.source))
+            if found is None:
+                raise ValueError(f"none of the {len(self.source)} training images can be read; check the data folder.")
+            image, position = found
             seed_augmentation(self.seed, step // self.steps_per_epoch, index, copy)
             images.append(self.transform(Image.fromarray(image)))
             labels.append(int(self.labels[position]))
         stacked = torch.stack(images) if images else torch.zeros(0, 3, self.size, self.size)
         return LabeledBatch(stacked, torch.tensor(labels, dtype=torch.int64), count, bad)
-
-    def _read(self, index: int, bad: list[tuple[str, str]]) -> tuple[np.ndarray, int]:
-        """The image at `index`, or the next readable one after it, and its position; `bad` gets those passed over."""
-        for offset in range(len(self.source)):
-            position = (index + offset) % len(self.source)
-            try:
-                return self.source.read(position), position
-            except BadImage as error:
-                bad.append((self.source.name(position), error.reason))
-        raise ValueError(f"none of the {len(self.source)} training images can be read; check the data folder.")
 
 
 class Trainee(Protocol):
@@ -137,32 +129,23 @@ def train_supervised(
     saved = time.monotonic()
     if num_workers is None:
         num_workers = count_spare_cores(distributed.world_size()) if device.type == "cuda" else 0
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(start, total),
-        num_workers=num_workers,
-        worker_init_fn=start_worker if num_workers else None,
-        pin_memory=device.type == "cuda",
-    )
     bad: dict[str, str] = {}
     terminal.start(start, total)
     try:
-        for step, batch in enumerate(loader, start):
+        for step, batch in enumerate(iterate(batches, start, total, num_workers, device.type == "cuda"), start):
             bad |= dict(batch.bad)
             loss = trainee.step(step, batch._replace(images=batch.images.to(device), labels=batch.labels.to(device)))
-            done, per_epoch = step + 1, batches.steps_per_epoch
-            epoch_ends = done % per_epoch == 0
-            if epoch_ends:
-                trainee.epoch_end(step // per_epoch)
+            done, epoch = step + 1, step // batches.steps_per_epoch
+            if epoch_ends := done % batches.steps_per_epoch == 0:
+                trainee.epoch_end(epoch)
             if distributed.is_main() and (done == total or time.monotonic() - saved >= 60 * minutes):
                 checkpoints.save(done, {"step": done, "trainee": trainee.state_dict(), "identity": identity})
                 saved = time.monotonic()
             if epoch_ends or done % 50 == 0:
                 status = f"loss {loss.item():.4f}"
-                terminal.update(done, f"{1 + step // per_epoch}/{epochs}", status)
+                terminal.update(done, f"{epoch + 1}/{epochs}", status)
                 if epoch_ends and not terminal.live:
-                    terminal.say(f"epoch {1 + step // per_epoch}/{epochs}  {status}")
+                    terminal.say(f"epoch {epoch + 1}/{epochs}  {status}")
     finally:
         terminal.stop()
     report_unreadable([entry for part in distributed.gather(bad) for entry in part.items()], "training")

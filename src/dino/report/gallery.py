@@ -162,10 +162,9 @@ class Gallery:
         """Crops and colors the run's first epoch drew, through the training pipeline itself."""
         options = self.run.options.views
         pictures = choose_pictures(self.source, VIEWED)
-        sizes = (required(options.global_size),) * 2 + (required(options.local_size),) * options.num_local
         shapes = np.array([picture.pixels.shape[:2] for picture in pictures]).reshape(-1, 2)
-        chosen = draw_views(options, sizes, self.run.options.seed, 0, [p.position for p in pictures], shapes)
-        groups = CpuRenderer()([picture.pixels for picture in pictures], chosen)
+        chosen = draw_views(options, self.run.options.seed, 0, [p.position for p in pictures], shapes)
+        groups = CpuRenderer().prepare([picture.pixels for picture in pictures], chosen)
         rendered = [view for group in groups for view in group.numpy()]  # [v] of [n, s, s, 3]
         rows = ""
         for i, picture in enumerate(pictures):
@@ -178,7 +177,7 @@ class Gallery:
             rows += f"<figcaption>{name}</figcaption></figure><div><div>{crops['global']}</div>"
             rows += f"<div>{crops['local']}</div></div></div>"
         return (
-            f"<p>The student sees all views of an image: two global ones ({sizes[0]} pixels) and {options.num_local} "
+            f"<p>The student sees all views of an image: two global ones ({options.sizes[0]} pixels) and {options.num_local} "
             f"local ones ({required(options.local_size)} pixels). The teacher sees only the global ones, and the student "
             "learns to give its answer from any of them. These are the views of the first epoch, drawn and rendered as "
             'in training; the outlines show where they were cut (<span class="key global">global</span>, <span '
