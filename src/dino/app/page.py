@@ -234,7 +234,7 @@ def serve(options: AppOptions) -> None:
         check_port(options.port)
     model = weights.load(name).to(distributed.start(options.device))
     run = Path(name) if Path(name).is_dir() else None
-    page = Page(Explorer(model, run, options.data or _data_of(run), options.embedding), Path(name).name)
+    page = Page(Explorer(model, run, options.data or find_data(run), options.embedding), Path(name).name)
     with contextlib.suppress(KeyboardInterrupt):
         _, address, _ = page.blocks.launch(
             server_name=HOST,
@@ -261,7 +261,7 @@ def check_port(port: int) -> None:
             raise ValueError(f"--port {port} is taken, or none that you may use; choose another.") from error
 
 
-def _data_of(run: Path | None) -> str | None:
+def find_data(run: Path | None) -> str | None:
     """What a run was trained on, if it is still there."""
     with contextlib.suppress(ValueError, TypeError):
         if run is not None:
