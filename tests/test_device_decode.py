@@ -21,7 +21,7 @@ from dino.data.decode import ORIENTATION, BadImage, decode
 from dino.data.device_decode import Jpeg, Undecodable, check_device, decode_jpegs
 from dino.data.device_render import LARGEST, DeviceRenderer
 from dino.data.loader import ViewBatches, iterate
-from dino.data.sources import Source, open_source, subset
+from dino.data.sources import Source, Subset, open_source
 from dino.engine.log import read_metrics
 from dino.engine.train import Trainer, TrainingError
 from dino.options import replace, toml
@@ -129,7 +129,7 @@ def test_a_broken_file_is_named_by_the_worker(tmp_path, name):
 
 def test_parts_of_a_source_and_sources_without_files(tmp_path):
     source = folder_of(tmp_path / "photos", {str(i): encoded(picture(20 + i, 30)) for i in range(6)})
-    part = subset(subset(source, [5, 3, 1]), [2, 0])
+    part = Subset(Subset(source, [5, 3, 1]), [2, 0])
     assert [read(part, i).shape for i in (0, 1)] == [(30, 21, 3), (30, 25, 3)]
 
     class Drawn:

@@ -365,7 +365,7 @@ def test_large_images_are_cut_by_the_worker():
 def test_many_pages_are_cut_in_parts(monkeypatch):
     images, views = drawn("drawn")
     whole = on_device(images, views)
-    monkeypatch.setattr("dino.data.device_render.AT_ONCE", 2**22)
+    monkeypatch.setattr("dino.data.device_render.MOST_NUMBERS", 2**22)
     assert all(torch.equal(a, b) for a, b in zip(whole, on_device(images, views), strict=True))
 
 

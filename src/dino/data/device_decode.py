@@ -1,7 +1,7 @@
-"""JPEG files as they are, for a device to decode (`--data.decode device`): a worker reads no more than their headers.
+"""JPEG files that the device decodes (`--data.decode device`): a worker passes on their bytes and reads only the headers.
 
-What a device might make other pixels of than `dino.data.decode` does, or what it cannot decode at all, a worker decodes as
-ever: other formats, other colors than YCbCr and gray, images to be turned upright, files that are cut off.
+A worker still decodes every image that a device cannot decode, or might decode to other pixels than `dino.data.decode`:
+other formats, other colors than YCbCr and gray, images to be turned upright, files that are cut off.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from dino import errors
 from dino.data.decode import ORIENTATION
 from dino.data.sources import Source, read_bytes
 
-_EDGE = 2  # pixels of the image that shows whether a device decodes at all
-
 
 class Undecodable(Exception):
-    """The device cannot decode a batch, and does not say which image is at fault."""
+    """The device cannot decode a batch. It does not say which image is at fault."""
 
 
 class Jpeg(NamedTuple):
@@ -35,19 +33,19 @@ class Jpeg(NamedTuple):
 
 
 def check_device(device: torch.device) -> None:
-    """Whether `device` decodes, found by trying.
+    """Decode a tiny image on `device`.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the device cannot decode.
     """
     if device.type != "cuda":
         raise ValueError("data.decode is device, but the device is the CPU; use --data.decode workers.")
     stream = io.BytesIO()
-    Image.new("RGB", (_EDGE, _EDGE)).save(stream, "JPEG")
+    Image.new("RGB", (2, 2)).save(stream, "JPEG")
     try:
         errors.import_optional("torchcodec.decoders", "data.decode device needs TorchCodec", "gpu")
-        decode_jpegs([torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)], [(_EDGE, _EDGE)], device)
-    except (Undecodable, RuntimeError, OSError) as error:  # the last two: its libraries cannot be loaded
+        decode_jpegs([torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)], [(2, 2)], device)
+    except (Undecodable, RuntimeError, OSError) as error:  # the last two: a library cannot be loaded
         raise ValueError(
             f"data.decode is device, but this TorchCodec cannot decode on it ({errors.first_line(error)}); install its "
             "build for CUDA, or use --data.decode workers."
@@ -76,7 +74,7 @@ def _parse_jpeg(data: bytes) -> Jpeg | None:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         image = Image.open(io.BytesIO(data), formats=("JPEG",))
         upright = image.getexif().get(ORIENTATION, 1) == 1 if {"exif", "xmp"} & image.info.keys() else True
-    stored = {"L": [1], "RGB": [1, 2, 3]}  # numbers of gray, and of Y, Cb and Cr
+    stored = {"L": [1], "RGB": [1, 2, 3]}  # component numbers of gray, and of Y, Cb and Cr
     usual = [component[0] for component in getattr(image, "layer", ())] == stored.get(image.mode)
     if not upright or not usual or image.info.get("adobe_transform", 1) != 1:
         return None
@@ -86,11 +84,10 @@ def _parse_jpeg(data: bytes) -> Jpeg | None:
 def decode_jpegs(data: Sequence[Tensor], shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
     """uint8 [3, h, w] on the device of each of the files (uint8 [bytes], on the CPU).
 
-    On a GPU this is one call of nvJPEG, by the hardware decoder where there is one; it waits for what the current stream
-    has to do.
+    On a GPU this is one call of nvJPEG, which uses the hardware decoder if there is one and waits for the current stream.
 
     Raises:
-        Undecodable: the device cannot decode one of them, or makes another shape of it.
+        Undecodable: the device cannot decode one of them, or its shape differs.
     """
     from torchcodec.decoders import decode_jpeg  # pyright: ignore[reportPrivateImportUsage]
 

@@ -16,7 +16,7 @@ import numpy as np
 from dino import distributed, files
 from dino.data.decode import BadImage
 from dino.data.scenes import open_scenes
-from dino.data.sources import Source, evenly_spaced, hold_out, open_source, subset
+from dino.data.sources import Source, Subset, evenly_spaced, hold_out, open_source
 from dino.data.torchvision_sets import open_torchvision
 from dino.options import required
 from dino.options.train import TrainOptions
@@ -124,7 +124,7 @@ def _open_labeled_parts(spec: str) -> tuple[Source, Source | None]:
         return source, test
     if distributed.is_main():
         print(f"{(labels < 0).sum()} images of {spec} lie in no class folder and are left out.")
-    return subset(source, np.flatnonzero(labels >= 0)), test
+    return Subset(source, np.flatnonzero(labels >= 0)), test
 
 
 def open_labeled_test(data: str) -> Source:

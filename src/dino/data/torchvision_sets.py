@@ -1,4 +1,4 @@
-"""Data sets that torchvision reads, already on the disk: `torchvision:NAME:FOLDER`. Nothing is ever downloaded."""
+"""Data sets on the disk that torchvision reads: `torchvision:NAME:FOLDER`. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dino import errors
 from dino.data.decode import BadImage
 from dino.data.sources import Source
 
-# name -> (arguments of each part of the training set, arguments of the test set, where the labels lie)
+# name -> (arguments of each part of the training set, arguments of the test set, attribute with the labels)
 _SETS: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str]] = {
     "CIFAR10": (({"train": True},), {"train": False}, "targets"),
     "CIFAR100": (({"train": True},), {"train": False}, "targets"),
-    # Papers on transfer train on both of its small parts: 2,040 images.
+    # Transfer papers train on both of its small parts: 2,040 images.
     "Flowers102": (({"split": "train"}, {"split": "val"}), {"split": "test"}, "_labels"),
     "StanfordCars": (({"split": "train"},), {"split": "test"}, "_samples"),
     "ImageNet": (({"split": "train"},), {"split": "val"}, "targets"),
@@ -26,7 +26,7 @@ _SETS: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str]] = {
 
 
 class TorchvisionSet:
-    """A `Source` of one or several parts of a torchvision data set, one after the other."""
+    """One or several parts of a torchvision data set, one after the other."""
 
     def __init__(self, name: str, root: str, parts: list[Any], labels_in: str):
         self.images: ConcatDataset[Any] = ConcatDataset(parts)
