@@ -1,4 +1,4 @@
-"""What evaluations that train on labels share: keyed batches, a loop that resumes to the bit, splits, accuracies."""
+"""Shared by evaluations that train on labels: keyed batches, a training loop with exact resume, splits, accuracies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dino.options.evaluate import EvalOptions
 from dino.randomness import Stream, draw_words, seed_augmentation
 from dino.terminal import Terminal
 
-Transform = Callable[[Image.Image], Tensor]  # may draw from the global generators, which are seeded for each image
+Transform = Callable[[Image.Image], Tensor]  # may draw from the global generators, seeded anew for each image
 
 
 class LabeledBatch(NamedTuple):
@@ -43,10 +43,10 @@ class LabeledBatches(Dataset[LabeledBatch]):
 
     Args:
         size: edge of the images that `transform` returns, pixels.
-        repeats: copies of an image within a batch, each with its own augmentation (repeated augmentation, as DeiT's:
-            an epoch still counts as many samples as there are images).
-        group: ranks take whole runs of so many samples, within which they may be mixed.
-        drop_last: leave out the last batch of an epoch where it is smaller.
+        repeats: copies of an image in a batch, each with its own augmentation (repeated augmentation as in DeiT: an epoch
+            still has as many samples as there are images).
+        group: each rank takes whole groups of this many samples, which may be mixed with each other.
+        drop_last: leave out the last batch of an epoch if it is smaller.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LabeledBatches(Dataset[LabeledBatch]):
         order = epoch_order(self.seed, epoch, len(self.source))
         start = batch * self.batch_size
         positions = np.arange(start, min(start + self.batch_size, len(order)))
-        # Copies lie apart, so that they are not mixed with each other.
+        # Copies of one image are moved apart, so that they are not mixed with each other.
         positions = positions[np.argsort(positions % self.repeats, kind="stable")]
         groups = np.array_split(np.arange(-(-len(positions) // self.group)), self.ranks)[self.rank]
         mine = positions[groups[0] * self.group : (groups[-1] + 1) * self.group] if len(groups) else positions[:0]
@@ -94,9 +94,8 @@ class LabeledBatches(Dataset[LabeledBatch]):
 
 
 class Trainee(Protocol):
-    def step(
-        self, step: int, batch: LabeledBatch
-    ) -> Tensor: ...  # one step of training; its loss, for the progress line
+    # One step of training; returns the loss, for the progress line.
+    def step(self, step: int, batch: LabeledBatch) -> Tensor: ...
     def epoch_end(self, epoch: int) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -112,10 +111,10 @@ def train_supervised(
     device: torch.device,
     num_workers: int | None,
 ) -> None:
-    """Train to the end, from the newest checkpoint in `folder` where there is one: the same bits as without a break.
+    """Train to the end, from the newest checkpoint in `folder` if there is one. A break does not change the result.
 
     Args:
-        identity: what the result depends on; a checkpoint made with another one is refused.
+        identity: everything the result depends on; a checkpoint with another identity is refused.
         minutes: between checkpoints.
 
     Raises:
@@ -152,7 +151,7 @@ def train_supervised(
 
 
 def _resume(trainee: Trainee, checkpoints: Checkpoints, identity: Mapping[str, Any]) -> int:
-    """Give `trainee` the state of the newest checkpoint; the steps it has done, 0 where there is none."""
+    """Load the newest checkpoint into `trainee`; returns the number of steps done, 0 without a checkpoint."""
     if (state := checkpoints.load()) is None:
         return 0
     if state["identity"] != identity:
@@ -166,7 +165,7 @@ def _resume(trainee: Trainee, checkpoints: Checkpoints, identity: Mapping[str, A
 
 
 def draw_per_class(labels: np.ndarray, share: float, seed: int, least: int = 1) -> np.ndarray:
-    """Positions of a share of each class, rounded but at least `least`, in order; a larger share contains a smaller."""
+    """Positions of a share of each class (rounded, at least `least`), in order. A larger share contains a smaller one."""
     draws = draw_words(Stream.CLASSES, seed, len(labels))
     chosen = []
     for label in np.unique(labels):
@@ -195,7 +194,7 @@ def compute_accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
 def save_weights(
     options: EvalOptions, name: str, state: Mapping[str, Tensor], classes: tuple[str, ...], **about: str
 ) -> None:
-    """Write what was trained beside the result, if that has a place, with its classes' names."""
+    """Write trained weights and the names of the classes beside the result, if that is written."""
     path = locate_result(options, name)
     if path is None or not distributed.is_main():
         return

@@ -161,7 +161,7 @@ def extract_batches(
     resize: Resize = "center",
     fp16: bool = False,
 ) -> Iterator[Features]:
-    """What `extract` gives, batch after batch, each of `batch_size` of the `indices`, the last of the rest.
+    """The features of `extract` in batches of `batch_size` indices; the last batch may be smaller.
 
     Args:
         fp16: compute in half precision on a GPU.
