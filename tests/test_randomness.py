@@ -82,6 +82,21 @@ def test_no_two_streams_share_a_key(seed):
     assert len(places) == len(Stream) * len(parts)
 
 
+def test_seeds_of_one_purpose_are_all_different():
+    few, many = range(5), range(20)
+    for function, ranges in (
+        (randomness.seed_step, (few, many)),
+        (randomness.seed_augmentation, (few, few, few)),
+        (randomness.seed_mixing, (many,)),
+        (randomness.seed_finetuning_step, (few, many)),
+    ):
+        seeds = []
+        for key in itertools.product(*ranges):
+            function(7, *key)
+            seeds.append(torch.initial_seed())
+        assert len(set(seeds)) == len(seeds)
+
+
 def test_a_stream_is_a_function_of_all_of_its_key():
     for stream in Stream:
         keys = [(7, 1, 2), (8, 1, 2), (7, 3, 2), (7, 1, 4)]

@@ -63,7 +63,11 @@ def seed_augmentation(seed: int, epoch: int, index: int, copy: int) -> None:
 
 
 def seed_mixing(seed: int, step: int) -> None:
-    """Seed the global generators for MixUp and CutMix at a step of fine-tuning, the same on all ranks."""
+    """Seed the global generators for MixUp and CutMix at a step of fine-tuning, the same on all ranks.
+
+    The key is also that of the augmentation of image `step` in epoch 1, and the next one that of some in epoch 2. This does
+    no harm, because other kinds of numbers are drawn, and another key would change the result of every seed.
+    """
     _seed_libraries(seed, 1, step)
 
 
