@@ -22,7 +22,7 @@ from torch import Tensor
 
 import harness
 import step
-from dino.data.device_render import DeviceRenderer, pack
+from dino.data.device_render import DeviceRenderer
 from dino.data.loader import ViewBatches, iterate
 from dino.data.normalize import normalize
 from dino.data.render import CpuRenderer
@@ -66,13 +66,13 @@ def train(way: Way, source: Source, options: Any, steps: int) -> tuple[list[floa
     rates = step.RATES._replace(lr=RATE)
     edges = {"global_size": size, "local_size": size // 2}
     views = ViewOptions(**edges, num_local=options.num_local, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
-    render = DeviceRenderer(device) if way.on_device else None
-    batches = ViewBatches(source, views, pack if way.on_device else CpuRenderer(), options.batch, way.seed)
+    renderer = DeviceRenderer(device) if way.on_device else CpuRenderer()
+    batches = ViewBatches(source, views, renderer, options.batch, way.seed)
     losses: list[float] = []
     for number, batch in enumerate(iterate(batches, 0, steps, options.workers, pin_memory=False)):
         assert batch.views is not None
-        groups = batch.prepared if render is None else render(batch.prepared, batch.views)
-        sizes = (way.seed, number, ours.backbone.num_draws, batches.sizes, options.batch, batches.share)
+        groups = renderer.finish(batch.prepared, batch.views)
+        sizes = (way.seed, number, ours.backbone.num_draws, views.sizes, options.batch, batches.share)
         noise = draw_drop_path_noise(*sizes, device)  # all ways drop the same branches
         if way.plain:
             noise = [of_group.flatten(1) for of_group in noise]

@@ -16,7 +16,7 @@ import harness
 import views
 from dino.bench import measure_matrix_rate
 from dino.data.normalize import normalize
-from dino.data.sources import open_source, subset
+from dino.data.sources import Subset, open_source
 from dino.features.extract import EvaluationViews, choose_batch_size, extract
 from dino.models import create
 
@@ -34,7 +34,7 @@ def main() -> None:
     count = len(views.jpeg_paths(options.images))
     source = open_source(str(options.images))
     spread = [i * count // options.num if options.num < count else i % count for i in range(options.num)]
-    source = subset(source, spread)
+    source = Subset(source, spread)
     model = create(options.arch, image_size=size).to(device).eval()
     whole = EvaluationViews(
         source, range(len(source)), size, choose_batch_size(size), "center", torch.get_num_threads()

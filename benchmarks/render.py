@@ -19,7 +19,7 @@ import harness
 import views
 from dino.bench import measure_matrix_rate, measure_seconds
 from dino.data.device_decode import Jpeg, check_device
-from dino.data.device_render import DeviceRenderer, pack
+from dino.data.device_render import DeviceRenderer
 from dino.data.normalize import normalize
 from dino.data.views import draw_views
 
@@ -38,15 +38,16 @@ def encoded(image: np.ndarray) -> bytes:
 
 def measure(batch: int, pairs: int, device: torch.device, from_files: bool = False) -> dict[str, Any]:
     images: list[Any] = draw_pictures(batch)
-    drawn = draw_views(views.OPTIONS, views.SIZES, 0, 0, range(batch), np.array([image.shape[:2] for image in images]))
+    drawn = draw_views(views.OPTIONS, 0, 0, range(batch), np.array([image.shape[:2] for image in images]))
     if from_files:
         images = [Jpeg(encoded(image), image.shape) for image in images]
-    packed, renderer = pack(images, drawn), DeviceRenderer(device)
+    renderer = DeviceRenderer(device)
+    packed = renderer.prepare(images, drawn)
     if device.type == "cuda":
         packed = [x.pin_memory() for x in packed]
 
     def render() -> None:
-        for group in renderer(packed, drawn):
+        for group in renderer.finish(packed, drawn):
             normalize(group)
 
     with FlopCounterMode(display=False) as counter:
@@ -60,7 +61,7 @@ def measure(batch: int, pairs: int, device: torch.device, from_files: bool = Fal
     rates: list[float] = []
     took = harness.alternate(turns, pairs, device)
     products = [counter.get_total_flops() / t / rate for t, rate in zip(took["render"], rates, strict=True)]
-    packing = [measure_seconds(lambda: pack(images, drawn), torch.device("cpu")) for _ in range(pairs)]
+    packing = [measure_seconds(lambda: renderer.prepare(images, drawn), torch.device("cpu")) for _ in range(pairs)]
     return {
         "seconds": harness.spread(took["render"]),
         "images_per_second": harness.spread([batch / t for t in took["render"]]),

@@ -92,7 +92,6 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
     wanted = replace(TrainOptions(), VIEWS | values)
     ours, _ = run.set_up(wanted, folder / "ours", device, Terminal(False))
     memory = InMemory(*(getattr(ours, name) for name in ("options", "run", "source", "batches", "device", "terminal")))
-    memory.render = ours.render
     if options.compile:
         parallel.compile_networks(ours.method)
         parallel.compile_networks(memory.method)

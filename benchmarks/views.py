@@ -35,8 +35,7 @@ from dino.data.views import draw_views
 from dino.options.train import ViewOptions
 from reference import imported
 
-OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
-SIZES = (224,) * 2 + (96,) * OPTIONS.num_local
+OPTIONS = ViewOptions(global_size=224, local_size=96, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 CHUNK = 8  # images between turns
 Peer = Callable[[Image.Image], list]  # an image's views, float32 [3, s, s]
 Clock = dict[str, list[float]]  # stage: CPU and wall seconds
@@ -81,7 +80,7 @@ def plain_peer() -> Peer:
             ]
         )
 
-    chains = [chain(size, min(view, 2)) for view, size in enumerate(SIZES)]
+    chains = [chain(size, min(view, 2)) for view, size in enumerate(OPTIONS.sizes)]
     return lambda image: [chain(image) for chain in chains]
 
 
@@ -112,8 +111,8 @@ def run_ours(clock: Clock, files: list[bytes], epoch: int, as_float: bool) -> No
     start = time.process_time(), time.perf_counter()
     images = [decode(file) for file in files]
     shapes = np.array([image.shape[:2] for image in images])
-    views = draw_views(OPTIONS, SIZES, 0, epoch, range(len(files)), shapes)
-    groups = CpuRenderer()(images, views)
+    views = draw_views(OPTIONS, 0, epoch, range(len(files)), shapes)
+    groups = CpuRenderer().prepare(images, views)
     if as_float:
         groups = [normalize(group) for group in groups]
     lap(clock, "ours, float32 normalized" if as_float else "ours, uint8", start)
@@ -125,7 +124,7 @@ def run_stages(clock: Clock, files: list[bytes], epoch: int) -> None:
     images = [decode(file) for file in files]
     now = lap(clock, "decode", now)
     shapes = np.array([image.shape[:2] for image in images])
-    views = draw_views(OPTIONS, SIZES, 0, epoch, range(len(files)), shapes)
+    views = draw_views(OPTIONS, 0, epoch, range(len(files)), shapes)
     now = lap(clock, "draw", now)
     groups = crop(images, views)
     now = lap(clock, "crop, resize, flip", now)

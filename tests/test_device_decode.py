@@ -19,9 +19,9 @@ from conftest import TINY, draw_images, run_dino, tiny_flags
 from dino.data import device_decode
 from dino.data.decode import ORIENTATION, BadImage, decode
 from dino.data.device_decode import Jpeg, Undecodable, check_device, decode_jpegs
-from dino.data.device_render import LARGEST, DeviceRenderer, pack
-from dino.data.loader import ViewBatches, iterate, read_pixels
-from dino.data.sources import Source, open_source, subset
+from dino.data.device_render import LARGEST, DeviceRenderer
+from dino.data.loader import ViewBatches, iterate
+from dino.data.sources import Source, Subset, open_source
 from dino.engine.log import read_metrics
 from dino.engine.train import Trainer, TrainingError
 from dino.options import replace, toml
@@ -129,7 +129,7 @@ def test_a_broken_file_is_named_by_the_worker(tmp_path, name):
 
 def test_parts_of_a_source_and_sources_without_files(tmp_path):
     source = folder_of(tmp_path / "photos", {str(i): encoded(picture(20 + i, 30)) for i in range(6)})
-    part = subset(subset(source, [5, 3, 1]), [2, 0])
+    part = Subset(Subset(source, [5, 3, 1]), [2, 0])
     assert [read(part, i).shape for i in (0, 1)] == [(30, 21, 3), (30, 25, 3)]
 
     class Drawn:
@@ -140,7 +140,7 @@ def test_parts_of_a_source_and_sources_without_files(tmp_path):
 
 
 def batches(source: Source, on_device: bool, batch_size: int = 5) -> ViewBatches:
-    return ViewBatches(source, VIEWS, pack, batch_size, 3, read=read if on_device else read_pixels)
+    return ViewBatches(source, VIEWS, DeviceRenderer("cpu", decode=on_device), batch_size, 3)
 
 
 @pytest.mark.parametrize("files", [TO_DEVICE, BY_WORKERS, BY_WORKERS | TO_DEVICE], ids=["device", "workers", "both"])
@@ -154,7 +154,9 @@ def test_views_are_those_of_pixels(tmp_path, files):
         for plain, ahead in zip(*pairs, strict=True):
             assert plain.views is not None
             assert ahead.views is not None
-            for a, b in zip(renderer(plain.prepared, plain.views), renderer(ahead.prepared, ahead.views), strict=True):
+            for a, b in zip(
+                renderer.finish(plain.prepared, plain.views), renderer.finish(ahead.prepared, ahead.views), strict=True
+            ):
                 assert a.shape == b.shape
                 assert (a.int() - b.int()).abs().float().mean() < 0.1
 
@@ -169,8 +171,8 @@ def test_a_file_that_the_device_cannot_decode_is_an_error_of_the_batch(tmp_path)
     assert batch.views is not None
     assert not batch.bad  # its header is in order
     with pytest.raises(Undecodable):
-        DeviceRenderer("cpu")(batch.prepared, batch.views)
-    assert [name for name, _ in ahead.decoded(0).bad] == ["broken.jpg"]
+        DeviceRenderer("cpu").finish(batch.prepared, batch.views)
+    assert [name for name, _ in ahead.decode_batch(0).bad] == ["broken.jpg"]
     with pytest.raises(Undecodable, match="headers"):
         decode_jpegs([as_bytes(TO_DEVICE["baseline"])], [(45, 60)], CPU)
 
@@ -180,8 +182,8 @@ def trained(source: Source, folder, on_device: bool, **changes) -> Trainer:
     folder.mkdir()
     asked = replace(TrainOptions(), TINY | {"log.every": 1} | changes)
     options = resolve(asked, len(source), 50, on_gpu=False, cores=0)
-    views = ViewBatches(source, options.views, pack, 4, options.seed, read=read if on_device else read_pixels)
-    trainer = Trainer(options, folder, source, views, CPU, Terminal(False), None, DeviceRenderer("cpu"))
+    views = ViewBatches(source, options.views, DeviceRenderer("cpu", decode=on_device), 4, options.seed)
+    trainer = Trainer(options, folder, source, views, CPU, Terminal(False))
     trainer.fit()
     return trainer
 

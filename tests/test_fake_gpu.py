@@ -31,7 +31,7 @@ import processes
 from conftest import TINY
 from dino.data import device_render
 from dino.data.device_decode import Jpeg
-from dino.data.device_render import LARGEST, DeviceRenderer, pack
+from dino.data.device_render import LARGEST, DeviceRenderer
 from dino.data.loader import ViewBatches
 from dino.engine import parallel, train
 from dino.engine.build import build_method
@@ -116,13 +116,12 @@ def with_trainer(changes: dict[str, Any], work: Any) -> Any:
     source = Pictures()
     wanted = {"device": "cuda", "precision": "bf16", "batch_size": len(source), "model.drop_path": 0.3}
     options = resolve(replace(TrainOptions(), TINY | wanted | changes), len(source), 50, on_gpu=True, cores=0)
-    batches = ViewBatches(source, options.views, pack, len(source), options.seed)
+    batches = ViewBatches(source, options.views, DeviceRenderer(GPU), len(source), options.seed)
     batch, method = batches[0], build_method(options)
     train.build_method = lambda _: method  # its initial weights are numbers, which fake tensors have not
     without_backward(method.student)
     with tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=True):
-        terminal, renderer = Terminal(False), DeviceRenderer(GPU)
-        subject = Trainer(options, Path(folder), source, batches, GPU, terminal, None, renderer)
+        subject = Trainer(options, Path(folder), source, batches, GPU, Terminal(False))
         return work(subject, batch)
 
 
@@ -161,11 +160,11 @@ def rendering_of_files() -> str:
     source, jpeg = Pictures(), Jpeg(b"\xff\xd8\xff\xd9", (40, 50, 3))
     images = [jpeg, source.read(1), source.read(2), jpeg]
     options = replace(TrainOptions(), TINY).views
-    views = ViewBatches(source, options, pack, 6, 0)[0].views
+    views = ViewBatches(source, options, DeviceRenderer(GPU), 6, 0)[0].views
     assert views is not None
-    given = pack(images, views.of([0, 1, 2, 0]))
+    given = DeviceRenderer(GPU).prepare(images, views.of([0, 1, 2, 0]))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        groups = DeviceRenderer(GPU)(given, views.of([0, 1, 2, 0]))
+        groups = DeviceRenderer(GPU).finish(given, views.of([0, 1, 2, 0]))
         found = [(group.device, tuple(group.shape)) for group in groups]
     expected = [(GPU, (2, 4, 32, 32, 3)), (GPU, (2, 4, 16, 16, 3))]
     return "" if found == expected else str(found)

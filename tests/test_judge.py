@@ -164,10 +164,10 @@ def test_images_of_several_shapes_keep_their_order(model, tmp_path):
     for i, (height, width) in enumerate([(32, 40), (32, 40), (40, 32), (32, 40), (8, 70)]):
         Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(tmp_path / f"{i}.png")
     source = open_source(str(tmp_path), "none")
-    together = extract(model, source, 64, pooling="any size", view="shrunk")
+    together = extract(model, source, 64, pooling="any size", resize="shrunk")
     assert together.indices.tolist() == list(range(5))
     for i in range(5):
-        alone = extract(model, source, 64, indices=[i], pooling="any size", view="shrunk")
+        alone = extract(model, source, 64, indices=[i], pooling="any size", resize="shrunk")
         torch.testing.assert_close(together.values[i], alone.values[0], rtol=1e-4, atol=1e-5)
 
 

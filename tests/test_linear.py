@@ -179,7 +179,7 @@ def test_fast_mode(trained, tmp_path, capsys):
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"pooling": best["pooling"], "classes": "class0\nclass1\nclass2"}
     head, model = load_file(file), dino.load(run)
-    _, test = linear.labeled_pair(str(photos), None)
+    _, test = linear.open_labeled_pair(str(photos), None)
     found = extract(model, test, 32, pooling=best["pooling"])
     predicted = (found.values @ head["weight"].T + head["bias"]).argmax(dim=1)
     top1 = 100 * (predicted == readable_labels(test, found, "test")).double().mean().item()
@@ -238,7 +238,7 @@ def test_paper_mode_is_the_plain_protocol(trained, tmp_path):
     )
     model = dino.load(run)
     found = linear.evaluate(model, options, CPU)
-    train_on = linear.labeled_pair(str(photos), None)[0]
+    train_on = linear.open_labeled_pair(str(photos), None)[0]
     batches = LabeledBatches(train_on, linear.training_crops(32), 32, 20, 0)
     layer = nn.Linear(4 * model.embed_dim, 3)
     layer.load_state_dict(Sweep({"last4": (0, 128)}, [1.0], [0.0], 3, 0, CPU).head("last4", 0))

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from conftest import draw_images
-from dino.data.device_render import DeviceRenderer, pack
+from dino.data.device_render import DeviceRenderer
 from dino.data.loader import ViewBatches, epoch_order, iterate
 from dino.data.render import CpuRenderer
 from dino.data.sources import open_source
+from dino.engine.step import draw_drop_path_noise
 from dino.options.train import ViewOptions
 
 OPTIONS = ViewOptions(global_size=32, local_size=16, num_local=3, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
@@ -44,14 +45,17 @@ def test_two_ranks_share_the_batch_of_one(source):
             assert torch.equal(x, torch.cat([a, b], dim=1))
 
 
-def test_two_ranks_share_what_stochastic_depth_draws(source):
-    whole = batches(source).draws(3, 4)
-    assert [(x.shape, x.dtype) for x in whole] == [((4, 2, 6), np.float32), ((4, 3, 6), np.float32)]
+def test_two_ranks_share_the_drop_path_noise(source):
+    def draw(step: int, rank: int = 0, ranks: int = 1) -> list[torch.Tensor]:
+        share = batches(source, rank, ranks).share
+        return draw_drop_path_noise(5, step, 4, OPTIONS.sizes, 6, share, torch.device("cpu"))
+
+    whole = draw(3)
+    assert [(x.shape, x.dtype) for x in whole] == [((4, 2, 6), torch.float32), ((4, 3, 6), torch.float32)]
     assert all(x.min() >= 0 and x.max() < 1 for x in whole)
-    parts = [batches(source, rank, 2).draws(3, 4) for rank in (0, 1)]
-    for x, a, b in zip(whole, *parts, strict=True):
-        assert np.array_equal(x, np.concatenate([a, b], axis=2))
-    assert not np.array_equal(whole[0], batches(source).draws(4, 4)[0])
+    for x, a, b in zip(whole, draw(3, 0, 2), draw(3, 1, 2), strict=True):
+        assert torch.equal(x, torch.cat([a, b], dim=2))
+    assert not torch.equal(whole[0], draw(4)[0])
 
 
 def test_starting_later_is_the_same_run(source):
@@ -96,9 +100,9 @@ def test_nothing_readable_is_an_empty_batch_that_names_them(tmp_path):
 
 def test_views_of_a_device_are_those_of_workers(source):
     """A loader that hands over images, and a renderer in the training process: the views up to rounding."""
-    ahead = ViewBatches(source, OPTIONS, pack, 6, 5)
     device = DeviceRenderer("cpu")
+    ahead = ViewBatches(source, OPTIONS, device, 6, 5)
     for batch, packed in zip(iterate(batches(source), 0, 4, 0, False), iterate(ahead, 0, 4, 2, False), strict=True):
         assert packed.views is not None
-        for a, b in zip(batch.prepared, device(packed.prepared, packed.views), strict=True):
+        for a, b in zip(batch.prepared, device.finish(packed.prepared, packed.views), strict=True):
             assert (a.int() - b.int()).abs().float().mean() < 1

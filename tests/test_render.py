@@ -22,15 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
-from dino.data.device_render import LARGEST, DeviceRenderer, Parameters, crop_batch, pack
+from dino.data.device_render import LARGEST, DeviceRenderer, Parameters, crop_batch
 from dino.data.normalize import MEAN, STD, normalize
 from dino.data.render import CpuRenderer, blur_kernels, crop
 from dino.data.views import HUE, Views, draw_views
 from dino.options.train import ViewOptions
 
 SIZE = 160
-OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
-SIZES = (224,) * 2 + (96,) * OPTIONS.num_local
+OPTIONS = ViewOptions(global_size=224, local_size=96, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 PILLOW = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 
 
@@ -134,7 +133,7 @@ def on_device(images: list[np.ndarray], views: Views, half: bool = False) -> lis
     """Both halves of the device's rendering, on the CPU; with the GPU's half precision if asked for."""
     renderer = DeviceRenderer("cpu")
     renderer.dtype = torch.float16 if half else torch.float32
-    return renderer(pack(images, views), views)
+    return renderer.finish(renderer.prepare(images, views), views)
 
 
 def with_pillow(image: np.ndarray, views: Views, i: int, view: int) -> np.ndarray:
@@ -185,9 +184,7 @@ backends = pytest.mark.parametrize(
 @pytest.mark.parametrize("size", [224, 96])
 def test_crop_and_resize(kind, size):
     for flip in (False, True):
-        views = draw_views(
-            OPTIONS, SIZES, 0, 0, range(len(sources(kind))), np.array([s.shape[:2] for s in sources(kind)])
-        )
+        views = draw_views(OPTIONS, 0, 0, range(len(sources(kind))), np.array([s.shape[:2] for s in sources(kind)]))
         views = plain(len(sources(kind)), (size,) * 10, box=views.box, flip=flip)
         ours = torch.cat(crop(sources(kind), views))
         for i, image in enumerate(sources(kind)):
@@ -283,11 +280,11 @@ def test_jitter_in_every_order(backend, kind, factors):
 
 def drawn(kind: str, epoch: int = 0) -> tuple[list[np.ndarray], Views]:
     images = sources(kind)
-    return images, draw_views(OPTIONS, SIZES, 0, epoch, range(len(images)), np.array([i.shape[:2] for i in images]))
+    return images, draw_views(OPTIONS, 0, epoch, range(len(images)), np.array([i.shape[:2] for i in images]))
 
 
 @either_source
-@pytest.mark.parametrize(("renderer", "mean", "bias"), [(CpuRenderer(), 0.9, 0.2), (on_device, 0.4, 0.05)])
+@pytest.mark.parametrize(("renderer", "mean", "bias"), [(CpuRenderer().prepare, 0.9, 0.2), (on_device, 0.4, 0.05)])
 def test_views_are_those_of_pillow_and_torchvision(kind, renderer, mean, bias):
     differences = []
     for epoch in range(4):
@@ -305,7 +302,7 @@ def test_views_are_those_of_pillow_and_torchvision(kind, renderer, mean, bias):
 @either_source
 def test_backends_agree(kind):
     images, views = drawn(kind)
-    for a, b in zip(CpuRenderer()(images, views), on_device(images, views), strict=True):
+    for a, b in zip(CpuRenderer().prepare(images, views), on_device(images, views), strict=True):
         assert a.dtype == b.dtype == torch.uint8
         check(a.numpy(), b.numpy(), mean=0.8, largest=40, bias=0.2)
 
@@ -319,7 +316,7 @@ def test_backends_agree_exactly_on_what_both_do_exactly():
         assert np.abs(a.astype(int) - b).max() <= 1
 
 
-@pytest.mark.parametrize("renderer", [CpuRenderer(), on_device, crop])
+@pytest.mark.parametrize("renderer", [CpuRenderer().prepare, on_device, crop])
 def test_shapes_and_batch_composition(renderer):
     images, views = drawn("drawn")
     whole = renderer(images, views)
@@ -327,7 +324,7 @@ def test_shapes_and_batch_composition(renderer):
     assert all(group.is_contiguous() for group in whole)
     shapes = np.array([i.shape[:2] for i in images])
     for part in ([2], [3, 0]):
-        some = draw_views(OPTIONS, SIZES, 0, 0, part, shapes[part])
+        some = draw_views(OPTIONS, 0, 0, part, shapes[part])
         for group, expected in zip(renderer([images[i] for i in part], some), whole, strict=True):
             assert torch.equal(group, expected[:, part])
 
@@ -338,7 +335,9 @@ def test_a_device_cuts_as_a_worker_does(kind, half, mean, largest):
     """Up to the order of sums; in half precision a weight is a 2^-12 part off, at most an eighth of a level."""
     images, views = drawn(kind)
     boxes, flips = torch.from_numpy(views.box), torch.from_numpy(views.flip)
-    canvas = pack(images, views)[0].permute(0, 3, 1, 2).to(torch.float16 if half else torch.float32)
+    canvas = (
+        DeviceRenderer("cpu").prepare(images, views)[0].permute(0, 3, 1, 2).to(torch.float16 if half else torch.float32)
+    )
     for group, theirs in zip(views.groups, crop(images, views), strict=True):
         ours = crop_batch(canvas, boxes[:, group], flips[:, group], theirs.shape[2], 5.0)
         check(ours.permute(0, 1, 3, 4, 2).numpy(), theirs.numpy(), mean, largest, bias=0.01)
@@ -352,8 +351,8 @@ def test_a_device_renders_whole_batches_in_half_precision():
 
 def test_large_images_are_cut_by_the_worker():
     images = [draw_picture(h, w, 0) for h, w in [(300, 400), (100, LARGEST + 1), (LARGEST, 200), (1500, 1200)]]
-    views = draw_views(OPTIONS, SIZES, 0, 0, range(4), np.array([i.shape[:2] for i in images]))
-    canvas, _, _, small, *cut = pack(images, views)
+    views = draw_views(OPTIONS, 0, 0, range(4), np.array([i.shape[:2] for i in images]))
+    canvas, _, _, small, *cut = DeviceRenderer("cpu").prepare(images, views)
     assert canvas.shape == (2, LARGEST, 400, 3)
     assert small.tolist() == [0, 2]
     for groups, expected, of in zip(cut, crop(images, views), on_device(images, views), strict=True):
@@ -366,7 +365,7 @@ def test_large_images_are_cut_by_the_worker():
 def test_many_pages_are_cut_in_parts(monkeypatch):
     images, views = drawn("drawn")
     whole = on_device(images, views)
-    monkeypatch.setattr("dino.data.device_render.AT_ONCE", 2**22)
+    monkeypatch.setattr("dino.data.device_render.MOST_NUMBERS", 2**22)
     assert all(torch.equal(a, b) for a, b in zip(whole, on_device(images, views), strict=True))
 
 
@@ -374,12 +373,12 @@ def test_many_pages_are_cut_in_parts(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_the_device_is_not_waited_for():
     images, views = drawn("drawn")
-    renderer, packed = DeviceRenderer("cuda"), [x.pin_memory() for x in pack(images, views)]
+    renderer, packed = DeviceRenderer("cuda"), [x.pin_memory() for x in DeviceRenderer("cpu").prepare(images, views)]
     expected = [normalize(group) for group in on_device(images, views)]
-    renderer(packed, views)  # chooses kernels
+    renderer.finish(packed, views)  # chooses kernels
     try:
         torch.cuda.set_sync_debug_mode("error")
-        ours = [normalize(group) for group in renderer(packed, views)]
+        ours = [normalize(group) for group in renderer.finish(packed, views)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(ours, expected, strict=True):
@@ -422,7 +421,7 @@ def test_any_box_of_any_image_renders(shape, size, seed, data):
     (cropped,) = crop([image], views)
     resized = with_pillow(image, plain(1, (size,), box=(top, left, h, w), flip=coin[0]), 0, 0)
     check(cropped[0, 0].numpy(), resized, mean=0.4, largest=2)
-    for renderer in (CpuRenderer(), on_device):
+    for renderer in (CpuRenderer().prepare, on_device):
         (out,) = renderer([image], views)
         assert out.shape == (2, 1, size, size, 3)
         assert torch.equal(out[0], out[1])
@@ -431,8 +430,8 @@ def test_any_box_of_any_image_renders(shape, size, seed, data):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (10, 10000), (10000, 10), (5, 4), (2000, 1500)])
 def test_odd_images(shape):
     image = draw_picture(*shape, seed=1)
-    views = draw_views(OPTIONS, SIZES, 0, 0, range(3), np.tile(shape, (3, 1)))
-    for a, b in zip(CpuRenderer()([image] * 3, views), on_device([image] * 3, views), strict=True):
+    views = draw_views(OPTIONS, 0, 0, range(3), np.tile(shape, (3, 1)))
+    for a, b in zip(CpuRenderer().prepare([image] * 3, views), on_device([image] * 3, views), strict=True):
         check(a.numpy(), b.numpy(), mean=2, largest=40)
 
 
@@ -442,7 +441,7 @@ def test_identity_gives_the_plain_resize(size, seed, flip):
     image = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
     for jitter in (False, True):  # factors of 1 and no shift of hue are no change either
         views = plain(1, (size,), jitter=jitter, flip=flip)
-        for renderer in (CpuRenderer(), on_device):
+        for renderer in (CpuRenderer().prepare, on_device):
             (out,) = renderer([image], views)
             assert (out.numpy()[0, 0] == (image[:, ::-1] if flip else image)).all()
 

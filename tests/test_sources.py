@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dino.data.decode import BadImage
-from dino.data.sources import Files, Source, hold_out, open_source, subset
+from dino.data.sources import Files, Source, Subset, hold_out, open_source
 
 
 def make(root: Path, *names: str) -> Path:
@@ -346,19 +346,19 @@ def test_a_folder_and_its_record_hold_every_visible_image(tmp_path_factory, tree
 def test_subset_and_pickling(tmp_path: Path) -> None:
     root = make(tmp_path, "a/1.png", "a/2.png", "b/3.png", "b/4.png")
     source = open_source(str(root))
-    part = subset(source, [3, 0])
+    part = Subset(source, [3, 0])
     assert part.labels is not None
     assert (names(part), part.labels.tolist(), part.classes) == (["b/4.png", "a/1.png"], [1, 0], ("a", "b"))
     assert part.read(0)[0, 0].tolist() == [3, 3, 3]
-    assert part.fingerprint != subset(source, [0, 3]).fingerprint != source.fingerprint
-    nested = subset(part, [1])
+    assert part.fingerprint != Subset(source, [0, 3]).fingerprint != source.fingerprint
+    nested = Subset(part, [1])
     assert names(nested) == ["a/1.png"]
     again = pickle.loads(pickle.dumps(nested))
     assert (names(again), again.fingerprint) == (["a/1.png"], nested.fingerprint)
     assert again.read(0).shape == (3, 4, 3)
-    assert subset(open_source(str(root), "none"), [1]).labels is None
+    assert Subset(open_source(str(root), "none"), [1]).labels is None
     with pytest.raises(AssertionError):
-        subset(source, [4])
+        Subset(source, [4])
 
 
 class Numbers:

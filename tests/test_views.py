@@ -13,18 +13,16 @@ from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from dino.data.views import Views, draw_views
 from dino.options.train import ViewOptions
-from dino.randomness import Stream, generator
 
-OPTIONS = ViewOptions(global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
-SIZES = (224,) * 2 + (96,) * OPTIONS.num_local
+OPTIONS = ViewOptions(global_size=224, local_size=96, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
+SIZES = OPTIONS.sizes
 NUM = 3000
 LEVEL = 1e-3  # of some 150 tests of distributions; all seeds are fixed, so a test that passes keeps passing
 
 
 def draw(num: int = NUM, shape: tuple[int, int] = (375, 500), seed: int = 3, epoch: int = 0, **changes) -> Views:
     options = dataclasses.replace(OPTIONS, **changes)
-    sizes = SIZES[: 2 + options.num_local]
-    return draw_views(options, sizes, seed, epoch, range(num), np.tile(shape, (num, 1)))
+    return draw_views(options, seed, epoch, range(num), np.tile(shape, (num, 1)))
 
 
 def columns(views: Views) -> dict[str, np.ndarray]:
@@ -156,10 +154,10 @@ def test_batches_and_order_change_nothing():
     rng = np.random.default_rng(0)
     indices = rng.choice(10**9, 50, replace=False)
     shapes = rng.integers(1, 900, (50, 2))
-    whole = draw_views(OPTIONS, SIZES, 3, 5, indices.tolist(), shapes)
+    whole = draw_views(OPTIONS, 3, 5, indices.tolist(), shapes)
     order = rng.permutation(50)
     for part in (order[:1], order[1:8], order[8:25], order[25:]):
-        views = draw_views(OPTIONS, SIZES, 3, 5, indices[part].tolist(), shapes[part])
+        views = draw_views(OPTIONS, 3, 5, indices[part].tolist(), shapes[part])
         for name, values in columns(views).items():
             assert (values == getattr(whole, name)[part]).all(), name
 
@@ -185,11 +183,6 @@ def test_an_option_changes_only_its_own_numbers():
         for name, values in columns(draw(20, **changes)).items():
             same = (values == base[name][:, : values.shape[1]]).all()
             assert same == (name not in own), (changes, name)
-
-
-def test_streams_do_not_overlap():
-    numbers = {tuple(generator(stream, 1, 2, 3).integers(0, 2**63, 4)) for stream in Stream}
-    assert len(numbers) == len(Stream)
 
 
 def test_groups_are_the_global_views_and_runs_of_equal_size():

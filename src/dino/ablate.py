@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from dino import distributed, files, paper, weights
-from dino.data.open import split_folders
+from dino.data.open import make_absolute, split_folders
 from dino.engine.checkpoint import LOCK, lock_folder
 from dino.engine.log import read_metrics
 from dino.eval import knn
@@ -48,7 +48,7 @@ class Ablation:
     def __init__(self, options: AblateOptions):
         self.options, self.table = options, paper.find_table(options.table)
         self.folder = Path(options.out or f"runs/ablate-{options.table}")
-        self.data = split_folders(os.path.abspath(required(options.data)), options.val and os.path.abspath(options.val))
+        self.data = split_folders(make_absolute(required(options.data)), options.val and make_absolute(options.val))
         self.results_file = self.folder / "results.json"
         self.console = Console(stderr=True)
         self.runs = {row.name: self._options(row) for row in self.table.rows}

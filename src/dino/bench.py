@@ -83,7 +83,7 @@ def measure_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
         whole = measure_seconds(lambda: trainer.take_step(batch), trainer.device)
     finally:
         step.time = plain
-    if trainer.render is None:  # the workers have done it
+    if trainer.device.type == "cpu":  # the workers have rendered
         del spent["transfer, render"]
     spent["other"] = max(0.0, whole - sum(spent.values()))
     return {name: spent[name] for name in STEP if name in spent}
@@ -98,16 +98,16 @@ def measure_data(batches: ViewBatches, workers: int, limit: float) -> dict[str, 
     for index in indices:
         begun = time.perf_counter()
         with contextlib.suppress(BadImage):
-            images.append(batches.read(batches.source, int(index)))
+            images.append(batches.renderer.read(batches.source, int(index)))
             read += time.perf_counter() - begun
         if time.perf_counter() - started > limit / 2:
             break
     if not images:
         raise ValueError(f"none of the first {len(indices)} images could be read; repair them or choose other --data.")
     shapes = np.array([image.shape[:2] for image in images])
-    views = draw_views(batches.options, batches.sizes, 0, 0, range(len(images)), shapes)
-    batches.prepare(images, views)  # fills caches
-    render = measure_seconds(lambda: batches.prepare(images, views), torch.device("cpu"))
+    views = draw_views(batches.options, 0, 0, range(len(images)), shapes)
+    batches.renderer.prepare(images, views)  # fills caches
+    render = measure_seconds(lambda: batches.renderer.prepare(images, views), torch.device("cpu"))
     torch.set_num_threads(threads)
     return {"decode": 1e3 * read / len(images), "render": 1e3 * render / len(images)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ import torch
 
 from dino import distributed, files, weights
 from dino.data import device_decode
-from dino.data.device_render import LARGEST, DeviceRenderer, pack
-from dino.data.loader import ViewBatches, read_pixels
-from dino.data.open import open_training_pair, probe
-from dino.data.render import CpuRenderer
+from dino.data.device_render import choose_renderer
+from dino.data.loader import ViewBatches
+from dino.data.open import find_path, get_name, make_absolute, open_training_pair, probe
 from dino.data.sources import Source
 from dino.engine import fit, init, log, parallel
 from dino.engine.checkpoint import LOCK, Checkpoints, lock_folder
@@ -42,7 +40,7 @@ def train(
     Args:
         recipe: a recipe's name, a TOML file or complete options. None: the options of the run to resume, else the demo
             without `data`, else options chosen for the data.
-        data: a folder, list file, or 'scenes'.
+        data: a folder, list file, 'scenes', or 'torchvision:NAME:FOLDER'.
         out: run directory to write.
         changes: any option by its dotted name, e.g. ``epochs=30`` or ``**{"optim.lr": 1e-3}``.
 
@@ -157,8 +155,7 @@ def build_trainer(
     more = [evaluate.EvaluationCallback.parse(text, folder) for text in options.log.evaluate]
     callback = OnlineEvaluation(*data, required(options.views.global_size), device, more)
     batches = view_batches(options, data[0], device)
-    render = DeviceRenderer(device) if device.type == "cuda" else None
-    trainer = Trainer(options, folder, data[0], batches, device, terminal, callback, render)
+    trainer = Trainer(options, folder, data[0], batches, device, terminal, callback)
     if options.fit is not None:
         step, images = trainer.training_step, batches.batch_size // batches.world_size
         split, needed = distributed.gather(fit.fit_memory(step, options, images, parse_bytes(options.fit)))[0]
@@ -180,8 +177,7 @@ def choose_folder(options: TrainOptions) -> Path:
     """The run directory. Refuses a folder that holds anything but a run, and a run without `overwrite`."""
     if options.resume is not None:
         return Path(options.resume)
-    name = options.data.path.partition(":")[0].rstrip("/") or "run"
-    folder = Path(options.out) if options.out is not None else Path("runs") / Path(name).stem
+    folder = Path(options.out) if options.out is not None else Path("runs") / get_name(options.data.path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give a folder to write the run to.")
     # A run that was killed as it started leaves at most its lock and its file list.
@@ -195,7 +191,7 @@ def choose_folder(options: TrainOptions) -> Path:
                 "or choose another --out."
             )
         for spec in filter(None, (options.data.path, options.data.val)):
-            if folder.resolve() in Path(spec).resolve().parents:
+            if (path := find_path(spec)) is not None and folder.resolve() in path.resolve().parents:
                 raise ValueError(f"the images {spec} lie inside {folder}, which --overwrite would delete; move them.")
     return folder
 
@@ -209,20 +205,18 @@ def prepare(options: TrainOptions, folder: Path) -> None:
             if child.name not in ("files.jsonl", LOCK):  # this process has just written one and holds the other
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    given = {name: flatten(options)[name] for name in ("data.path", "data.val", "data.labels", "init")}
-    words = (None, "scenes", "auto", "folders", "none")
-    paths = {name: place if place in words else files.absolute_if_exists(place) for name, place in given.items()}
+    given, words = flatten(options), (None, "auto", "folders", "none")
+    absolute = dict.fromkeys(("data.path", "data.val"), make_absolute)
+    absolute |= dict.fromkeys(("data.labels", "init"), files.absolute_if_exists)
+    paths = {name: function(given[name]) for name, function in absolute.items() if given[name] not in words}
     recorded = replace(options, paths | {"out": None, "overwrite": False})
     (folder / "config.toml").write_text(tomli_w.dumps(to_dict(recorded)))
 
 
 def view_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:
-    prepare = pack if device.type == "cuda" else CpuRenderer()
-    read = (
-        functools.partial(device_decode.read_jpeg, largest=LARGEST) if options.data.decode == "device" else read_pixels
-    )
+    renderer = choose_renderer(device, options.data.decode == "device")
     ranks = (distributed.rank(), distributed.world_size())
-    return ViewBatches(source, options.views, prepare, required(options.batch_size), options.seed, *ranks, read)
+    return ViewBatches(source, options.views, renderer, required(options.batch_size), options.seed, *ranks)
 
 
 def check(options: TrainOptions, source: Source, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from gradio import themes
 
 from dino import distributed, files, weights
 from dino.app.explorer import Explorer, ShownImage, draw_alike, find_newest_run
+from dino.data.open import find_path
 from dino.models import NO_ATTENTION
 from dino.options import toml
 from dino.options.commands import AppOptions
@@ -211,7 +212,7 @@ def serve(options: AppOptions) -> None:
         check_port(options.port)
     model = weights.load(name).to(distributed.start(options.device))
     run = Path(name) if Path(name).is_dir() else None
-    page = Page(Explorer(model, run, options.data or _data_of(run), options.embedding), Path(name).name)
+    page = Page(Explorer(model, run, options.data or find_data(run), options.embedding), Path(name).name)
     with contextlib.suppress(KeyboardInterrupt):
         _, address, _ = page.blocks.launch(
             server_name=HOST,
@@ -238,10 +239,11 @@ def check_port(port: int) -> None:
             raise ValueError(f"--port {port} is taken, or none that you may use; choose another.") from error
 
 
-def _data_of(run: Path | None) -> str | None:
+def find_data(run: Path | None) -> str | None:
     """What a run was trained on, if it is still there."""
     with contextlib.suppress(ValueError, TypeError):
         if run is not None:
-            path = toml.read_recorded(str(run)).data.path
-            return path if path.startswith("scenes") or Path(path).exists() else None
+            data = toml.read_recorded(str(run)).data.path
+            path = find_path(data)
+            return data if path is None or path.exists() else None
     return None

@@ -1,11 +1,11 @@
 """Image files as arrays: [height, width, 3] uint8 RGB, upright, or one short reason why not.
 
 Whatever a file holds, `decode` returns an array or raises `BadImage`: one broken file among millions must not end a
-run. Only six kinds of image are tried, so a file cannot pick an exotic parser (PostScript, fonts) for itself.
-Pillow reads the header and decides; only the pixels of a faultless JPEG, most of all files, come from simplejpeg: the same
-pixels from the same library underneath (libjpeg-turbo), in three quarters of Pillow's time, which stores four bytes a pixel.
-Transparency is composited on white, because cut-outs and logos are drawn to be seen on a page; the colors stored
-under transparent pixels are arbitrary and would otherwise be learned from.
+run. Only six formats are tried, so that no file reaches a rarely tested parser (PostScript, fonts).
+Pillow reads the header. The pixels of a faultless JPEG, the most common case, come from simplejpeg: it uses the same
+library (libjpeg-turbo), gives the same pixels, and takes three quarters of Pillow's time, because it stores three bytes a
+pixel and not four. Transparent images are composited on white: cut-outs and logos are made to be seen on a page, and the
+colors stored under transparent pixels are arbitrary.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-MAX_PIXELS = 178_956_970  # where Pillow, too, refuses: 512 MB as 8-bit RGB
+MAX_PIXELS = 178_956_970  # Pillow's own limit: 512 MB as 8-bit RGB
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
-_READ_WHOLE = 2**26  # bytes; one read is quicker than Pillow's many, but of a huge file it may need only a part
+_READ_WHOLE = 2**26  # bytes. Larger files are read in parts: Pillow may need only the beginning
 ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,7 +43,7 @@ class BadImage(Exception):
     """An image that cannot be used; `reason` is one short clause such as "empty file" or "truncated"."""
 
     def __init__(self, reason: str):
-        super().__init__(reason)  # the only argument, so that the exception survives the trip from a worker process
+        super().__init__(reason)  # with one argument only, the exception can be pickled by a worker process
         self.reason = reason
 
 
@@ -58,14 +58,14 @@ def decode(file: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray
     before its pixels are decoded (Pillow's own limit, twice `PIL.Image.MAX_IMAGE_PIXELS`, holds as well).
     """
     try:
-        # Not simplefilter("ignore"): should two threads leave in the wrong order, only Pillow's warnings stay off.
+        # Filters are global to all threads. If two threads restore them in the wrong order, only Pillow stays silent.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             with io.BytesIO(file) if isinstance(file, bytes) else open_file(file) as stream:
                 return _pixels(stream, max_pixels)
     except BadImage:
         raise
-    except Exception as error:  # Pillow's decoders raise a dozen kinds, and a new one must not end a run
+    except Exception as error:  # Pillow's decoders raise many kinds of error
         raise BadImage(_reason(error)) from error
 
 
@@ -93,7 +93,7 @@ def _pixels(stream: BinaryIO, max_pixels: int) -> np.ndarray:
             raise BadImage(f"too many pixels ({image.width} x {image.height}, limit {max_pixels})")
         pixels = _faultless_jpeg(image, stream)
         if pixels is None:
-            image.load()  # some formats keep their EXIF behind the pixels
+            image.load()  # some formats store their EXIF after the pixels
         turn = _turn(image)
         if pixels is not None and turn is None:
             return pixels
@@ -106,17 +106,17 @@ def _faultless_jpeg(image: Image.Image, stream: BinaryIO) -> np.ndarray | None:
         return None
     try:
         return simplejpeg.decode_jpeg(stream.getvalue(), "RGB", strict=True)
-    except ValueError:  # Pillow knows whether the fault matters, and what to call it
+    except ValueError:  # Pillow decides whether the fault matters, and names it
         return None
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    info = image.info  # Pillow turns TIFF itself; reading the EXIF of an image that has none costs time
+    info = image.info  # looked at first, because getexif() is slow. Pillow turns TIFF itself
     if not ("exif" in info or "xmp" in info or "XML:com.adobe.xmp" in info or "Raw profile type exif" in info):
         return None
     try:
         return _UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged EXIF: the pixels are good, and upright for all we know
+    except Exception:  # damaged EXIF; take the pixels as they are
         return None
 
 
@@ -126,7 +126,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _gray16(image)
     if image.mode in ("I", "F"):
-        return _stretched(image)
+        return _stretch(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -138,14 +138,14 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _gray16(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.uint32)
     gray = ((values + 128) // 257).astype(np.uint8)
-    clear = image.info.get("transparency")  # one gray value that stands for "transparent"
+    clear = image.info.get("transparency")  # the gray value of transparent pixels
     if isinstance(clear, int):
         gray[values == clear] = 255
     return Image.fromarray(gray).convert("RGB")
 
 
-def _stretched(image: Image.Image) -> Image.Image:
-    with np.errstate(all="ignore"):  # a signaling NaN makes even the cast complain
+def _stretch(image: Image.Image) -> Image.Image:
+    with np.errstate(all="ignore"):  # casting a signaling NaN warns
         values = np.asarray(image).astype(np.float64)
         finite = np.isfinite(values)
         if not finite.any():
@@ -157,17 +157,13 @@ def _stretched(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:  # from the file system, not from Pillow
+    if isinstance(error, OSError) and error.strerror:  # from the file system
         return error.strerror.lower()
-    known = (
-        (Image.DecompressionBombError, "too many pixels (over Pillow's limit)"),
-        (MemoryError, "too large for memory"),
-        (EOFError, "truncated"),
-    )
-    for kind, reason in known:
-        if isinstance(error, kind):
-            return reason
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels (over Pillow's limit)"
+    if isinstance(error, MemoryError):
+        return "too large for memory"
     text = " ".join(str(error).split())
-    if "truncated" in text.lower() or "end of file" in text.lower():
+    if isinstance(error, EOFError) or "truncated" in text.lower() or "end of file" in text.lower():
         return "truncated"
     return f"damaged ({type(error).__name__}: {text[:80]})"

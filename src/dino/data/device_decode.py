@@ -1,13 +1,12 @@
-"""JPEG files as they are, for a device to decode (`--data.decode device`): a worker reads no more than their headers.
+"""JPEG files that the device decodes (`--data.decode device`): a worker passes on their bytes and reads only the headers.
 
-What a device might make other pixels of than `dino.data.decode` does, or what it cannot decode at all, a worker decodes as
-ever: other formats, other colors than YCbCr and gray, images to be turned upright, files that are cut off.
+A worker still decodes every image that a device cannot decode, or might decode to other pixels than `dino.data.decode`:
+other formats, other colors than YCbCr and gray, images to be turned upright, files that are cut off.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,14 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from dino import errors
-from dino.data.decode import ORIENTATION, open_file
-from dino.data.sources import Files, Source, Subset
-
-_EDGE = 2  # pixels of the image that shows whether a device decodes at all
+from dino.data.decode import ORIENTATION
+from dino.data.sources import Source, read_bytes
 
 
 class Undecodable(Exception):
-    """The device cannot decode a batch, and does not say which image is at fault."""
+    """The device cannot decode a batch. It does not say which image is at fault."""
 
 
 class Jpeg(NamedTuple):
@@ -36,19 +33,19 @@ class Jpeg(NamedTuple):
 
 
 def check_device(device: torch.device) -> None:
-    """Whether `device` decodes, found by trying.
+    """Decode a tiny image on `device`.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the device cannot decode.
     """
     if device.type != "cuda":
         raise ValueError("data.decode is device, but the device is the CPU; use --data.decode workers.")
     stream = io.BytesIO()
-    Image.new("RGB", (_EDGE, _EDGE)).save(stream, "JPEG")
+    Image.new("RGB", (2, 2)).save(stream, "JPEG")
     try:
         errors.import_optional("torchcodec.decoders", "data.decode device needs TorchCodec", "gpu")
-        decode_jpegs([torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)], [(_EDGE, _EDGE)], device)
-    except (Undecodable, RuntimeError, OSError) as error:  # the last two: its libraries cannot be loaded
+        decode_jpegs([torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)], [(2, 2)], device)
+    except (Undecodable, RuntimeError, OSError) as error:  # the last two: a library cannot be loaded
         raise ValueError(
             f"data.decode is device, but this TorchCodec cannot decode on it ({errors.first_line(error)}); install its "
             "build for CUDA, or use --data.decode workers."
@@ -61,28 +58,23 @@ def read_jpeg(source: Source, index: int, largest: int) -> np.ndarray | Jpeg:
     Raises:
         BadImage: there is no usable image.
     """
-    while isinstance(source, Subset):
-        source, index = source.source, int(source.indices[index])
-    if isinstance(source, Files):
-        try:
-            with open_file(os.path.join(source.root, source.name(index))) as stream:
-                jpeg = _decodable(stream.getvalue()) if isinstance(stream, io.BytesIO) else None
-        except Exception:  # whatever it is, decoding will say
-            jpeg = None
-        if jpeg is not None and max(jpeg.shape) <= largest:
-            return jpeg
-    return source.read(index)
+    try:
+        data = read_bytes(source, index)
+        jpeg = None if data is None else _parse_jpeg(data)
+    except Exception:  # reading it in full names the fault
+        jpeg = None
+    return jpeg if jpeg is not None and max(jpeg.shape) <= largest else source.read(index)
 
 
-def _decodable(data: bytes) -> Jpeg | None:
-    """A file if a device can be trusted with it."""
+def _parse_jpeg(data: bytes) -> Jpeg | None:
+    """A file, if a device makes the same pixels of it as `dino.data.decode`."""
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
         return None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         image = Image.open(io.BytesIO(data), formats=("JPEG",))
         upright = image.getexif().get(ORIENTATION, 1) == 1 if {"exif", "xmp"} & image.info.keys() else True
-    stored = {"L": [1], "RGB": [1, 2, 3]}  # numbers of gray, and of Y, Cb and Cr
+    stored = {"L": [1], "RGB": [1, 2, 3]}  # component numbers of gray, and of Y, Cb and Cr
     usual = [component[0] for component in getattr(image, "layer", ())] == stored.get(image.mode)
     if not upright or not usual or image.info.get("adobe_transform", 1) != 1:
         return None
@@ -92,11 +84,10 @@ def _decodable(data: bytes) -> Jpeg | None:
 def decode_jpegs(data: Sequence[Tensor], shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
     """uint8 [3, h, w] on the device of each of the files (uint8 [bytes], on the CPU).
 
-    On a GPU this is one call of nvJPEG, by the hardware decoder where there is one; it waits for what the current stream
-    has to do.
+    On a GPU this is one call of nvJPEG, which uses the hardware decoder if there is one and waits for the current stream.
 
     Raises:
-        Undecodable: the device cannot decode one of them, or makes another shape of it.
+        Undecodable: the device cannot decode one of them, or its shape differs.
     """
     from torchcodec.decoders import decode_jpeg  # pyright: ignore[reportPrivateImportUsage]
 

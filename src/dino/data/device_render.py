@@ -1,11 +1,9 @@
-"""Views rendered on a device: all views of a size at a time, in a handful of kernels, without waiting for it.
+"""Views rendered on a device: all views of a size at a time, in a few kernels, without waiting for the device.
 
-A worker process decodes and hands over the images as they are (`pack`): of photographs of the usual size they are no
-more bytes than their views. The training process sends them to the device and does the rest there (`DeviceRenderer`).
-Cutting and resizing are two matrix products, columns first, with Pillow's own weights (bicubic, antialiased) in matrices
-that are zero outside of a view's box. An image too large for that is cut by its worker, where decoding takes longer.
-
-Of files that the device decodes itself (`dino.data.device_decode`) the worker hands over the bytes.
+A worker process decodes and hands over whole images; photographs of the usual size have no more bytes than their views. The
+training process sends them to the device, which does the rest. Cutting and resizing are two matrix products, columns first;
+the matrices hold Pillow's weights (bicubic, antialiased) and are zero outside of a view's box. A worker cuts the views of
+larger images itself. If the device decodes (`dino.data.device_decode`), the worker hands over the bytes of files.
 
 Axes: n images, v views of a size, s pixels of their edge; m = v * n, view by view. Color is RGB, 0 to 255.
 """
@@ -20,60 +18,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.data.device_decode import Jpeg, decode_jpegs
+from dino.data.device_decode import Jpeg, decode_jpegs, read_jpeg
 from dino.data.normalize import LUMA
-from dino.data.render import HUE_STEPS, blur_kernels, crop
+from dino.data.render import HUE_STEPS, CpuRenderer, Renderer, blur_kernels, crop
+from dino.data.sources import Source
 from dino.data.views import CONTRAST, HUE, SATURATION, Views
 
-LARGEST = 640  # pixels of an edge; what is larger is cut by the worker
-ALIGNED = 8  # of this many numbers are rows in memory, which matrix products of half precision ask for
-AT_ONCE = 2**27  # numbers between the two products, at most
-REACH = 2  # of the bicubic filter, pixels of the smaller picture
-
-
-def pack(images: Sequence[np.ndarray | Jpeg], views: Views) -> list[Tensor]:
-    """What a worker does: the images of at most LARGEST pixels in one tensor, and the views of the others cut.
-
-    Returns:
-        uint8 [k, H, W, 3], each in the upper left corner; the bytes of e files, one after the other; int64 [e, 3], their
-        lengths, heights and widths; int64 [k + e], which images these are; then as `crop` returns them, the views of the
-        others.
-    """
-    files = {i: image for i, image in enumerate(images) if isinstance(image, Jpeg)}
-    pixels = {i: image for i, image in enumerate(images) if not isinstance(image, Jpeg)}
-    small = {i: image for i, image in pixels.items() if max(image.shape) <= LARGEST}
-    large = {i: image for i, image in pixels.items() if i not in small}
-    canvas = torch.empty((len(small), *_extent([image.shape for image in small.values()]), 3), dtype=torch.uint8)
-    for page, image in zip(canvas.numpy(), small.values(), strict=True):
-        page[: len(image), : image.shape[1]] = image
-    data = torch.frombuffer(bytearray().join(jpeg.data for jpeg in files.values()) or bytearray(1), dtype=torch.uint8)
-    sizes = torch.tensor([(len(jpeg.data), *jpeg.shape[:2]) for jpeg in files.values()], dtype=torch.int64).view(-1, 3)
-    which = torch.tensor([*small, *files], dtype=torch.int64)
-    return [canvas, data, sizes, which, *crop(list(large.values()), views.of(list(large)))]
+LARGEST = 640  # edge in pixels; the worker cuts the views of larger images
+ALIGNMENT = 8  # row lengths are multiples of this, as fast products in half precision need
+MOST_NUMBERS = 2**27  # between the two products, for images of one part
+REACH = 2  # of the bicubic filter, pixels of the resized picture
 
 
 def _extent(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
-    """Height and width of pages that hold images of such shapes."""
+    """Height and width of pages that hold images of these shapes."""
     height, width = (max([shape[axis] for shape in shapes], default=0) for axis in (0, 1))
-    return height, -(-width // ALIGNED) * ALIGNED
+    return height, -(-width // ALIGNMENT) * ALIGNMENT
 
 
 class DeviceRenderer:
-    """Renders on `device` what `pack` returned; on a GPU products are in half precision, a tenth of a level fine."""
+    """Workers pack images, `device` does the rest. On a GPU, products are in half precision (errors of 0.1 levels).
 
-    def __init__(self, device: torch.device | str):
-        self.device = torch.device(device)
+    Args:
+        decode: let the device decode the JPEG files that it can.
+    """
+
+    def __init__(self, device: torch.device | str, decode: bool = False):
+        self.device, self.decode = torch.device(device), decode
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
 
-    def __call__(self, packed: list[Tensor], views: Views) -> list[Tensor]:
+    def read(self, source: Source, index: int) -> np.ndarray | Jpeg:
+        return read_jpeg(source, index, LARGEST) if self.decode else source.read(index)
+
+    def prepare(self, images: Sequence[np.ndarray | Jpeg], views: Views) -> list[Tensor]:
+        """Images of at most LARGEST pixels in one tensor; of larger ones the crops.
+
+        Returns:
+            uint8 [k, H, W, 3], each image in the upper left corner; the bytes of e files, one after the other; int64 [e, 3],
+            their lengths, heights and widths; int64 [k + e], the positions of these images in the batch; then the crops of
+            all other images, as `crop` returns them.
+        """
+        files = [(i, image) for i, image in enumerate(images) if isinstance(image, Jpeg)]
+        pixels = [(i, image) for i, image in enumerate(images) if not isinstance(image, Jpeg)]
+        small = [(i, image) for i, image in pixels if max(image.shape) <= LARGEST]
+        large = [(i, image) for i, image in pixels if max(image.shape) > LARGEST]
+        canvas = torch.empty((len(small), *_extent([image.shape for _, image in small]), 3), dtype=torch.uint8)
+        for page, (_, image) in zip(canvas.numpy(), small, strict=True):
+            page[: len(image), : image.shape[1]] = image
+        data = b"".join(jpeg.data for _, jpeg in files) or bytes(1)
+        sizes = torch.tensor([(len(jpeg.data), *jpeg.shape[:2]) for _, jpeg in files], dtype=torch.int64).view(-1, 3)
+        which = torch.tensor([i for i, _ in small + files], dtype=torch.int64)
+        crops = crop([image for _, image in large], views.of([i for i, _ in large]))
+        return [canvas, torch.frombuffer(bytearray(data), dtype=torch.uint8), sizes, which, *crops]
+
+    def finish(self, prepared: list[Tensor], views: Views) -> list[Tensor]:
         """Views by group of equal size: uint8 [v, n, s, s, 3] on the device.
 
         Raises:
             Undecodable: the device cannot decode a file.
         """
-        which, num_images = np.array(packed[3].tolist(), np.int64), len(views.box)
-        pages = self._pages(*packed[:3])
-        placed, *cut = (x.to(self.device, non_blocking=True) for x in packed[3:])
+        which, num_images = np.array(prepared[3].tolist(), np.int64), len(views.box)
+        pages = self._pages(*prepared[:3])
+        placed, *cut = (x.to(self.device, non_blocking=True) for x in prepared[3:])
         others = _send(np.setdiff1d(np.arange(num_images), which), self.device)
         kernels, groups = blur_kernels(views.sigma), []
         for crops, group in zip(cut, views.groups, strict=True):
@@ -107,6 +113,11 @@ class DeviceRenderer:
         return colored.permute(0, 2, 3, 1).contiguous().unflatten(0, crops.shape[:2])
 
 
+def choose_renderer(device: torch.device, decode: bool) -> Renderer:
+    """A GPU renders itself, and decodes if asked to; a CPU leaves everything to the workers."""
+    return DeviceRenderer(device, decode) if device.type == "cuda" else CpuRenderer()
+
+
 def _send(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
@@ -123,11 +134,11 @@ def crop_batch(pages: Tensor, box: Tensor, flip: Tensor, size: int, widest: floa
     if not num_pages:
         return pages.new_zeros(num_views, 0, channels, size, size).float()
     parts = []
-    some = max(1, AT_ONCE // max(1, channels * height * num_views * size))
+    some = max(1, MOST_NUMBERS // max(1, channels * height * num_views * size))
     for page, b, f in zip(pages.split(some), box.split(some), flip.split(some), strict=True):
         columns = _weights(b[..., 1], b[..., 3], size, width, widest, f).to(page.dtype)
         narrow = (page.flatten(1, 2) @ columns.flatten(1, 2).mT).unflatten(1, (channels, height))
-        # Rounded between the two, as Pillow does.
+        # Rounded between the two products, as in Pillow.
         narrow = narrow.round_().clamp_(0, 255).unflatten(3, (num_views, size))
         rows = _weights(b[..., 0], b[..., 2], size, height, widest, torch.zeros_like(f)).to(page.dtype)
         parts.append(torch.einsum("kvrh,kchvs->vkcrs", rows, narrow).float().round_().clamp_(0, 255))
@@ -146,7 +157,7 @@ def _weights(start: Tensor, length: Tensor, size: int, extent: int, widest: floa
     pixel = first[..., None] + taps  # [..., size, taps]
     weight = _bicubic((pixel + 0.5 - center[..., None]) * (REACH / reach[..., None])) * (pixel < last[..., None])
     weight /= weight.sum(-1, keepdim=True)
-    place = (start[..., None, None] + pixel).clamp(max=extent - 1).long()  # the last pixels of some weigh nothing
+    place = (start[..., None, None] + pixel).clamp(max=extent - 1).long()  # taps beyond the extent have weight 0
     return weight.new_zeros(*weight.shape[:-1], extent).scatter_add_(-1, place, weight)
 
 
@@ -173,7 +184,7 @@ class Parameters:
         self.factors = send(taken.T[..., None, None, None])  # [4, m, 1, 1, 1], by position in the order
         self.contrast = send((order == CONTRAST).astype(np.float32).T[..., None, None, None])
         self.saturation = send((order == SATURATION).astype(np.float32).T[..., None, None, None])
-        # Which views each position changes is known here, so the device is never asked how many there are.
+        # These positions are computed here, so that the process need not wait for the device.
         shifted = [np.flatnonzero(jitter & (order[:, k] == HUE) & (steps != 0)) for k in range(4)]
         self.shifted = [send(which) for which in shifted]
         self.steps = [send(steps[which].astype(np.float32)[:, None, None, None]) for which in shifted]
@@ -186,11 +197,11 @@ class Parameters:
 
 
 def _color_batch(x: Tensor, p: Parameters) -> Tensor:
-    """Colors x, float [m, 3, s, s] of whole numbers; may change it."""
+    """x, float [m, 3, s, s] of whole numbers, colored; may change it in place."""
     for k in range(4):
         luma = _round((x * p.luma).sum(1, keepdim=True))
         anchor = p.contrast[k] * _round(luma.mean((2, 3), keepdim=True)) + p.saturation[k] * luma
-        # Whole numbers in, so a factor of 1 changes nothing at all.
+        # x holds whole numbers, so a factor of 1 changes nothing.
         x = ((x - anchor) * p.factors[k] + anchor).clamp_(0, 255).floor_()
         if len(p.shifted[k]):
             x[p.shifted[k]] = _shift_hue_batch(x[p.shifted[k]], p.steps[k])
@@ -205,7 +216,7 @@ def _round(x: Tensor) -> Tensor:
 
 
 def _shift_hue_batch(x: Tensor, steps: Tensor) -> Tensor:
-    """By way of 8-bit hue, saturation and value, as Pillow."""
+    """Converts to 8-bit hue, saturation and value and back, as Pillow."""
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = high - low
     red, green, blue = ((high - x) / chroma.clamp(min=1)).split(1, 1)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""How an image is resized for a model that is evaluated: the central square, the whole image stretched, or shrunk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     """The reference's evaluation view: shorter side to size * 256 / 224 by bicubic, then the central square.
 
-    Small models keep the border: below 128 pixels the shorter side becomes `size` itself.
+    Below 128 pixels the shorter side becomes `size` itself, so that small images keep their border.
 
     Args:
         image: [h, w, 3] uint8.
@@ -23,7 +23,7 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     height, width = image.shape[:2]
     edge = size * 256 // 224 if size >= 128 else size
     scale = edge / min(height, width)
-    # Like torchvision's Resize: the longer side is truncated, not rounded.
+    # torchvision's Resize truncates the longer side, too.
     new_width, new_height = (edge, int(height * scale)) if width <= height else (int(width * scale), edge)
     resized = Image.fromarray(image).resize((max(new_width, edge), max(new_height, edge)), Image.Resampling.BICUBIC)
     left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
@@ -44,8 +44,7 @@ def shrink(image: np.ndarray, size: int) -> np.ndarray:
 
 Resize = Literal["center", "stretched", "shrunk"]
 
-
-# An image [h, w, 3] uint8 and a size to what the model is shown of it.
+# From an image [h, w, 3] uint8 and a size, pixels, to the view that the model gets.
 RESIZES: dict[Resize, Callable[[np.ndarray, int], np.ndarray]] = {
     "center": resize_and_crop,
     "stretched": stretch,

@@ -74,7 +74,7 @@ def _from_table(labels: str, names: list[str], root: str) -> list[str | None]:
 
 
 def read_table(path: str) -> list[tuple[str, str | None]]:
-    """(path, label) of each row of a CSV file; every label is None if it has no such column, "" marks an empty one."""
+    """(path, label) of each row of a CSV file. Labels are None without a column of labels, and "" where a cell is empty."""
     try:
         rows = [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if any(map(str.strip, row))]
     except csv.Error as error:

@@ -1,4 +1,4 @@
-"""Which files there are: a folder searched at any depth or a list file; a run records them, and resumes with the same.
+"""The names of image files: of a folder searched at any depth, or of a list file. A run records them for its resume.
 
 The names of a million files are kept in two arrays rather than a million strings, so that forked workers share them.
 """
@@ -21,11 +21,11 @@ from dino.data.labels import read_table, read_text, suggest_path
 _VERSION = 1  # of the record's format
 _SUFFIXES = tuple(suffix.encode() for suffix in sorted(IMAGE_SUFFIXES))
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-_JUNK = (b"thumbs.db", b"desktop.ini")  # left behind by file managers; not worth mentioning in a message
+_JUNK = (b"thumbs.db", b"desktop.ini")  # of file managers; left out of messages
 
 
 class Names:
-    """Many file names in one bytes object (each ends with NUL, which no file name holds) and int64 start offsets."""
+    """Many file names as one bytes object and int64 offsets. Each name ends with NUL, which no file name contains."""
 
     def __init__(self, names: Iterable[str | bytes]):
         self.blob = b"".join(os.fsencode(name) + b"\0" for name in names)
@@ -63,26 +63,37 @@ def locate(spec: str) -> str:
 
 
 def _scan(root: str, skip: Path | None) -> list[bytes]:
-    """Sorted names of the image files under `root`; what lies in the folder `skip` below it is left out."""
+    """Sorted names of the image files under `root`, without those in the folder `skip`."""
     names: list[bytes] = []
     closed: list[str] = []
     others: Counter[str] = Counter()
     seen = set() if skip is None or not skip.exists() or skip.samefile(root) else {_identity(skip)}
     folders, links = [b""], []
     while folders or links:
-        if not folders:  # real folders first: a linked folder keeps its real name if it has one under the root
+        if not folders:  # links last: a folder that is also below the root itself keeps its real name
             links.sort(reverse=True)
             folders.append(links.pop())
         folder = folders.pop()
-        where = os.path.join(os.fsencode(root), folder)
+        where, prefix = os.path.join(os.fsencode(root), folder), folder and folder + b"/"
         try:
-            if (identity := _identity(where)) in seen:  # reached before: links may lead in circles
+            if (identity := _identity(where)) in seen:  # seen before: links can form circles
                 continue
             seen.add(identity)
             with os.scandir(where) as entries:
                 for entry in entries:
-                    _sort_in(entry, folder and folder + b"/", names, folders, links, others)
-        except OSError:  # it may not be read, or vanished
+                    name, lower = prefix + entry.name, entry.name.lower()
+                    if lower.startswith(b".") or lower in _JUNK:
+                        continue
+                    linked = entry.is_symlink()  # only links need another look at the disk
+                    if os.path.isdir(entry.path) if linked else entry.is_dir():
+                        (links if linked else folders).append(name)
+                    elif not lower.endswith(_SUFFIXES):
+                        others[os.fsdecode(os.path.splitext(lower)[1]) or "without a suffix"] += 1
+                    elif os.path.isfile(entry.path) if linked else entry.is_file():
+                        names.append(name)
+                    else:
+                        others["broken links or special files"] += 1
+        except OSError:  # no permission, or it vanished
             closed.append(os.fsdecode(folder) or ".")
     if not names:
         raise ValueError(_no_images(root, others, closed))
@@ -90,32 +101,9 @@ def _scan(root: str, skip: Path | None) -> list[bytes]:
 
 
 def _identity(path: bytes | Path) -> tuple[int, int]:
-    """What stays the same however a folder is reached."""
+    """The same for a folder whatever path leads to it."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
-
-
-def _sort_in(
-    entry: os.DirEntry[bytes],
-    prefix: bytes,
-    names: list[bytes],
-    folders: list[bytes],
-    links: list[bytes],
-    others: Counter[str],
-) -> None:
-    """Add what one directory entry is to the list it belongs to. Only a link costs a look at the disk."""
-    lower = entry.name.lower()
-    if lower.startswith(b".") or lower in _JUNK:
-        return
-    linked = entry.is_symlink()
-    if os.path.isdir(entry.path) if linked else entry.is_dir():
-        (links if linked else folders).append(prefix + entry.name)
-    elif not lower.endswith(_SUFFIXES):
-        others[os.fsdecode(os.path.splitext(lower)[1]) or "without a suffix"] += 1
-    elif os.path.isfile(entry.path) if linked else entry.is_file():
-        names.append(prefix + entry.name)
-    else:
-        others["broken links or special files"] += 1
 
 
 def _no_images(root: str, others: Counter[str], closed: list[str]) -> str:
@@ -146,7 +134,7 @@ def _read_list(path: str) -> list[str]:
 
 
 def list_names(path: str, record: Path | None, trust: bool) -> Names:
-    """Names of the images at `path`, written to the file `record`; with `trust`, those that it already holds."""
+    """Names of the images at `path`, written to the file `record`; with `trust`, the names recorded there before."""
     if trust and record is not None and (names := _load(record, path)) is not None:
         return names
     names = Names(_scan(path, record and record.parent) if os.path.isdir(path) else _read_list(path))
@@ -156,7 +144,7 @@ def list_names(path: str, record: Path | None, trust: bool) -> Names:
 
 
 def _save(record: Path, path: str, names: Names) -> None:
-    """Write a line that says what is listed and a line with the names, both JSON; all or nothing."""
+    """Write a line about the listing and a line with its names, both JSON; all or nothing."""
     digest = hashlib.sha256(names.blob).hexdigest()
     header = {"version": _VERSION, "root": path, "number": len(names), "sha256": digest}
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +153,7 @@ def _save(record: Path, path: str, names: Names) -> None:
 
 
 def _load(record: Path, path: str) -> Names | None:
-    """The names that `record` holds of `path`; None if it is missing, damaged or another's."""
+    """The names that `record` holds of `path`; None if it is missing, damaged or of another path."""
     try:
         first, _, second = record.read_bytes().partition(b"\n")
         header = json.loads(first)

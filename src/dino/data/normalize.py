@@ -1,17 +1,13 @@
-"""TODO."""
+"""Pixels as networks take them: float32, normalized by the mean and deviations of ImageNet."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, white = 1
-
-
+MEAN = (0.485, 0.456, 0.406)  # RGB of ImageNet, white = 1
 STD = (0.229, 0.224, 0.225)
-
-
-LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)  # weights of the colors (ITU-R BT.601)
 
 
 def normalize(views: Tensor, channels: int = 3) -> Tensor:
@@ -25,7 +21,7 @@ def normalize(views: Tensor, channels: int = 3) -> Tensor:
         weights = torch.tensor([w / (255 * std) for w in LUMA]).to(views.device, non_blocking=True)
         return (views.reshape(-1, 3).float() @ weights).view(-1, 1, height, width) - mean / std
     assert channels == 3
-    # Rows of w * 3 numbers are worth more to the processor than pixels of 3.
+    # In rows of w * 3 numbers, because operations on pixels of 3 are slow.
     scale = torch.tensor([1 / (255 * s) for s in STD]).repeat(width).to(views.device, non_blocking=True)
     shift = torch.tensor([-m / s for m, s in zip(MEAN, STD, strict=True)]).repeat(width)
     rows = views.reshape(-1, width * 3).float().mul_(scale).add_(shift.to(views.device, non_blocking=True))

@@ -1,25 +1,78 @@
-"""TODO."""
+"""What `--data` may be, for every command: a folder of images, a list file, or one of the `KINDS` of data with a prefix.
+
+No other module reads such a spec. A new kind of data is a class (a `Source`), a function that opens it, and a line in
+`KINDS`. Evaluations that need more than images and classes (masks, videos, copies) know their own folders.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from dino import distributed
+from dino import distributed, files
 from dino.data.decode import BadImage
-from dino.data.scenes import Scenes, parse_scenes
-from dino.data.sources import Source, evenly_spaced, hold_out, open_source, subset
-from dino.data.torchvision_sets import TORCHVISION, open_torchvision
+from dino.data.scenes import open_scenes
+from dino.data.sources import Source, Subset, evenly_spaced, hold_out, open_source
+from dino.data.torchvision_sets import open_torchvision
 from dino.options import required
 from dino.options.train import TrainOptions
 
-MOST_HELD_OUT = 1000
+MOST_HELD_OUT = 1000  # images
 
 
-HELD_OUT_SCENES = 500
+class Kind(NamedTuple):
+    """Data whose spec is PREFIX or PREFIX:ARGUMENTS."""
+
+    open: Callable[[str], tuple[Source, Source]]  # training and test images of a spec, labeled
+    in_folder: bool  # True: the spec is PREFIX:NAME:FOLDER
+
+
+KINDS = {
+    "scenes": Kind(open_scenes, in_folder=False),
+    "torchvision": Kind(open_torchvision, in_folder=True),
+}
+
+
+# --- what a spec says ----------------------------------------------------------------------------------------------
+
+
+def find_kind(spec: str) -> Kind | None:
+    """The kind of data that `spec` names; None: a folder or a list file."""
+    return KINDS.get(spec.partition(":")[0])
+
+
+def _split_path(spec: str) -> tuple[str, str]:
+    """The spec up to the path in it, and that path; either may be empty."""
+    kind = find_kind(spec)
+    if kind is None:
+        return "", spec
+    if not kind.in_folder:
+        return spec, ""
+    prefix, name, path = [*spec.split(":", 2), "", ""][:3]
+    return f"{prefix}:{name}:", path
+
+
+def make_absolute(spec: str) -> str:
+    """`spec` such that it means the same from another working directory."""
+    head, path = _split_path(spec)
+    return head + files.absolute_if_exists(path)
+
+
+def find_path(spec: str) -> Path | None:
+    """The folder or list file of a spec; None where its images are made and not stored."""
+    path = _split_path(spec)[1]
+    return Path(path) if path else None
+
+
+def get_name(spec: str) -> str:
+    """A short name of the data, for a folder: its prefix, the NAME after it, or the last part of its path."""
+    kind = find_kind(spec)
+    words = spec.split(":")[: 2 if kind is not None and kind.in_folder else 1]
+    return Path(words[-1].rstrip("/") or "run").stem
 
 
 def split_folders(data: str, val: str | None) -> tuple[str, str | None]:
@@ -30,6 +83,56 @@ def split_folders(data: str, val: str | None) -> tuple[str, str | None]:
     return data, val
 
 
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+def _open_parts(
+    spec: str, labels: str = "auto", record: Path | None = None, trust: bool = False
+) -> tuple[Source, Source | None]:
+    """The training and the test images of a spec; a folder or list (see `open_source`) has no test images."""
+    kind = find_kind(spec)
+    return (open_source(spec, labels, record, trust), None) if kind is None else kind.open(spec)
+
+
+def _get_test(train: Source, test: Source | None) -> Source:
+    """What a spec that was given for testing means: its test images where it has such, else all of them."""
+    return train if test is None else test
+
+
+def open_images(spec: str) -> Source:
+    """The images of a folder or list, or the training images of a kind of data."""
+    return _open_parts(spec)[0]
+
+
+def open_training_pair(options: TrainOptions, folder: Path | None, trust: bool = False) -> tuple[Source, Source | None]:
+    """Training and held-out images. The run directory `folder` records the files, and with `trust` it is just those."""
+    data, record = options.data, None if folder is None else folder / "files.jsonl"
+    train, test = _open_parts(data.path, data.labels, record, trust)
+    if data.val is not None:
+        return _require_same_classes(train, _get_test(*_open_parts(data.val, data.labels)))
+    return hold_out(train, data.val_fraction, MOST_HELD_OUT, options.seed) if test is None else (train, test)
+
+
+# --- labeled images ------------------------------------------------------------------------------------------------
+
+
+def _open_labeled_parts(spec: str) -> tuple[Source, Source | None]:
+    """As `_open_parts`; of a folder only the images that lie in one of its class folders."""
+    source, test = _open_parts(spec, "folders")
+    labels = required(source.labels)
+    if (labels >= 0).all():
+        return source, test
+    if distributed.is_main():
+        print(f"{(labels < 0).sum()} images of {spec} lie in no class folder and are left out.")
+    return Subset(source, np.flatnonzero(labels >= 0)), test
+
+
+def open_labeled_test(data: str) -> Source:
+    """Labeled images to show: the test images where `data` has such, else all of it."""
+    train, val = split_folders(data, None)
+    return _get_test(*_open_labeled_parts(val or train))
+
+
 def open_labeled_pair(data: str, val: str | None) -> tuple[Source, Source]:
     """Labeled training and test images that agree on their classes.
 
@@ -37,42 +140,22 @@ def open_labeled_pair(data: str, val: str | None) -> tuple[Source, Source]:
         ValueError: there are no class folders, too few images, or the classes differ.
     """
     train, val = split_folders(data, val)
-    if (scenes := open_scenes(train)) is not None:
-        return scenes
-    if train.startswith(TORCHVISION):
-        return open_torchvision(train)
-    bank = open_labeled(train)
-    if len(bank.classes) < 2:
+    source, test = _open_labeled_parts(train)
+    if len(source.classes) < 2:
         raise ValueError(
-            f"--data {data} has one class only, '{''.join(bank.classes)}'; give a folder of two classes or more, or one with "
-            "such folders train/ and val/."
+            f"--data {data} has one class only, '{''.join(source.classes)}'; give a folder of two classes or more, or one "
+            "with such folders train/ and val/."
         )
     if val is not None:
-        return require_same_classes(bank, open_labeled(val))
-    bank, test = hold_out(bank, 0.1, MOST_HELD_OUT, 0)
+        return _require_same_classes(source, _get_test(*_open_labeled_parts(val)))
+    if test is None:
+        source, test = hold_out(source, 0.1, MOST_HELD_OUT, 0)
     if test is None:
         raise ValueError(f"--data {data} holds too few images to set some aside; give test images with --val.")
-    return bank, test
+    return source, test
 
 
-def open_labeled(path: str) -> Source:
-    """The images of a folder that lie in one of its class folders."""
-    source = open_source(path, "folders")
-    labels = required(source.labels)
-    if (labels >= 0).all():
-        return source
-    if distributed.is_main():
-        print(f"{(labels < 0).sum()} images of {path} lie in no class folder and are left out.")
-    return subset(source, np.flatnonzero(labels >= 0))
-
-
-def open_scenes(spec: str) -> tuple[Scenes, Scenes] | None:
-    """Training and held-out drawn scenes where `spec` is 'scenes' or 'scenes:NUMBER'."""
-    scenes = parse_scenes(spec)
-    return None if scenes is None else (scenes, Scenes(HELD_OUT_SCENES, first=len(scenes)))
-
-
-def require_same_classes(train: Source, test: Source) -> tuple[Source, Source]:
+def _require_same_classes(train: Source, test: Source) -> tuple[Source, Source]:
     """Both, if their class numbers mean the same; numbers are given by each folder on its own."""
     if train.classes and test.classes and train.classes != test.classes:
         only = min(set(train.classes) ^ set(test.classes))
@@ -83,8 +166,11 @@ def require_same_classes(train: Source, test: Source) -> tuple[Source, Source]:
     return train, test
 
 
+# --- before any work is spent --------------------------------------------------------------------------------------
+
+
 def probe(source: Source, most: int = 16) -> int:
-    """Read a few images before any work is spent; the median of their shorter sides, pixels.
+    """The median of the shorter sides of a few images, pixels.
 
     Raises:
         ValueError: none of them can be read.
@@ -100,25 +186,6 @@ def probe(source: Source, most: int = 16) -> int:
             f"none of the {len(reasons)} images tried can be read (for example {reasons[0]}); check the data folder."
         )
     return int(np.median(edges))
-
-
-def open_training_pair(options: TrainOptions, folder: Path | None, trust: bool) -> tuple[Source, Source | None]:
-    """Training and held-out images; the run directory `folder` records which, and with `trust` it is just those."""
-    spec = options.data.path
-    if (scenes := open_scenes(spec)) is not None:
-        return scenes
-    record = None if folder is None else folder / "files.jsonl"
-    source = open_source(spec, options.data.labels, record, trust)
-    if options.data.val is not None:
-        return require_same_classes(source, open_source(options.data.val, options.data.labels))
-    return hold_out(source, options.data.val_fraction, MOST_HELD_OUT, options.seed)
-
-
-def open_images(spec: str) -> Source:
-    """The images that `spec` stands for: a folder or list, 'scenes:NUMBER', or a torchvision set's training images."""
-    if (scenes := parse_scenes(spec)) is not None:
-        return scenes
-    return open_torchvision(spec)[0] if spec.startswith(TORCHVISION) else open_source(spec)
 
 
 def expand_images(images: Sequence[str]) -> Iterator[tuple[str, bool]]:

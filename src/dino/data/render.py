@@ -1,7 +1,8 @@
 """Views of images, as pixels: the parameters drawn by `dino.data.views` applied to decoded images.
 
-`CpuRenderer` does it in a worker process, view by view, with OpenCV and PyTorch's resize. `dino.data.device_render` does
-it on a GPU, all views of a size at a time. Both are held to Pillow and torchvision, and to each other, in tests.
+A `Renderer` does it: `CpuRenderer` in a worker process, view by view, with OpenCV and PyTorch's resize;
+`dino.data.device_render.DeviceRenderer` on a GPU, all views of a size at once. Tests compare both with Pillow and
+torchvision.
 
 Axes: n images, v views, s pixels; m = v * n, view by view. Color is RGB, 0 to 255.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -18,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.normalize import LUMA
+from dino.data.sources import Source
 from dino.data.views import CONTRAST, HUE, SATURATION, Views
 
-HUE_STEPS = 255  # of Pillow's circle of hues, as torchvision counts them
+HUE_STEPS = 255  # hues of Pillow's color circle, as torchvision counts them
 
-# Pillow cuts the fraction off after each change of brightness, contrast or saturation, and OpenCV rounds: half a level
-# less makes them equal. A little less than half, so that whole numbers stay what they are.
+# Pillow truncates after each change of brightness, contrast or saturation, and OpenCV rounds: subtracting half a level
+# makes them equal. It is a little less than half, so that whole numbers do not change.
 _CUT = -0.499
 
 
@@ -33,20 +36,45 @@ def crop(images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
     By group of views of equal size: uint8 [v, n, s, s, 3].
     """
     groups = [_empty(len(images), views.sizes[group]) for group in views.groups]
-    # Image by image, because its views share what the cache holds of it.
+    # Image by image: its pixels stay in the processor's cache for all of its views.
     for i, (image, boxes, flips) in enumerate(zip(images, views.box.tolist(), views.flip.tolist(), strict=True)):
         for out, box, flip in zip(_per_view(groups), boxes, flips, strict=True):
             _crop(image, box, flip, out[i])
     return groups
 
 
-class CpuRenderer:
-    """Everything with OpenCV and PyTorch's resize, one view after the other on one thread."""
+class Renderer(Protocol):
+    """How files become views, chosen once per run: by the workers alone, or by the workers and then the device.
 
-    def __call__(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
+    A worker reads and prepares, and the training process finishes. What passes between them is the renderer's own affair.
+    """
+
+    def read(self, source: Source, index: int) -> Any:
+        """One image, with its `shape`; raises `dino.data.decode.BadImage`."""
+        ...
+
+    def prepare(self, images: Sequence[Any], views: Views) -> list[Tensor]:
+        """The worker's share of making `views` of images that `read` returned."""
+        ...
+
+    def finish(self, prepared: list[Tensor], views: Views) -> list[Tensor]:
+        """The device's share; views by group of equal size: uint8 [v, n, s, s, 3]."""
+        ...
+
+
+class CpuRenderer:
+    """A worker does everything, with OpenCV and PyTorch's resize, one view after the other on one thread."""
+
+    def read(self, source: Source, index: int) -> np.ndarray:
+        return source.read(index)
+
+    def prepare(self, images: Sequence[np.ndarray], views: Views) -> list[Tensor]:
         """Views of `images` ([h, w, 3] uint8 each) by group of equal size: uint8 [v, n, s, s, 3]."""
-        # All crops first: to take turns between PyTorch's code and OpenCV's for each view is a sixth slower.
+        # All crops first: switching between PyTorch and OpenCV for each view is a sixth slower.
         return self.color(crop(images, views), views)
+
+    def finish(self, prepared: list[Tensor], views: Views) -> list[Tensor]:
+        return prepared
 
     def color(self, crops: list[Tensor], views: Views) -> list[Tensor]:
         """Changes what `crop` returned, in place."""
@@ -62,7 +90,7 @@ def blur_kernels(sigma: np.ndarray) -> np.ndarray:
     """The row (and column) of Pillow's Gaussian blur for each standard deviation: float32 [..., taps], sum 1.
 
     Three box filters of the same fractional length, as one filter (Gwosdek et al., "Theoretical foundations of Gaussian
-    convolution by extended box filtering", 2011). Where sigma is 0 the kernel is one 1 in the middle.
+    convolution by extended box filtering", 2011). Where sigma is 0, the kernel is 1 in the middle and 0 elsewhere.
     """
     variance = np.asarray(sigma, np.float64)[..., None] ** 2 / 3
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
@@ -71,7 +99,7 @@ def blur_kernels(sigma: np.ndarray) -> np.ndarray:
     offsets = np.abs(np.arange(-reach, reach + 1))
     box = np.clip(whole + rest + 1 - offsets, 0, 1) / (2 * (whole + rest) + 1)
     kernel = _convolve(_convolve(box, box), box)
-    return ((kernel + kernel[..., ::-1]) / 2).astype(np.float32)  # symmetric to the last bit: OpenCV is faster then
+    return ((kernel + kernel[..., ::-1]) / 2).astype(np.float32)  # exactly symmetric, which OpenCV filters faster
 
 
 def _convolve(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -93,7 +121,7 @@ def _per_view(groups: list[Tensor]) -> list[np.ndarray]:
 
 def _crop(image: np.ndarray, box: list[int], flip: bool, out: np.ndarray) -> None:
     top, left, height, width = box
-    # A copy, and the batch dimension before the permutation: PyTorch is twice as fast on what it sees as channels last.
+    # A copy, with the batch dimension added before the permutation, counts as channels last: PyTorch is twice as fast.
     part = torch.from_numpy(image[top : top + height, left : left + width].copy())
     planes = part.unsqueeze(0).permute(0, 3, 1, 2)
     resized = F.interpolate(planes, size=out.shape[:2], mode="bicubic", antialias=True)
@@ -117,14 +145,14 @@ def _color(
     else:
         _blur(x, kernel)
     if solarize:
-        cv2.min(x, cv2.bitwise_not(x), dst=x)  # 255 - x where that is less, which is from 128 on
+        cv2.min(x, cv2.bitwise_not(x), dst=x)  # inverts values of 128 and above
 
 
 def _jitter(x: np.ndarray, order: list[int], factors: list[float]) -> None:
     """Brightness, contrast, saturation and hue in place, in this order.
 
-    All but hue make y = a * x + b * luma(x) + c of x. A factor up to 1 leaves nothing to clip, so such a step waits and
-    becomes one with the next: a, b and c are what has still to be done to x.
+    All but hue are y = a * x + b * luma(x) + c. A factor up to 1 needs no clipping, so such a step is merged into the next:
+    a, b and c hold the merged steps that have not been applied to x yet.
     """
     a, b, c = 1.0, 0.0, 0.0
     for step in order:
@@ -152,7 +180,7 @@ def _jitter(x: np.ndarray, order: list[int], factors: list[float]) -> None:
 
 def _affine(x: np.ndarray, a: float, b: float, c: float) -> None:
     """a * x + b * luma(x) + c in place."""
-    if a == 1 and b == 0:  # a whole c is never left over alone
+    if a == 1 and b == 0:  # then c is 0, too
         return
     red, green, blue = (b * w for w in LUMA)
     matrix = np.array([[a + red, green, blue, c], [red, a + green, blue, c], [red, green, a + blue, c]])
@@ -164,7 +192,7 @@ def _shift_hue(x: np.ndarray, steps: int) -> None:
         return
     hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV_FULL)
     rows = hsv.reshape(len(hsv), -1)
-    rows += _hue_of_row(x.shape[1]) * np.uint8(steps % 256)  # bytes go round the circle by themselves
+    rows += _hue_of_row(x.shape[1]) * np.uint8(steps % 256)  # uint8 wraps around the circle
     cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=x)
 
 
@@ -175,7 +203,7 @@ def _hue_of_row(width: int) -> np.ndarray:
 
 
 def _short(kernels: np.ndarray) -> list[list[np.ndarray]]:
-    """The kernels [n, v, taps] without the outer taps that together could not move a pixel by an eighth of a level."""
+    """The kernels [n, v, taps] without the outer taps that together change a pixel by less than an eighth of a level."""
     half = kernels.shape[-1] // 2
     negligible = kernels[..., :half].cumsum(-1) < 2**-12
     inner = ~np.concatenate([negligible, np.zeros_like(kernels[..., :1], bool), negligible[..., ::-1]], -1)

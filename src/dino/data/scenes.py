@@ -1,9 +1,9 @@
-"""The embedded data set: drawn scenes of four things of one kind, with labels and masks.
+"""The built-in data set: drawn scenes of four objects of one class, with labels and masks.
 
-Image `i` of seed `s` is a function of (s, i) alone, drawn when it is read: nothing is stored. A kind is one of ten
-shapes with its pattern (two kinds share each pattern). Where its things lie, their sizes, rotations and colors, and
-whether they are lighter or darker than the soft field of colors behind them are drawn independently of the kind. So
-pixels say little about the class, while every crop of a scene shows what it is of.
+Image `i` of seed `s` is a function of (s, i) alone and drawn when it is read; nothing is stored. A class is one of ten
+shapes with a pattern (two classes share each pattern). Places, sizes, rotations and colors of the four objects, and
+whether they are lighter or darker than the background, do not depend on the class. So single pixels say little about the
+class, while every crop of a scene shows it.
 
 Lengths are shares of the image edge, y points down. A shape is a signed distance function of coordinates [h, w]
 in which its area is about that of a unit disc: negative inside, zero on the outline, exact only near it.
@@ -19,11 +19,13 @@ from functools import cache
 import cv2
 import numpy as np
 
+from dino.randomness import Stream, open_stream
+
 Array = np.ndarray
 
 SIZE_RANGE = (0.1, 0.125)  # radius of the disc that has the object's area
 DISTANCE = (0.22, 0.32)  # of its center from the middle of the image
-UNEVENNESS = 0.07  # each thing leaves its even place on the circle by up to this, in turns
+UNEVENNESS = 0.07  # largest distance of an object from its even place on the circle, in turns
 MAX_TURN = 0.2  # rotation is drawn from +- this, in turns
 CONTRAST = (0.22, 0.4)  # difference in luma between objects and background
 TEXTURE_CONTRAST = (0.3, 0.4)  # and between the objects' two colors
@@ -32,9 +34,9 @@ BACKGROUND_CELLS = 4  # cells per edge of the grid of colors behind the objects
 BACKGROUND_LUMA = 0.03  # the cells' luma differs from their mean by up to this
 BACKGROUND_HUE = 0.2  # and their hue by up to this, in turns
 BACKGROUND_CHROMA = (0.03, 0.15)
-GRAIN_CELLS = 48  # a fixed grid, so that the grain is the same scene at any size
+GRAIN_CELLS = 48  # fixed, so that a scene has the same grain at any size
 GRAIN = 0.005  # standard deviation, white = 1
-_LABEL_STREAM = 1 << 63  # keeps the keys of labels apart from those of images
+HELD_OUT = 500  # scenes
 
 
 # ---------------------------------------------------------------------------------------------------- shapes
@@ -115,7 +117,7 @@ TEXTURES: tuple[Callable[[Array, Array], Array], ...] = (
 
 @dataclass(frozen=True)
 class _Scene:
-    """What is drawn, free of any resolution."""
+    """The content of a scene, independent of the resolution."""
 
     shape: Callable[[Array, Array], Array]
     texture: Callable[[Array, Array], Array]
@@ -131,12 +133,8 @@ def _color(luma: Array, hue: Array, chroma: Array) -> Array:
     return np.asarray(luma)[..., None] + np.asarray(chroma)[..., None] * np.cos(2 * np.pi * (hue[..., None] - thirds))
 
 
-def _generator(seed: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
-
-
 def _poses(rng: np.random.Generator) -> Array:
-    """Four things around the middle, a quarter turn apart more or less, anywhere on the circle: float32 [4, 4]."""
+    """Four objects around the middle, about a quarter turn apart: float32 [4, 4]."""
     radius = rng.uniform(*SIZE_RANGE, 4)
     angle = 2 * np.pi * (rng.uniform() + np.arange(4) / 4 + rng.uniform(-UNEVENNESS, UNEVENNESS, 4))
     distance = rng.uniform(*DISTANCE, 4)
@@ -146,7 +144,7 @@ def _poses(rng: np.random.Generator) -> Array:
 
 
 def _scene(seed: int, index: int, label: int) -> _Scene:
-    rng = _generator(seed, index)
+    rng = open_stream(Stream.SCENES, seed, index)
     poses = _poses(rng)
     texture = TEXTURES[label % len(TEXTURES)]
 
@@ -157,7 +155,7 @@ def _scene(seed: int, index: int, label: int) -> _Scene:
         rng.uniform() + rng.uniform(-1, 1, cells) * BACKGROUND_HUE,
         rng.uniform(*BACKGROUND_CHROMA) * rng.uniform(0.5, 1.2, cells),
     )
-    # Lighter or darker than what is behind them, by a different amount each.
+    # All lighter or all darker than the background, each by another amount.
     first = luma + rng.choice([-1, 1]) * rng.uniform(*CONTRAST, 4)
     second = first + rng.uniform(*TEXTURE_CONTRAST, 4) * np.where(first < 0.5, 1, -1)
     hue = rng.uniform() + np.stack([np.zeros(4), rng.uniform(-0.12, 0.12, 4)])
@@ -201,7 +199,7 @@ def _draw(scene: _Scene, size: int) -> Array:
     x, y, nearest = _object_coordinates(scene, size)
     distance = scene.shape(x, y)
     image = _resize(scene.background, size, cv2.INTER_CUBIC)
-    # A soft shadow all round and a darker rim give the objects some body.
+    # A soft shadow around and a darker rim.
     image *= (1 - 0.3 * np.clip(1 - distance / 0.35, 0, 1) ** 2)[..., None]
     first, second = scene.colors[:, nearest]
     paint = first + scene.texture(x, y)[..., None] * (second - first)
@@ -216,9 +214,11 @@ def _draw(scene: _Scene, size: int) -> Array:
 class Scenes:
     """Drawn scenes `first` to `first + num_images - 1` of a seed, as a source of labeled images.
 
-    Scenes of one seed at other positions are held-out images of the same kind; another `size` (edge, pixels) is
-    the same scenes at another resolution. Labels are balanced: every run of ten scenes from a multiple of ten on
-    holds each class once, in an order of its own. Raises `ValueError` for a size or count that cannot be drawn.
+    Other positions of the same seed give held-out images. Another `size` (edge, pixels) gives the same scenes at another
+    resolution. Labels are balanced: each block of ten scenes holds each class once, in an order of its own.
+
+    Raises:
+        ValueError: a size or count cannot be drawn.
     """
 
     classes: tuple[str, ...] = tuple(SHAPES)
@@ -229,7 +229,7 @@ class Scenes:
         if size < 8:
             raise ValueError(f"size is {size}; a scene needs at least 8 pixels to show its object.")
         for name, value in (("seed", seed), ("first", first)):
-            if not 0 <= value < _LABEL_STREAM:
+            if not 0 <= value < 2**63:
                 raise ValueError(f"{name} is {value}; it must be in [0, 2**63).")
         self.num_images, self.seed, self.size, self.first = num_images, seed, size, first
         self.labels = _labels(num_images, seed, first)
@@ -245,7 +245,7 @@ class Scenes:
         return Scenes(self.num_images, self.seed, size, self.first)
 
     def name(self, index: int) -> str:
-        """'scene-00042': the scene's position in the endless row of its seed."""
+        """'scene-00042': its position among all scenes of the seed."""
         return f"scene-{self.first + self._checked(index):05d}"
 
     def stamp(self) -> str:
@@ -273,20 +273,19 @@ def _labels(num_images: int, seed: int, first: int) -> Array:
     """int64 [num_images]; each block of ten positions is a permutation drawn from (seed, block)."""
     num = len(SHAPES)
     blocks = range(first // num, (first + num_images - 1) // num + 1)
-    orders = [_generator(seed, _LABEL_STREAM + block).permutation(num) for block in blocks]
+    orders = [open_stream(Stream.SCENE_LABELS, seed, block).permutation(num) for block in blocks]
     start = first % num
     return np.concatenate(orders)[start : start + num_images].astype(np.int64)
 
 
-def parse_scenes(spec: str) -> Scenes | None:
-    """The drawn scenes that 'scenes' or 'scenes:NUMBER' stands for; None: it is something else.
+def open_scenes(spec: str) -> tuple[Scenes, Scenes]:
+    """Training and held-out scenes of 'scenes' or 'scenes:NUMBER'.
 
     Raises:
-        ValueError: the number is none.
+        ValueError: NUMBER is no number.
     """
-    if spec != "scenes" and not spec.startswith("scenes:"):
-        return None
     count = spec.partition(":")[2] or "3000"
     if not count.isdigit() or int(count) < 1:
         raise ValueError(f"--data {spec}: write scenes:NUMBER with the number of images to draw, e.g. scenes:3000.")
-    return Scenes(int(count))
+    train = Scenes(int(count))
+    return train, Scenes(HELD_OUT, first=len(train))

@@ -1,8 +1,9 @@
-"""Images by position: a folder or list of files as a `Source`, parts of one, and a held-out split."""
+"""A `Source` is images by position: the files of a folder or list, arrays, or a part of another source."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -11,13 +12,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dino.data.decode import BadImage, decode
+from dino.data.decode import BadImage, decode, open_file
 from dino.data.labels import assign_labels
 from dino.data.listing import Names, list_names, locate
+from dino.randomness import Stream, draw_words
 
 
 class Source(Protocol):
-    """Images by position; the order is fixed, so a position means the same image in every process and run."""
+    """Images by position. The order is fixed: a position means the same image in every process and run.
+
+    A source of files may also have `read_bytes(index) -> bytes | None`; see `read_bytes`.
+    """
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -35,7 +40,7 @@ class Source(Protocol):
         ...
 
     def stamp(self) -> str:
-        """Hex digest of what shows that an image's content has changed (sizes and times); looks at every file."""
+        """Hex digest of sizes and times of all files: another one means that some content may have changed."""
         ...
 
     def __len__(self) -> int: ...
@@ -78,15 +83,22 @@ class Files:
     def read(self, index: int) -> np.ndarray:
         return decode(os.path.join(self.root, self._names[index]))
 
+    def read_bytes(self, index: int) -> bytes | None:
+        with open_file(os.path.join(self.root, self._names[index])) as stream:
+            return stream.getvalue() if isinstance(stream, io.BytesIO) else None
+
 
 class Subset:
-    """Some images of another source, in the order of `indices` [n]."""
+    """The images of `source` at `indices` (each in [0, n)), with their names, labels and classes."""
 
-    def __init__(self, source: Source, indices: np.ndarray):
-        self.source, self.indices, self.classes = source, indices, source.classes
-        self.labels = None if source.labels is None else source.labels[indices]
-        chosen = indices.astype("<i8").tobytes()
-        self.fingerprint = hashlib.sha256(source.fingerprint.encode() + chosen).hexdigest()
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
+        chosen = np.asarray(indices, dtype=np.int64)
+        assert chosen.ndim == 1
+        assert not chosen.size or (chosen.min() >= 0 and chosen.max() < len(source))
+        self.source, self.indices, self.classes = source, chosen, source.classes
+        self.labels = None if source.labels is None else source.labels[chosen]
+        digest = hashlib.sha256(source.fingerprint.encode() + chosen.astype("<i8").tobytes())
+        self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -100,27 +112,27 @@ class Subset:
     def read(self, index: int) -> np.ndarray:
         return self.source.read(int(self.indices[index]))
 
+    def read_bytes(self, index: int) -> bytes | None:
+        return read_bytes(self.source, int(self.indices[index]))
 
-def subset(source: Source, indices: Sequence[int] | np.ndarray) -> Source:
-    """A view of `source` with the images at `indices` (each in [0, n)), keeping names, labels and classes."""
-    chosen = np.asarray(indices, dtype=np.int64)
-    assert chosen.ndim == 1
-    assert not chosen.size or (chosen.min() >= 0 and chosen.max() < len(source))
-    return Subset(source, chosen)
+
+def read_bytes(source: Source, index: int) -> bytes | None:
+    """The image file at `index` as it is; None where a source has none, or one too large to be read whole."""
+    read = getattr(source, "read_bytes", None)
+    return None if read is None else read(index)
 
 
 def hold_out(source: Source, fraction: float, maximum: int, seed: int) -> tuple[Source, Source | None]:
     """Training images and min(maximum, round(fraction * n)) held-out ones, both in the order of `source`.
 
     At least one image stays for training. The second is None when nothing is held out. The choice depends on n and
-    `seed` alone: it sorts raw Philox numbers, whose stream, unlike NumPy's `permutation`, never changes.
+    `seed` alone, whatever the version of NumPy.
     """
     count = min(maximum, round(fraction * len(source)), len(source) - 1)
     if count <= 0:
         return source, None
-    key = np.array([seed % 2**64, int.from_bytes(b"held-out")], np.uint64)  # no other use of the seed has this stream
-    order = np.argsort(np.random.Philox(key=key).random_raw(len(source)), kind="stable")
-    return subset(source, np.sort(order[count:])), subset(source, np.sort(order[:count]))
+    order = np.argsort(draw_words(Stream.HELD_OUT, seed, len(source)), kind="stable")
+    return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 
 def open_source(spec: str, labels: str = "auto", record: Path | None = None, trust: bool = False) -> Files:
@@ -131,8 +143,8 @@ def open_source(spec: str, labels: str = "auto", record: Path | None = None, tru
 
     labels: 'auto' (the list's labels; else the first folder level if it looks like classes), 'folders' (the first
     folder level), 'none', or a CSV file of path,label with paths relative to the images' folder or to the CSV.
-    record: a file to write the names to. The folder it lies in, a run's, is not searched: what a run draws is not data.
-    trust: take the names from `record` if it holds them, whatever lies there now, as a resumed run must.
+    record: a file to write the names to. Its folder, the run directory, is not searched: a run's own images are not data.
+    trust: take the names from `record` if it holds them, even if the files have changed, as a resumed run must.
 
     Raises ValueError, in one sentence, when the spec or the labels cannot be what was meant.
     """
@@ -147,7 +159,7 @@ def open_listed(folder: Path, names: Sequence[str], by: str, layout: str) -> Fil
     """The images `names` of a folder, in that order.
 
     Args:
-        by: what names them; layout: what should lie where. Both for the error.
+        by: the file that names them; layout: which files should be where. Both for the error.
 
     Raises:
         ValueError: one is missing, or none is named.
@@ -167,7 +179,7 @@ def evenly_spaced(total: int, most: int) -> Sequence[int]:
 
 
 class WithPlaceholders:
-    """The images of a `Source`, and a gray square for one that cannot be read any more."""
+    """A source with a gray square in place of each unreadable image."""
 
     def __init__(self, source: Source):
         self.source = source

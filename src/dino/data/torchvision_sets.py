@@ -1,9 +1,10 @@
-"""Data sets that torchvision reads, already on the disk: `torchvision:NAME:FOLDER`. Nothing is ever downloaded."""
+"""Data sets on the disk that torchvision reads: `torchvision:NAME:FOLDER`. Nothing is downloaded."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,11 @@ from dino import errors
 from dino.data.decode import BadImage
 from dino.data.sources import Source
 
-TORCHVISION = "torchvision:"
-
-# name -> (arguments of each part of the training set, arguments of the test set, where the labels lie)
+# name -> (arguments of each part of the training set, arguments of the test set, attribute with the labels)
 _SETS: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str]] = {
     "CIFAR10": (({"train": True},), {"train": False}, "targets"),
     "CIFAR100": (({"train": True},), {"train": False}, "targets"),
-    # Papers on transfer train on both of its small parts: 2,040 images.
+    # Transfer papers train on both of its small parts: 2,040 images.
     "Flowers102": (({"split": "train"}, {"split": "val"}), {"split": "test"}, "_labels"),
     "StanfordCars": (({"split": "train"},), {"split": "test"}, "_samples"),
     "ImageNet": (({"split": "train"},), {"split": "val"}, "targets"),
@@ -27,7 +26,7 @@ _SETS: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str]] = {
 
 
 class TorchvisionSet:
-    """A `Source` of one or several parts of a torchvision data set, one after the other."""
+    """One or several parts of a torchvision data set, one after the other."""
 
     def __init__(self, name: str, root: str, parts: list[Any], labels_in: str):
         self.images: ConcatDataset[Any] = ConcatDataset(parts)
@@ -36,7 +35,7 @@ class TorchvisionSet:
         self.labels = np.array(flat, np.int64)
         known = getattr(parts[0], "classes", None) or range(int(self.labels.max()) + 1)
         self.classes = tuple(str(entry) for entry in known)
-        digest = hashlib.sha256(json.dumps([name, *map(repr, parts)]).replace(root, "").encode())
+        digest = hashlib.sha256(json.dumps([name, *(repr(part).replace(root, "") for part in parts)]).encode())
         digest.update(self.labels.astype("<i8").tobytes())
         self.fingerprint = digest.hexdigest()
 
@@ -65,10 +64,11 @@ def open_torchvision(spec: str) -> tuple[Source, Source]:
     """
     from torchvision import datasets
 
-    name, _, root = spec.removeprefix(TORCHVISION).partition(":")
+    name, _, root = spec.partition(":")[2].partition(":")
     if name not in _SETS or not root:
         raise ValueError(f"--data {spec}: write torchvision:NAME:FOLDER with one of the names {', '.join(_SETS)}.")
     train, test, labels_in = _SETS[name]
+    root = os.path.abspath(os.path.expanduser(root))  # so that the fingerprint does not depend on how it is written
     try:
         parts = [getattr(datasets, name)(root, **arguments) for arguments in (*train, test)]
     except (RuntimeError, OSError) as error:

@@ -1,10 +1,10 @@
-"""What the views of an image are: boxes, flips, color changes; drawn as numbers, rendered by `dino.data.render`.
+"""Parameters of views (boxes, flips, color changes), drawn at random; `dino.data.render` makes pixels of them.
 
 Every number is a function of (seed, epoch, sample index) alone, so a run is the same for any number of workers and
-ranks and a resume is exact. Each sample has a counter-based generator of its own and each view a row of `_SLOTS`
-uniform numbers in it with a fixed meaning: changing one option, or the number of local views, leaves the draws
-of everything else as they were. The distributions are those of the paper's multi-crop and color augmentations
-(sections 3.1 and 3.2, after SwAV and BYOL) as torchvision's transforms define them.
+ranks and a resume is exact. Each sample has a generator of its own. Each view takes a row of `_SLOTS` uniform numbers
+from it, and each place in the row has a fixed meaning: changing one option, or the number of local views, changes no
+other numbers. The distributions are those of the paper's multi-crop and color augmentations (sections 3.1 and 3.2, after
+SwAV and BYOL) as torchvision's transforms define them.
 
 Axes: n images, v views of each, globals first.
 """
@@ -19,15 +19,15 @@ import numpy as np
 
 from dino.options import required
 from dino.options.train import ViewOptions
-from dino.randomness import Stream, generator
+from dino.randomness import Stream, open_stream
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 _ATTEMPTS = 10  # boxes tried before the central one is taken
 _RATIO = (3 / 4, 4 / 3)  # width / height of a box, log-uniform
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.int8)
 
-# Places of a view's uniform numbers in its row; the numbers of one meaning never move.
+# Places of a view's uniform numbers in its row. They must never change.
 _AREA, _LOG_RATIO = slice(0, 10), slice(10, 20)
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(20, 25)
 _FACTORS = slice(25, 29)
@@ -36,7 +36,7 @@ _SLOTS = 40
 
 
 def group_views(sizes: Sequence[int]) -> list[slice]:
-    """The 2 global views, then runs of consecutive views of equal size: one tensor, and one pass of the backbone, each."""
+    """The 2 global views, then runs of views of equal size; each group is one tensor and one pass of the backbone."""
     ends = [i for i in range(1, len(sizes)) if i == 2 or sizes[i] != sizes[i - 1]]
     return [slice(a, b) for a, b in itertools.pairwise([0, *ends, len(sizes)])]
 
@@ -52,7 +52,7 @@ class Views:
     flip: np.ndarray
     """bool [n, v]"""
     jitter: np.ndarray
-    """bool [n, v]; without it `order` and `factors` mean nothing."""
+    """bool [n, v]; where False, `order` and `factors` are not used."""
     order: np.ndarray
     """int8 [n, v, 4] order in which 0 brightness, 1 contrast, 2 saturation, 3 hue are applied."""
     factors: np.ndarray
@@ -69,25 +69,23 @@ class Views:
         return group_views(self.sizes)
 
     def of(self, images: Sequence[int]) -> Views:
-        """Those of some images, by position."""
+        """The parameters of some images, by position."""
         drawn = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sizes"}
         return Views(self.sizes, **{name: values[list(images)] for name, values in drawn.items()})
 
 
 def draw_views(
     options: ViewOptions,
-    sizes: tuple[int, ...],
     seed: int,
     epoch: int,
     indices: Sequence[int],
     shapes: np.ndarray,
 ) -> Views:
     """Views of the samples `indices` at `epoch`, for images of `shapes` [n, 2] (height, width)."""
-    assert len(sizes) == 2 + options.num_local, f"{len(sizes)} sizes for 2 + {options.num_local} views"
     assert shapes.shape == (len(indices), 2)
-    num_views = len(sizes)
-    # One call per sample, a row per view: a view's numbers depend neither on the batch nor on how many views follow.
-    draws = [generator(Stream.VIEWS, seed, epoch, i).random((num_views, _SLOTS)) for i in indices]
+    num_views = len(options.sizes)
+    # One call per sample, a row per view: the numbers depend neither on the batch nor on the number of views.
+    draws = [open_stream(Stream.VIEWS, seed, epoch, i).random((num_views, _SLOTS)) for i in indices]
     u = np.stack(draws) if draws else np.empty((0, num_views, _SLOTS))
 
     kinds = np.minimum(np.arange(num_views), 2)  # first global, second global, local
@@ -97,7 +95,7 @@ def draw_views(
     blur = u[..., _BLUR] < np.array(options.blur_prob)[kinds]
     low, high = options.blur_sigma
     return Views(
-        sizes=tuple(sizes),
+        sizes=options.sizes,
         box=_boxes(u, scales, shapes),
         flip=u[..., _FLIP] < options.flip_prob,
         jitter=jitter,
@@ -119,7 +117,7 @@ def _factors(u: np.ndarray, options: ViewOptions) -> np.ndarray:
 def _boxes(u: np.ndarray, scales: np.ndarray, shapes: np.ndarray) -> np.ndarray:
     """int32 [n, v, 4]: the first of ten boxes of random area and ratio that fits, else a central one.
 
-    `scales` [v, 2] are the bounds of the share of the area. As torchvision's RandomResizedCrop, rounding included.
+    `scales` [v, 2] are the bounds of the share of the area. The same as torchvision's RandomResizedCrop, with its rounding.
     """
     height, width = (shapes[:, i, None, None].astype(np.float64) for i in (0, 1))
     low, high = scales[:, 0, None], scales[:, 1, None]
@@ -139,7 +137,7 @@ def _boxes(u: np.ndarray, scales: np.ndarray, shapes: np.ndarray) -> np.ndarray:
 
 
 def _central(shapes: np.ndarray) -> np.ndarray:
-    """[n, 4]: the largest central box whose ratio is allowed."""
+    """[n, 4]: the largest central box of an allowed ratio."""
     height, width = shapes[:, 0].astype(np.float64), shapes[:, 1].astype(np.float64)
     narrow, wide = _RATIO
     h = np.where(width / height < narrow, np.rint(width / narrow), height)

@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from dino import schedules
 from dino.engine.step import Rates
 from dino.method import DINO, Network
 from dino.models import Backbone, Head, ImageSizeError, create
 from dino.options import required
 from dino.options.train import TrainOptions, ViewOptions
+from dino.randomness import seed_weights
 from dino.variants import combine
 
 
@@ -81,7 +80,7 @@ def build_method(options: TrainOptions) -> DINO:
         ValueError: the architecture does not exist, or cannot take views of these sizes.
     """
     h, m = options.head, options.method
-    torch.manual_seed(options.seed)
+    seed_weights(options.seed)
 
     def network(drop_path: float, norm_last_layer: bool, predictor: bool) -> Network:
         try:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from dino.data.views import group_views
 from dino.engine import parallel
 from dino.engine.step import Split, TrainingStep
 from dino.models import Recompute
@@ -79,8 +80,8 @@ def fit_memory(step: TrainingStep, options: TrainOptions, images: int, limit: in
         ValueError: there is no way.
     """
     method, device, noises = step.method, step.device, step.backbone.num_draws
-    sizes = [(2, required(options.views.global_size)), (options.views.num_local, required(options.views.local_size))]
-    pixels = [(v, options.model.in_channels, s, s) for v, s in sizes if v]
+    sizes, channels = options.views.sizes, options.model.in_channels
+    pixels = [(len(sizes[g]), channels, sizes[g.start], sizes[g.start]) for g in group_views(sizes)]
     # Beside the parts: pixels as bytes and as floats; scores, logarithms and targets of two views; the optimizer.
     of_image = sum(5 * math.prod(shape) for shape in pixels) + 24 * method.out_dim
     trained = [p for p in method.student.parameters() if p.requires_grad]

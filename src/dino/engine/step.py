@@ -18,7 +18,7 @@ from dino.data.views import group_views
 from dino.engine import optim, parallel
 from dino.method import DINO, Metrics
 from dino.models import Backbone, Recompute
-from dino.randomness import Stream, generator
+from dino.randomness import Stream, open_stream
 
 
 class Rates(NamedTuple):
@@ -149,7 +149,7 @@ def draw_drop_path_noise(
         batch_size: images of the global batch; `images` are this rank's.
     """
     shape = (num, len(sizes), batch_size)
-    own = torch.from_numpy(generator(Stream.DEPTH, seed, 0, step).random(shape, "float32"))[:, :, images]
+    own = torch.from_numpy(open_stream(Stream.DROP_PATH, seed, index=step).random(shape, "float32"))[:, :, images]
     drawn = [own[:, group].contiguous() for group in group_views(sizes)]
     if device.type == "cuda":  # copies of unpinned memory would wait for the step before
         drawn = [group.pin_memory() for group in drawn]

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from dino.data.device_decode import Undecodable
 from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.normalize import normalize
 from dino.data.sources import Source
-from dino.data.views import Views
 from dino.engine import optim, parallel
 from dino.engine.build import Plan, build_method, model_arguments
 from dino.engine.checkpoint import CheckpointError, Checkpoints
@@ -35,6 +33,7 @@ from dino.method import DINO
 from dino.options import required
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
+from dino.randomness import seed_step
 from dino.terminal import Terminal
 
 Callback = Callable[[DINO, int], dict[str, float]]  # measures the method after so many steps; all ranks call it
@@ -56,10 +55,10 @@ class Trainer:
         device: torch.device,
         terminal: Terminal,
         callback: Callback | None = None,
-        render: Callable[[list[Tensor], Views], list[Tensor]] | None = None,
     ):
         self.options, self.run, self.source, self.batches = options, run, source, batches
-        self.device, self.terminal, self.callback, self.render = device, terminal, callback, render
+        self.device, self.terminal, self.callback = device, terminal, callback
+        self.render = batches.renderer.finish
         self.render_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.plan = Plan(options, batches.steps_per_epoch)
         self.method = build_method(options).to(device)
@@ -204,10 +203,7 @@ class Trainer:
 
     def take_step(self, batch: Batch) -> dict[str, Tensor]:
         """Train on one batch; what to log, on the device."""
-        # For timm's stochastic depth, which draws from the global generator; keyed by step and rank it needs no state in
-        # checkpoints.
-        key = np.random.SeedSequence([self.options.seed, distributed.rank(), self.step])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        seed_step(self.options.seed, distributed.rank(), self.step)
         return self.training_step(self.render_views(batch), self.plan.rates(self.step), self.draw_noise(self.step))
 
     def draw_noise(self, step: int) -> list[Tensor] | None:
@@ -216,7 +212,7 @@ class Trainer:
         if not num:
             return None
         return draw_drop_path_noise(
-            self.options.seed, step, num, batches.sizes, batches.batch_size, batches.share, self.device
+            self.options.seed, step, num, self.options.views.sizes, batches.batch_size, batches.share, self.device
         )
 
     def render_views(self, batch: Batch) -> list[Tensor]:
@@ -230,7 +226,7 @@ class Trainer:
                 try:
                     groups = self._render(batch)
                 except Undecodable:  # decoding in this process names the file, and takes the stand-in of a worker
-                    groups = self._render(self.batches.decoded(self.step))
+                    groups = self._render(self.batches.decode_batch(self.step))
             with time("normalize"):
                 groups = [normalize(g, self.options.model.in_channels) for g in groups]
         if self.render_stream is not None:
@@ -244,9 +240,7 @@ class Trainer:
         self._bad += batch.bad
         if not batch.prepared:
             self._check_quarantine(force=True)
-        if self.render is None or batch.views is None:
-            return batch.prepared
-        return self.render(batch.prepared, batch.views)
+        return batch.prepared if batch.views is None else self.render(batch.prepared, batch.views)
 
     # --- between steps -----------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino.data.sources import Source, open_source, subset
+from dino.data.sources import Source, Subset, open_source
 from dino.eval.evaluate import Result
 from dino.eval.ranking import average_precision, extract_comparable
 from dino.models import Backbone
@@ -101,7 +101,7 @@ def open_copies(options: CopydetectOptions) -> tuple[Source, Source, list[int], 
     mine = [i for i in range(len(everything)) if everything.name(i).split("/")[0] in BLOCKS]
     if not mine:
         raise ValueError(f"--data {root} holds no copies; {LAYOUT}.")
-    originals, copies = open_source(str(root / "original"), "none"), subset(everything, mine)
+    originals, copies = open_source(str(root / "original"), "none"), Subset(everything, mine)
     blocks = [os.path.dirname(copies.name(i)) for i in range(len(copies))]
     return originals, copies, match_copies(originals, copies, 4, options.data), blocks
 

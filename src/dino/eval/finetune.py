@@ -28,17 +28,16 @@ from dino.eval.supervised import (
     LabeledBatches,
     compute_accuracies,
     save_weights,
-    seed_all,
     train_supervised,
 )
 from dino.features.extract import extract, readable_labels
 from dino.models import Backbone, VisionTransformer
 from dino.options.evaluate import FinetuneOptions
+from dino.randomness import open_weights, seed_finetuning_step, seed_mixing
 from dino.weights import fingerprint
 
 MIXED = 16  # images are mixed within groups of so many of a batch, whatever the number of ranks
 WARMUP_LR = 1e-6
-MIX, STEP = 1, 2  # what random numbers are for
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Classifier(nn.Module):
         self.backbone = backbone.requires_grad_(True)
         self.in_channels, self.embed_dim = backbone.in_channels, backbone.embed_dim
         self.head = nn.Linear(backbone.embed_dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+        nn.init.trunc_normal_(self.head.weight, std=0.02, generator=open_weights(seed))
         self.head.weight.data.mul_(head_scale)
         nn.init.zeros_(self.head.bias)
 
@@ -157,7 +156,7 @@ class Finetuning:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         images, targets = self._mixed(batch, step)
-        seed_all(self.seed, STEP, distributed.rank(), step)  # stochastic depth; each rank has its own
+        seed_finetuning_step(self.seed, distributed.rank(), step)  # stochastic depth; each rank has its own
         with parallel.autocast(self.device, self.precision):
             scores = self.model(images)
         smoothing = self.recipe.smoothing
@@ -176,7 +175,7 @@ class Finetuning:
             return batch.images, batch.labels
         parts = []
         for images, labels in zip(batch.images.split(MIXED), batch.labels.split(MIXED), strict=True):
-            seed_all(self.seed, MIX, step)
+            seed_mixing(self.seed, step)
             parts.append(self.mix(images, labels))
         return torch.cat([images for images, _ in parts]), torch.cat([targets for _, targets in parts])
 

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from dino import distributed, schedules
 from dino.data.normalize import normalize
 from dino.data.open import open_labeled_pair
-from dino.data.sources import Source, subset
+from dino.data.sources import Source, Subset
 from dino.eval.evaluate import Result, locate_work
 from dino.eval.supervised import (
     LabeledBatch,
@@ -148,11 +148,11 @@ def paper(model: Backbone, options: LinearOptions, train_on: Source, test: Sourc
     if not original and len(rates) * len(decays) > 1:
         held = draw_per_class(required(train_on.labels), options.held_out, options.seed, least=0)
         shown = cache.load_or_extract(
-            model, digest, subset(train_on, held), size, device, pooling, progress="held-out images"
+            model, digest, Subset(train_on, held), size, device, pooling, progress="held-out images"
         )
-        choice = (shown.values, readable_labels(subset(train_on, held), shown, "held-out"))
+        choice = (shown.values, readable_labels(Subset(train_on, held), shown, "held-out"))
         chosen_on = f"best on {len(held)} held-out training images"
-        train_on = subset(train_on, np.setdiff1d(np.arange(len(train_on)), held))
+        train_on = Subset(train_on, np.setdiff1d(np.arange(len(train_on)), held))
     batches = LabeledBatches(train_on, training_crops(size), size, options.batch_size, options.seed)
     scaled = [rate * batches.batch_size / 256 for rate in rates]
     columns: dict[Pooling, tuple[int, int]] = {pooling: (0, asked.values.shape[1])}

@@ -21,6 +21,7 @@ from dino.features.extract import readable_labels
 from dino.models import Backbone
 from dino.options import required
 from dino.options.evaluate import LowshotOptions
+from dino.randomness import Stream, draw_words
 from dino.weights import fingerprint
 
 CS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
@@ -93,7 +94,7 @@ def choose_c(x: Tensor, labels: Tensor, num_classes: int, folds: int, seed: int)
 
 def deal_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """[n] number of the fold of each image; a class is dealt out in turn, and the next one goes on where it ended."""
-    draws = np.random.Philox(key=np.array([seed, int.from_bytes(b"folds")], np.uint64)).random_raw(len(labels))
+    draws = draw_words(Stream.FOLDS, seed, len(labels))
     fold = np.empty(len(labels), np.int64)
     fold[np.lexsort((draws, labels))] = np.arange(len(labels)) % folds
     return fold

@@ -91,7 +91,7 @@ def extract_comparable(
     device: torch.device,
     size: int,
     pooling: Pooling,
-    view: Resize,
+    resize: Resize,
     sources: dict[str, Source],
 ) -> tuple[dict[str, Tensor], str, dict[str, str]]:
     """Unit features of the `sources`, whitened if asked for, on the device; the words for that; and fingerprints.
@@ -103,7 +103,7 @@ def extract_comparable(
         sources = sources | {"whitening": open_source(options.whiten, "none")}
     digest, words, features = fingerprint(model), "", {}
     for part, source in sources.items():
-        found = cache.load_or_extract(model, digest, source, size, device, pooling, part, view)
+        found = cache.load_or_extract(model, digest, source, size, device, pooling, part, resize)
         if found.bad:  # without it the figures would mean something else
             raise ValueError(
                 f"{len(found.bad)} of the {len(source)} images ({part}) cannot be read, first {found.bad[0][0]} "

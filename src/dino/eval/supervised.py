@@ -1,9 +1,8 @@
-"""What evaluations that train on labels share: keyed batches, a loop that resumes to the bit, splits, accuracies."""
+"""Shared by evaluations that train on labels: keyed batches, a training loop with exact resume, splits, accuracies."""
 
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,11 +14,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dino import distributed
-from dino.data.decode import BadImage
-from dino.data.loader import epoch_order, start_worker
+from dino.data.loader import Bad, epoch_order, iterate, read_with_stand_in
 from dino.data.sources import Source
 from dino.engine.checkpoint import Checkpoints
 from dino.eval.evaluate import locate_result
@@ -27,16 +25,17 @@ from dino.features.extract import report_unreadable
 from dino.machine import count_spare_cores
 from dino.options import required
 from dino.options.evaluate import EvalOptions
+from dino.randomness import Stream, draw_words, seed_augmentation
 from dino.terminal import Terminal
 
-Transform = Callable[[Image.Image], Tensor]  # may draw from the global generators, which are seeded for each image
+Transform = Callable[[Image.Image], Tensor]  # may draw from the global generators, seeded anew for each image
 
 
 class LabeledBatch(NamedTuple):
     images: Tensor  # this rank's share [n, 3, size, size]
     labels: Tensor  # [n] int64
     total: int  # images in the batch of all ranks
-    bad: list[tuple[str, str]]  # images of this rank that could not be read, and why; others stand in
+    bad: Bad  # images of this rank that could not be read; others stand in
 
 
 class LabeledBatches(Dataset[LabeledBatch]):
@@ -44,10 +43,10 @@ class LabeledBatches(Dataset[LabeledBatch]):
 
     Args:
         size: edge of the images that `transform` returns, pixels.
-        repeats: copies of an image within a batch, each with its own augmentation (repeated augmentation, as DeiT's:
-            an epoch still counts as many samples as there are images).
-        group: ranks take whole runs of so many samples, within which they may be mixed.
-        drop_last: leave out the last batch of an epoch where it is smaller.
+        repeats: copies of an image in a batch, each with its own augmentation (repeated augmentation as in DeiT: an epoch
+            still has as many samples as there are images).
+        group: each rank takes whole groups of this many samples, which may be mixed with each other.
+        drop_last: leave out the last batch of an epoch if it is smaller.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class LabeledBatches(Dataset[LabeledBatch]):
         order = epoch_order(self.seed, epoch, len(self.source))
         start = batch * self.batch_size
         positions = np.arange(start, min(start + self.batch_size, len(order)))
-        # Copies lie apart, so that they are not mixed with each other.
+        # Copies of one image are moved apart, so that they are not mixed with each other.
         positions = positions[np.argsort(positions % self.repeats, kind="stable")]
         groups = np.array_split(np.arange(-(-len(positions) // self.group)), self.ranks)[self.rank]
         mine = positions[groups[0] * self.group : (groups[-1] + 1) * self.group] if len(groups) else positions[:0]
@@ -81,38 +80,22 @@ class LabeledBatches(Dataset[LabeledBatch]):
 
     def __getitem__(self, step: int) -> LabeledBatch:
         samples, count = self.samples(step)
-        images, labels, bad = [], [], []
+        images, labels, bad = [], [], Bad()
         for index, copy in samples:
-            image, position = self._read(index, bad)
-            seed_all(self.seed, step // self.steps_per_epoch, index, copy)
+            found = read_with_stand_in(self.source, index, bad, len(self.source))
+            if found is None:
+                raise ValueError(f"none of the {len(self.source)} training images can be read; check the data folder.")
+            image, position = found
+            seed_augmentation(self.seed, step // self.steps_per_epoch, index, copy)
             images.append(self.transform(Image.fromarray(image)))
             labels.append(int(self.labels[position]))
         stacked = torch.stack(images) if images else torch.zeros(0, 3, self.size, self.size)
         return LabeledBatch(stacked, torch.tensor(labels, dtype=torch.int64), count, bad)
 
-    def _read(self, index: int, bad: list[tuple[str, str]]) -> tuple[np.ndarray, int]:
-        """The image at `index`, or the next readable one after it, and its position; `bad` gets those passed over."""
-        for offset in range(len(self.source)):
-            position = (index + offset) % len(self.source)
-            try:
-                return self.source.read(position), position
-            except BadImage as error:
-                bad.append((self.source.name(position), error.reason))
-        raise ValueError(f"none of the {len(self.source)} training images can be read; check the data folder.")
-
-
-def seed_all(*key: int) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch, from which the libraries' augmentations draw."""
-    words = np.random.SeedSequence(key).generate_state(3, np.uint32).tolist()
-    random.seed(words[0])
-    np.random.seed(words[1])
-    torch.manual_seed(words[2])
-
 
 class Trainee(Protocol):
-    def step(
-        self, step: int, batch: LabeledBatch
-    ) -> Tensor: ...  # one step of training; its loss, for the progress line
+    # One step of training; returns the loss, for the progress line.
+    def step(self, step: int, batch: LabeledBatch) -> Tensor: ...
     def epoch_end(self, epoch: int) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -128,10 +111,10 @@ def train_supervised(
     device: torch.device,
     num_workers: int | None,
 ) -> None:
-    """Train to the end, from the newest checkpoint in `folder` where there is one: the same bits as without a break.
+    """Train to the end, from the newest checkpoint in `folder` if there is one. A break does not change the result.
 
     Args:
-        identity: what the result depends on; a checkpoint made with another one is refused.
+        identity: everything the result depends on; a checkpoint with another identity is refused.
         minutes: between checkpoints.
 
     Raises:
@@ -145,39 +128,30 @@ def train_supervised(
     saved = time.monotonic()
     if num_workers is None:
         num_workers = count_spare_cores(distributed.world_size()) if device.type == "cuda" else 0
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(start, total),
-        num_workers=num_workers,
-        worker_init_fn=start_worker if num_workers else None,
-        pin_memory=device.type == "cuda",
-    )
     bad: dict[str, str] = {}
     terminal.start(start, total)
     try:
-        for step, batch in enumerate(loader, start):
+        for step, batch in enumerate(iterate(batches, start, total, num_workers, device.type == "cuda"), start):
             bad |= dict(batch.bad)
             loss = trainee.step(step, batch._replace(images=batch.images.to(device), labels=batch.labels.to(device)))
-            done, per_epoch = step + 1, batches.steps_per_epoch
-            epoch_ends = done % per_epoch == 0
-            if epoch_ends:
-                trainee.epoch_end(step // per_epoch)
+            done, epoch = step + 1, step // batches.steps_per_epoch
+            if epoch_ends := done % batches.steps_per_epoch == 0:
+                trainee.epoch_end(epoch)
             if distributed.is_main() and (done == total or time.monotonic() - saved >= 60 * minutes):
                 checkpoints.save(done, {"step": done, "trainee": trainee.state_dict(), "identity": identity})
                 saved = time.monotonic()
             if epoch_ends or done % 50 == 0:
                 status = f"loss {loss.item():.4f}"
-                terminal.update(done, f"{1 + step // per_epoch}/{epochs}", status)
+                terminal.update(done, f"{epoch + 1}/{epochs}", status)
                 if epoch_ends and not terminal.live:
-                    terminal.say(f"epoch {1 + step // per_epoch}/{epochs}  {status}")
+                    terminal.say(f"epoch {epoch + 1}/{epochs}  {status}")
     finally:
         terminal.stop()
     report_unreadable([entry for part in distributed.gather(bad) for entry in part.items()], "training")
 
 
 def _resume(trainee: Trainee, checkpoints: Checkpoints, identity: Mapping[str, Any]) -> int:
-    """Give `trainee` the state of the newest checkpoint; the steps it has done, 0 where there is none."""
+    """Load the newest checkpoint into `trainee`; returns the number of steps done, 0 without a checkpoint."""
     if (state := checkpoints.load()) is None:
         return 0
     if state["identity"] != identity:
@@ -191,8 +165,8 @@ def _resume(trainee: Trainee, checkpoints: Checkpoints, identity: Mapping[str, A
 
 
 def draw_per_class(labels: np.ndarray, share: float, seed: int, least: int = 1) -> np.ndarray:
-    """Positions of a share of each class, rounded but at least `least`, in order; a larger share contains a smaller."""
-    draws = np.random.Philox(key=np.array([seed, int.from_bytes(b"classes")], np.uint64)).random_raw(len(labels))
+    """Positions of a share of each class (rounded, at least `least`), in order. A larger share contains a smaller one."""
+    draws = draw_words(Stream.CLASSES, seed, len(labels))
     chosen = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -220,7 +194,7 @@ def compute_accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
 def save_weights(
     options: EvalOptions, name: str, state: Mapping[str, Tensor], classes: tuple[str, ...], **about: str
 ) -> None:
-    """Write what was trained beside the result, if that has a place, with its classes' names."""
+    """Write trained weights and the names of the classes beside the result, if that is written."""
     path = locate_result(options, name)
     if path is None or not distributed.is_main():
         return

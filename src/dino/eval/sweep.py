@@ -11,6 +11,7 @@ from dino import distributed, schedules
 from dino.data.loader import epoch_order
 from dino.features.extract import Pooling
 from dino.options.evaluate import LinearOptions
+from dino.randomness import open_weights
 from dino.terminal import Terminal
 
 SCORES_AT_ONCE = 2**26  # 256 MB of float32
@@ -50,7 +51,7 @@ class Sweep:
         self.decays = side_by_side([decay for _, decay in self.points])
         self.weights: dict[Pooling, Tensor] = {}  # [columns + 1, classifiers * classes]; the last row is the bias
         for name, (first, last) in columns.items():
-            draws = torch.Generator().manual_seed(seed)
+            draws = open_weights(seed)
             first_weights = torch.zeros(last - first + 1, num_classes)
             first_weights[:-1].normal_(0, 0.01, generator=draws)
             self.weights[name] = first_weights.to(device, dtype).repeat(1, len(self.points))

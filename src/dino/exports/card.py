@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dino.data.normalize import MEAN, STD
 from dino.engine.checkpoint import Checkpoints, read_checkpoint
 from dino.engine.log import read_metrics
 from dino.version import __version__
@@ -40,10 +41,7 @@ import dino
 
 model = dino.load("{out}")
 features, tokens = model(images), model.tokens(images)[-1]"""
-INPUT = (
-    "Images are float32 [n, channels, height, width], RGB from 0 to 1 less (0.485, 0.456, 0.406), divided by "
-    "(0.229, 0.224, 0.225)."
-)
+INPUT = f"Images are float32 [n, channels, height, width], RGB from 0 to 1 less {MEAN}, divided by {STD}."
 
 
 def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: str) -> str:

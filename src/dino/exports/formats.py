@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dino import errors
+from dino.data.normalize import MEAN, STD
 from dino.models import VisionTransformer
 from dino.models.vit import SIZES
 from dino.weights import Weights, build_backbone, formats
 from dino.weights.formats import State
-
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which the evaluation views are normalized by
 
 
 def write_reference(weights: Weights, out: Path) -> None:
@@ -84,8 +83,8 @@ def write_timm(weights: Weights, out: Path) -> None:
         config["pos_interp"] = sizes.get("pos_interp", "offset")
     config["pretrained_cfg"] = {
         "input_size": [channels, edge, edge],
-        "mean": MEAN,
-        "std": STD,
+        "mean": list(MEAN),
+        "std": list(STD),
         "interpolation": "bicubic",
         "crop_pct": 0.875,
         "num_classes": 0,
@@ -119,8 +118,8 @@ def write_hf(weights: Weights, out: Path) -> None:
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": edge, "width": edge},
-        "image_mean": MEAN,
-        "image_std": STD,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
     }
     files = {"config.json": config} | ({"preprocessor_config.json": processor} if channels == 3 else {})
     _save_folder(formats.to_hf(weights.backbone()), out, files)

@@ -46,22 +46,22 @@ def load_or_extract(
     device: torch.device,
     pooling: Pooling = "cls",
     progress: str | None = None,
-    view: Resize = "center",
+    resize: Resize = "center",
 ) -> Features:
     """`extract` over all ranks, from the cache where it holds just these; every rank gets all of them.
 
     Args:
         model_hash: digest of the model's weights.
-        pooling, view: see `POOLINGS` and `VIEWS` of `dino.features.extract`.
+        pooling, resize: see `extract`.
     """
     if not _in_use.get():
-        return extract(model, source, size, device, pooling=pooling, shared=True, progress=progress, view=view)
-    key = [model_hash, source.fingerprint, source.stamp(), str(size), view, pooling, str(len(source))]
+        return extract(model, source, size, device, pooling=pooling, shared=True, progress=progress, resize=resize)
+    key = [model_hash, source.fingerprint, source.stamp(), str(size), resize, pooling, str(len(source))]
     path = folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
     found = _load(path) if distributed.is_main() else None
     if distributed.from_main(lambda: found is not None):
         return required(found or _load(path))
-    result = extract(model, source, size, device, pooling=pooling, shared=True, progress=progress, view=view)
+    result = extract(model, source, size, device, pooling=pooling, shared=True, progress=progress, resize=resize)
     if distributed.is_main():
         _save(path, result)
     distributed.barrier()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dino import distributed, errors, files, weights
 from dino.data.normalize import normalize
-from dino.data.open import open_images
+from dino.data.open import make_absolute, open_images
 from dino.data.sources import Source
 from dino.features.extract import POOLINGS, Features, Pooling, choose_batch_size, extract_batches
 from dino.models import Backbone
@@ -79,7 +79,7 @@ def embed(
     about = {
         "model": files.absolute_if_exists(name),
         "model_sha256": fingerprint(model),
-        "data": files.absolute_if_exists(data) if isinstance(data, str) else "",
+        "data": make_absolute(data) if isinstance(data, str) else "",
         "data_sha256": source.fingerprint,
         "stamp": source.stamp(),
         "images": len(source),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dino import distributed, errors, weights
 from dino.data.evaluation_views import resize_and_crop
-from dino.data.open import open_labeled, open_labeled_pair, split_folders
+from dino.data.open import open_labeled_pair, open_labeled_test
 from dino.data.sources import Source, evenly_spaced
 from dino.features import cache
 from dino.features.extract import readable_labels
@@ -59,8 +59,7 @@ def map_classes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.
 def draw_tsne(options: TsneOptions) -> None:
     """Write the map of classes: those that lie close have features that are alike."""
     out = check_writable(options.out, ".png .svg .pdf")
-    train, val = split_folders(options.data, None)
-    source = open_labeled(val or train)
+    source = open_labeled_test(options.data)
     ((features, labels, _),) = extract_labeled(options, labeled=source)
     classes, points = map_classes(features, labels, len(source.classes))
     edge = 5 + 0.6 * len(classes) ** 0.5  # inches

@@ -72,7 +72,8 @@ class VideoOptions(LookOptions):
 
 class TsneOptions(InferenceOptions):
     data: str
-    """Labeled images: a folder of classes, or a folder with train/ and val/, of which val/ is used."""
+    """Labeled images: a folder of classes, a folder with train/ and val/, of which val/ is used, scenes:NUMBER, or
+    torchvision:NAME:FOLDER, of which the test images are used."""
     size: PositiveInt | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
     out: str = "tsne.png"
@@ -81,7 +82,8 @@ class TsneOptions(InferenceOptions):
 
 class NeighborsOptions(TsneOptions):
     data: str
-    """Labeled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the queries)."""
+    """Labeled images: a folder with train/ and val/, a folder of classes (a tenth of it becomes the queries),
+    scenes:NUMBER, or torchvision:NAME:FOLDER."""
     val: str | None = None
     """Labeled queries, when they lie elsewhere."""
     k: PositiveInt = 20
@@ -147,7 +149,8 @@ class AppOptions(Options):
     model: Annotated[Positional[str], arg(metavar="[MODEL]")] = ""
     """A run directory, a release (see `dino models`) or a weight file. None: the newest run in runs/."""
     data: str | None = None
-    """Images to pick from and to search: a folder, a list of files, or scenes:NUMBER. None: what the run was trained on."""
+    """Images to pick from and to search: a folder, a list of files, scenes:NUMBER, or torchvision:NAME:FOLDER. None: what
+    the run was trained on."""
     embedding: str | None = None
     """What `dino embed` wrote with this model. None: a button on the page embeds the data."""
     port: Annotated[int, Rule(lambda value: 0 <= value < 2**16, "a port lies between 0 and 65535")] | None = None

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dino.options import flatten
+from dino.options import flatten, required
 from dino.options.rules import (
     BelowOne,
     MemorySize,
@@ -36,9 +36,11 @@ AreaRange = tuple[Area, Area]
 
 class DataOptions(Options, section="data."):
     path: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "scenes"
-    """Images to learn from: a folder (searched at any depth), a list file (.txt or .csv), or 'scenes' (built in)."""
+    """Images to learn from: a folder (searched at any depth), a list file (.txt or .csv), 'scenes' (built in), or
+    torchvision:NAME:FOLDER."""
     val: str | None = None
-    """Held-out images for the monitors: a folder or list. None: a share of the training images is set aside."""
+    """Held-out images for the monitors: a folder or list. None: the test images that belong to `path`, else a share of the
+    training images is set aside."""
     val_fraction: BelowOne = 0.1
     """Share of the images set aside when `val` is not given, at most 1000 images. 0: none."""
     labels: str = "auto"
@@ -152,6 +154,11 @@ class ViewOptions(Options, section="views."):
     """Blur radius range (standard deviation), pixels of the view."""
     solarize_prob: tuple[Share, Share, Share] = (0.0, 0.2, 0.0)
     """Probability of inverting pixels of 128 and above: first global, second global, locals."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Edge of each view, pixels: the 2 global views, then the local ones."""
+        return (required(self.global_size),) * 2 + (required(self.local_size),) * self.num_local
 
 
 class OptimOptions(Options, section="optim."):

@@ -28,7 +28,6 @@ from dino.html import NUM_NEIGHBORS, get_label, read_row, render
 from dino.look.attention import jaccard
 from dino.look.pictures import MOST_PATCHES, attention_maps, pca_colors, to_bytes
 from dino.models import NO_ATTENTION, Backbone
-from dino.options import required
 from dino.report.run import Run
 
 NUM_SHOWN, NUM_VIEWED = 6, 4  # images in the sections of held-out images; in the section of training views
@@ -123,10 +122,9 @@ class Gallery:
         """Views that the first epoch of the run drew, rendered by the training pipeline itself."""
         options = self.run.options.views
         pictures = choose_pictures(self.source, NUM_VIEWED)
-        sizes = (required(options.global_size),) * 2 + (required(options.local_size),) * options.num_local
         shapes = np.array([picture.pixels.shape[:2] for picture in pictures]).reshape(-1, 2)
-        chosen = draw_views(options, sizes, self.run.options.seed, 0, [p.position for p in pictures], shapes)
-        groups = CpuRenderer()([picture.pixels for picture in pictures], chosen)
+        chosen = draw_views(options, self.run.options.seed, 0, [p.position for p in pictures], shapes)
+        groups = CpuRenderer().prepare([picture.pixels for picture in pictures], chosen)
         views = [view for group in groups for view in group.numpy()]  # one [n, s, s, 3] of n pictures for each view
         kinds = ["global"] * 2 + ["local"] * options.num_local
         samples = [
