@@ -144,7 +144,7 @@ def parse_train(flags: list[str], kind: type[TrainOptions] = TrainOptions, name:
     first.add_argument("--data", "--data.path")
     given, _ = first.parse_known_args(flags)
     has_data = given.data is not None or "--help" in flags or "-h" in flags  # help is not about the demo
-    base = choose_base(recipe, has_data, given.resume)
+    base = choose_base(recipe, has_data, given.resume, name)
     return parse_flags(kind, flags, f"dino {name} [RECIPE | FILE.toml]", kind(**vars(base)))
 
 

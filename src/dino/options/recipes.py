@@ -58,7 +58,9 @@ def find_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def choose_base(recipe: str | None, has_data: bool = True, resume: str | None = None) -> TrainOptions:
+def choose_base(
+    recipe: str | None, has_data: bool = True, resume: str | None = None, command: str = "train"
+) -> TrainOptions:
     """The options that flags or keywords change: a recipe's, a TOML file's, or those of the run to resume.
 
     Without any of them it is the demo, or, where the data is given, options that are chosen for it.
@@ -75,5 +77,5 @@ def choose_base(recipe: str | None, has_data: bool = True, resume: str | None = 
     if recipe.endswith(".toml"):
         return read_toml(Path(recipe))
     if recipe not in RECIPES and Path(recipe).exists():
-        raise ValueError(f"'{recipe}' is not a recipe; to train on it write: dino train --data {recipe}")
+        raise ValueError(f"'{recipe}' is not a recipe; to train on it write: dino {command} --data {recipe}")
     return find_recipe(recipe).options
