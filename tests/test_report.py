@@ -7,8 +7,11 @@ import io
 import json
 import math
 import os
+import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +20,16 @@ from PIL import Image
 
 import dino
 from conftest import TINY, draw_images, run_dino
+from dino.cli import main
 from dino.data.sources import hold_out, open_source
 from dino.engine.log import read_metrics
+from dino.html import render
 from dino.options import replace, required
 from dino.options.train import TrainOptions
+from dino.report.curves import draw_chart, list_charts
 from dino.report.gallery import choose_pictures
-from dino.report.page import write
+from dino.report.page import write_report
+from dino.report.run import Run
 
 VOID = {"meta", "img", "br", "wbr", "hr", "link", "input", "image", "rect", "path", "use", "circle", "line"}
 OPTIONS = replace(TrainOptions(), TINY | {"report": True})
@@ -36,11 +43,14 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.targets: list[str] = []
         self.headings: list[str] = []
+        self.titles: list[str | None] = []
+        self.texts: set[str] = set()
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
         self.targets += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+        self.titles += [v for k, v in attrs if k == "title"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -53,6 +63,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
+        self.texts.add(data.strip())
         if self.open and self.open[-1] == "h2":
             self.headings.append(data)
 
@@ -67,6 +78,8 @@ def read(run) -> tuple[str, Page]:
     return text, page
 
 
+ODD_CLASS = "<b>x\u2215b>\"&'"  # a slash cannot be in the name of a folder
+SOURCE = Path(dino.__file__).parent
 SECTIONS = [
     "Result",
     "Where it looks",
@@ -104,21 +117,72 @@ def test_an_unlabeled_run_stopped_at_once_says_how_to_go_on(tmp_path):
 
 
 def test_names_are_escaped_and_odd_images_and_cut_metrics_are_survived(photos, tmp_path):
-    odd = photos / "<b>&class"
+    odd = photos / ODD_CLASS
     odd.mkdir()
     rng = np.random.default_rng(0)
     for i, size in enumerate([(300, 9), (9, 300), (1, 1), (17, 33)]):
         Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(odd / f"<script>{i}&.png")
-    run = dino.train(OPTIONS, data=str(photos), out=str(tmp_path / "run"), **{"data.max_bad_fraction": 1.0})
+    run = dino.train(OPTIONS, data=str(photos), out=str(tmp_path / "<i>run'\"&"), **{"data.max_bad_fraction": 1.0})
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')
     next((photos / "class0").glob("*.jpg")).write_bytes(b"")
     done = run_dino("report", run)
     assert done.returncode == 0, done.stderr
-    text, _ = read(run)
+    text, page = read(run)
     assert "<script>" not in text
-    assert "<b>&class" not in text
-    assert "&lt;b&gt;&amp;class" in text
+    assert "<b>x" not in text
+    assert f"{escape('<b>x')}\u2215b" in text
+    assert any(ODD_CLASS in text for text in page.texts)
+    assert "<i>run'\"&" in page.texts  # the title
+
+
+def test_html_is_made_by_templates_alone():
+    """Only the templates write tags, and Jinja2 alone escapes what is put into them; nothing there turns that off."""
+    for path in SOURCE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(
+            r"\bescape\(|</(?!svg|metadata)\w+>|<(p|b|i|br|div|span|figure|h\d|img|table|ul|li)\b[^>]*>", text
+        ), path
+    for path in SOURCE.rglob("*.jinja"):
+        text = path.read_text(encoding="utf-8").replace('"/<wbr>" | safe', "")
+        assert not re.search(r"\bsafe\b|autoescape", text), path
+
+
+def test_names_are_escaped_on_pages_of_an_embedding(saved_model, tmp_path):
+    folder = tmp_path / "photos" / ODD_CLASS
+    folder.mkdir(parents=True)
+    for i, path in enumerate(sorted(draw_images(tmp_path / "drawn", 12).rglob("*.jpg"))):
+        os.rename(path, os.path.join(os.fsencode(folder), b"<script>caf\xe9'\"%d.jpg" % i))
+    out = dino.embed(str(saved_model), str(tmp_path / "photos"), tmp_path / "<i>'\".parquet", device="cpu").path
+    query = draw_images(tmp_path / "queries", 1) / "class0" / "000.jpg"
+    query = query.rename(query.with_name("<script>'.jpg"))
+    for arguments in (
+        ["search", str(out), str(query)],
+        ["duplicates", str(out), "--threshold", "0"],
+        ["outliers", str(out)],
+    ):
+        file = tmp_path / f"{arguments[0]}.html"
+        assert main([*arguments, "--html", str(file)]) == 0
+        text = file.read_text(encoding="utf-8")
+        page = Page(text)
+        assert "<script>" not in text
+        assert "<i>" not in text
+        assert "<i>'\".parquet" in page.texts
+        assert any(f"{ODD_CLASS}/<script>caf" in str(name) for name in page.titles)
+
+
+def test_every_chart_has_its_caption(run):
+    drawn = {
+        name for chart in list_charts(Run.read(run, 22)) for panel in chart.panels for name in panel.series.values()
+    }
+    metrics = drawn | {"jaccard_best_head", "target_spread", "loss"}
+    lines = [{"step": step} | dict.fromkeys(metrics, 1.0) for step in (0, 10)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    read_again = Run.read(run, 22)
+    charts = list_charts(read_again)
+    assert len(charts) == 9
+    text = render("training", run=read_again, charts=[(chart, *draw_chart(chart, read_again)) for chart in charts])
+    assert text.count("</svg>") == text.count("</p>") == 9
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +200,7 @@ def run(finished, tmp_path):
 
 def rewrite(run, photos) -> tuple[str, Page]:
     source, held_out = hold_out(open_source(str(photos)), 0.1, 1000, 0)
-    write(run, source, held_out, torch.device("cpu"))
+    write_report(run, source, held_out, torch.device("cpu"))
     return read(run)
 
 

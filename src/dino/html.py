@@ -1,50 +1,66 @@
-"""TODO."""
+"""HTML pages: Jinja2 templates filled with data. The templates escape every text that is put into them."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from html import escape
-from importlib import resources
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
+from dino import files
 from dino.data.evaluation_views import resize_and_crop
 from dino.data.sources import Source
 
-NEIGHBORS = 6  # of a row
-
-
+NUM_NEIGHBORS = 6  # shown of a query
 EDGE = 224  # longest side of an embedded picture, pixels
+
+
+class Neighbor(NamedTuple):
+    """An image that was found for a query."""
+
+    pixels: np.ndarray  # [s, s, 3] uint8
+    name: str
+    label: str | None
+    cosine: float
+    same: bool | None  # whether it has the query's label; None where one of them has no label
+
+
+class Row(NamedTuple):
+    """A query and what was found for it."""
+
+    query: np.ndarray  # [s, s, 3] uint8
+    caption: str
+    neighbors: list[Neighbor]
+
+
+def read_row(
+    query: np.ndarray, caption: str, wanted: str | None, source: Source, found: Iterable[tuple[float, int]]
+) -> Row:
+    """A query with the images found for it, read from `source` and cropped to the query's size.
+
+    Args:
+        query: [s, s, 3] uint8; wanted: its label.
+        found: cosine and position in `source` of each.
+    """
+    neighbors = []
+    for cosine, position in found:
+        label = get_label(source, position)
+        same = None if wanted is None or label is None else label == wanted
+        pixels = resize_and_crop(source.read(position), len(query))
+        neighbors.append(Neighbor(pixels, source.name(position), label, cosine, same))
+    return Row(query, caption, neighbors)
 
 
 def get_label(source: Source, index: int) -> str | None:
     if source.labels is None or source.labels[index] < 0:
         return None
     return source.classes[source.labels[index]]
-
-
-def draw_neighbors(
-    square: np.ndarray, caption: str, wanted: str | None, source: Source, found: Sequence[tuple[float, int]]
-) -> tuple[str, list[bool]]:
-    """A query and the images of `source` found for it, as HTML; and which of those with a label share the query's.
-
-    Args:
-        square: the query, [s, s, 3] uint8; caption: HTML beneath it; wanted: its label.
-        found: cosine and position in `source` of each.
-    """
-    tiles, ticks = draw_tile(square, caption, "whole"), []
-    for value, position in found:
-        label = get_label(source, position)
-        mark = ""
-        if wanted is not None and label is not None:
-            ticks.append(label == wanted)
-            mark = "same" if label == wanted else "other"
-        text = f"{'&#10003; ' * (mark == 'same')}{escape(label or '')} <span>{value:.2f}</span>"
-        tiles += draw_tile(resize_and_crop(source.read(position), len(square)), text, mark, source.name(position))
-    return f'<div class="row seven">{tiles}</div>', ticks
 
 
 def encode_image(pixels: np.ndarray) -> str:
@@ -57,34 +73,19 @@ def encode_image(pixels: np.ndarray) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def draw_image(pixels: np.ndarray, alt: str, kind: str = "") -> str:
-    name = f' class="{kind}"' if kind else ""
-    return f'<img{name} src="{encode_image(pixels)}" alt="{escape(alt)}" title="{escape(alt)}" loading="lazy">'
-
-
-def draw_tile(pixels: np.ndarray, caption: str, kind: str = "", alt: str = "") -> str:
-    """A picture with a caption, which is HTML already."""
-    return f'<figure class="{kind}">{draw_image(pixels, alt)}<figcaption>{caption}</figcaption></figure>'
-
-
-ABOUT = (
-    "DINO learns to see from images without labels. A student network looks at crops of an image and learns to answer "
-    "as a teacher does that sees larger crops; the teacher is a running average of the student. What is kept is the "
-    "teacher's backbone. (<cite>Emerging Properties in Self-Supervised Vision Transformers</cite>, Caron et al. 2021)"
+ENVIRONMENT = Environment(
+    loader=PackageLoader("dino"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
+ENVIRONMENT.filters["encode_image"] = encode_image
 
 
-def render_page(title: str, kicker: str, top: str, sections: dict[str, str]) -> str:
-    """A whole page from the HTML `top` under its title and of its `sections`, by title."""
-    style = resources.files("dino.report").joinpath("style.css").read_text(encoding="utf-8")
-    links = "".join(f'<a href="#s{i}">{escape(name)}</a>' for i, name in enumerate(sections))
-    body = "".join(
-        f'<section id="s{i}"><h2>{escape(name)}</h2>{html}</section>' for i, (name, html) in enumerate(sections.items())
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} - {kicker}</title><style>{style}</style></head><body>"
-        f'<header><p class="kicker">{kicker}</p><h1>{escape(title)}</h1>{top}'
-        f"<nav>{links}</nav></header><main>{body}</main><footer><p>{ABOUT}</p></footer></body></html>\n"
-    )
+def render(template: str, **data: Any) -> Markup:
+    """The HTML of templates/`template`.html.jinja with `data` in it."""
+    return Markup(ENVIRONMENT.get_template(f"{template}.html.jinja").render(data))
+
+
+def write_page(path: Path, title: str, kicker: str, top: Markup, sections: Mapping[str, Markup]) -> None:
+    """Write a whole page: `top` under its title, then its `sections` by their titles."""
+    text = render("page", title=title, kicker=kicker, top=top, sections=sections)
+    with files.replacing(path) as temporary:  # names of files need not be valid Unicode, but a page must be
+        temporary.write_text(text, encoding="utf-8", errors="replace")

@@ -282,9 +282,9 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
 
 
 def write_report(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:
-    from dino.report.page import write  # takes a while to import, and few commands need it
+    from dino.report import page  # takes a while to import, and few commands need it
 
-    return write(folder, source, held_out, device)
+    return page.write_report(folder, source, held_out, device)
 
 
 def report_command(options: ReportOptions) -> None:

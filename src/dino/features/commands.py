@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
+
+from markupsafe import Markup
 
 from dino import distributed
 from dino.data.evaluation_views import resize_and_crop
@@ -17,7 +18,7 @@ from dino.data.sources import Source, WithPlaceholders
 from dino.features import embed as embeddings
 from dino.features import search as finding
 from dino.files import check_writable
-from dino.html import EDGE, NEIGHBORS, draw_neighbors, draw_tile, render_page
+from dino.html import EDGE, NUM_NEIGHBORS, Row, read_row, render, write_page
 from dino.options.commands import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
 
 MOST_ROWS = 50  # of a page
@@ -58,12 +59,12 @@ def search(options: SearchOptions) -> None:
         result["recall"] = found.used.recall(options.k)
         print(f"recall@{options.k} of {options.index}: {100 * result['recall']:.1f} % of the exact neighbors")
 
-    def body(images: Source) -> str:
+    def draw(images: Source) -> Markup:
         shown = ((found.queries, i, Path(found.queries.name(i)).name, rows) for i, rows in enumerate(alike))
-        return "".join(_row(embedding, images, *row) for row in islice(shown, MOST_ROWS))
+        return render("rows", rows=(_read_row(embedding, images, *row) for row in islice(shown, MOST_ROWS)))
 
     top = f"On the left the image asked for, then those of {len(embedding.names):,} most like it, with their cosines."
-    _write(options, embedding, result, "Neighbors", top, body)
+    _write(options, embedding, result, "Neighbors", top, draw)
 
 
 def duplicates(options: DuplicatesOptions) -> None:
@@ -82,12 +83,12 @@ def duplicates(options: DuplicatesOptions) -> None:
     said = f"{count:,} of {total:,} images are in {len(groups):,} groups of {of}"
     print(said)
 
-    def body(images: Source) -> str:
+    def draw(images: Source) -> Markup:
         shown = ((images, int(embedding.positions[g[0][1]]), f"1 of {len(g)}", g[1:]) for g in groups[:MOST_ROWS])
-        return "".join(_row(embedding, images, *row) for row in shown)
+        return render("rows", rows=(_read_row(embedding, images, *row) for row in shown))
 
     top = f"{said}. On the left the first of each group, then others with their cosines to it."
-    _write(options, embedding, result, "Near-copies", top, body)
+    _write(options, embedding, result, "Near-copies", top, draw)
 
 
 def outliers(options: OutliersOptions) -> None:
@@ -98,15 +99,14 @@ def outliers(options: OutliersOptions) -> None:
     rows = [*zip(least.values.tolist(), least.indices.tolist(), strict=True)]
     result = {"k": options.k, "outliers": _listed(embedding, rows)}
 
-    def body(images: Source) -> str:
-        tiles = ""
-        for value, row in rows:
-            pixels = resize_and_crop(images.read(int(embedding.positions[row])), EDGE)
-            tiles += draw_tile(pixels, f"<span>{value:.2f}</span>", alt=embedding.names[row])
-        return f'<div class="row six">{tiles}</div>'
+    def draw(images: Source) -> Markup:
+        pixels = (resize_and_crop(images.read(int(embedding.positions[row])), EDGE) for _, row in rows)
+        return render(
+            "outliers", images=((p, embedding.names[row], v) for p, (v, row) in zip(pixels, rows, strict=True))
+        )
 
     top = f"Of {len(scores):,} images those least like their {options.k} nearest others, with the mean cosine."
-    _write(options, embedding, result, "Outliers", top, body)
+    _write(options, embedding, result, "Outliers", top, draw)
 
 
 # --- what they share -----------------------------------------------------------------------------------------------
@@ -128,16 +128,16 @@ def _listed(embedding: embeddings.Embedding, rows: Sequence[tuple[float, int]]) 
     ]
 
 
-def _row(
+def _read_row(
     embedding: embeddings.Embedding,
     images: Source,
     source: Source,
     at: int,
     caption: str,
     rows: list[tuple[float, int]],
-) -> str:
-    found = [(value, int(embedding.positions[row])) for value, row in rows[:NEIGHBORS]]
-    return draw_neighbors(resize_and_crop(source.read(at), EDGE), escape(caption), None, images, found)[0]
+) -> Row:
+    found = [(value, int(embedding.positions[row])) for value, row in rows[:NUM_NEIGHBORS]]
+    return read_row(resize_and_crop(source.read(at), EDGE), caption, None, images, found)
 
 
 def _write(
@@ -146,7 +146,7 @@ def _write(
     result: dict[str, Any],
     kicker: str,
     top: str,
-    body: Callable[[Source], str],
+    draw: Callable[[Source], Markup],
 ) -> None:
     """The result file and the page, as the options want them."""
     if options.json is not None:
@@ -157,6 +157,5 @@ def _write(
         }
         Path(options.json).write_text(json.dumps(about | result, indent=2) + "\n")
     if options.html is not None:
-        html = body(cast("Source", WithPlaceholders(embedding.images()))) or "<p>None.</p>"
-        page = render_page(embedding.folder.path.name, kicker, f"<p>{escape(top)}</p>", {kicker: html})
-        Path(options.html).write_text(page, encoding="utf-8", errors="replace")
+        body = draw(cast("Source", WithPlaceholders(embedding.images())))
+        write_page(Path(options.html), embedding.folder.path.name, kicker, render("text", text=top), {kicker: body})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from html import escape
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from dino.features import cache
 from dino.features.extract import readable_labels
 from dino.features.neighbors import vote
 from dino.files import check_writable
-from dino.html import EDGE, NEIGHBORS, draw_neighbors, get_label, render_page
+from dino.html import EDGE, NUM_NEIGHBORS, get_label, read_row, render, write_page
 from dino.options.commands import NeighborsOptions, TsneOptions
 from dino.weights import fingerprint
 
@@ -88,16 +87,16 @@ def draw_neighbor_page(options: NeighborsOptions) -> None:
     sections = {}
     for title, chosen in (("Right", right), ("Wrong", ~right)):
         all_such = torch.nonzero(chosen)[:, 0].tolist()
-        rows = ""
+        rows = []
         for i in (all_such[j] for j in evenly_spaced(len(all_such), options.rows)):
             query, label = test.read(at := int(positions[i])), get_label(test, at)
-            alike = [*zip(cosines[i].tolist(), places[nearest[i].numpy()].tolist(), strict=True)][:NEIGHBORS]
-            rows += draw_neighbors(resize_and_crop(query, EDGE), escape(label or ""), label, train, alike)[0]
-        sections[f"{title}: {len(all_such)} of {len(right)}"] = rows or "<p>None.</p>"
+            alike = [*zip(cosines[i].tolist(), places[nearest[i].numpy()].tolist(), strict=True)][:NUM_NEIGHBORS]
+            rows.append(read_row(resize_and_crop(query, EDGE), label or "", label, train, alike))
+        sections[f"{title}: {len(all_such)} of {len(right)}"] = render("rows", rows=rows)
     top = (
-        f"<p>The {k} nearest of {len(bank):,} labeled images vote for the class of each query (on the left), weighted by "
+        f"The {k} nearest of {len(bank):,} labeled images vote for the class of each query (on the left), weighted by "
         f"exp(cosine / 0.07), and {score} get the right one. Shown are evenly spaced queries and their nearest images; a "
-        "tick marks those of the query's class.</p>"
+        "tick marks those of the query's class."
     )
-    out.write_text(render_page(options.model, "Nearest neighbors", top, sections), encoding="utf-8", errors="replace")
+    write_page(out, options.model, "Nearest neighbors", render("text", text=top), sections)
     print(f"{out}: {score} right")

@@ -20,16 +20,15 @@ class Run:
     folder: Path
     options: TrainOptions
     lines: list[dict[str, Any]]  # of metrics.jsonl
-    quarantine: list[dict[str, Any]]
+    quarantine: list[dict[str, Any]]  # lines of quarantine.jsonl
     num_images: int
 
     @classmethod
     def read(cls, folder: Path, num_images: int) -> Run:
         """The run in `folder`, which trains on `num_images` images."""
         options = read_recorded(str(folder))
-        metrics, bad = folder / "metrics.jsonl", folder / "quarantine.jsonl"
-        lines = [line for line in read_metrics(metrics) if "step" in line] if metrics.exists() else []
-        return cls(folder, options, lines, read_metrics(bad) if bad.exists() else [], num_images)
+        lines = [line for line in read_metrics(folder / "metrics.jsonl") if "step" in line]
+        return cls(folder, options, lines, read_metrics(folder / "quarantine.jsonl"), num_images)
 
     @property
     def steps(self) -> int:
@@ -46,31 +45,31 @@ class Run:
         return self.steps >= self.total
 
     @property
-    def limit(self) -> float:
+    def max_entropy(self) -> float:
         """ln K, the largest entropy of targets over K prototypes, nats."""
         return math.log(self.options.head.out_dim or 1)
 
-    def points(self, name: str) -> tuple[list[float], list[float]]:
+    def get_metric(self, name: str) -> tuple[list[float], list[float]]:
         """Steps at which the metric `name` was written, and its values."""
         chosen = [line for line in self.lines if isinstance(line.get(name), int | float)]
         return [line["step"] for line in chosen], [line[name] for line in chosen]
 
     @property
     def knn(self) -> str | None:
-        """The metric of the k-NN accuracy to show: k = 20, or 10 for banks that are smaller than that."""
-        return next((name for name in ("knn20_top1", "knn10_top1") if self.points(name)[0]), None)
+        """The metric of the k-NN accuracy to show: k = 20, or k = 10 where there are too few training images."""
+        return next((name for name in ("knn20_top1", "knn10_top1") if self.get_metric(name)[0]), None)
 
-    def before_after(self, name: str) -> tuple[float | None, float | None]:
-        """A metric before the first step and as last measured."""
-        steps, values = self.points(name)
+    def compare(self, name: str) -> tuple[float | None, float | None]:
+        """A metric before the first step, and as it was measured last after it. None: it was not measured."""
+        steps, values = self.get_metric(name)
         before = values[0] if steps and steps[0] == 0 else None
         after = values[-1] if steps and steps[-1] > 0 else None
         return before, after
 
     @cached_property
     def seconds(self) -> float:
-        """Spent in training steps; measuring and saving are not counted."""
-        steps, rates = self.points("images_per_second")
+        """Time spent in training steps; measuring and saving are not counted."""
+        steps, rates = self.get_metric("images_per_second")
         batch, before, total = required(self.options.batch_size), 0.0, 0.0
         for step, rate in zip(steps, rates, strict=True):
             total += (step - before) * batch / rate if rate > 0 else 0
@@ -82,12 +81,13 @@ class Run:
         """Images per second of training, on average."""
         return self.steps * required(self.options.batch_size) / self.seconds if self.seconds > 0 else None
 
-    def warnings(self) -> list[tuple[int, str]]:
-        """(step, text) of the collapse warnings: the same monitor, looking at the same numbers again."""
+    def list_warnings(self) -> list[tuple[int, str]]:
+        """(step, text) of the collapse warnings. The monitor of training reads the logged numbers once more."""
         monitor = CollapseMonitor(self.options.head.out_dim or 1)
         names = {"teacher_entropy", "kl", "prototype_usage", "teacher_temp"}
         steps = [line for line in self.lines if line.keys() >= names or "target_spread" in line]
-        found = [(line["step"], text) for line in steps if (text := monitor.look(line["step"], line))]
-        told = {step for step, _ in found}
-        unexplained = [line["step"] for line in self.lines if line.get("collapse") and line["step"] not in told]
-        return sorted(found + [(step, "the run reported a collapse here.") for step in unexplained])
+        found = {line["step"]: text for line in steps if (text := monitor.look(line["step"], line))}
+        for line in self.lines:
+            if line.get("collapse"):
+                found.setdefault(line["step"], "the run reported a collapse here.")
+        return sorted(found.items())
