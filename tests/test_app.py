@@ -26,6 +26,7 @@ from dino.cli import main
 gradio = pytest.importorskip("gradio")
 from dino.app.explorer import (  # noqa: E402
     Explorer,
+    draw_alike,
     find_newest_run,
 )
 
@@ -53,81 +54,81 @@ def explorer(trained, album) -> Explorer:
 
 
 def test_pictures_of_an_image(explorer, album):
-    shown = explorer.open(str(album / "class0" / "000.jpg"), 64)
+    shown = explorer.open_image(str(album / "class0" / "000.jpg"), 64)
     assert min(shown.pixels.shape[:2]) == 64
-    heads = explorer.heads(shown)
+    heads = shown.draw_heads()
     assert [name for _, name in heads] == ["the image", "mean of all heads", "head 0", "head 1"]
     assert all(picture.shape == shown.pixels.shape for picture, _ in heads)
-    assert explorer.colors(shown).shape == shown.zoomed().shape
-    kept = [[np.mean((mask == shown.pixels).all(-1)) for mask, _ in explorer.masks(shown, m)] for m in (0.1, 0.5, 0.95)]
+    assert shown.enlarge(shown.colors).shape == shown.enlarge().shape
+    kept = [[np.mean((mask == shown.pixels).all(-1)) for mask, _ in shown.draw_masks(m)] for m in (0.1, 0.5, 0.95)]
     assert (np.diff(kept, axis=0) > 0).all()  # the more attention, the more of the image
 
 
 def test_a_patch_is_most_like_itself(explorer, album):
-    shown, other = (explorer.open(str(album / f"class{i}" / f"00{i}.jpg"), 64) for i in (0, 1))
-    (height, width), patch = shown.pixels.shape[:2], 8
+    shown, other = (explorer.open_image(str(album / f"class{i}" / f"00{i}.jpg"), 64) for i in (0, 1))
+    (height, width), patch, cells = shown.pixels.shape[:2], 8, shown.features.flatten(0, 1)
     for x, y in ((0, 0), (width - 1, height - 1), (20, 35)):
         cell = y // patch * (width // patch) + x // patch
-        assert int((shown.features @ shown.features[cell]).argmax()) == cell
+        assert int((cells @ cells[cell]).argmax()) == cell
         zoom = shown.zoom
         assert zoom * 64 >= 360
-        first, second = explorer.alike(shown, other, (x * zoom, y * zoom))
-        assert first.shape == shown.zoomed().shape
+        first, second = draw_alike(shown, other, (x * zoom, y * zoom))
+        assert first.shape == shown.enlarge().shape
         assert second is not None
-        assert second.shape == other.zoomed().shape
+        assert second.shape == other.enlarge().shape
         left, top = x // patch * patch * zoom, y // patch * patch * zoom
         assert (first[top, left] == 255).all()  # its frame
-    assert explorer.alike(shown, None, (0, 0))[1] is None
+    assert draw_alike(shown, None, (0, 0))[1] is None
 
 
 def test_neighbors_and_copies(explorer, album, tmp_path):
     with pytest.raises(ValueError, match="press the button first"):
-        explorer.nearest(explorer.open(0, 32), 3)
-    progress = list(explorer.index(tmp_path / "embeddings"))
+        explorer.find_nearest(explorer.open_image(0, 32), 3)
+    progress = list(explorer.index_images(tmp_path / "embeddings"))
     assert progress[-1] == (41, 41)
-    found = explorer.nearest(explorer.open(str(album / "class1" / "001.jpg"), 32), 4)
+    found = explorer.find_nearest(explorer.open_image(str(album / "class1" / "001.jpg"), 32), 4)
     assert {caption for _, caption in found[:2]} == {"1.000  class1/001.jpg", "1.000  class1/copy.jpg"}
-    said, groups = explorer.copies()
+    said, groups = explorer.find_copies()
     assert re.match(r"\d+ of 41 images are near-copies, in groups: \d+\.", said)
     group = {caption.partition(" · ")[2]: caption.partition(" · ")[0] for _, caption in groups}
     assert group["class1/001.jpg"] == group["class1/copy.jpg"]
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "embeddings").rglob("*.parquet"))
-    list(explorer.index(tmp_path / "embeddings"))  # found again
+    list(explorer.index_images(tmp_path / "embeddings"))  # found again
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "embeddings").rglob("*.parquet"))
 
 
 def test_checkpoints_are_shown_in_their_order(explorer, trained):
     assert len(explorer.checkpoints) == 3
-    shown = explorer.open(0, 32)
-    picture = explorer.over_time(shown, 32)
+    shown = explorer.open_image(0, 32)
+    picture = explorer.draw_checkpoints(shown, 32)
     assert picture.shape[1] >= 4 * shown.pixels.shape[1]
     last = weights.load(explorer.checkpoints[-1]).state_dict()
     assert all(torch.equal(value, last[name]) for name, value in weights.load(trained).state_dict().items())
     with pytest.raises(ValueError, match="start the explorer with a run directory"):
-        Explorer(weights.load(trained), None, None, None).over_time(shown, 32)
+        Explorer(weights.load(trained), None, None, None).draw_checkpoints(shown, 32)
 
 
 def test_a_model_without_attention(album):
     model = dino.create("timm:resnet10t", image_size=64).eval()
     explorer = Explorer(model, None, str(album), None)
-    shown = explorer.open(0, 64)
-    assert not explorer.sees
+    shown = explorer.open_image(0, 64)
+    assert not explorer.model.has_attention
     assert shown.look is None
-    assert explorer.alike(shown, shown, (5, 5))[1] is not None
-    assert explorer.colors(shown).shape == shown.zoomed().shape
+    assert draw_alike(shown, shown, (5, 5))[1] is not None
+    assert shown.enlarge(shown.colors).shape == shown.enlarge().shape
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0 broken"])
 def test_what_is_no_image_is_one_sentence(explorer, content, tmp_path):
     (file := tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=r"^This cannot be shown: .*\.$"):
-        explorer.open(str(file), 32)
+        explorer.open_image(str(file), 32)
 
 
 def test_huge_images_are_refused_before_they_are_decoded(explorer, tmp_path):
     Image.new("1", (10_000, 6_000)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match="too many pixels"):
-        explorer.open(str(tmp_path / "huge.png"), 32)
+        explorer.open_image(str(tmp_path / "huge.png"), 32)
 
 
 def test_an_embedding_of_another_model_is_refused(album, trained, saved_model, tmp_path, capsys):
@@ -138,7 +139,7 @@ def test_an_embedding_of_another_model_is_refused(album, trained, saved_model, t
     assert said.count("\n") == 1
     good = dino.embed(str(trained), str(album), tmp_path / "y.parquet", device="cpu").path
     explorer = Explorer(weights.load(trained), None, None, str(good))
-    assert len(explorer.nearest(explorer.open(0, 32), 3)) == 3
+    assert len(explorer.find_nearest(explorer.open_image(0, 32), 3)) == 3
 
 
 def test_bad_ways_to_start(trained, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """What the explorer shows, as pictures: one model, one embedding, any image.
 
-A page's visitors share the model, so whatever runs it holds the lock. Errors are `ValueError`s of one sentence.
+Visitors of the page share the model; it runs under a lock. Every error is a `ValueError` of one sentence.
 """
 
 from __future__ import annotations
@@ -23,49 +23,61 @@ from dino.data.sources import Source, WithPlaceholders, evenly_spaced
 from dino.engine.checkpoint import Checkpoints
 from dino.features.embed import Folder, embed
 from dino.features.search import Index, check_same_model, duplicates, search_index
+from dino.look import pictures
 from dino.look.patches import extract_patches, fit_axes
-from dino.look.pictures import (
-    ColoredPatches,
-    Look,
-    attention_maps,
-    choose_size,
-    draw_heat,
-    draw_mosaic,
-    enlarge_cells,
-    fit_image,
-)
 from dino.models import Backbone
 from dino.weights import fingerprint
 
-MOST_PIXELS, MOST_SIZE = 50_000_000, 1024  # of an image that a browser sends; of its shorter side as it is looked at
-THUMBNAIL, LEGIBLE = 240, 360  # pixels of the longer edge; at least of the shorter
-OFFERED = 24  # images of the data to pick from
-MOST_CHECKPOINTS = 8  # of a run, evenly spaced
-MOST_GROUPS, MOST_OF_GROUP = 20, 6  # near-copies shown
-SHARD = 256  # images indexed between two signs of progress
+MAX_PIXELS = 50_000_000  # of an image that a browser sends
+MAX_SIZE = 1024  # pixels of the shorter side that the model is given
+THUMBNAIL = 240  # pixels of the longer side
+MIN_LEGIBLE = 360  # pixels of the shorter side; a smaller picture is enlarged, so that its patches can be clicked on
+NUM_OFFERED = 24  # images of the data to pick from
+MAX_CHECKPOINTS = 8  # of a run, evenly spaced
+MAX_GROUPS, MAX_OF_GROUP = 20, 6  # groups of near-copies, and images of each
+SHARD = 256  # images that are indexed between two reports of progress
 
 Captioned = tuple[np.ndarray, str]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An image as the model is shown it."""
+class ShownImage:
+    """An image as the model gets it, and what the model makes of it."""
 
     pixels: np.ndarray  # [h, w, 3] uint8, of whole patches
-    original: np.ndarray  # as it was read
-    features: Tensor  # [cells, d], of length 1
+    original: np.ndarray  # [h, w, 3] uint8, as it was read
+    features: Tensor  # [rows, columns, d], a vector of length 1 for each patch
     colors: np.ndarray  # [h, w, 3] uint8, the features on their three main axes
-    look: Look | None  # None: this model has no attention
+    look: pictures.Look | None  # None: this model has no attention
 
     @property
     def zoom(self) -> int:
-        """How many times larger a page shows it, lest small images are too small to click on."""
-        return -(-LEGIBLE // min(self.pixels.shape[:2]))
+        """How many times larger the page shows it."""
+        return -(-MIN_LEGIBLE // min(self.pixels.shape[:2]))
 
-    def zoomed(self, picture: np.ndarray | None = None) -> np.ndarray:
-        """A picture of its size, or itself, as large as that."""
+    def enlarge(self, picture: np.ndarray | None = None) -> np.ndarray:
+        """A picture of the size of `pixels`, by default `pixels`, `zoom` times larger."""
         picture = self.pixels if picture is None else picture
         return picture.repeat(self.zoom, axis=0).repeat(self.zoom, axis=1)
+
+    def draw_cosines(self, cosine: Tensor, row: int, column: int) -> np.ndarray:
+        """The image under the map of cosines [rows, columns], with a frame around one patch."""
+        heat = pictures.enlarge_cells(pictures.draw_heat(cosine.clamp(min=0).numpy() ** 2), self.pixels)
+        picture = Image.fromarray(self.enlarge((0.35 * self.pixels + 0.65 * heat).astype(np.uint8)))
+        rows, columns = cosine.shape
+        left, top = column * picture.width // columns, row * picture.height // rows
+        box = [left - 1, top - 1, left + picture.width // columns, top + picture.height // rows]
+        ImageDraw.Draw(picture).rectangle(box, outline="white", width=3)
+        return np.asarray(picture)
+
+    def draw_heads(self) -> list[Captioned]:
+        assert self.look is not None
+        return [(self.pixels, "the image"), *_caption_heads(self.look.maps)]
+
+    def draw_masks(self, mass: float) -> list[Captioned]:
+        """The image within the patches that hold `mass` of each head's attention."""
+        assert self.look is not None
+        return _caption_heads(replace(self.look, mass=mass).overlays)
 
 
 class Explorer:
@@ -77,128 +89,81 @@ class Explorer:
         self.source: Source | None = None if data is None else open_images(data)
         self.neighbors: Index | None = None  # of an embedding
         if embedding is not None:
-            self._use(Folder.open(embedding))
-            if self.source is None:
-                self.source = self.images
+            self._use_embedding(Folder.open(embedding))
+            self.source = self.images if self.source is None else self.source
 
     # --- one image -------------------------------------------------------------------------------------------------
 
-    def open(self, file: str | int, size: int) -> Shown:
-        """An image file, or one of `offered` by position, `size` pixels on its shorter side."""
+    def open_image(self, file: str | int, size: int) -> ShownImage:
+        """An image file, or one of `thumbnails` by position, `size` pixels on its shorter side."""
         try:
-            original = decode(Path(file), MOST_PIXELS) if isinstance(file, str) else self._offered(file)
+            if isinstance(file, str):
+                return self.show_pixels(decode(Path(file), MAX_PIXELS), size)
+            assert self.source is not None
+            return self.show_pixels(self.source.read(self._offered[file]), size)
         except BadImage as error:
             raise ValueError(f"This cannot be shown: {error.reason}.") from error
-        return self.resize(original, size)
 
-    def resize(self, original: np.ndarray, size: int) -> Shown:
+    def show_pixels(self, original: np.ndarray, size: int) -> ShownImage:
         with self.lock:
-            pixels = fit_image(self.model, original, size)
+            pixels = pictures.fit_image(self.model, original, size)
             features = extract_patches(self.model, pixels)
-            look = attention_maps(self.model, pixels, size) if self.sees else None
-            return Shown(pixels, original, F.normalize(features, dim=1), self._painted(pixels, features), look)
-
-    @property
-    def sees(self) -> bool:
-        """Whether the model has attention to show."""
-        return self.model.has_attention
+            look = pictures.attention_maps(self.model, pixels, size) if self.model.has_attention else None
+            unit = F.normalize(features, dim=1).view(*self.model.grid(*pixels.shape[:2]), -1)
+            return ShownImage(pixels, original, unit, self._color_features(pixels, features), look)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Least, most, usual and step of the edge of an image's shorter side, pixels."""
-        usual, patch = choose_size(self.model, None), self.model.patch_size
-        return 4 * patch, max(usual, min(64, MOST_SIZE // patch) * patch), usual, patch
+        """Minimum, maximum, default and step of the shorter side of an image, pixels."""
+        usual, patch = pictures.choose_size(self.model, None), self.model.patch_size
+        return 4 * patch, max(usual, min(64, MAX_SIZE // patch) * patch), usual, patch
 
-    def heads(self, shown: Shown) -> list[Captioned]:
-        assert shown.look is not None
-        return [(shown.pixels, "the image"), *self._captioned(shown.look.maps)]
-
-    def masks(self, shown: Shown, mass: float) -> list[Captioned]:
-        """The image where `mass` of each head's attention lies."""
-        assert shown.look is not None
-        return self._captioned(replace(shown.look, mass=mass).overlays)
-
-    @staticmethod
-    def _captioned(pictures: list[np.ndarray]) -> list[Captioned]:
-        names = ["mean of all heads", *(f"head {j}" for j in range(len(pictures) - 1))]
-        return list(zip([pictures[-1], *pictures[:-1]], names, strict=True))
-
-    def colors(self, shown: Shown) -> np.ndarray:
-        """Its patches' features as colors."""
-        return shown.zoomed(shown.colors)
-
-    def _painted(self, pixels: np.ndarray, features: Tensor) -> np.ndarray:
+    def _color_features(self, pixels: np.ndarray, features: Tensor) -> np.ndarray:
         colors = fit_axes([features]).colors(features).view(*self.model.grid(*pixels.shape[:2]), 3)
-        return ColoredPatches(pixels, colors.numpy()).picture
-
-    def alike(self, a: Shown, b: Shown | None, point: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
-        """How like the patch at `point` (x, y; pixels of `a` zoomed) is to each patch of `a` and of `b`."""
-        rows, columns = self._grid(a)
-        height, width = (a.zoom * edge for edge in a.pixels.shape[:2])
-        row, column = min(point[1] * rows // height, rows - 1), min(point[0] * columns // width, columns - 1)
-        wanted = a.features[row * columns + column]
-        first = self._heated(a, a.features @ wanted, row * columns + column)
-        if b is None:
-            return first, None
-        cosine = b.features @ wanted
-        return first, self._heated(b, cosine, int(cosine.argmax()))
-
-    def _grid(self, shown: Shown) -> tuple[int, int]:
-        rows, columns = self.model.grid(*shown.pixels.shape[:2])
-        return rows, columns
-
-    def _heated(self, shown: Shown, cosine: Tensor, cell: int) -> np.ndarray:
-        """The image under the map of cosines [cells], with a frame round a cell."""
-        rows, columns = self._grid(shown)
-        map_ = enlarge_cells(draw_heat(cosine.clamp(min=0).view(rows, columns).numpy() ** 2), shown.pixels)
-        picture = Image.fromarray(shown.zoomed((0.35 * shown.pixels + 0.65 * map_).astype(np.uint8)))
-        left, top = cell % columns * picture.width // columns, cell // columns * picture.height // rows
-        box = [left - 1, top - 1, left + picture.width // columns, top + picture.height // rows]
-        ImageDraw.Draw(picture).rectangle(box, outline="white", width=3)
-        return np.asarray(picture)
+        return pictures.ColoredPatches(pixels, colors.numpy()).picture
 
     # --- a run's checkpoints -----------------------------------------------------------------------------------------
 
     @cached_property
     def checkpoints(self) -> list[Path]:
         found = Checkpoints(self.run / "checkpoints").complete() if self.run is not None else []
-        return [found[i] for i in evenly_spaced(len(found), MOST_CHECKPOINTS)]
+        return [found[i] for i in evenly_spaced(len(found), MAX_CHECKPOINTS)]
 
-    def over_time(self, shown: Shown, size: int) -> np.ndarray:
+    def draw_checkpoints(self, shown: ShownImage, size: int) -> np.ndarray:
         """The image as each checkpoint's teacher sees it: attention above, features of patches below."""
         if not self.checkpoints:
             raise ValueError("There are no checkpoints: start the explorer with a run directory.")
-        rows: list[list[np.ndarray | str]] = [[shown.pixels], ["features of\npatches"]]
+        attention: list[np.ndarray | str] = [shown.pixels]
+        features: list[np.ndarray | str] = ["features of\npatches" if self.model.has_attention else shown.pixels]
         for path in self.checkpoints:
             model = weights.load(path).to(next(self.model.parameters()).device)
-            if self.sees:
-                rows[0].append(attention_maps(model, shown.pixels, size).maps[-1])
-            rows[1].append(self._painted(shown.pixels, extract_patches(model, shown.pixels)))
+            if model.has_attention:
+                attention.append(pictures.attention_maps(model, shown.pixels, size).maps[-1])
+            features.append(self._color_features(shown.pixels, extract_patches(model, shown.pixels)))
         titles = ["image", *(f"step {int(path.stem.removeprefix('step-')):,}" for path in self.checkpoints)]
-        return np.asarray(draw_mosaic(rows if self.sees else [[shown.pixels, *rows[1][1:]]], titles))
+        return np.asarray(
+            pictures.draw_mosaic([attention, features] if self.model.has_attention else [features], titles)
+        )
 
     # --- many images -------------------------------------------------------------------------------------------------
 
     @cached_property
-    def offered(self) -> list[np.ndarray]:
-        """Some images of the data, as thumbnails."""
-        return [] if self.source is None else [draw_thumbnail(self.source, i) for i in self._spread(self.source)]
+    def thumbnails(self) -> list[np.ndarray]:
+        """Some images of the data to pick from."""
+        return [] if self.source is None else [draw_thumbnail(self.source, i) for i in self._offered]
 
-    @staticmethod
-    def _spread(source: Source) -> Sequence[int]:
-        return evenly_spaced(len(source), OFFERED)
+    @property
+    def _offered(self) -> Sequence[int]:
+        """Positions in the data."""
+        return evenly_spaced(0 if self.source is None else len(self.source), NUM_OFFERED)
 
-    def _offered(self, number: int) -> np.ndarray:
-        assert self.source is not None
-        return self.source.read(self._spread(self.source)[number])
-
-    def _use(self, folder: Folder) -> None:
+    def _use_embedding(self, folder: Folder) -> None:
         check_same_model(folder, self.model)
         embedding = folder.read()
         self.images, self.neighbors = embedding.images(), Index(embedding)
 
-    def index(self, cache: Path) -> Iterator[tuple[int, int]]:
-        """Embed the data, or use what `cache` has of it: images done, and of how many."""
+    def index_images(self, cache: Path) -> Iterator[tuple[int, int]]:
+        """Embed the data, or use the embedding in `cache`; yields how many images are done, of how many."""
         if self.source is None or self.data is None:
             raise ValueError("There are no images to index: start the explorer with --data FOLDER.")
         out = cache / f"{fingerprint(self.model)[:16]}-{self.source.fingerprint[:16]}.parquet"
@@ -211,45 +176,64 @@ class Explorer:
             except Exception as error:
                 failed.append(error)
 
-        worker = threading.Thread(target=work, daemon=True)
+        worker = threading.Thread(target=work, daemon=True)  # does not keep the program from ending
         worker.start()
         while worker.is_alive():
             worker.join(0.5)
-            done = len(list(out.glob("*.parquet"))) * SHARD if out.is_dir() else 0
+            done = len(list(out.glob("*.parquet"))) * SHARD  # none while there is no such folder
             yield min(done, len(self.source)), len(self.source)
         if failed:
             raise failed[0]
-        self._use(Folder.open(out))
+        self._use_embedding(Folder.open(out))
 
-    def nearest(self, shown: Shown, k: int) -> list[Captioned]:
+    def find_nearest(self, shown: ShownImage, k: int) -> list[Captioned]:
         """The most similar images of the embedding, with cosine and name."""
         with self.lock:
-            found = search_index(self._ready(), self.model, [shown.original], k)
-        embedding = found.embedding
+            found = search_index(self._get_index(), self.model, [shown.original], k)
         return [
-            (draw_thumbnail(self.images, int(embedding.positions[row])), f"{cosine:.3f}  {embedding.names[row]}")
+            self._draw_row(row, f"{cosine:.3f}  ")
             for cosine, row in zip(found.cosine[0].tolist(), found.rows[0].tolist(), strict=True)
         ]
 
-    def copies(self) -> tuple[str, list[Captioned]]:
+    def find_copies(self) -> tuple[str, list[Captioned]]:
         """Groups of near-copies: how many there are, and the largest."""
-        embedding = self._ready().embedding
+        embedding = self._get_index().embedding
         groups = duplicates(embedding)
         count = sum(map(len, groups))
         said = f"{count:,} of {len(embedding.names):,} images are near-copies, in groups: {len(groups):,}."
-        if len(groups) > MOST_GROUPS:
-            said += f" The {MOST_GROUPS} largest are shown."
-        shown = [
-            (draw_thumbnail(self.images, int(embedding.positions[row])), f"{number} · {embedding.names[row]}")
-            for number, group in enumerate(groups[:MOST_GROUPS], 1)
-            for row in group[:MOST_OF_GROUP]
-        ]
-        return said, shown
+        if len(groups) > MAX_GROUPS:
+            said += f" The {MAX_GROUPS} largest are shown."
+        numbered = enumerate(groups[:MAX_GROUPS], 1)
+        return said, [self._draw_row(row, f"{i} · ") for i, group in numbered for row in group[:MAX_OF_GROUP]]
 
-    def _ready(self) -> Index:
+    def _draw_row(self, row: int, prefix: str) -> Captioned:
+        """An image of the embedding, and its name after `prefix`."""
+        embedding = self._get_index().embedding
+        return draw_thumbnail(self.images, int(embedding.positions[row])), prefix + embedding.names[row]
+
+    def _get_index(self) -> Index:
         if self.neighbors is None:
             raise ValueError("The images are not indexed yet: press the button first.")
         return self.neighbors
+
+
+def draw_alike(a: ShownImage, b: ShownImage | None, point: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """How similar each patch of `a` and of `b` is to the patch of `a` at `point` (x, y; pixels of `a` enlarged)."""
+    (rows, columns, _), (height, width, _) = a.features.shape, a.pixels.shape
+    row = min(point[1] * rows // (a.zoom * height), rows - 1)
+    column = min(point[0] * columns // (a.zoom * width), columns - 1)
+    wanted = a.features[row, column]
+    first = a.draw_cosines(a.features @ wanted, row, column)
+    if b is None:
+        return first, None
+    cosine = b.features @ wanted
+    return first, b.draw_cosines(cosine, *divmod(int(cosine.argmax()), cosine.shape[1]))
+
+
+def _caption_heads(maps: list[np.ndarray]) -> list[Captioned]:
+    """One picture for each head, and that of their mean, which is last in `maps` and first on the page."""
+    names = ["mean of all heads", *(f"head {j}" for j in range(len(maps) - 1))]
+    return list(zip([maps[-1], *maps[:-1]], names, strict=True))
 
 
 def draw_thumbnail(source: Source, position: int) -> np.ndarray:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import gradio as gr
 from gradio import themes
 
 from dino import distributed, files, weights
-from dino.app.explorer import Explorer, Shown, find_newest_run
+from dino.app.explorer import Explorer, ShownImage, draw_alike, find_newest_run
 from dino.models import NO_ATTENTION
 from dino.options import toml
 from dino.options.commands import AppOptions
@@ -38,24 +37,21 @@ COPIES = """### Near-copies
 Images that are all but the same: resized, recompressed, slightly cropped, or taken a moment later."""
 TIME = """The same image through the checkpoints of the run: attention (mean of all heads), and features of patches as
 colors. A run keeps its last two checkpoints; train with `--log.keep 20` to see more of its way."""
+PLAIN: Any = {"show_label": False, "interactive": False, "buttons": []}  # of pictures
 NOTHING = "There are no images to search: start the explorer with `--data FOLDER` or `--embedding FILE`."
 
 
-def show_errors(work: Callable[..., Any]) -> Callable[..., Any]:
-    """`work` of a visitor; what it refuses is one sentence on the page, and the page stays as it was."""
-
-    @functools.wraps(work)
-    def tried(*arguments: Any) -> Any:
-        try:
-            return work(*arguments)
-        except (ValueError, OSError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    return tried
+@contextlib.contextmanager
+def show_errors() -> Iterator[None]:
+    """Around the work for a visitor: an error is one sentence on the page, and the page stays as it was."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 class Page:
-    """Components and their events. A visitor's images lie in `first` and `second`, each a `Shown`."""
+    """Components and their events. The images of a visitor are the states `first` and `second`, each a `ShownImage`."""
 
     def __init__(self, explorer: Explorer, name: str):
         self.explorer = explorer
@@ -64,166 +60,148 @@ class Page:
             self.first, self.second = gr.State(), gr.State()
             with gr.Row():
                 with gr.Column(scale=1, min_width=260):
-                    self.file, self.picks = self._chooser("Drop an image here", "first", 2)
+                    self.file, self.picks = self._add_chooser("Drop an image here", "first", 2)
                     least, most, usual, step = explorer.sizes
                     self.size = gr.Slider(least, most, usual, step=step, label="Shorter side", elem_id="size")
                 with gr.Column(scale=3, min_width=320), gr.Tabs():
                     with gr.Tab("Where it looks", elem_id="looks"):
-                        self._looks()
+                        self._add_attention()
                     with gr.Tab("What is alike", elem_id="alike"):
-                        self._alike()
+                        self._add_similarity()
                     with gr.Tab("Nearest images", elem_id="nearest"):
-                        self._nearest()
+                        self._add_neighbors()
                     with gr.Tab("Over time", elem_id="time"):
-                        self._over_time()
-            self._events()
+                        gr.Markdown(TIME)
+                        self.go = gr.Button("Show", elem_id="go")
+                        self.time = self._add_image("over", "")
+            self._connect()
 
-    def _chooser(self, label: str, name: str, columns: int) -> tuple[Any, Any]:
-        offered = self.explorer.offered
+    # --- components --------------------------------------------------------------------------------------------------
+
+    def _add_chooser(self, label: str, name: str, columns: int) -> tuple[Any, Any]:
         file = gr.File(label=label, height=160, elem_id=f"{name}-file")
-        picks = gr.Gallery(
-            offered,
-            show_label=False,
-            columns=columns,
-            height=300,
-            allow_preview=False,
-            object_fit="cover",
-            visible=bool(offered),
-            interactive=False,
-            buttons=[],
-            elem_id=f"{name}-picks",
-        )
-        return file, picks
+        pictures: Any = self.explorer.thumbnails
+        shape: Any = {"columns": columns, "height": 300, "object_fit": "cover", "allow_preview": False}
+        return file, gr.Gallery(pictures, visible=bool(pictures), elem_id=f"{name}-picks", **shape, **PLAIN)
 
-    def _gallery(self, name: str, columns: int = 4, visible: bool = True) -> Any:
-        return gr.Gallery(
-            columns=columns,
-            show_label=False,
-            object_fit="contain",
-            interactive=False,
-            buttons=[],
-            visible=visible,
-            elem_id=name,
-            elem_classes="tight",
-        )
+    def _add_gallery(self, name: str, columns: int = 4, visible: bool = True) -> Any:
+        shape: Any = {"columns": columns, "object_fit": "contain", "elem_classes": "tight"}
+        return gr.Gallery(visible=visible, elem_id=name, **shape, **PLAIN)
 
-    def _image(self, name: str, title: str) -> Any:
+    def _add_image(self, name: str, title: str) -> Any:
         with gr.Column(min_width=200):
             gr.Markdown(title)
-            return gr.Image(show_label=False, interactive=False, buttons=["fullscreen"], elem_id=name)
+            return gr.Image(elem_id=name, **PLAIN | {"buttons": ["fullscreen"]})
 
-    def _looks(self) -> None:
-        sees = self.explorer.sees
-        gr.Markdown(LOOKS if sees else NO_ATTENTION[0].upper() + NO_ATTENTION[1:])
-        self.heads = self._gallery("heads", visible=sees)
-        gr.Markdown(MASKS, visible=sees)
-        self.mass = gr.Slider(0.05, 0.95, 0.6, step=0.05, label="Share of the attention", visible=sees, elem_id="mass")
-        self.masks = self._gallery("masks", visible=sees)
+    def _add_attention(self) -> None:
+        visible = self.explorer.model.has_attention
+        gr.Markdown(LOOKS if visible else NO_ATTENTION[0].upper() + NO_ATTENTION[1:])
+        self.heads = self._add_gallery("heads", visible=visible)
+        gr.Markdown(MASKS, visible=visible)
+        label = "Share of the attention"
+        self.mass = gr.Slider(0.05, 0.95, 0.6, step=0.05, label=label, visible=visible, elem_id="mass")
+        self.masks = self._add_gallery("masks", visible=visible)
 
-    def _alike(self) -> None:
+    def _add_similarity(self) -> None:
         gr.Markdown(ALIKE)
         with gr.Row():
-            self.a = self._image("a", "**Click a patch**")
-            self.b = self._image("b", "Second image")
-            self.pca = self._image("pca", "Features as colors")
+            self.a = self._add_image("a", "**Click a patch**")
+            self.b = self._add_image("b", "Second image")
+            self.pca = self._add_image("pca", "Features as colors")
         with gr.Accordion("Choose a second image", open=False):
-            self.other_file, self.other_picks = self._chooser("Drop a second image here", "second", 6)
+            self.other_file, self.other_picks = self._add_chooser("Drop a second image here", "second", 6)
 
-    def _nearest(self) -> None:
-        explorer = self.explorer
+    def _add_neighbors(self) -> None:
         gr.Markdown(NEAREST)
-        total = 0 if explorer.source is None else len(explorer.source)
-        wanted = explorer.neighbors is None and total > 0
+        total = 0 if self.explorer.source is None else len(self.explorer.source)
+        wanted = self.explorer.neighbors is None and total > 0
         self.index = gr.Button(f"Index the {total:,} images", variant="primary", visible=wanted, elem_id="index")
         self.progress = gr.Markdown("" if total else NOTHING, elem_id="progress")
-        self.found = self._gallery("found", 5)
+        self.found = self._add_gallery("found", 5)
         gr.Markdown(COPIES, visible=total > 0)
         self.look = gr.Button("Look for near-copies", visible=total > 0, elem_id="look")
         self.said = gr.Markdown(elem_id="said")
-        self.groups = self._gallery("groups", 6)
-
-    def _over_time(self) -> None:
-        gr.Markdown(TIME)
-        self.go = gr.Button("Show", elem_id="go")
-        self.time = self._image("over", "")
+        self.groups = self._add_gallery("groups", 6)
 
     # --- events ------------------------------------------------------------------------------------------------------
 
-    def _events(self) -> None:
-        e, size = self.explorer, self.size
-        if e.offered:
-            self._show_first(self.blocks.load(show_errors(lambda size: e.open(0, size)), size, self.first))
-        for place, file, picks, show in (
-            (self.first, self.file, self.picks, self._show_first),
-            (self.second, self.other_file, self.other_picks, self._show_second),
+    def _connect(self) -> None:
+        size, both, open_image = self.size, [self.first, self.second], show_errors()(self.explorer.open_image)
+        if self.explorer.thumbnails:
+            self._then_show_first(self.blocks.load(lambda size: open_image(0, size), size, self.first))
+        for place, file, picks, then_show in (
+            (self.first, self.file, self.picks, self._then_show_first),
+            (self.second, self.other_file, self.other_picks, self._then_show_second),
         ):
-            uploaded = file.upload(show_errors(e.open), [file, size], place)
+            uploaded = file.upload(open_image, [file, size], place)
             uploaded.failure(lambda: None, None, file)
-            show(uploaded)
-            show(picks.select(show_errors(self._pick), size, place))
-            show(size.release(show_errors(self._resize), [place, size], place))
-        self.mass.input(
-            show_errors(lambda shown, mass: None if shown is None else e.masks(shown, mass)),
-            [self.first, self.mass],
-            self.masks,
-            show_progress="hidden",
-            trigger_mode="always_last",
-        )
-        both = [self.first, self.second]
-        self.a.select(show_errors(self._alike_to), both, [self.a, self.b], show_progress="hidden")
-        self.b.select(show_errors(self._alike_to_second), both, [self.a, self.b], show_progress="hidden")
-        indexed = self.index.click(self._index, None, [self.index, self.progress])
-        indexed.success(show_errors(self._nearest_of), self.first, self.found)
-        self.look.click(show_errors(e.copies), None, [self.said, self.groups])
-        self.go.click(show_errors(self._through_time), [self.first, size], self.time)
+            then_show(uploaded)
+            then_show(picks.select(self._open_pick, size, place))
+            then_show(size.release(self._resize, [place, size], place))
+        quiet: Any = {"show_progress": "hidden"}
+        self.mass.input(self._draw_masks, [self.first, self.mass], self.masks, trigger_mode="always_last", **quiet)
+        self.a.select(self._compare_to_first, both, [self.a, self.b], **quiet)
+        self.b.select(self._compare_to_second, both, [self.a, self.b], **quiet)
+        indexed = self.index.click(self._index_images, None, [self.index, self.progress])
+        indexed.success(self._find_nearest, self.first, self.found)
+        indexed.failure(lambda: (gr.update(interactive=True), ""), None, [self.index, self.progress])
+        self.look.click(show_errors()(self.explorer.find_copies), None, [self.said, self.groups])
+        self.go.click(self._draw_checkpoints, [self.first, size], self.time)
 
-    def _show_first(self, event: Any) -> None:
+    def _then_show_first(self, event: Any) -> None:
         pictures = [self.heads, self.masks, self.a, self.pca]
-        done = event.success(show_errors(self._pictures), [self.first, self.mass], pictures)
-        done.success(show_errors(self._nearest_of), self.first, self.found)
+        done = event.success(self._draw_first, [self.first, self.mass], pictures)
+        done.success(self._find_nearest, self.first, self.found)
 
-    def _show_second(self, event: Any) -> None:
-        event.success(lambda shown: None if shown is None else shown.zoomed(), self.second, self.b)
+    def _then_show_second(self, event: Any) -> None:
+        event.success(lambda shown: None if shown is None else shown.enlarge(), self.second, self.b)
 
-    def _resize(self, shown: Shown | None, size: int) -> Shown | None:
-        return None if shown is None else self.explorer.resize(shown.original, size)
+    @show_errors()
+    def _open_pick(self, size: int, event: gr.SelectData) -> ShownImage:
+        return self.explorer.open_image(event.index, size)
 
-    def _pick(self, size: int, event: gr.SelectData) -> Shown:
-        return self.explorer.open(event.index, size)
+    @show_errors()
+    def _resize(self, shown: ShownImage | None, size: int) -> ShownImage | None:
+        return None if shown is None else self.explorer.show_pixels(shown.original, size)
 
-    def _pictures(self, shown: Shown | None, mass: float) -> tuple[Any, Any, Any, Any]:
-        e = self.explorer
+    @show_errors()
+    def _draw_first(self, shown: ShownImage | None, mass: float) -> tuple[Any, Any, Any, Any]:
         if shown is None:
             return None, None, None, None
-        heads, masks = (e.heads(shown), e.masks(shown, mass)) if e.sees else (None, None)
-        return heads, masks, shown.zoomed(), e.colors(shown)
+        heads = None if shown.look is None else shown.draw_heads()
+        return heads, self._draw_masks(shown, mass), shown.enlarge(), shown.enlarge(shown.colors)
 
-    def _nearest_of(self, shown: Shown | None) -> Any:
-        return None if shown is None or self.explorer.neighbors is None else self.explorer.nearest(shown, 10)
+    @show_errors()
+    def _draw_masks(self, shown: ShownImage | None, mass: float) -> Any:
+        return None if shown is None or shown.look is None else shown.draw_masks(mass)
 
-    def _alike_to(self, first: Shown | None, second: Shown | None, event: gr.SelectData) -> tuple[Any, Any]:
-        return (None, None) if first is None else self.explorer.alike(first, second, event.index)
+    @show_errors()
+    def _find_nearest(self, shown: ShownImage | None) -> Any:
+        return None if shown is None or self.explorer.neighbors is None else self.explorer.find_nearest(shown, 10)
 
-    def _alike_to_second(self, first: Shown | None, second: Shown | None, event: gr.SelectData) -> tuple[Any, Any]:
+    @show_errors()
+    def _compare_to_first(self, first: ShownImage | None, second: ShownImage | None, event: gr.SelectData) -> Any:
+        return (None, None) if first is None else draw_alike(first, second, event.index)
+
+    @show_errors()
+    def _compare_to_second(self, first: ShownImage | None, second: ShownImage | None, event: gr.SelectData) -> Any:
         if second is None:
             return gr.skip(), gr.skip()
-        b, a = self.explorer.alike(second, first, event.index)
+        b, a = draw_alike(second, first, event.index)
         return a, b
 
-    def _index(self) -> Any:
-        """Progress, and at the end the button is gone."""
-        try:
-            for done, total in self.explorer.index(files.cache_folder() / "embeddings"):
+    def _index_images(self) -> Any:
+        """Progress; at the end the button is gone."""
+        with show_errors():
+            for done, total in self.explorer.index_images(files.cache_folder() / "embeddings"):
                 yield gr.update(interactive=False), f"Indexing: {done:,} of {total:,} images ..."
-        except (ValueError, OSError) as error:
-            yield gr.update(interactive=True), ""
-            raise gr.Error(str(error), print_exception=False) from error
         yield gr.update(visible=False), "The images are indexed."
 
-    def _through_time(self, shown: Shown | None, size: int) -> Any:
+    @show_errors()
+    def _draw_checkpoints(self, shown: ShownImage | None, size: int) -> Any:
         if shown is None:
             raise ValueError("Choose an image first.")
-        return self.explorer.over_time(shown, size)
+        return self.explorer.draw_checkpoints(shown, size)
 
 
 def serve(options: AppOptions) -> None:
