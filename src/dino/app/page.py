@@ -229,7 +229,7 @@ def serve(options: AppOptions) -> None:
 
 
 def check_port(port: int) -> None:
-    """Refuse a port that cannot be had."""
+    """Refuse a port that is taken or not allowed."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -181,16 +181,14 @@ class Gallery:
 def choose_pictures(source: Source, most: int) -> list[Picture]:
     """At most `most` readable images, evenly spaced, of different classes first."""
     positions = evenly_spaced(len(source), NUM_CANDIDATES)
-    first: list[int] = []
+    first: dict[int, int] = {}  # a class to its first position; an image without a class stands for itself
     for i in positions:
-        label = None if source.labels is None else source.labels[i]
-        if label is None or label < 0 or all(source.labels[j] != label for j in first):  # pyright: ignore
-            first.append(i)
-    if len(first) > most:  # the whole range, not its beginning
-        preferred = [first[i] for i in evenly_spaced(len(first), most)]
-        first = preferred + [i for i in first if i not in preferred]
+        label = -1 if source.labels is None else source.labels[i]
+        first.setdefault(label if label >= 0 else -1 - i, i)
+    chosen = [*first.values()]
+    preferred = [chosen[i] for i in evenly_spaced(len(chosen), most)]  # over the whole range
     pictures: list[Picture] = []
-    for i in first + [i for i in positions if i not in first]:
+    for i in dict.fromkeys([*preferred, *chosen, *positions]):
         if len(pictures) == most:
             break
         try:
