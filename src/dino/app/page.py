@@ -14,7 +14,10 @@ from gradio import themes
 
 from dino import distributed, files, weights
 from dino.app.explorer import Explorer, ShownImage, draw_alike, find_newest_run
+<<<<<<< HEAD
 from dino.data.open import find_path
+=======
+>>>>>>> html
 from dino.models import NO_ATTENTION
 from dino.options import toml
 from dino.options.commands import AppOptions
@@ -230,7 +233,7 @@ def serve(options: AppOptions) -> None:
 
 
 def check_port(port: int) -> None:
-    """Refuse a port that cannot be had."""
+    """Refuse a port that is taken or not allowed."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
