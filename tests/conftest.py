@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -62,8 +63,8 @@ def starts_processes(function: Any, seen: set[CodeType]) -> bool:
     if {"processes", "subprocess"} & names:
         return True
     seen.add(function.__code__)
-    called = [function.__globals__.get(name) for name in names]
-    ours = [f for f in called if isinstance(f, FunctionType) and Path(f.__code__.co_filename).parent == HERE]
+    called = [inspect.unwrap(f) for name in names if isinstance(f := function.__globals__.get(name), FunctionType)]
+    ours = [f for f in called if Path(f.__code__.co_filename).parent == HERE]
     return any(starts_processes(f, seen) for f in ours if f.__code__ not in seen)
 
 

@@ -61,6 +61,7 @@ def test_bench_adds_up_and_leaves_nothing_but_its_json(images, tmp_path):
     assert "3/3" in done.stderr  # progress
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_model(images, tmp_path):
     """Twice the width of the head's last layer adds 2 K d for each view of the teacher, and thrice that of the student."""
     counted, epochs = {}, {"optim__warmup_epochs": 1.0, "method__teacher_temp_epochs": 1.0}

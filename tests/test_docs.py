@@ -174,6 +174,7 @@ def test_table_of_choices_is_what_is_chosen(on_gpu):
         assert (options.epochs, options.method.momentum) == (epochs, float(momentum))
 
 
+@pytest.mark.slow
 def test_tour_runs(session, capsys):
     runpy.run_path(str(ROOT / "examples" / "tour.py"))
     assert "exported, largest difference" in capsys.readouterr().out

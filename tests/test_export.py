@@ -79,6 +79,7 @@ def test_torch_export_is_loaded_again_and_agrees(tmp_path):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["onnx", "torch-export", "timm", "safetensors"])
 def test_a_convnet_is_exported(to, tmp_path):
     source = save(tmp_path / "model", arch="timm:resnet18", image_size=64)

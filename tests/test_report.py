@@ -99,6 +99,7 @@ def test_a_labeled_run_has_every_section(photos, tmp_path):
     assert sum(t.startswith("data:image") for t in page.targets) > 20
 
 
+@pytest.mark.slow
 def test_scenes_show_overlap_with_the_objects(tmp_path):
     text, _ = read(dino.train(OPTIONS, data="scenes:60", out=str(tmp_path / "run"), epochs=1))
     assert "Jaccard" in text

@@ -422,6 +422,7 @@ def first_loss(photos, out, **changes) -> float:
     return read_metrics(run / "metrics.jsonl")[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_continued_training_starts_at_the_old_loss(photos, tmp_path, capsys):
     """With heads and center the loss goes on where it was, also by way of the reference's format; docs/weights.md shows a
     run of some length, with the center found again, and the fall back without heads."""
