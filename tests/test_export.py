@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import dino
-from conftest import TINY, draw_images, run_dino
 from dino import cli, weights
 from dino.data.decode import decode
 from dino.data.evaluation_views import resize_and_crop
@@ -20,6 +19,7 @@ from dino.models import create
 from dino.models.vit import _resize_symbolically, resize_positions
 from dino.options import replace
 from dino.options.train import TrainOptions
+from helpers import TINY, draw_images, run_dino
 
 SIZES = (32, 32), (56, 32), (16, 40), (88, 64)
 

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 import dino
-from conftest import TINY, draw_images, run_dino
 from dino.cli import main
 from dino.data.sources import hold_out, open_source
 from dino.engine.log import read_metrics
@@ -30,6 +29,7 @@ from dino.report.curves import draw_chart, list_charts
 from dino.report.gallery import choose_pictures
 from dino.report.page import write_report
 from dino.report.run import Run
+from helpers import TINY, draw_images, run_dino
 
 VOID = {"meta", "img", "br", "wbr", "hr", "link", "input", "image", "rect", "path", "use", "circle", "line"}
 OPTIONS = replace(TrainOptions(), TINY | {"report": True})

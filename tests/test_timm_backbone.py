@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import dino
-from conftest import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
 from dino import cli
 from dino.data.normalize import normalize
 from dino.engine import parallel
@@ -18,6 +17,7 @@ from dino.engine.log import read_metrics
 from dino.models.timm_backbone import TimmBackbone
 from dino.options import replace
 from dino.options.train import TrainOptions
+from helpers import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
 
 # name: width, cells per side at 64 pixels, a second size that it takes
 FAMILIES = {

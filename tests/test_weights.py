@@ -22,7 +22,6 @@ import torchvision
 from timm.models.xcit import checkpoint_filter_fn
 
 import dino
-from conftest import GOLDEN, TINY, assert_same_bits, draw_images, final_state
 from dino import cli, weights
 from dino.data.normalize import normalize
 from dino.data.sources import open_source
@@ -38,6 +37,7 @@ from dino.options.train import TrainOptions
 from dino.run import view_batches
 from dino.terminal import Terminal
 from dino.weights import Weights, formats, read, read_linear, releases, write_linear
+from helpers import GOLDEN, TINY, assert_same_bits, draw_images, final_state
 
 SIZES = {
     "arch": "vit_nano",
