@@ -1,13 +1,9 @@
-"""What several tests share: golden weights and inputs rebuilt from NumPy, small image folders, and tiny real runs."""
+"""How tests run: one thread each, a cache of their own, and which of them are quick; fixtures that several share."""
 
 from __future__ import annotations
 
-import json
+import inspect
 import os
-import subprocess
-import sys
-import tempfile
-import zlib
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -15,37 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import processes
 from dino.machine import count_cores
+from helpers import GOLDEN, draw_images
 
 HERE = Path(__file__).parent
-GOLDEN = Path(__file__).parent / "golden"
 
 if tests_at_once := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Threads that wait for a core which another test keeps busy make both slow; so do those of the commands tests start.
     os.environ["OMP_NUM_THREADS"] = str(max(1, count_cores() // int(tests_at_once)))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-
-def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    z = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(int(np.prod(shape)))
-    z = z.astype(np.float32).reshape(shape)
-    if name.endswith("weight_g"):
-        return np.ones(shape, np.float32)
-    if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
-        return 1 + 0.1 * z
-    return 0.06 * z if name.endswith("qkv.weight") else 0.02 * z
-
-
-def golden_images(seed: int, *shape: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
-
-
-def load_golden_weights(module: torch.nn.Module, prefix: str = "") -> None:
-    state = {k: torch.from_numpy(golden_weight(prefix + k, tuple(v.shape))) for k, v in module.state_dict().items()}
-    module.load_state_dict(state)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,8 +37,8 @@ def starts_processes(function: Any, seen: set[CodeType]) -> bool:
     if {"processes", "subprocess"} & names:
         return True
     seen.add(function.__code__)
-    called = [function.__globals__.get(name) for name in names]
-    ours = [f for f in called if isinstance(f, FunctionType) and Path(f.__code__.co_filename).parent == HERE]
+    called = [inspect.unwrap(f) for name in names if isinstance(f := function.__globals__.get(name), FunctionType)]
+    ours = [f for f in called if Path(f.__code__.co_filename).parent == HERE]
     return any(starts_processes(f, seen) for f in ours if f.__code__ not in seen)
 
 
@@ -96,20 +71,6 @@ def golden():
     return load
 
 
-def draw_images(folder: Path, count: int = 24, classes: int = 3, seed: int = 0) -> Path:
-    """A small labeled folder of JPEGs: colored shapes on noise, a class to a color."""
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        height, width = (int(x) for x in rng.integers(40, 70, 2))
-        pixels = rng.integers(0, 80, (height, width, 3))
-        top, left = (int(x) for x in rng.integers(0, 20, 2))
-        pixels[top : top + 20, left : left + 20, i % classes] += 150
-        path = folder / f"class{i % classes}" / f"{i:03d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory) -> Path:
     """A folder with an untrained ViT of 32 pixels and patches of 8."""
@@ -125,95 +86,3 @@ def saved_model(tmp_path_factory) -> Path:
 @pytest.fixture
 def photos(tmp_path) -> Path:
     return draw_images(tmp_path / "photos")
-
-
-TINY = {
-    "epochs": 3,
-    "batch_size": 4,
-    "device": "cpu",
-    "threads": 1,
-    "report": False,
-    "data.num_workers": 0,
-    "model.arch": "vit_nano",
-    "model.width": 32,
-    "model.depth": 2,
-    "model.num_heads": 2,
-    "model.patch_size": 8,
-    "head.out_dim": 64,
-    "head.hidden_dim": 32,
-    "head.bottleneck_dim": 16,
-    "views.global_size": 32,
-    "views.local_size": 16,
-    "views.num_local": 2,
-    "views.global_scale": (0.4, 1.0),
-    "views.local_scale": (0.05, 0.4),
-    "method.momentum": 0.99,
-    "method.teacher_temp_start": 0.04,
-    "method.teacher_temp": 0.04,
-    "optim.lr": 5e-4,
-    "log.every": 2,
-    "log.tensorboard": False,
-}
-
-
-def tiny_flags(**changes: object) -> list[str]:
-    """A run of seconds as command-line flags; `a__b` stands for the dotted name a.b."""
-    return as_flags(TINY | {k.replace("__", "."): v for k, v in changes.items()})
-
-
-def as_flags(options: dict[str, object]) -> list[str]:
-    """Options by their dotted names as command-line flags."""
-    flags = []
-    for name, value in options.items():
-        section, _, leaf = name.replace("_", "-").rpartition(".")
-        prefix = f"--{section}." if section else "--"
-        if isinstance(value, bool):
-            flags.append(f"{prefix}{'' if value else 'no-'}{leaf}")
-        else:
-            flags += [f"{prefix}{leaf}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return flags
-
-
-def dino_command(*arguments: object) -> list[str]:
-    """The real command line, to be started by `processes.start` or as a process without any help."""
-    return [sys.executable, "-m", "dino", *map(str, arguments)]
-
-
-def run_dino(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The real command line in a process of its own, on `ranks` of them; `real` is without the help of a fork server."""
-    return processes.run(dino_command(*arguments), **options)
-
-
-def ranks_agree(*arguments: object) -> dict[str, Any]:
-    """The --json of a command, on which one rank, two ranks, and one again that finds all features kept agree."""
-    results, written = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for ranks, cache in ((1, "one"), (2, "two"), (1, "one")):
-            file, environment = Path(folder, "result.json"), os.environ | {"DINO_CACHE": str(Path(folder, cache))}
-            done = run_dino(*arguments, "--json", file, ranks=ranks, env=environment)
-            assert done.returncode == 0, done.stderr
-            assert done.stdout.count("Written") == 1
-            results.append(json.loads(file.read_text()))
-            written.append({p.name: p.stat().st_mtime_ns for p in Path(folder, cache).rglob("*.safetensors")})
-    assert results[0] == results[1] == results[2]
-    assert written[0].keys() == written[1].keys()
-    assert written[0] == written[2]
-    return results[0]
-
-
-def final_state(run: Path) -> dict[str, torch.Tensor]:
-    """All weights, the center and the optimizer of a run's last checkpoint, by name."""
-    from dino.engine.checkpoint import Checkpoints
-
-    state = Checkpoints(run / "checkpoints").load()
-    assert state is not None
-    flat = dict(state["method"])
-    for index, values in state["optimizer"]["state"].items():
-        flat |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}
-    return flat | {"step": torch.tensor(state["step"])}
-
-
-def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name

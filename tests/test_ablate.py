@@ -13,7 +13,6 @@ import tomli_w
 import torch
 
 import processes
-from conftest import TINY, dino_command, run_dino
 from dino import paper
 from dino.ablate import Ablation
 from dino.engine.checkpoint import lock_folder
@@ -22,6 +21,7 @@ from dino.options.commands import AblateOptions
 from dino.options.recipes import find_recipe
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
+from helpers import TINY, dino_command, run_dino
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 import dino
-from conftest import TINY, dino_command, draw_images
 from dino import weights
 from dino.cli import main
+from helpers import TINY, dino_command, draw_images
 
 gradio = pytest.importorskip("gradio")
 from dino.app.explorer import (  # noqa: E402

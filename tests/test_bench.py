@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import processes
-from conftest import draw_images, run_dino, tiny_flags
 from dino.bench import advise, measure_parts, measure_seconds, measure_step
 from dino.options.commands import BenchOptions
-from test_memory import trainer
+from helpers import draw_images, run_dino, tiny_flags
+from training import build_trainer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -61,12 +61,13 @@ def test_bench_adds_up_and_leaves_nothing_but_its_json(images, tmp_path):
     assert "3/3" in done.stderr  # progress
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_model(images, tmp_path):
     """Twice the width of the head's last layer adds 2 K d for each view of the teacher, and thrice that of the student."""
     counted, epochs = {}, {"optim__warmup_epochs": 1.0, "method__teacher_temp_epochs": 1.0}
     for out_dim in (64, 128):
         small = {"head__out_dim": out_dim, "views__num_local": 0, "batch_size": 2} | epochs
-        counted[out_dim] = 1e9 * measure_step(trainer(images, tmp_path, **small), 0.01)["gflop_per_image"]
+        counted[out_dim] = 1e9 * measure_step(build_trainer(images, tmp_path, **small), 0.01)["gflop_per_image"]
     # 2 teacher views forward; 2 student views forward and backward to inputs and weights; the loss's own products
     products = 2 * 64 * 16 * (2 + 3 * 2)
     assert products <= counted[128] - counted[64] <= 1.5 * products
@@ -109,7 +110,7 @@ def test_no_time_is_refused():
 
 def test_fewer_images_come_in_parts_of_the_same_size(images, tmp_path):
     """Else a step in parts would be measured with parts of an image or two, which no run has."""
-    subject = trainer(images, tmp_path, accumulate=3, optim__warmup_epochs=1.0, method__teacher_temp_epochs=1.0)
+    subject = build_trainer(images, tmp_path, accumulate=3, optim__warmup_epochs=1.0, method__teacher_temp_epochs=1.0)
     assert measure_step(subject, 1e-6)["images_measured"] == 2
     assert subject.training_step.split.parts == 1
 
@@ -120,7 +121,7 @@ def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
     data = {"decode": 4.0, "render": 2.0}
 
     def asked(loader: float, parts: dict[str, float] = parts, **changes: object) -> str:
-        return advise(trainer(images, tmp_path, **changes), data, loader, step | {"parts": parts})
+        return advise(build_trainer(images, tmp_path, **changes), data, loader, step | {"parts": parts})
 
     assert "--data.num-workers" in asked(300.0)  # 0 workers: rendering takes a quarter of the time
     assert "mostly decoding" in asked(50.0, data__num_workers=512)
@@ -135,7 +136,7 @@ def test_advice_names_the_bottleneck_and_the_option(images, tmp_path):
 
 
 def test_parts_of_a_step_are_timed_and_then_no_longer(images, tmp_path):
-    subject = trainer(images, tmp_path, optim__warmup_epochs=1.0, method__teacher_temp_epochs=1.0)
+    subject = build_trainer(images, tmp_path, optim__warmup_epochs=1.0, method__teacher_temp_epochs=1.0)
     parts, step = measure_parts(subject, subject.batches[0]), subject.training_step
     assert list(parts) == ["normalize", "teacher", "student", "backward", "optimizer", "EMA", "other"]
     assert min(parts.values()) >= 0

@@ -15,12 +15,12 @@ from PIL import Image
 
 import dino
 import processes
-from conftest import TINY, dino_command, draw_images, run_dino, tiny_flags
 from dino import cli, run
 from dino.engine.build import Plan, build_method
 from dino.options import auto, flatten, replace, toml
 from dino.options.recipes import RECIPES, find_recipe
 from dino.options.train import TrainOptions
+from helpers import TINY, dino_command, draw_images, run_dino, tiny_flags
 
 
 def test_help_is_quick_and_loads_no_torch():

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from conftest import GOLDEN, draw_images, ranks_agree
 from dino.cli import main
 from dino.eval import copydetect
 from dino.eval.ranking import average_precision
 from dino.options.evaluate import CopydetectOptions
+from helpers import GOLDEN, draw_images, ranks_agree
 
 
 def test_average_precision_is_the_references():

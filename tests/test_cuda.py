@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import dino
-from conftest import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
 from dino.data.decode import decode
 from dino.data.device_decode import decode_jpegs
 from dino.engine.log import read_metrics
 from dino.engine.train import Trainer
 from dino.options import replace
 from dino.options.train import TrainOptions
-from test_device_decode import TO_DEVICE, as_bytes, without_tables
+from drawing import TO_DEVICE, as_bytes, without_tables
+from helpers import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
 
 pytestmark = [
     pytest.mark.cuda,

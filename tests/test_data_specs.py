@@ -12,13 +12,13 @@ import tomli_w
 from torchvision.datasets import CIFAR10
 
 import dino
-from conftest import TINY
 from dino.cli import main
 from dino.data import open as data
 from dino.engine.checkpoint import Checkpoints
 from dino.features.embed import Folder
 from dino.options import replace, toml
 from dino.options.train import TrainOptions
+from helpers import TINY
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dino
-from conftest import run_dino
 from dino.cli import main
 from dino.eval import davis, evaluate, propagation
 from dino.options.evaluate import DavisOptions
+from drawing import draw_video
+from helpers import run_dino
 
 CPU = torch.device("cpu")
 SECONDS = {"deadline": None, "max_examples": 40}
@@ -180,31 +181,6 @@ def test_an_object_that_is_nowhere():
 
 
 # --- whole videos ---------------------------------------------------------------------------------------------------
-
-
-def draw_video(root: Path, name: str, objects: int = 2, count: int = 7, seed: int = 0) -> None:
-    """Colored squares that wander over gray noise."""
-    rng = np.random.default_rng(seed)
-    ground = rng.integers(90, 110, (96, 128, 3))
-    for i in range(count):
-        pixels, indices = ground + rng.integers(-5, 5, ground.shape), np.zeros((96, 128), np.uint8)
-        for k in range(1, objects + 1):
-            box = slice(45 * k - 40, 45 * k - 8), slice(8 + 6 * i, 48 + 6 * i)
-            pixels[box], indices[box] = 40 * rng.random(3) + np.array([[250, 20, 20], [20, 20, 250]])[k % 2] * 0.8, k
-        indices[0, :2] = 255  # unknown
-        for kind, suffix, picture in (
-            ("JPEGImages", "jpg", Image.fromarray(pixels.clip(0, 255).astype(np.uint8))),
-            ("Annotations", "png", Image.fromarray(indices)),
-        ):
-            if kind == "Annotations":
-                picture.putpalette(davis.PALETTE)
-            path = root / kind / "480p" / name / f"{i:05d}.{suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
-    names = root / "ImageSets" / "2017" / "val.txt"
-    names.parent.mkdir(parents=True, exist_ok=True)
-    with names.open("a") as file:
-        file.write(f"{name}\n")
 
 
 @pytest.fixture

@@ -6,18 +6,15 @@ TorchCodec decodes on the CPU as well, so all but nvJPEG itself is tested here; 
 from __future__ import annotations
 
 import functools
-import io
 import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
 import dino
-from conftest import TINY, draw_images, run_dino, tiny_flags
 from dino.data import device_decode
-from dino.data.decode import ORIENTATION, BadImage, decode
+from dino.data.decode import BadImage, decode
 from dino.data.device_decode import Jpeg, Undecodable, check_device, decode_jpegs
 from dino.data.device_render import LARGEST, DeviceRenderer
 from dino.data.loader import ViewBatches, iterate
@@ -29,61 +26,28 @@ from dino.options.auto import resolve
 from dino.options.train import TrainOptions, ViewOptions
 from dino.run import check_resumable
 from dino.terminal import Terminal
+from drawing import TO_DEVICE, as_bytes, draw_picture, encode_picture, encode_turned, without_tables
+from helpers import TINY, draw_images, run_dino, tiny_flags
 
 CPU = torch.device("cpu")
 VIEWS = ViewOptions(global_size=32, local_size=16, num_local=3, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 read = functools.partial(device_decode.read_jpeg, largest=LARGEST)
 
 
-def picture(width: int = 61, height: int = 45, mode: str = "RGB") -> Image.Image:
-    image = Image.radial_gradient("L").resize((width, height)).convert("RGB")
-    ImageDraw.Draw(image).ellipse((5, 9, 30, 33), fill=(200, 40, 90))
-    return image.convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **how) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **how)
-    return stream.getvalue()
-
-
-def turned(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    return encoded(picture(), exif=exif)
-
-
-def without_tables(data: bytes) -> bytes:
-    """A header in order, and nothing that can be decoded: its quantization tables are gone."""
-    while (at := data.find(b"\xff\xdb")) >= 0:
-        data = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4]) :]
-    return data
-
-
-TO_DEVICE = {
-    "baseline": encoded(picture()),
-    "progressive": encoded(picture(), progressive=True),
-    "all colors": encoded(picture(), subsampling=0, quality=95),
-    "4:2:2": encoded(picture(), subsampling=1),
-    "gray": encoded(picture(mode="L")),
-    "upright": turned(1),
-    "edge": encoded(picture(LARGEST, 20)),
-    "a pixel": encoded(picture(1, 1)),
-}
 BY_WORKERS = {
-    "turned": turned(6),
-    "print": encoded(picture(mode="CMYK")),
-    "stored as RGB": encoded(picture(), keep_rgb=True),
-    "another format": encoded(picture(), "PNG"),
-    "large": encoded(picture(LARGEST + 1, 20)),
-    "with a tail": encoded(picture()) + b"\0\0",
+    "turned": encode_turned(6),
+    "print": encode_picture(draw_picture(mode="CMYK")),
+    "stored as RGB": encode_picture(draw_picture(), keep_rgb=True),
+    "another format": encode_picture(draw_picture(), "PNG"),
+    "large": encode_picture(draw_picture(LARGEST + 1, 20)),
+    "with a tail": encode_picture(draw_picture()) + b"\0\0",
 }
 BROKEN = {
     "empty": b"",
     "text": b"hello",
-    "cut off": encoded(picture())[:400],
-    "cut in the header": encoded(picture())[:30],
-    "cut, with an end": encoded(picture())[:100] + b"\xff\xd9",
+    "cut off": encode_picture(draw_picture())[:400],
+    "cut in the header": encode_picture(draw_picture())[:30],
+    "cut, with an end": encode_picture(draw_picture())[:100] + b"\xff\xd9",
 }
 
 
@@ -92,10 +56,6 @@ def folder_of(folder, files: dict[str, bytes]) -> Source:
     for name, data in files.items():
         (folder / f"{name.replace(':', '')}.jpg").write_bytes(data)
     return open_source(str(folder))
-
-
-def as_bytes(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 @pytest.mark.parametrize("name", TO_DEVICE)
@@ -128,7 +88,7 @@ def test_a_broken_file_is_named_by_the_worker(tmp_path, name):
 
 
 def test_parts_of_a_source_and_sources_without_files(tmp_path):
-    source = folder_of(tmp_path / "photos", {str(i): encoded(picture(20 + i, 30)) for i in range(6)})
+    source = folder_of(tmp_path / "photos", {str(i): encode_picture(draw_picture(20 + i, 30)) for i in range(6)})
     part = Subset(Subset(source, [5, 3, 1]), [2, 0])
     assert [read(part, i).shape for i in (0, 1)] == [(30, 21, 3), (30, 25, 3)]
 

@@ -17,13 +17,11 @@ import tomli_w
 import torch
 
 import dino
-from conftest import TINY, as_flags, draw_images, run_dino
 from dino import cli, run
 from dino.options import auto, replace, toml
 from dino.options.train import TrainOptions
-from test_davis import draw_video
-from test_look import draw, encode
-from test_retrieval import lay_out
+from drawing import draw_square, draw_video, encode_clip, lay_out_landmarks
+from helpers import TINY, as_flags, draw_images, run_dino
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,18 +65,18 @@ def workspace(tmp_path_factory) -> Path:
     shutil.copy(root / "photos/class0/000.jpg", root / "caltech20/images/Leopards/image_0003.jpg")
     shutil.copy(root / "photos/class0/000.jpg", root / "photo.jpg")
     for i in range(4):
-        draw(root / f"photos/{i}.png", seed=i)
+        draw_square(root / f"photos/{i}.png", seed=i)
     for name in ("img.jpg", "a.jpg", "b.jpg"):
         shutil.copy(root / "photos/class0/000.jpg", root / name)
-    lay_out(root / "rcaltech")
+    lay_out_landmarks(root / "rcaltech")
     draw_video(root / "davis_dev", "walk")
     for name in ("originals", "copies", "distractors"):
         shutil.copytree(root / "photos/class0", root / name)
     for images, masks in (("ecssd/images", "ecssd/masks"), ("i", "m")):
         for i in range(3):
-            draw(root / images / f"{i}.png", seed=i)
-            draw(root / masks / f"{i}.png")
-    encode(root / "walk.mp4", [0, 0.1, 0.2])
+            draw_square(root / images / f"{i}.png", seed=i)
+            draw_square(root / masks / f"{i}.png")
+    encode_clip(root / "walk.mp4", [0, 0.1, 0.2])
     (root / "mine.toml").write_text(tomli_w.dumps(toml.to_dict(replace(TrainOptions(), TINY))))
     run = dino.train(data=str(root / "photos"), out=str(root / "runs/a"), **TINY | {"epochs": 1, "model.depth": 4})
     for name in RUNS[1:]:
@@ -174,6 +172,7 @@ def test_table_of_choices_is_what_is_chosen(on_gpu):
         assert (options.epochs, options.method.momentum) == (epochs, float(momentum))
 
 
+@pytest.mark.slow
 def test_tour_runs(session, capsys):
     runpy.run_path(str(ROOT / "examples" / "tour.py"))
     assert "exported, largest difference" in capsys.readouterr().out

@@ -15,13 +15,13 @@ import torch
 
 import dino
 import processes
-from conftest import dino_command, draw_images, run_dino
 from dino.cli import main
 from dino.data.open import open_images
 from dino.data.sources import open_source
 from dino.features.embed import Folder
 from dino.features.extract import extract
 from dino.weights import fingerprint
+from helpers import dino_command, draw_images, run_dino
 
 pq = pytest.importorskip("pyarrow.parquet")
 

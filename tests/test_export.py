@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import dino
-from conftest import TINY, draw_images, run_dino
 from dino import cli, weights
 from dino.data.decode import decode
 from dino.data.evaluation_views import resize_and_crop
@@ -20,6 +19,7 @@ from dino.models import create
 from dino.models.vit import _resize_symbolically, resize_positions
 from dino.options import replace
 from dino.options.train import TrainOptions
+from helpers import TINY, draw_images, run_dino
 
 SIZES = (32, 32), (56, 32), (16, 40), (88, 64)
 
@@ -79,6 +79,7 @@ def test_torch_export_is_loaded_again_and_agrees(tmp_path):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["onnx", "torch-export", "timm", "safetensors"])
 def test_a_convnet_is_exported(to, tmp_path):
     source = save(tmp_path / "model", arch="timm:resnet18", image_size=64)

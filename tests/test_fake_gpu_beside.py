@@ -26,7 +26,7 @@ from dino.eval.sweep import Sweep
 from dino.features.extract import POOLINGS, extract_batches
 from dino.look.patches import fit_axes, match_mutual
 from dino.models import create
-from test_fake_gpu import GPU, Pictures, report, reported, with_trainer, without_backward
+from fake_gpu import GPU, Pictures, report, reported, with_trainer, without_backward
 
 
 class Answers(TorchDispatchMode):

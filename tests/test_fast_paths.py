@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import TINY, draw_images
 from dino.data.sources import open_source
 from dino.engine.step import Split
 from dino.engine.train import Trainer
@@ -20,6 +19,7 @@ from dino.options import replace
 from dino.options.train import TrainOptions
 from dino.run import view_batches
 from dino.terminal import Terminal
+from helpers import TINY, draw_images
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from step import Plain, plain_copy, plain_loss

@@ -11,7 +11,6 @@ from PIL import Image
 from torchvision import transforms
 
 import dino
-from conftest import draw_images
 from dino.data.evaluation_views import resize_and_crop
 from dino.data.normalize import normalize
 from dino.data.open import probe
@@ -21,6 +20,7 @@ from dino.eval.online import OnlineEvaluation, scene_masks
 from dino.features.extract import extract
 from dino.method import DINO, Network
 from dino.models import Head
+from helpers import draw_images
 
 
 def noise(height: int, width: int) -> np.ndarray:

@@ -19,7 +19,6 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 
 import dino
 import processes
-from conftest import TINY, assert_same_bits, dino_command, draw_images, run_dino
 from dino import cli
 from dino.data.torchvision_sets import TorchvisionSet, open_torchvision
 from dino.eval import finetune
@@ -29,6 +28,7 @@ from dino.models import create
 from dino.options import replace
 from dino.options.evaluate import FinetuneOptions
 from dino.options.train import TrainOptions
+from helpers import TINY, assert_same_bits, dino_command, draw_images, run_dino
 
 CPU = torch.device("cpu")
 FLAGS = ("--epochs", 4, "--batch-size", 32, "--lr", 0.01, "--checkpoint-minutes", 0)

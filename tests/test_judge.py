@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dino
-from conftest import TINY, draw_images, run_dino, tiny_flags
 from dino.data.evaluation_views import RESIZES
 from dino.data.sources import open_source
 from dino.engine.log import read_metrics
@@ -25,6 +24,7 @@ from dino.options import replace
 from dino.options.evaluate import KnnOptions
 from dino.options.train import TrainOptions
 from dino.weights import fingerprint
+from helpers import TINY, draw_images, run_dino, tiny_flags
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dino
-from conftest import TINY, assert_same_bits, draw_images, run_dino
 from dino import cli
 from dino.data.sources import open_source
 from dino.eval import linear
@@ -23,6 +22,7 @@ from dino.models import create
 from dino.options import replace
 from dino.options.evaluate import LinearOptions
 from dino.options.train import TrainOptions
+from helpers import TINY, assert_same_bits, draw_images, run_dino
 
 CPU = torch.device("cpu")
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import draw_images
 from dino.data.device_render import DeviceRenderer
 from dino.data.loader import ViewBatches, epoch_order, iterate
 from dino.data.render import CpuRenderer
 from dino.data.sources import open_source
 from dino.engine.step import draw_drop_path_noise
 from dino.options.train import ViewOptions
+from helpers import draw_images
 
 OPTIONS = ViewOptions(global_size=32, local_size=16, num_local=3, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import wave
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -15,7 +14,6 @@ import torch
 from PIL import Image
 
 import dino
-from conftest import draw_images, run_dino
 from dino import weights
 from dino.cli import main
 from dino.data.decode import decode
@@ -23,6 +21,8 @@ from dino.look.attention import cls_attention
 from dino.look.commands import distinguish_names
 from dino.look.patches import match_mutual, prepare_image
 from dino.look.video import Clip, Frame, thin_out, write_video
+from drawing import draw_square, encode_clip
+from helpers import draw_images, run_dino
 
 HEADS = 3
 
@@ -30,38 +30,6 @@ HEADS = 3
 @pytest.fixture(scope="module")
 def model(saved_model):
     return dino.load(saved_model)
-
-
-def draw(path: Path, height: int = 40, width: int = 56, at: tuple[int, int] = (8, 16), seed: int = 0) -> Path:
-    """A patterned square on noise that is the same for a seed."""
-    pixels = np.random.default_rng(seed).integers(0, 60, (height, width, 3), np.uint8)
-    top, left = at
-    pixels[top : top + 16, left : left + 16] += np.random.default_rng(99).integers(0, 190, (16, 16, 3), np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def encode(path: Path, times: list[float], height: int = 48, width: int = 64) -> Path:
-    """A clip in which a bright square moves to the right by 8 pixels a frame; and a tone, if the format takes sound."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream({".mp4": "libx264", ".gif": "gif", ".mkv": "mpeg4"}[path.suffix], rate=100)
-        stream.width, stream.height = width, height
-        stream.pix_fmt = "rgb8" if path.suffix == ".gif" else "yuv420p"
-        sound = container.add_stream("aac", rate=8000, layout="mono") if path.suffix == ".mp4" else None
-        for i, seconds in enumerate(times):
-            pixels = np.full((height, width, 3), 30, np.uint8)
-            pixels[16:32, 8 * i : 8 * i + 16] = 220
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = round(seconds * 100), Fraction(1, 100)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-        if sound:
-            tone = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-            tone.sample_rate = 8000
-            container.mux(sound.encode(tone))
-            container.mux(sound.encode())
-    return path
 
 
 def said(capsys, *arguments: object, code: int = 2) -> str:
@@ -78,7 +46,7 @@ def said(capsys, *arguments: object, code: int = 2) -> str:
 
 def test_attention_of_a_folder_shows_each_image_in_its_aspect(saved_model, tmp_path):
     for name, (height, width) in {"wide": (40, 90), "tall": (70, 50), "odd": (33, 47)}.items():
-        draw(tmp_path / "images" / f"{name}.png", height, width)
+        draw_square(tmp_path / "images" / f"{name}.png", height, width)
     done = run_dino("attention", saved_model, tmp_path / "images", "--out", tmp_path / "out", "--panel")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("attention.png") == 3
@@ -107,7 +75,7 @@ def test_finer_patches_are_centered_where_coarse_ones_are(model):
 
 
 def test_stride_from_the_command_line(saved_model, tmp_path, capsys):
-    image = draw(tmp_path / "a.png")
+    image = draw_square(tmp_path / "a.png")
     for stride, cell in ((None, 8), (4, 4)):
         flags = [] if stride is None else ["--stride", str(stride)]
         out = tmp_path / f"out{cell}"
@@ -160,7 +128,7 @@ def test_colors_share_one_basis_and_follow_the_features(model):
 
 
 def test_pca_of_a_folder_is_drawn_as_the_function_says(saved_model, model, tmp_path):
-    paths = [str(draw(tmp_path / "images" / f"{i}.png", seed=i)) for i in range(3)]
+    paths = [str(draw_square(tmp_path / "images" / f"{i}.png", seed=i)) for i in range(3)]
     assert main(["pca", str(saved_model), str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 0
     for path, shown in zip(paths, dino.pca_colors(model, paths), strict=True):
         written = tmp_path / "out" / f"{Path(path).stem}-pca.png"
@@ -173,7 +141,7 @@ def test_a_convnet_has_colors_and_matches_but_no_attention(tmp_path, capsys):
     arguments = {"arch": "timm:resnet18", "image_size": 64}
     (tmp_path / "net").mkdir()
     weights.save(tmp_path / "net", dino.create(**arguments), arguments)
-    image = draw(tmp_path / "a.png", 130, 160)
+    image = draw_square(tmp_path / "a.png", 130, 160)
     for *command, out in (["pca", tmp_path / "net", image, "out"], ["match", tmp_path / "net", image, image, "m.png"]):
         assert main([*map(str, command), "--out", str(tmp_path / out)]) == 0
     for command in ("attention", "video"):
@@ -194,7 +162,7 @@ def test_mutual_nearest_by_hand():
 
 
 def test_matches_of_an_image_with_itself_are_its_own_patches(saved_model, model, tmp_path, capsys):
-    image = draw(tmp_path / "a.png")
+    image = draw_square(tmp_path / "a.png")
     found = dino.match_patches(model, image, image, 40)
     assert len(found.points) == 5 * 7
     assert np.array_equal(found.points[:, 0], found.points[:, 1])
@@ -224,7 +192,7 @@ def probe(path: Path) -> tuple[list[float], np.ndarray]:
 
 def test_attention_over_a_clip_keeps_its_times_and_shows_its_frames(saved_model, model, tmp_path):
     times = [0.0, 0.1, 0.2, 0.5, 0.6]  # phones skip frames
-    clip = encode(tmp_path / "clip.mp4", times)
+    clip = encode_clip(tmp_path / "clip.mp4", times)
     done = run_dino("video", saved_model, clip, "--size", 48, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "clip-attention.mp4: 5 frames" in done.stdout
@@ -245,10 +213,10 @@ def test_attention_over_a_clip_keeps_its_times_and_shows_its_frames(saved_model,
 def test_kinds_of_clips_and_pictures(saved_model, tmp_path, show, suffix):
     clip = tmp_path / f"clip{suffix}"
     if suffix:
-        encode(clip, [0.0, 0.2, 0.4, 0.6])
+        encode_clip(clip, [0.0, 0.2, 0.4, 0.6])
     else:  # frames of a folder, whose numbers have no leading zeros
         for i in (8, 9, 10, 11):
-            draw(clip / f"f{i}.png", 48, 64, (16, i - 8))
+            draw_square(clip / f"f{i}.png", 48, 64, (16, i - 8))
     flags = ["--size", "40", "--alone", "--show", show, "--fps", "5", "--out", str(tmp_path / "o.mp4")]
     assert main(["video", str(saved_model), str(clip), *flags, *(["--head", "1"] if show == "mask" else [])]) == 0
     times, frames = probe(tmp_path / "o.mp4")
@@ -272,7 +240,7 @@ def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path, capsys):
 
 
 def test_clips_that_were_filmed_sideways_are_turned(tmp_path):
-    clip = encode(tmp_path / "clip.mp4", [0.0, 0.1])
+    clip = encode_clip(tmp_path / "clip.mp4", [0.0, 0.1])
     data, one = clip.read_bytes(), 2**16
     upright, turned = (struct.pack(">9i", *m, 0, 0, 2**30) for m in ((one, 0, 0, 0, one, 0), (0, one, 0, -one, 0, 0)))
     at = data.index(upright, data.index(b"tkhd"))  # the picture's matrix, as a phone held upright writes it
@@ -285,7 +253,9 @@ def test_clips_that_were_filmed_sideways_are_turned(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut off", "overwritten"])
 def test_a_damaged_clip_is_shown_as_far_as_it_goes(saved_model, tmp_path, capsys, damage):
-    clip = encode(tmp_path / ("clip.mkv" if damage == "cut off" else "clip.mp4"), [i / 10 for i in range(20)], 240, 320)
+    clip = encode_clip(
+        tmp_path / ("clip.mkv" if damage == "cut off" else "clip.mp4"), [i / 10 for i in range(20)], 240, 320
+    )
     data = clip.read_bytes()
     if damage == "cut off":
         clip.write_bytes(data[: len(data) * 9 // 10])
@@ -368,9 +338,9 @@ def bad(tmp_path_factory) -> Path:
     with wave.open(str(root / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(1000))
-    encode(root / "small.mkv", [0, 0.1], 6, 6)
-    encode(root / "clip.mp4", [0, 0.1])
-    encode(root / "none.mkv", [])
+    encode_clip(root / "small.mkv", [0, 0.1], 6, 6)
+    encode_clip(root / "clip.mp4", [0, 0.1])
+    encode_clip(root / "none.mkv", [])
     return root
 
 

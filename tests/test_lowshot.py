@@ -12,7 +12,6 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 import dino
-from conftest import TINY, draw_images, run_dino
 from dino import cli
 from dino.data.open import open_labeled_pair
 from dino.data.sources import open_source
@@ -21,6 +20,7 @@ from dino.features.extract import extract
 from dino.options import replace
 from dino.options.evaluate import LowshotOptions
 from dino.options.train import TrainOptions
+from helpers import TINY, draw_images, run_dino
 
 
 def problem(n: int = 60, d: int = 7, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:

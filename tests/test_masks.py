@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import dino
-from conftest import ranks_agree
 from dino.cli import main
 from dino.data.decode import BadImage
 from dino.data.normalize import normalize
@@ -19,6 +18,7 @@ from dino.eval import masks
 from dino.eval.online import scene_masks
 from dino.look.attention import cls_attention
 from dino.options.evaluate import MasksOptions
+from helpers import ranks_agree
 
 CPU = torch.device("cpu")
 

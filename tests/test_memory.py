@@ -11,33 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import TINY, draw_images, run_dino, tiny_flags
-from dino.data.sources import open_source
 from dino.engine import fit
 from dino.engine.log import read_metrics
 from dino.engine.step import Split, slice_views, split_images
 from dino.engine.train import Trainer
 from dino.models import Recompute
-from dino.options import replace
 from dino.options.rules import parse_bytes
 from dino.options.train import TrainOptions
-from dino.run import view_batches
-from dino.terminal import Terminal
+from helpers import draw_images, run_dino, tiny_flags
+from training import VARIANTS, build_trainer
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     return draw_images(tmp_path_factory.mktemp("images"))
-
-
-def trainer(images: Path, folder: Path, **changes: Any) -> Trainer:
-    named = {name.replace("__", "."): value for name, value in changes.items()}
-    options = replace(
-        TrainOptions(), TINY | {"data.path": str(images), "batch_size": 6, "model.drop_path": 0.3} | named
-    )
-    source = open_source(str(images), "none")
-    batches = view_batches(options, source, torch.device("cpu"))
-    return Trainer(options, folder / "run", source, batches, torch.device("cpu"), Terminal(False))
 
 
 def views(subject: Trainer) -> list[torch.Tensor]:
@@ -55,15 +42,6 @@ def state_and_gradients(subject: Trainer, split: Split) -> tuple[float, dict[str
     return loss.item(), found | {f"after {n}": b.clone() for n, b in subject.method.named_buffers()} | metrics
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "dino": {},
-    "no multi-crop": {"views.num_local": 0},
-    "sinkhorn": {"method.targets": "sinkhorn"},
-    "byol": {"method.loss": "mse", "method.targets": "none", "head.prototypes": False, "head.predictor": True},
-    "mocov2": {"method.loss": "infonce", "method.targets": "none", "head.prototypes": False, "method.queue_size": 24},
-}
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
     "split",
@@ -74,7 +52,7 @@ def test_gradients_are_those_of_the_whole_step(name, split, images, tmp_path):
     """In float64 to rounding: loss, every gradient, and the center or queue moved once."""
     results = []
     for way in (Split(), split):
-        subject = trainer(images, tmp_path, **VARIANTS[name])
+        subject = build_trainer(images, tmp_path, **VARIANTS[name])
         subject.method.double()
         results.append(state_and_gradients(subject, way))
     (loss, whole), (split_loss, parts) = results
@@ -87,7 +65,7 @@ def test_gradients_are_those_of_the_whole_step(name, split, images, tmp_path):
 
 def test_views_of_one_size_are_still_global_and_local(images, tmp_path):
     """The teacher sees the 2 global views alone: the loss is Eq. 3 over its pairs with the other views."""
-    subject = trainer(
+    subject = build_trainer(
         images, tmp_path, views__global_size=32, views__local_size=32, views__num_local=3, model__drop_path=0.0
     )
     groups = subject.render_views(subject.batches[0])
@@ -105,7 +83,7 @@ def test_recomputed_blocks_drop_the_same_samples(images, tmp_path):
     """Stochastic depth draws once: the backward pass repeats what the forward pass dropped."""
     found = []
     for recompute in ("nothing", "elementwise", "blocks"):
-        subject = trainer(images, tmp_path, model__drop_path=0.5, model__depth=4)
+        subject = build_trainer(images, tmp_path, model__drop_path=0.5, model__depth=4)
         subject.training_step.set_split(Split(1, recompute))
         groups = views(subject)
         torch.manual_seed(0)
@@ -123,7 +101,7 @@ def test_a_timm_backbone_recomputes_too(images, tmp_path):
     results = []
     for recompute in ("nothing", "blocks"):
         changes: dict[str, Any] = {"model.arch": "timm:vit_tiny_patch16_224", "views.local_size": 16}
-        subject = trainer(images, tmp_path, **changes, **dict.fromkeys(FIXED))
+        subject = build_trainer(images, tmp_path, **changes, **dict.fromkeys(FIXED))
         results.append(state_and_gradients(subject, Split(1, recompute)))
     (loss, whole), (again, parts) = results
     assert again == pytest.approx(loss, rel=1e-5)
@@ -140,11 +118,11 @@ def test_what_timm_cannot_recompute_is_refused(images, tmp_path):
     with pytest.raises(
         ValueError, match="which timm:vit_tiny_patch16_224 does not offer; use --recompute nothing or blocks"
     ):
-        trainer(images, tmp_path, **changes, **dict.fromkeys(FIXED))
+        build_trainer(images, tmp_path, **changes, **dict.fromkeys(FIXED))
 
 
 def test_elementwise_repeats_no_matrix_product(images, tmp_path):
-    subject, flops = trainer(images, tmp_path, model__depth=4), {}
+    subject, flops = build_trainer(images, tmp_path, model__depth=4), {}
     for recompute in subject.method.student.backbone.recomputable:
         with FlopCounterMode(display=False) as counter:
             state_and_gradients(subject, Split(1, recompute))
@@ -154,7 +132,7 @@ def test_elementwise_repeats_no_matrix_product(images, tmp_path):
 
 def test_batch_norm_keeps_a_step_whole(images, tmp_path):
     with pytest.raises(ValueError, match="accumulate is 2, but this model has BatchNorm"):
-        trainer(images, tmp_path, accumulate=2, head__batch_norm=True)
+        build_trainer(images, tmp_path, accumulate=2, head__batch_norm=True)
 
 
 @given(st.integers(1, 200), st.integers(1, 200))
@@ -197,7 +175,7 @@ def test_peak_counts_what_is_alive_at_once():
 
 
 def test_peak_sees_what_recomputing_saves(images, tmp_path):
-    subject = trainer(images, tmp_path, model__depth=12)
+    subject = build_trainer(images, tmp_path, model__depth=12)
     found = [
         fit.measure_peak(lambda s=split: state_and_gradients(subject, s))
         for split in (Split(), Split(1, "elementwise"), Split(1, "blocks"))
@@ -228,7 +206,7 @@ def test_the_fastest_way_that_fits_is_chosen():
 
 def test_fit_leaves_the_run_as_it_was(images, tmp_path):
     """The trial moves neither center nor weights, and what it chooses is less than the whole step."""
-    subject = trainer(images, tmp_path, model__depth=8)
+    subject = build_trainer(images, tmp_path, model__depth=8)
     before = {k: v.clone() for k, v in subject.method.state_dict().items()}
     _, whole = fit.fit_memory(subject.training_step, subject.options, 6, 10**12)
     assert subject.training_step.split == Split()

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import golden_images, load_golden_weights
 from dino.engine import optim
 from dino.engine.step import Rates, TrainingStep
 from dino.method import CENTERING, DINO, Center, CrossEntropy, Network, cross_entropy, sharpen
 from dino.models import Head, VisionTransformer
 from dino.options.train import OptimOptions
 from dino.schedules import cosine, linear_then_constant, warmup_cosine
+from helpers import golden_images, load_golden_weights
 
 
 def plain_loss(student, targets, temp):

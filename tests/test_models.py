@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from conftest import GOLDEN, golden_images, load_golden_weights
 from dino.models import Head, VisionTransformer, create
 from dino.models.head import Prototypes
 from dino.models.vit import DropPath
+from helpers import GOLDEN, golden_images, load_golden_weights
 
 SIZES = [(224, 224), (96, 96), (160, 256)]
 

@@ -102,7 +102,7 @@ def test_wrong_types_and_words_are_refused_with_the_name_of_the_option(kind):
         ("optim.lr", "ten", "it must be a number."),
         ("optim.lr", math.nan, "it must be a finite number."),
         ("head.activation", "swish", "gelu, relu."),
-        ("method.loss", "hinge", "cross-entropy, mse, infonce."),
+        ("method.loss", "hinge", "cross-entropy, mse, infonce"),
         ("views.global_scale", 0.5, "give 2 values."),
         ("views.blur_prob", (0.5, 2), "give 3 values."),
         ("views.blur_prob", (0.5, 2, 0), "a probability or share lies between 0 and 1."),

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 import dino
-from conftest import TINY, draw_images, run_dino
 from dino.cli import main
 from dino.data.sources import hold_out, open_source
 from dino.engine.log import read_metrics
@@ -30,6 +29,7 @@ from dino.report.curves import draw_chart, list_charts
 from dino.report.gallery import choose_pictures
 from dino.report.page import write_report
 from dino.report.run import Run
+from helpers import TINY, draw_images, run_dino
 
 VOID = {"meta", "img", "br", "wbr", "hr", "link", "input", "image", "rect", "path", "use", "circle", "line"}
 OPTIONS = replace(TrainOptions(), TINY | {"report": True})
@@ -99,6 +99,7 @@ def test_a_labeled_run_has_every_section(photos, tmp_path):
     assert sum(t.startswith("data:image") for t in page.targets) > 20
 
 
+@pytest.mark.slow
 def test_scenes_show_overlap_with_the_objects(tmp_path):
     text, _ = read(dino.train(OPTIONS, data="scenes:60", out=str(tmp_path / "run"), epochs=1))
     assert "Jaccard" in text

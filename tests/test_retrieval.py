@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import dino
-from conftest import GOLDEN, draw_images, ranks_agree
 from dino.cli import main
 from dino.data.sources import open_source
 from dino.eval import ranking, retrieval
 from dino.options.evaluate import RetrievalOptions
+from drawing import lay_out_landmarks
+from helpers import GOLDEN, draw_images, ranks_agree
 
 CPU = torch.device("cpu")
 
@@ -65,23 +66,8 @@ def test_original_whitening_is_the_references_and_fixed_decorrelates(golden):
     assert (original.T @ original / len(original) - unit).abs().max() > 0.5
 
 
-def lay_out(folder: Path, changes: dict | None = None, box=(0, 0, 40, 40)) -> Path:
-    """24 drawn images of three colors, the first of each color a query: its even fellows easy, its odd ones hard."""
-    drawn = sorted(draw_images(folder / "drawn").rglob("*.jpg"))
-    (folder / "jpg").mkdir()
-    names = [f"{path.parent.name}-{path.stem}" for path in drawn]
-    for path, name in zip(drawn, names, strict=True):
-        os.rename(path, folder / "jpg" / f"{name}.jpg")
-    queries, database = names[::8], [name for i, name in enumerate(names) if i % 8]
-    fellows = [[i for i, name in enumerate(database) if name[:6] == query[:6]] for query in queries]
-    gnd = [{"bbx": list(box), "easy": f[1::2], "hard": f[2::2], "junk": f[:1]} for f in fellows]
-    content = {"imlist": database, "qimlist": queries, "gnd": gnd} | (changes or {})
-    (folder / "gnd_tiny.pkl").write_bytes(pickle.dumps(content))
-    return folder
-
-
 def test_command_line(saved_model, tmp_path):
-    data = lay_out(tmp_path / "data")
+    data = lay_out_landmarks(tmp_path / "data")
     draw_images(tmp_path / "others", 30, seed=1)
     plain = ranks_agree("eval", "retrieval", saved_model, "--data", data)
     assert len(plain["figures"]) == 12
@@ -160,7 +146,7 @@ GOOD = {"bbx": (0, 0, 9, 9), "easy": [1], "hard": [], "junk": []}
 )
 def test_bad_ground_truth_is_refused(saved_model, tmp_path, monkeypatch, capsys, changes, words):
     monkeypatch.chdir(tmp_path)
-    data = lay_out(tmp_path / "data", changes)
+    data = lay_out_landmarks(tmp_path / "data", changes)
     assert main(["eval", "retrieval", str(saved_model), "--data", str(data)]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
@@ -175,7 +161,7 @@ def test_other_bad_input_is_refused(saved_model, tmp_path, capsys):
 
     assert "holds none; expected are DATA/gnd_roxford5k.pkl" in said(tmp_path)
     assert "neither a folder nor a .pkl file" in said(tmp_path / "absent")
-    data = lay_out(tmp_path / "data")
+    data = lay_out_landmarks(tmp_path / "data")
     (tmp_path / "empty").mkdir()
     assert "holds no files" in said(data, "--whiten", tmp_path / "empty")
     Image.new("RGB", (40, 40)).save(tmp_path / "empty" / "one.png")

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dino
-from conftest import draw_images, run_dino
 from dino import weights
 from dino.cli import main
 from dino.features.embed import Embedding, Folder
 from dino.features.search import Index
+from helpers import draw_images, run_dino
 
 pq = pytest.importorskip("pyarrow.parquet")
 

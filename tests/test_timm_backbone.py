@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import dino
-from conftest import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
 from dino import cli
 from dino.data.normalize import normalize
 from dino.engine import parallel
@@ -18,6 +17,7 @@ from dino.engine.log import read_metrics
 from dino.models.timm_backbone import TimmBackbone
 from dino.options import replace
 from dino.options.train import TrainOptions
+from helpers import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
 
 # name: width, cells per side at 64 pixels, a second size that it takes
 FAMILIES = {
@@ -290,6 +290,7 @@ def test_two_cpu_ranks_say_once_that_statistics_are_their_own(photos, tmp_path):
     assert done.stderr.count("BatchNorm runs over each process's own images") == 1
 
 
+@pytest.mark.slow
 def test_a_convnets_report_leaves_attention_out_and_the_command_refuses(tmp_path, capsys):
     run, photo = tmp_path / "run", next(draw_images(tmp_path / "photos").rglob("*.jpg"))
     flags = timm_flags("timm:resnet10t", stop_after=2, report=True, model__in_channels=1, batch_size=8)
@@ -308,6 +309,7 @@ def test_a_convnets_report_leaves_attention_out_and_the_command_refuses(tmp_path
     assert not (tmp_path / "maps").exists()
 
 
+@pytest.mark.slow
 def test_one_channel_runs_are_evaluated_in_one_channel(tmp_path, capsys):
     run = tmp_path / "run"
     flags = tiny_flags(model__in_channels=1, stop_after=2, report=True, batch_size=8)

@@ -19,8 +19,8 @@ from PIL import Image
 
 import dino
 import processes
-from conftest import TINY, assert_same_bits, dino_command, draw_images, final_state, run_dino, tiny_flags
 from dino.engine.log import read_metrics
+from helpers import TINY, assert_same_bits, dino_command, draw_images, final_state, run_dino, tiny_flags
 
 
 def test_a_bare_folder_becomes_a_model_and_metrics(photos, tmp_path):
@@ -172,7 +172,7 @@ THREADS = """
 import os, sys
 from pathlib import Path
 import dino
-from conftest import TINY
+from helpers import TINY
 dino.train(data=sys.argv[1], out=sys.argv[2], stop_after=2, **TINY)
 left = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 Path(f"{sys.argv[2]}-{os.environ['RANK']}").write_text(" ".join(name for name in left if "gloo" in name))

@@ -22,7 +22,6 @@ import torchvision
 from timm.models.xcit import checkpoint_filter_fn
 
 import dino
-from conftest import GOLDEN, TINY, assert_same_bits, draw_images, final_state
 from dino import cli, weights
 from dino.data.normalize import normalize
 from dino.data.sources import open_source
@@ -38,6 +37,7 @@ from dino.options.train import TrainOptions
 from dino.run import view_batches
 from dino.terminal import Terminal
 from dino.weights import Weights, formats, read, read_linear, releases, write_linear
+from helpers import GOLDEN, TINY, assert_same_bits, draw_images, final_state
 
 SIZES = {
     "arch": "vit_nano",
@@ -422,6 +422,7 @@ def first_loss(photos, out, **changes) -> float:
     return read_metrics(run / "metrics.jsonl")[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_continued_training_starts_at_the_old_loss(photos, tmp_path, capsys):
     """With heads and center the loss goes on where it was, also by way of the reference's format; docs/weights.md shows a
     run of some length, with the center found again, and the fall back without heads."""

@@ -1,7 +1,7 @@
 """Lines of code by area, held to the budget in pyproject.toml ([tool.dino.budget]): exit code 1 above it.
 
-A line of code holds a token of Python that is not a comment and not a docstring; blank lines do not count. Templates and
-style sheets are counted apart: their lines that are not blank.
+A line of code holds a token of Python that is not a comment and not a docstring; blank lines do not count. Templates,
+style sheets and TOML are counted apart: their lines that are not blank.
 
     python tools/count_lines.py [FOLDER]
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-TEMPLATES = {".html", ".css", ".js", ".jinja", ".j2"}
+OTHER = {".html", ".css", ".js", ".jinja", ".j2", ".toml"}
 
 
 def count_code(source: str) -> int:
@@ -35,24 +35,24 @@ def count_code(source: str) -> int:
 
 
 def count_areas(package: Path) -> tuple[Counter[str], Counter[str]]:
-    """Lines of Python code and of templates, by the module or folder directly below `package`."""
+    """Lines of Python code and of other text, by the module or folder directly below `package`."""
     python: Counter[str] = Counter()
-    templates: Counter[str] = Counter()
+    other: Counter[str] = Counter()
     for path in sorted(package.rglob("*")):
         area = path.relative_to(package).parts[0].removesuffix(".py")
         if path.suffix == ".py":
             python[area] += count_code(path.read_text(encoding="utf-8"))
-        elif path.suffix in TEMPLATES:
-            templates[area] += sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
-    return python, templates
+        elif path.suffix in OTHER:
+            other[area] += sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
+    return python, other
 
 
 def main(package: Path) -> int:
     budget = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["dino"]["budget"]
-    python, templates = count_areas(package)
+    python, other = count_areas(package)
     core = {area: python[area] for area in budget["core_areas"]}
     rest = {area: lines for area, lines in python.most_common() if area not in core}
-    for title, areas in (("core", core), ("around it", rest), ("templates", dict(templates))):
+    for title, areas in (("core", core), ("around it", rest), ("not Python", dict(other))):
         listed = ", ".join(f"{area} {lines:,}" for area, lines in areas.items())
         print(
             textwrap.fill(
