@@ -277,15 +277,6 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
         terminal.say(f"Report: {write_report(folder, trainer.source, held_out, trainer.device)}")
 
 
-<<<<<<< HEAD
-=======
-def write_report(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:
-    from dino.report import page  # takes a while to import, and few commands need it
-
-    return page.write_report(folder, source, held_out, device)
-
-
->>>>>>> html
 def report_command(options: ReportOptions) -> None:
     """Write the report of a run again from the files in its directory."""
     from dino.report.page import write_report

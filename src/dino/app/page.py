@@ -14,10 +14,7 @@ from gradio import themes
 
 from dino import distributed, files, weights
 from dino.app.explorer import Explorer, ShownImage, draw_alike, find_newest_run
-<<<<<<< HEAD
 from dino.data.open import find_path
-=======
->>>>>>> html
 from dino.models import NO_ATTENTION
 from dino.options import toml
 from dino.options.commands import AppOptions

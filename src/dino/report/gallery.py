@@ -122,16 +122,9 @@ class Gallery:
         """Views that the first epoch of the run drew, rendered by the training pipeline itself."""
         options = self.run.options.views
         pictures = choose_pictures(self.source, NUM_VIEWED)
-<<<<<<< HEAD
         shapes = np.array([picture.pixels.shape[:2] for picture in pictures]).reshape(-1, 2)
         chosen = draw_views(options, self.run.options.seed, 0, [p.position for p in pictures], shapes)
         groups = CpuRenderer().prepare([picture.pixels for picture in pictures], chosen)
-=======
-        sizes = (required(options.global_size),) * 2 + (required(options.local_size),) * options.num_local
-        shapes = np.array([picture.pixels.shape[:2] for picture in pictures]).reshape(-1, 2)
-        chosen = draw_views(options, sizes, self.run.options.seed, 0, [p.position for p in pictures], shapes)
-        groups = CpuRenderer()([picture.pixels for picture in pictures], chosen)
->>>>>>> html
         views = [view for group in groups for view in group.numpy()]  # one [n, s, s, 3] of n pictures for each view
         kinds = ["global"] * 2 + ["local"] * options.num_local
         samples = [
@@ -186,11 +179,7 @@ class Gallery:
 def choose_pictures(source: Source, most: int) -> list[Picture]:
     """At most `most` readable images, evenly spaced, of different classes first."""
     positions = evenly_spaced(len(source), NUM_CANDIDATES)
-<<<<<<< HEAD
-    first: list[int] = []
-=======
     first: dict[int, int] = {}  # a class to its first position; an image without a class stands for itself
->>>>>>> html
     for i in positions:
         label = -1 if source.labels is None else source.labels[i]
         first.setdefault(label if label >= 0 else -1 - i, i)
