@@ -14,6 +14,7 @@ from PIL import Image
 from dino.cli import main
 from dino.eval import copydetect
 from dino.eval.ranking import average_precision
+from dino.features import neighbors
 from dino.options.evaluate import CopydetectOptions
 from helpers import GOLDEN, draw_images, ranks_agree
 
@@ -32,7 +33,7 @@ def test_positions_against_a_plain_sort_and_ties_count_against_us(monkeypatch):
     order = np.argsort(-(copies @ torch.cat([originals, others]).T).numpy(), axis=1)
     expected = [int(np.flatnonzero(order[i] == owners[i].item())[0]) for i in range(30)]
     assert copydetect.rank_originals(copies, originals, others, owners).tolist() == expected
-    monkeypatch.setattr(copydetect, "AT_ONCE", 7)
+    monkeypatch.setattr(neighbors, "MOST_NUMBERS", 7 * 60)
     assert copydetect.rank_originals(copies, originals, others, owners).tolist() == expected
     same = torch.ones(5, 1)
     assert copydetect.rank_originals(same, same, same, torch.arange(5)).tolist() == [9] * 5

@@ -16,6 +16,7 @@ from dino import cli
 from dino.data.open import open_labeled_pair
 from dino.data.sources import open_source
 from dino.eval import knn, lowshot
+from dino.features import neighbors
 from dino.features.extract import extract
 from dino.options import replace
 from dino.options.evaluate import LowshotOptions
@@ -57,7 +58,7 @@ def test_gradient_vanishes_at_the_solution_and_parts_change_nothing(c, monkeypat
     value, gradient = lowshot.objective(w.detach(), x, y, c)
     torch.testing.assert_close(value, loss.detach())
     torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
-    monkeypatch.setattr(lowshot, "SCORES_AT_ONCE", 4 * 7)
+    monkeypatch.setattr(neighbors, "MOST_NUMBERS", 2 * 4 * 7)
     parts = lowshot.objective(w.detach(), x, y, c)
     torch.testing.assert_close(parts[0], value)
     torch.testing.assert_close(parts[1], gradient, atol=1e-12, rtol=0)

@@ -13,12 +13,12 @@ from torch import Tensor
 from dino.data.sources import Source, Subset, open_source
 from dino.eval.evaluate import Result
 from dino.eval.ranking import average_precision, extract_comparable
+from dino.features.neighbors import split_rows
 from dino.models import Backbone
 from dino.options.evaluate import CopydetectOptions
 
 SIZE = 320  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
 TOP = 20  # ranks that the reference looks at
-AT_ONCE = 1024  # copies, so that memory stays bounded
 BLOCKS = ("strong", "jpegqual", "crops")
 LAYOUT = "expected are DATA/original/ and at least one of DATA/strong/, DATA/jpegqual/N/ and DATA/crops/N/"
 
@@ -33,9 +33,9 @@ def rank_originals(copies: Tensor, originals: Tensor, distractors: Tensor, owner
         owners: index of each copy's original [n].
     """
     database, found = torch.cat([originals, distractors]), []
-    for part, owner in zip(copies.split(AT_ONCE), owners.split(AT_ONCE), strict=True):
-        similarity = part @ database.T
-        found.append((similarity >= similarity.gather(1, owner[:, None])).sum(dim=1) - 1)
+    for part in split_rows(len(copies), len(database)):
+        similarity = copies[part] @ database.T
+        found.append((similarity >= similarity.gather(1, owners[part, None])).sum(dim=1) - 1)
     return torch.cat(found).cpu().numpy()
 
 

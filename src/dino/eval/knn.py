@@ -12,13 +12,12 @@ from dino.data.open import open_labeled_pair
 from dino.eval.evaluate import Result
 from dino.features import cache
 from dino.features.extract import readable_labels
-from dino.features.neighbors import largest, vote
+from dino.features.neighbors import find_neighbors, split_rows, vote
 from dino.models import Backbone
 from dino.options.evaluate import KnnOptions
 from dino.weights import fingerprint
 
 KS = (10, 20, 100, 200)
-SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32
 
 
 @torch.no_grad()
@@ -32,7 +31,8 @@ def classify(
         ks: numbers of neighbors; those above m are left out.
 
     Returns:
-        {"knn10_top1": ..., "knn10_top5": ..., ...}; top-5 only with five classes or more.
+        {"knn10_top1": ..., "knn10_top5": ..., ...}; top-5 only with five classes or more. It counts a class only if a
+        neighbor votes for it.
 
     Raises:
         ValueError: fewer bank images than the smallest k.
@@ -41,27 +41,17 @@ def classify(
     if not ks:
         raise ValueError(f"k-NN needs more labeled images than neighbors, but there are only {len(bank)}; lower --k.")
     num_classes = int(max(bank_labels.max(), labels.max())) + 1
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     top = min(5, num_classes)
-    hits = torch.zeros(len(ks), 2)
-    chunk = min(max(1, SIMILARITIES_AT_ONCE // len(bank)), len(queries))
-    all_of_them = bank.new_empty(
-        chunk, len(bank)
-    )  # the same memory for every chunk: fresh pages cost as much as a search
-    for start in range(0, len(queries), chunk):
-        stop = min(start + chunk, len(queries))
-        similarity, nearest = largest(torch.mm(queries[start:stop], bank.T, out=all_of_them[: stop - start]), max(ks))
-        voters = bank_labels[nearest]
-        for row, k in enumerate(ks):
-            right = (
-                vote(similarity[:, :k], voters[:, :k], num_classes, temp).topk(top, dim=1).indices
-                == labels[start:stop, None]
-            )
-            hits[row] += torch.stack([right[:, 0].sum(), right.sum()]).cpu()
-    share = (100 * hits / len(queries)).tolist()
-    result = {}
-    for k, (top1, top5) in zip(ks, share, strict=True):
-        result[f"knn{k}_top1"] = top1
+    cosines, rows = find_neighbors(F.normalize(queries.float(), dim=1), F.normalize(bank.float(), dim=1), max(ks))
+    voters, result = bank_labels[rows], {}
+    for k in ks:
+        hits = torch.zeros(2)
+        for part in split_rows(len(queries), num_classes):
+            best = vote(cosines[part, :k], voters[part, :k], num_classes, temp).topk(top, dim=1)
+            # Where fewer classes than `top` got a vote, the others fill up the best in any order.
+            right = (best.indices == labels[part, None]) & (best.values > 0)
+            hits += torch.stack([right[:, 0].sum(), right.sum()]).cpu()
+        result[f"knn{k}_top1"], top5 = (100 * hits / len(queries)).tolist()
         if top == 5:
             result[f"knn{k}_top5"] = top5
     return result

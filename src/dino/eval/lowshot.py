@@ -18,6 +18,7 @@ from dino.eval.evaluate import Result
 from dino.eval.supervised import compute_accuracies, draw_per_class
 from dino.features import cache
 from dino.features.extract import readable_labels
+from dino.features.neighbors import split_rows
 from dino.models import Backbone
 from dino.options import required
 from dino.options.evaluate import LowshotOptions
@@ -25,7 +26,6 @@ from dino.randomness import Stream, draw_words
 from dino.weights import fingerprint
 
 CS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
-SCORES_AT_ONCE = 2**24  # 128 MB of float64
 MAX_STEPS = 2000
 
 
@@ -67,10 +67,10 @@ def objective(weights: Tensor, x: Tensor, labels: Tensor, c: float) -> tuple[Ten
     """Mean of the penalized loss over the n images, and its gradient; in parts, so that scores of all need not fit."""
     n = len(x)
     value, gradient = weights.square().sum() / (2 * c * n), weights / (c * n)
-    rows = max(1, SCORES_AT_ONCE // weights.shape[1])
-    for part, wanted in zip(x.split(rows), labels.split(rows), strict=True):
+    for rows in split_rows(n, 2 * weights.shape[1]):  # a float64 takes the memory of two numbers
+        part = x[rows]
         log_p = (part @ weights).log_softmax(dim=1)
-        picked = torch.arange(len(part), device=x.device), wanted
+        picked = torch.arange(len(part), device=x.device), labels[rows]
         value = value - log_p[picked].sum() / n
         residual = log_p.exp_()
         residual[picked] -= 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,11 +10,10 @@ from torch import Tensor
 from dino import distributed, schedules
 from dino.data.loader import epoch_order
 from dino.features.extract import Pooling
+from dino.features.neighbors import split_rows
 from dino.options.evaluate import LinearOptions
 from dino.randomness import open_weights
 from dino.terminal import Terminal
-
-SCORES_AT_ONCE = 2**26  # 256 MB of float32
 
 
 class Sweep:
@@ -90,7 +89,7 @@ class Sweep:
     def top1(self, name: Pooling, features: Tensor, labels: Tensor, device: torch.device) -> list[float]:
         """Accuracy of each classifier of a pooling, percent."""
         hits = torch.zeros(len(self.points), device=device)
-        for rows in _chunks(len(features), len(self.points) * self.num_classes):
+        for rows in split_rows(len(features), len(self.points) * self.num_classes):
             predicted = self.scores(name, features[rows].to(device)).argmax(dim=-1)
             hits += (predicted == labels[rows].to(device)[:, None]).sum(dim=0)
         return (100 * hits.double() / len(features)).tolist()
@@ -99,11 +98,6 @@ class Sweep:
         """One classifier as the weights of a linear layer: weight [classes, columns], bias [classes]."""
         chosen = self.weights[name].unflatten(1, (len(self.points), self.num_classes))[:, point].cpu()
         return {"weight": chosen[:-1].T.contiguous(), "bias": chosen[-1].clone()}
-
-
-def _chunks(count: int, width: int) -> Iterator[slice]:
-    rows = max(1, SCORES_AT_ONCE // width)
-    return (slice(start, start + rows) for start in range(0, count, rows))
 
 
 def train_sweep(

@@ -18,11 +18,11 @@ from dino import distributed, errors, files, weights
 from dino.data.sources import Images, evenly_spaced
 from dino.features.embed import Embedding, Folder
 from dino.features.extract import extract
+from dino.features.neighbors import find_neighbors, split_rows
 from dino.models import Backbone
 from dino.weights import fingerprint
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
-SIMILARITIES_AT_ONCE = 2**26  # 256 MB of float32
 FEW = 4  # queries that are quicker one by one
 HALF_ERROR = 2e-3  # of a cosine of features of length 1 in half precision: three roundings of 2^-11 and some more
 SAMPLE = 100  # queries that recall is measured with
@@ -55,12 +55,10 @@ class Index:
         if self.faiss is not None:
             cosine, rows = self.faiss.search(queries.numpy(), k)
             return torch.from_numpy(cosine).clamp(min=-1), torch.from_numpy(rows)
-        if len(queries) <= FEW:
-            found = [self._scan(query, k) for query in queries]
-        else:
-            parts = queries.split(max(1, SIMILARITIES_AT_ONCE // len(self.values)))
-            found = [(part @ self.values.T).topk(k, dim=1) for part in parts]
-        return torch.cat([cosine for cosine, _ in found]), torch.cat([rows for _, rows in found])
+        if len(queries) > FEW:
+            return find_neighbors(queries, self.values, k)
+        cosine, rows = zip(*(self._scan(query, k) for query in queries), strict=True)
+        return torch.cat(cosine), torch.cat(rows)
 
     def _scan(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The same for one query [d], exactly, but most rows are only seen in half precision: memory is what takes time.
@@ -216,11 +214,10 @@ def duplicates(
 
 def _alike(values: Tensor, threshold: float) -> Iterator[tuple[int, Tensor]]:
     """Each row that is at least so like a later one, in order, and those it is like."""
-    step = max(1, SIMILARITIES_AT_ONCE // max(1, len(values)))
-    for start in range(0, len(values), step):
-        alike = values[start : start + step] @ values[start:].T >= threshold
+    for part in split_rows(len(values), len(values)):
+        alike = values[part] @ values[part.start :].T >= threshold
         for i in torch.nonzero(alike.sum(dim=1) > 1)[:, 0].tolist():
-            yield start + i, torch.nonzero(alike[i])[:, 0] + start
+            yield part.start + i, torch.nonzero(alike[i])[:, 0] + part.start
 
 
 def _near(index: Index, threshold: float | None) -> Iterator[tuple[int, Tensor]]:

@@ -16,13 +16,11 @@ from dino.data.open import open_labeled_pair, open_labeled_test
 from dino.data.sources import Source, evenly_spaced
 from dino.features import cache
 from dino.features.extract import readable_labels
-from dino.features.neighbors import vote
+from dino.features.neighbors import find_neighbors, vote
 from dino.files import check_writable
 from dino.html import EDGE, NUM_NEIGHBORS, get_label, read_row, render, write_page
 from dino.options.commands import NeighborsOptions, TsneOptions
 from dino.weights import fingerprint
-
-QUERIES_AT_ONCE = 64
 
 
 def extract_labeled(options: TsneOptions, **sources: Source) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
@@ -79,8 +77,7 @@ def draw_neighbor_page(options: NeighborsOptions) -> None:
     train, test = open_labeled_pair(options.data, options.val)
     (bank, labels, places), (queries, wanted, positions) = extract_labeled(options, training=train, test=test)
     k = min(options.k, len(bank))
-    found = [(part @ bank.T).topk(k, dim=1) for part in queries.split(QUERIES_AT_ONCE)]
-    cosines, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
+    cosines, nearest = find_neighbors(queries, bank, k)
     right = vote(cosines, labels[nearest], len(train.classes)).argmax(dim=1) == wanted
     score = f"{100 * right.float().mean():.1f} % of {len(right)} queries"
     sections = {}

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dino.data.normalize import normalize
 from dino.data.sources import evenly_spaced
+from dino.features.neighbors import find_neighbors
 from dino.models import Backbone
 
 BASIS_IMAGES, BASIS_PATCHES = 64, 1024  # most images a basis is made from, and most patches of each
-AT_ONCE = 2048  # patches compared with all of the other image
 
 
 def prepare_image(model: Backbone, image: np.ndarray) -> Tensor:
@@ -69,7 +69,7 @@ def match_mutual(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         Positions in `a` and `b` [k, 2], and cosines [k].
     """
     a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-    forth, back = ((torch.cat([(part @ y.T).argmax(dim=1) for part in x.split(AT_ONCE)])) for x, y in ((a, b), (b, a)))
+    forth, back = (find_neighbors(x, y, 1)[1][:, 0] for x, y in ((a, b), (b, a)))
     chosen = torch.nonzero(back[forth] == torch.arange(len(a), device=a.device))[:, 0]
     pairs = torch.stack([chosen, forth[chosen]], dim=1)
     cosine, order = (a[pairs[:, 0]] * b[pairs[:, 1]]).sum(dim=1).sort(descending=True, stable=True)

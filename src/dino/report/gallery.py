@@ -24,6 +24,7 @@ from dino.data.scenes import Scenes
 from dino.data.sources import Source, evenly_spaced
 from dino.data.views import draw_views
 from dino.features.extract import extract
+from dino.features.neighbors import find_neighbors
 from dino.html import NUM_NEIGHBORS, get_label, read_row, render
 from dino.look.attention import jaccard
 from dino.look.pictures import MOST_PATCHES, attention_maps, pca_colors, to_bytes
@@ -104,17 +105,13 @@ class Gallery:
         with torch.no_grad():
             batch = torch.from_numpy(np.stack(squares))[None].to(self.device)
             queries = self.model(normalize(batch, self.model.in_channels)).float().cpu()
-        similarity = F.normalize(queries, dim=1) @ F.normalize(bank.values, dim=1).T
-        if not held_out:  # an image is not its own neighbor
-            itself = torch.tensor([p.position for p in self.pictures])[:, None] == torch.from_numpy(bank.indices)
-            similarity[itself] = -2
-        nearest = similarity.topk(min(NUM_NEIGHBORS, len(bank.indices)), dim=1)
+        nearest = find_neighbors(F.normalize(queries, dim=1), F.normalize(bank.values, dim=1), NUM_NEIGHBORS + 1)
         rows = []
         for picture, square, cosines, places in zip(self.pictures, squares, *nearest, strict=True):
-            positions = bank.indices[places.numpy()].tolist()
-            found = [pair for pair in zip(cosines.tolist(), positions, strict=True) if pair[0] >= -1]
+            found = zip(cosines.tolist(), bank.indices[places.numpy()].tolist(), strict=True)
+            others = [pair for pair in found if held_out or pair[1] != picture.position]  # not the image itself
             label = get_label(self.shown, picture.position)
-            rows.append(read_row(square, self._caption(picture), label, self.source, found))
+            rows.append(read_row(square, self._caption(picture), label, self.source, others[:NUM_NEIGHBORS]))
         judged = [found.same for row in rows for found in row.neighbors if found.same is not None]
         return render("neighbors", rows=rows, held_out=held_out, num_images=len(bank.indices), judged=judged)
 
