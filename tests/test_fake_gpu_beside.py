@@ -108,7 +108,7 @@ EVALUATIONS: dict[str, Any] = {
     "masks": lambda model: masks.measure_overlap(
         model, np.zeros((32, 48, 3), np.uint8), np.zeros((2, 32, 48), bool), 0.6, GPU
     ),
-    "scenes": lambda model: online.scene_masks(model, Scenes(3), 32, GPU),
+    "scenes": lambda model: online.measure_scene_masks(model, Scenes(3), 32, GPU),
     "videos": following,
     "features": reading,
     "matches": lambda model: match_mutual(on_gpu(9, 8), on_gpu(7, 8)),

@@ -16,7 +16,7 @@ from dino.data.normalize import normalize
 from dino.data.open import probe
 from dino.data.scenes import Scenes
 from dino.data.sources import evenly_spaced, open_source
-from dino.eval.online import OnlineEvaluation, scene_masks
+from dino.eval.online import OnlineEvaluation, measure_scene_masks
 from dino.features.extract import extract
 from dino.method import DINO, Network
 from dino.models import Head
@@ -105,7 +105,7 @@ def test_scene_masks_of_a_perfect_model_is_one_hundred():
             masks = torch.from_numpy(np.stack([drawn.mask(i) for i in range(5)])).flatten(1).float()
             return masks[:, None].expand(-1, 2, -1)
 
-    result = scene_masks(Oracle(), scenes, 48, torch.device("cpu"))
+    result = measure_scene_masks(Oracle(), scenes, 48, torch.device("cpu"))
     # Keeping 60 % of an even mass keeps 60 % of the object.
     assert result["jaccard_best_head"] == pytest.approx(60, abs=1)
     assert result["jaccard_mean_head"] == pytest.approx(60, abs=1)

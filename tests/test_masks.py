@@ -15,7 +15,7 @@ from dino.data.decode import BadImage
 from dino.data.normalize import normalize
 from dino.data.scenes import Scenes
 from dino.eval import masks
-from dino.eval.online import scene_masks
+from dino.eval.online import measure_scene_masks
 from dino.look.attention import cls_attention
 from dino.options.evaluate import MasksOptions
 from helpers import ranks_agree
@@ -117,7 +117,7 @@ def test_agrees_with_the_training_monitor_on_drawn_scenes(model, tmp_path):
             Image.fromarray(pixels).save(tmp_path / kind / f"{i}.png")
     pair = {"images": str(tmp_path / "images"), "masks": str(tmp_path / "masks")}
     found = masks.evaluate(model, MasksOptions(model="", size=64, **pair), CPU).figures
-    assert found == pytest.approx(scene_masks(model, scenes, 32, CPU), rel=1e-5)
+    assert found == pytest.approx(measure_scene_masks(model, scenes, 32, CPU), rel=1e-5)
 
 
 @pytest.mark.parametrize(("values", "objects"), [((0, 1), 1), ((0, 255), 1), ((0, 200, 60), 1), ((0, 0), 0)])

@@ -1,4 +1,4 @@
-"""Copy detection: which original does an edited copy come from, among distractors (paper table 4)."""
+"""Copy detection: find the original of an edited copy among distractors (paper table 4)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from dino.models import Backbone
 from dino.options.evaluate import CopydetectOptions
 
 SIZE = 320  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
-TOP = 20  # ranks that the reference looks at
+TOP = 20  # ranks that the original protocol counts
 BLOCKS = ("strong", "jpegqual", "crops")
 LAYOUT = "expected are DATA/original/ and at least one of DATA/strong/, DATA/jpegqual/N/ and DATA/crops/N/"
 
 
 def rank_originals(copies: Tensor, originals: Tensor, distractors: Tensor, owners: Tensor) -> np.ndarray:
-    """Where each copy's original stands in the ranking of all originals and distractors, counted from 0.
+    """Rank of each copy's original [n] among all originals and distractors, counted from 0.
 
-    Images that are as near as the original stand before it, so a model that sees no difference finds nothing.
+    Images as near as the original rank before it, so a model that gives all images the same feature finds nothing.
 
     Args:
-        copies, originals, distractors: unit features, an image to a row.
+        copies, originals, distractors: features of length 1, one row per image.
         owners: index of each copy's original [n].
     """
     database, found = torch.cat([originals, distractors]), []
@@ -39,29 +39,26 @@ def rank_originals(copies: Tensor, originals: Tensor, distractors: Tensor, owner
     return torch.cat(found).cpu().numpy()
 
 
-def score_ranks(found: np.ndarray, blocks: Sequence[str], top: int | None) -> dict[str, float]:
-    """Mean average precision of each block of copies in percent, originals below the `top` ranks taken as not found."""
-    precisions = [average_precision(np.array([p] if top is None or p < top else [], int), 1) for p in found.tolist()]
-    figures = {}
-    for block in sorted(set(blocks), key=lambda name: (not name.startswith("strong"), name)):
-        figures[f"{block}_map"] = 100 * float(
-            np.mean([p for p, of in zip(precisions, blocks, strict=True) if of == block])
-        )
-    return figures
+def score_ranks(ranks: np.ndarray, blocks: Sequence[str], top: int | None) -> dict[str, float]:
+    """Mean average precision of each block of copies, in percent. An original below the `top` ranks is not found."""
+    found = [average_precision(np.array([p] if top is None or p < top else [], int), 1) for p in ranks.tolist()]
+    precisions, of = np.array(found), np.array(blocks)
+    order = sorted(set(blocks), key=lambda name: (not name.startswith("strong"), name))
+    return {f"{block}_map": 100 * float(np.mean(precisions[of == block])) for block in order}
 
 
 def find_original(name: str, stems: dict[str, int]) -> int | None:
-    """The original whose stem a copy's stem is, or starts with before an '_' (the longest such)."""
+    """The original with the same stem as the copy, or with the longest stem that an '_' follows in the copy's."""
     words = Path(name).stem.split("_")
     candidates = ("_".join(words[:n]) for n in range(len(words), 0, -1))
     return next((stems[stem] for stem in candidates if stem in stems), None)
 
 
 def match_copies(originals: Source, copies: Source, characters: int | None, where: str) -> list[int]:
-    """Index of each copy's original, by name: the first `characters` agree, or else as `belongs` has it.
+    """Index of each copy's original. The first `characters` of their names agree; None: see `find_original`.
 
     Raises:
-        ValueError: two originals have one name, or a copy belongs to none.
+        ValueError: two originals have the same name, or a copy has no original.
     """
     stems: dict[str, int] = {}
     for i in range(len(originals)):
@@ -83,10 +80,10 @@ def match_copies(originals: Source, copies: Source, characters: int | None, wher
 
 
 def open_copies(options: CopydetectOptions) -> tuple[Source, Source, list[int], list[str]]:
-    """Originals, copies, and of each copy its original's index and its block.
+    """Originals, copies, and for each copy the index of its original and its block.
 
     Raises:
-        ValueError: folders or names are not as they should be.
+        ValueError: the folders are laid out otherwise, or see `match_copies`.
     """
     if options.data is None:
         assert options.originals is not None

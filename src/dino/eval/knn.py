@@ -11,11 +11,9 @@ from torch import Tensor
 from dino.data.open import open_labeled_pair
 from dino.eval.evaluate import Result
 from dino.features import cache
-from dino.features.extract import readable_labels
 from dino.features.neighbors import find_neighbors, split_rows, vote
 from dino.models import Backbone
 from dino.options.evaluate import KnnOptions
-from dino.weights import fingerprint
 
 KS = (10, 20, 100, 200)
 
@@ -74,17 +72,12 @@ PAPER = {
 def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Result:
     """`classify` on [CLS] features of the evaluation view, exact, in float32."""
     train, test = open_labeled_pair(options.data, options.val)
-    size, digest = options.size or model.image_size, fingerprint(model)
-    bank = cache.load_or_extract(model, digest, train, size, device, progress="bank")
-    queries = cache.load_or_extract(model, digest, test, size, device, progress="queries")
-    figures = classify(
-        bank.values.to(device),
-        readable_labels(train, bank, "training").to(device),
-        queries.values.to(device),
-        readable_labels(test, queries, "test").to(device),
-        options.k,
-        options.temp,
+    size = options.size or model.image_size
+    bank, queries = (
+        cache.load_labeled(model, source, size, device, what) for source, what in ((train, "training"), (test, "test"))
     )
+    known, asked = ((part.values.to(device), part.labels.to(device)) for part in (bank, queries))
+    figures = classify(*known, *asked, options.k, options.temp)
     return Result(
         figures,
         f"k-NN of [CLS] features at {size} pixels, votes weighted by exp(cosine / {options.temp:g})",

@@ -17,13 +17,11 @@ from dino.eval import knn
 from dino.eval.evaluate import Result
 from dino.eval.supervised import compute_accuracies, draw_per_class
 from dino.features import cache
-from dino.features.extract import readable_labels
 from dino.features.neighbors import split_rows
 from dino.models import Backbone
 from dino.options import required
 from dino.options.evaluate import LowshotOptions
 from dino.randomness import Stream, draw_words
-from dino.weights import fingerprint
 
 CS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 MAX_STEPS = 2000
@@ -32,8 +30,8 @@ MAX_STEPS = 2000
 def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Tensor:
     """Weights [d, classes] that minimize sum of cross-entropies + |W|^2 / 2C, without intercept, in float64.
 
-    L-BFGS on W = S V, where S makes the Hessian at W = 0 the identity: features of one model are often nearly parallel,
-    and without it thousands of steps would not be enough.
+    L-BFGS minimizes over V, where W = S V and S makes the Hessian at W = 0 the identity. Without S, thousands of steps
+    would not be enough, because the features of a model are often nearly parallel.
 
     Args:
         features: [n, d]; labels: [n].
@@ -59,12 +57,12 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -
         v.grad = s @ gradient
         return value
 
-    solver.step(closure)  # pyright: ignore[reportArgumentType] - it wants a float and takes what has one
+    solver.step(closure)  # pyright: ignore[reportArgumentType] - a Tensor of one number does for a float
     return (s @ v).detach()
 
 
 def objective(weights: Tensor, x: Tensor, labels: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """Mean of the penalized loss over the n images, and its gradient; in parts, so that scores of all need not fit."""
+    """The penalized loss divided by the number of images n, and its gradient. Computed in parts that fit in memory."""
     n = len(x)
     value, gradient = weights.square().sum() / (2 * c * n), weights / (c * n)
     for rows in split_rows(n, 2 * weights.shape[1]):  # a float64 takes the memory of two numbers
@@ -79,7 +77,7 @@ def objective(weights: Tensor, x: Tensor, labels: Tensor, c: float) -> tuple[Ten
 
 
 def choose_c(x: Tensor, labels: Tensor, num_classes: int, folds: int, seed: int) -> float:
-    """The C of best accuracy in cross-validation; of equals the smallest. Folds hold like shares of each class."""
+    """The C of best accuracy in cross-validation; the smallest of equally good ones."""
     fold = deal_folds(labels.cpu().numpy(), folds, seed)
     hits = dict.fromkeys(CS, 0)
     for part in range(folds):
@@ -93,7 +91,10 @@ def choose_c(x: Tensor, labels: Tensor, num_classes: int, folds: int, seed: int)
 
 
 def deal_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """[n] number of the fold of each image; a class is dealt out in turn, and the next one goes on where it ended."""
+    """The fold of each image [n]. Every fold gets an equal share of each class, to within one image.
+
+    Images are sorted by class, in random order within a class, and dealt out to the folds in turn.
+    """
     draws = draw_words(Stream.FOLDS, seed, len(labels))
     fold = np.empty(len(labels), np.int64)
     fold[np.lexsort((draws, labels))] = np.arange(len(labels)) % folds
@@ -101,10 +102,10 @@ def deal_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
 
 
 def read_list(source: Source, file: str) -> np.ndarray:
-    """Positions of the images that `file` names, a line each: paths as in the folder, or bare file names.
+    """Positions of the images in the list `file`, which has a path as in the folder or a bare file name per line.
 
     Raises:
-        ValueError: it names none, or one that is not there or not unique.
+        ValueError: the list is empty, or a name is missing or not unique.
     """
     lines = [line.strip().removeprefix("./") for line in read_text(file).splitlines()]
     wanted = [line for line in lines if line and not line.startswith("#")]
@@ -138,28 +139,28 @@ PAPER = {
 def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> Result:
     """k-NN and logistic regression on L2-normalized [CLS] features of some of the training images."""
     train, test = open_labeled_pair(options.data, options.val)
-    parts = choose_subsets(train, options)
-    name, fewest = min(((name, len(positions)) for name, positions in parts.items()), key=lambda part: part[1])
-    if fewest < options.k:
-        raise ValueError(f"k is {options.k}, but {name} of the training images are {fewest}; lower --k or take more.")
-    size, digest, num_classes = options.size or model.image_size, fingerprint(model), len(train.classes)
-    bank = cache.load_or_extract(model, digest, train, size, device, progress="training images")
-    asked = cache.load_or_extract(model, digest, test, size, device, progress="test images")
-    labels, wanted = (
-        readable_labels(train, bank, "training").to(device),
-        readable_labels(test, asked, "test").to(device),
+    subsets = choose_subsets(train, options)
+    name, fewest = min(subsets.items(), key=lambda subset: len(subset[1]))
+    if len(fewest) < options.k:
+        raise ValueError(
+            f"k is {options.k}, but {name} of the training images are {len(fewest)}; lower --k or take more."
+        )
+    size, num_classes = options.size or model.image_size, len(train.classes)
+    bank, queries = (
+        cache.load_labeled(model, source, size, device, what) for source, what in ((train, "training"), (test, "test"))
     )
-    x, queries = (F.normalize(found.values, dim=1).to(device) for found in (bank, asked))
+    x, asked = (F.normalize(part.values, dim=1).to(device) for part in (bank, queries))
+    labels, wanted = bank.labels.to(device), queries.labels.to(device)
     figures, counts, chosen = {}, {}, {}
-    for name, positions in parts.items():
+    for name, positions in subsets.items():
         rows = torch.from_numpy(np.flatnonzero(np.isin(bank.indices, positions))).to(device)
         few, few_labels = x[rows], labels[rows]
-        votes = knn.classify(few, few_labels, queries, wanted, (options.k,))
+        votes = knn.classify(few, few_labels, asked, wanted, (options.k,))
         figures[f"knn_{name}_top1"] = votes[f"knn{options.k}_top1"]
-        # Each rank does the same: what is shared is the work of the backbone.
+        # All ranks compute the same from here on; they share only the features.
         c = options.c or choose_c(few, few_labels, num_classes, options.folds, options.seed)
         weights = fit_logistic(few, few_labels, num_classes, c)
-        figures[f"logistic_{name}_top1"] = compute_accuracies(queries.double() @ weights, wanted)["top1"]
+        figures[f"logistic_{name}_top1"] = compute_accuracies(asked.double() @ weights, wanted)["top1"]
         counts[f"training images ({name})"], chosen[name] = len(rows), c
     distributed.barrier()
     how = "given" if options.c else f"chosen by {options.folds}-fold cross-validation"
@@ -174,11 +175,11 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
 
 
 def choose_subsets(train: Source, options: LowshotOptions) -> dict[str, np.ndarray]:
-    """Positions of the training images of each share, by its name in percent."""
+    """Name of each subset of the training images, mostly its share in percent, and its positions."""
     if options.list:
         found = [read_list(train, file) for file in options.list]
         named = {f"{100 * len(positions) / len(train):.3g}%": positions for positions in found}
-        if len(named) < len(found):  # two lists of one length
+        if len(named) < len(found):  # two lists have the same length
             named = {Path(file).stem: positions for file, positions in zip(options.list, found, strict=True)}
         return named
     labels = required(train.labels)

@@ -1,4 +1,4 @@
-"""What is measured while a run goes on: k-NN where there are labels, label-free health always, masks where drawn."""
+"""The training callback: k-NN if there are labels, feature health always, attention masks if the images are scenes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from dino.method import DINO
 from dino.models import Backbone
 from dino.options import required
 
-BANK, QUERIES, MASKS = 5000, 1000, 200  # at most so many images, so that a check stays short beside an epoch
+BANK, QUERIES, MASKS = 5000, 1000, 200  # at most so many images, so that a check takes much less time than an epoch
 
 
 class OnlineEvaluation:
-    """The training callback: measures the teacher's backbone on held-out images.
+    """Measures the teacher's backbone on held-out images.
 
     Args:
-        train: the k-NN's labeled bank comes from here (evenly spaced, at most 5000 images).
-        held_out: what is classified; None measures label-free health on training images.
+        train: the source of the k-NN's bank.
+        held_out: images to classify. None: only feature health is measured, on training images.
         size: edge of the evaluation view, pixels.
-        more: evaluations to make beside, over all ranks.
+        more: other evaluations, over all ranks.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class OnlineEvaluation:
         return result
 
     def _monitor(self, backbone: Backbone) -> dict[str, float]:
-        shown = self.held_out if self.held_out is not None else self.train
-        queries = extract(backbone, shown, self.size, self.device, evenly_spaced(len(shown), QUERIES))
+        images = self.train if self.held_out is None else self.held_out
+        queries = extract(backbone, images, self.size, self.device, evenly_spaced(len(images), QUERIES))
         result = feature_health(queries.values) if len(queries.values) > 1 else {}
         if self.labeled and self.held_out is not None:
             bank = extract(backbone, self.train, self.size, self.device, evenly_spaced(len(self.train), BANK))
@@ -63,8 +63,8 @@ class OnlineEvaluation:
             if not self.pixels_done:
                 result |= self._pixel_knn(bank.indices, queries.indices)
                 self.pixels_done = True
-        if isinstance(shown, Scenes) and backbone.has_attention:
-            result |= scene_masks(backbone, shown, self.size, self.device)
+        if isinstance(images, Scenes) and backbone.has_attention:
+            result |= measure_scene_masks(backbone, images, self.size, self.device)
         return result
 
     def _knn(self, bank: Tensor, b: np.ndarray, queries: Tensor, q: np.ndarray) -> dict[str, float]:
@@ -76,24 +76,24 @@ class OnlineEvaluation:
         return knn.classify(bank[has_label], bank_labels[has_label], queries[asked], labels[asked])
 
     def _pixel_knn(self, b: np.ndarray, q: np.ndarray) -> dict[str, float]:
-        """The floor to beat: the same vote on the pixels themselves, at most 64 x 64."""
+        """A floor to beat: the same vote on the pixels themselves, at most 64 x 64."""
         edge = min(self.size, 64)
-        bank, queries = pixels(self.train, b, edge), pixels(required(self.held_out), q, edge)
+        bank, queries = flatten_pixels(self.train, b, edge), read_pixels(required(self.held_out), q, edge)
         return {f"pixels_{name}": value for name, value in self._knn(bank, b, queries, q).items()}
 
 
-def pixels(source: Source, indices: np.ndarray, edge: int) -> Tensor:
+def flatten_pixels(source: Source, indices: np.ndarray, edge: int) -> Tensor:
     """Normalized pixels of evaluation views as features [m, 3 * edge * edge]."""
     images = np.stack([resize_and_crop(source.read(int(i)), edge) for i in indices])
     return normalize(torch.from_numpy(images)[None]).flatten(1)
 
 
 @torch.no_grad()
-def scene_masks(model: Backbone, scenes: Scenes, size: int, device: torch.device) -> dict[str, float]:
+def measure_scene_masks(model: Backbone, scenes: Scenes, size: int, device: torch.device) -> dict[str, float]:
     """Jaccard overlap, in percent, of 60 %-mass attention masks with the drawn objects (paper Fig. 4).
 
-    Looked at with twice the `size` of training, as the paper does (480 pixels after 224): finer maps of the same things.
-    `best head` picks for each image the head that overlaps most, as the paper does; `mean head` averages over heads.
+    Scenes are drawn at twice the `size` of training, for finer maps; the paper uses 480 pixels after 224. `best_head` takes
+    for each image the head that overlaps most, as the paper does; `mean_head` averages over heads.
     """
     chosen, size = evenly_spaced(len(scenes), MASKS), 2 * size
     scenes = scenes.at(size)

@@ -1,7 +1,4 @@
-"""Ranking a database by its likeness to queries: average precision, whitening, comparable features.
-
-Shared by retrieval and copy detection.
-"""
+"""What retrieval and copy detection share: average precision, whitening, and features to compare."""
 
 from __future__ import annotations
 
@@ -19,18 +16,17 @@ from dino.features import cache
 from dino.features.extract import Pooling
 from dino.models import Backbone
 from dino.options.evaluate import RankingOptions
-from dino.weights import fingerprint
 
 
 def average_precision(positions: np.ndarray, total: int) -> float:
     """Area under the precision-recall curve by trapezoids, from 0 to 1.
 
     Args:
-        positions: where in the ranking the relevant images stand, ascending, counted from 0.
-        total: how many relevant images there are; those not among `positions` were not found.
+        positions: ranks of the relevant images that were found, ascending, counted from 0.
+        total: number of all relevant images.
     """
     found = np.arange(len(positions))
-    before = np.where(positions > 0, found / np.maximum(positions, 1), 1.0)  # precision just before a find
+    before = np.where(positions > 0, found / np.maximum(positions, 1), 1.0)  # precision just before each hit
     after = (found + 1) / (positions + 1)
     return float((before + after).sum() / 2 / total)
 
@@ -38,13 +34,13 @@ def average_precision(positions: np.ndarray, total: int) -> float:
 def mean_precisions(
     rankings: np.ndarray, relevant: Sequence[Sequence[int]], junk: Sequence[Sequence[int]], ks: Sequence[int]
 ) -> dict[str, float]:
-    """Means over queries, in percent: {"map": ..., "mp1": ..., ...}; {} when no query has anything to find.
+    """Means over queries, in percent: {"map": ..., "mp1": ..., ...}; {} if no query has a relevant image.
 
-    Precision at k is taken at the last relevant position where that comes before k, as the benchmark does.
+    Precision at k counts only the ranks down to the last relevant image if that is above k, as the benchmark does.
 
     Args:
-        rankings: database indices of each query, best first [q, m].
-        relevant, junk: database indices to find and to leave out, for each query. Those with none to find are left out.
+        rankings: database indices for each query, the best first [q, m].
+        relevant, junk: database indices to find and to ignore for each query. A query with nothing to find is left out.
         ks: depths of the mean precisions.
     """
     rows = []
@@ -62,7 +58,7 @@ def mean_precisions(
 
 
 class Whitening(NamedTuple):
-    """PCA that gives every direction the same variance: features [n, d] become (features - mean) @ projection."""
+    """PCA that gives all directions the same variance: features [n, d] become (features - mean) @ projection."""
 
     mean: Tensor  # [d] float64
     projection: Tensor  # [d, d] float64, largest variance first
@@ -72,10 +68,10 @@ class Whitening(NamedTuple):
 
 
 def learn_whitening(features: Tensor, centered: bool) -> Whitening:
-    """A whitening learned from features [n, d].
+    """The whitening of features [n, d].
 
     Args:
-        centered: take the covariance of the centered features. The reference does not, though it centers what it projects.
+        centered: use the covariance of the centered features. The reference centers features only to project them.
     """
     features = features.double()
     mean = features.mean(dim=0)
@@ -94,17 +90,20 @@ def extract_comparable(
     resize: Resize,
     sources: dict[str, Source],
 ) -> tuple[dict[str, Tensor], str, dict[str, str]]:
-    """Unit features of the `sources`, whitened if asked for, on the device; the words for that; and fingerprints.
+    """Features of length 1 of each source, on the device, whitened if the options say so.
+
+    Returns:
+        Features of each source, words about the whitening for the protocol, and the sources' fingerprints.
 
     Raises:
-        ValueError: an image cannot be read, or there is nothing to learn a whitening from.
+        ValueError: an image cannot be read, or there are too few to learn a whitening from.
     """
     if options.whiten is not None:
         sources = sources | {"whitening": open_source(options.whiten, "none")}
-    digest, words, features = fingerprint(model), "", {}
+    words, features = "", {}
     for part, source in sources.items():
-        found = cache.load_or_extract(model, digest, source, size, device, pooling, part, resize)
-        if found.bad:  # without it the figures would mean something else
+        found = cache.load_or_extract(model, source, size, device, pooling, part, resize)
+        if found.bad:  # the figures would mean something else without it
             raise ValueError(
                 f"{len(found.bad)} of the {len(source)} images ({part}) cannot be read, first {found.bad[0][0]} "
                 f"({found.bad[0][1]}); replace or remove them, every image counts."

@@ -1,7 +1,7 @@
 """Landmark retrieval on revisited Oxford and Paris (paper table 3).
 
-The benchmark is of Radenović et al. 2018: per query an Easy, a Medium and a Hard set of images to find, and images
-that count neither way ("junk").
+The benchmark is of Radenović et al. 2018. Each query has easy and hard images to find, and images that do not count
+("junk"); the protocols Easy, Medium and Hard differ in which of them are to be found.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class GroundTruth(NamedTuple):
     folder: Path  # of the images
     database: list[str]  # file names
     queries: list[str]
-    boxes: list[tuple[float, ...]]  # left, top, right, bottom of what is asked for in each query image, pixels
-    easy: list[list[int]]  # positions in the database, for each query
+    boxes: list[tuple[float, ...]]  # left, top, right, bottom of the landmark in each query image, pixels
+    easy: list[list[int]]  # positions in the database for each query
     hard: list[list[int]]
     junk: list[list[int]]
 
@@ -44,7 +44,7 @@ def read_ground_truth(data: str) -> GroundTruth:
     """The ground truth in a folder, or in a .pkl file.
 
     Raises:
-        ValueError: the folder is laid out otherwise, or the file is not of the published form.
+        ValueError: the folder is laid out otherwise, or the file has not the published form.
     """
     path = Path(data)
     if path.is_dir():
@@ -83,7 +83,7 @@ def _parse(path: Path, content: Any) -> GroundTruth:
 
 
 class Cropped(Subset):
-    """The images of `whole`, each cut to its box and made as much smaller as `size` for its whole longer side asks."""
+    """The images of `whole`, each cut to its box, and shrunk as if its longer side before cutting became `size`."""
 
     def __init__(self, whole: Source, boxes: Sequence[tuple[float, ...]], size: int):
         super().__init__(whole, np.arange(len(whole)))
@@ -124,9 +124,9 @@ PAPER = {
 def score_rankings(
     rankings: np.ndarray, easy: list[list[int]], hard: list[list[int]], junk: list[list[int]]
 ) -> dict[str, float]:
-    """Figures of the three protocols in percent; {} for one in which no query has anything to find.
+    """Figures of the three protocols in percent, without those of a protocol in which no query has anything to find.
 
-    Easy finds the easy images and ignores the hard, Medium finds both, Hard finds the hard and ignores the easy.
+    Easy finds the easy images and ignores the hard ones, Medium finds both, Hard finds the hard and ignores the easy ones.
     """
     both = [a + b for a, b in zip(easy, hard, strict=True)]
     without_hard = [a + b for a, b in zip(junk, hard, strict=True)]
@@ -140,7 +140,7 @@ def score_rankings(
 
 
 def evaluate(model: Backbone, options: RetrievalOptions, device: torch.device) -> Result:
-    """`score` of a ranking by the cosine of [CLS] features, exact, in float32."""
+    """`score_rankings` of exact rankings by the cosine of [CLS] features, in float32."""
     truth = read_ground_truth(options.data)
     size, scales = PUBLISHED.get(truth.name, (model.image_size, 3))
     size, scales = options.size or size, options.scales or scales

@@ -1,4 +1,4 @@
-"""Many linear classifiers trained at once on the same features, each as if it were alone."""
+"""Many linear classifiers trained at once on the same features."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from dino.options.evaluate import LinearOptions
 from dino.randomness import open_weights
 from dino.terminal import Terminal
 
+Columns = Mapping[Pooling, tuple[int, int]]  # first and last + 1 column of each pooling in the features
+
 
 class Sweep:
-    """Linear classifiers side by side, one for each pooling, learning rate and decay, as one matrix per pooling.
+    """Linear classifiers for each pooling, learning rate and decay, as one matrix per pooling.
 
-    Each is trained as if it were alone, by SGD of momentum 0.9 from weights N(0, 0.01) and biases 0, the same for all
-    of a pooling.
+    Each is trained as if it were alone, by SGD with momentum 0.9. Weights start from N(0, 0.01), the same for all
+    classifiers of a pooling, and biases from 0.
 
     Args:
-        columns: pooling -> its columns of the features.
-        rates: learning rates per step of the batch at hand; decays: of the L2 penalty, on the bias too.
-        sum_: over the ranks, where each steps on a share of the batch only.
+        rates: learning rates, for the batch size at hand; decays: factors of the L2 penalty, which includes the bias.
+        sum_: sums over the ranks. Needed if each rank steps on its share of the batch only.
     """
 
     def __init__(
         self,
-        columns: Mapping[Pooling, tuple[int, int]],
+        columns: Columns,
         rates: Sequence[float],
         decays: Sequence[float],
         num_classes: int,
@@ -43,11 +44,8 @@ class Sweep:
         self.columns, self.num_classes = columns, num_classes
         self.points = [(rate, decay) for rate in rates for decay in decays]
 
-        def side_by_side(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device).repeat_interleave(num_classes)
-
-        self.rates = side_by_side([rate for rate, _ in self.points])
-        self.decays = side_by_side([decay for _, decay in self.points])
+        both = torch.tensor(self.points, dtype=dtype, device=device).T.repeat_interleave(num_classes, dim=1)
+        self.rates, self.decays = both  # [classifiers * classes]
         self.weights: dict[Pooling, Tensor] = {}  # [columns + 1, classifiers * classes]; the last row is the bias
         for name, (first, last) in columns.items():
             draws = open_weights(seed)
@@ -64,10 +62,10 @@ class Sweep:
 
     @torch.no_grad()
     def step(self, features: Tensor, labels: Tensor, count: int, scale: float) -> Tensor:
-        """One step of all classifiers on this rank's share of `count` images; the least mean loss among them.
+        """One step of all classifiers on this rank's share of a batch of `count` images; the least of their mean losses.
 
         Args:
-            scale: what share of their learning rates the schedule has left.
+            scale: factor of the schedule on all learning rates.
         """
         best = features.new_full((), torch.inf)
         rows = torch.arange(len(labels), device=labels.device)
@@ -75,7 +73,7 @@ class Sweep:
             log_p = self.scores(name, features).log_softmax(dim=-1)
             loss = self.sum_(-log_p[rows, :, labels].sum(dim=0) / count)
             best = torch.minimum(best, loss.nan_to_num(torch.inf).min())
-            # The gradient of softmax cross-entropy in closed form: no graph to keep.
+            # The gradient of softmax cross-entropy in closed form needs no autograd graph.
             residual = log_p.exp_()
             residual[rows, :, labels] -= 1
             flat = residual.flatten(1) / count
@@ -103,7 +101,11 @@ class Sweep:
 def train_sweep(
     sweep: Sweep, features: Tensor, labels: Tensor, options: LinearOptions, device: torch.device, say: str
 ) -> None:
-    """Train all classifiers on features [n, d] that are kept in memory; every rank does the same, to the bit."""
+    """Train all classifiers on features [n, d] in memory. Every rank does the same, to the bit.
+
+    Args:
+        say: what is trained, for the progress line.
+    """
     batch = min(options.batch_size, len(features))
     terminal = Terminal(distributed.is_main())
     terminal.start(0, options.epochs)

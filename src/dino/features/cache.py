@@ -1,4 +1,4 @@
-"""Features kept on disk, and used again as long as neither the model nor the images have changed."""
+"""Features kept on disk, and used again until the model or the images change."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ import json
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dino import distributed, files
 from dino.data.evaluation_views import Resize
 from dino.data.sources import Source
-from dino.features.extract import Features, Pooling, extract
+from dino.features.extract import Features, Pooling, extract, readable_labels
 from dino.models import Backbone
 from dino.options import required
+from dino.weights import fingerprint
 
 _in_use = ContextVar("cache in use", default=True)
 
 
-def folder() -> Path:
-    return files.cache_folder() / "features"
-
-
 @contextlib.contextmanager
 def bypass_cache() -> Iterator[None]:
-    """Neither read nor write features within it."""
+    """Neither read nor write the cache inside this context."""
     token = _in_use.set(False)
     try:
         yield
@@ -40,7 +39,6 @@ def bypass_cache() -> Iterator[None]:
 
 def load_or_extract(
     model: Backbone,
-    model_hash: str,
     source: Source,
     size: int,
     device: torch.device,
@@ -48,27 +46,48 @@ def load_or_extract(
     progress: str | None = None,
     resize: Resize = "center",
 ) -> Features:
-    """`extract` over all ranks, from the cache where it holds just these; every rank gets all of them.
+    """`extract` over all ranks, or its result from the cache. Every rank gets the features of all images."""
 
-    Args:
-        model_hash: digest of the model's weights.
-        pooling, resize: see `extract`.
-    """
-    if not _in_use.get():
+    def compute() -> Features:
         return extract(model, source, size, device, pooling=pooling, shared=True, progress=progress, resize=resize)
-    key = [model_hash, source.fingerprint, source.stamp(), str(size), resize, pooling, str(len(source))]
-    path = folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+
+    if not _in_use.get():
+        return compute()
+    key = [fingerprint(model), source.fingerprint, source.stamp(), str(size), resize, pooling, str(len(source))]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = files.cache_folder() / "features" / f"{name}.safetensors"
     found = _load(path) if distributed.is_main() else None
     if distributed.from_main(lambda: found is not None):
         return required(found or _load(path))
-    result = extract(model, source, size, device, pooling=pooling, shared=True, progress=progress, resize=resize)
+    result = compute()
     if distributed.is_main():
         _save(path, result)
     distributed.barrier()
     return result
 
 
+class LabeledFeatures(NamedTuple):
+    """Of the images of a source that could be read."""
+
+    values: Tensor  # [m, d] float32, on the CPU
+    labels: Tensor  # [m] int64
+    indices: np.ndarray  # [m] positions in the source
+
+
+def load_labeled(
+    model: Backbone, source: Source, size: int, device: torch.device, what: str, pooling: Pooling = "cls"
+) -> LabeledFeatures:
+    """`load_or_extract` of labeled images. `what` they are ("training") is for the progress bar and for errors.
+
+    Raises:
+        ValueError: no image can be read.
+    """
+    found = load_or_extract(model, source, size, device, pooling, f"{what} images")
+    return LabeledFeatures(found.values, readable_labels(source, found, what), found.indices)
+
+
 def _load(path: Path) -> Features | None:
+    """None if there is no such file or it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             bad = [(str(name), str(reason)) for name, reason in json.loads(file.metadata()["bad"])]
@@ -78,7 +97,7 @@ def _load(path: Path) -> Features | None:
 
 
 def _save(path: Path, found: Features) -> None:
-    """All or nothing; a cache that cannot be written is no reason to fail."""
+    """Write the whole file, or none. A cache that cannot be written is no error."""
     with contextlib.suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"values": found.values, "indices": torch.from_numpy(np.ascontiguousarray(found.indices))}

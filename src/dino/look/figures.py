@@ -15,21 +15,18 @@ from dino.data.evaluation_views import resize_and_crop
 from dino.data.open import open_labeled_pair, open_labeled_test
 from dino.data.sources import Source, evenly_spaced
 from dino.features import cache
-from dino.features.extract import readable_labels
 from dino.features.neighbors import find_neighbors, vote
 from dino.files import check_writable
 from dino.html import EDGE, NUM_NEIGHBORS, get_label, read_row, render, write_page
 from dino.options.commands import NeighborsOptions, TsneOptions
-from dino.weights import fingerprint
 
 
 def extract_labeled(options: TsneOptions, **sources: Source) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
     """[CLS] features [m, d] of length 1, labels [m] and positions [m] of the readable images of each source."""
     model = weights.load(options.model).to(device := distributed.start(options.device))
-    size, digest = options.size or model.image_size, fingerprint(model)
     for what, source in sources.items():
-        found = cache.load_or_extract(model, digest, source, size, device, progress=what)
-        yield F.normalize(found.values, dim=1), readable_labels(source, found, what), found.indices
+        found = cache.load_labeled(model, source, options.size or model.image_size, device, what)
+        yield F.normalize(found.values, dim=1), found.labels, found.indices
 
 
 def map_classes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
