@@ -66,22 +66,22 @@ def main() -> None:
             started = time.perf_counter()
             indices[kind] = Index(embedding, kind)
             result["seconds_to_build"][kind] = time.perf_counter() - started
-    indices["flat"].nearest(queries[:1], K)  # makes its rows of half precision
+    indices["flat"].find_nearest(queries[:1], K)  # makes its rows of half precision
     times: dict[str, list[float]] = {"peer": [], **{kind: [] for kind in indices}}
     reading: list[float] = []
     for query in queries[:, None]:
         reading.append(milliseconds(values.sum))
         times["peer"].append(milliseconds(peer.search, query.numpy(), K))
         for kind, index in indices.items():
-            times[kind].append(milliseconds(index.nearest, query, K))
+            times[kind].append(milliseconds(index.find_nearest, query, K))
     result["ratio"] = harness.ratio(times["peer"], times["flat"])
     result["memory_gigabytes_per_second"] = harness.spread([values.nbytes / t / 1e6 for t in reading])
     read = values.nbytes / 2  # of the rows in half precision
     shares = [(read / t) / (values.nbytes / r) for t, r in zip(times["flat"], reading, strict=True)]
     result["share_of_memory_rate"] = harness.spread(shares)
     result["milliseconds"] = {kind: harness.spread(spent) for kind, spent in times.items()}
-    exact = indices["flat"].nearest(queries, K)[1]
-    found = {kind: indices[kind].nearest(queries, K)[1] for kind in options.kinds}
+    exact = indices["flat"].find_nearest(queries, K)[1]
+    found = {kind: indices[kind].find_nearest(queries, K)[1] for kind in options.kinds}
     result["recall"] = {
         kind: (exact[:, :, None] == rows[:, None]).any(dim=2).float().mean().item() for kind, rows in found.items()
     }

@@ -54,7 +54,7 @@ def test_flat_finds_the_nearest_exactly(rows, queries, k, together, seed):
     embedding = drawn(rows, seed=seed)
     values = F.normalize(embedding.values + together, dim=1)
     asked = torch.randn(queries, 16, generator=torch.Generator().manual_seed(seed + 1)) + together
-    cosine, found = Index(Embedding(embedding.folder, [], embedding.positions, values)).nearest(asked, k)
+    cosine, found = Index(Embedding(embedding.folder, [], embedding.positions, values)).find_nearest(asked, k)
     truth = F.normalize(asked, dim=1) @ values.T
     torch.testing.assert_close(cosine, truth.topk(min(k, rows), dim=1).values, rtol=0, atol=1e-6)
     torch.testing.assert_close(truth.gather(1, found), cosine, rtol=0, atol=1e-6)
@@ -65,7 +65,7 @@ def test_flat_finds_the_nearest_exactly(rows, queries, k, together, seed):
 def test_approximate_indices_are_kept_and_find_most(kind, embedded, saved_model, album, tmp_path):
     pytest.importorskip("faiss")
     index = Index(drawn(4000, place=tmp_path / "x.parquet"), kind)
-    assert 0.8 < index.recall(10) <= 1
+    assert 0.8 < index.measure_recall(10) <= 1
     assert (tmp_path / f"x.{kind}.faiss").stat().st_size > 4000 * 16 * 4
     query = album / "class1" / "001.jpg"
     found = dino.search(embedded, [query], 4, kind, device="cpu")

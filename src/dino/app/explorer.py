@@ -19,10 +19,10 @@ from torch import Tensor
 from dino import weights
 from dino.data.decode import BadImage, decode
 from dino.data.open import open_images
-from dino.data.sources import Source, WithPlaceholders, evenly_spaced
+from dino.data.sources import Images, Source, WithPlaceholders, evenly_spaced
 from dino.engine.checkpoint import Checkpoints
 from dino.features.embed import Folder, embed
-from dino.features.search import Index, check_same_model, duplicates, search_index
+from dino.features.search import Index, check_same_model, duplicates
 from dino.look import pictures
 from dino.look.patches import extract_patches, fit_axes
 from dino.models import Backbone
@@ -189,7 +189,7 @@ class Explorer:
     def find_nearest(self, shown: ShownImage, k: int) -> list[Captioned]:
         """The most similar images of the embedding, with cosine and name."""
         with self.lock:
-            found = search_index(self._get_index(), self.model, [shown.original], k)
+            found = self._get_index().search(self.model, Images([shown.original]), k)
         return [
             self._draw_row(row, f"{cosine:.3f}  ")
             for cosine, row in zip(found.cosine[0].tolist(), found.rows[0].tolist(), strict=True)

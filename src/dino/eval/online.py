@@ -78,7 +78,7 @@ class OnlineEvaluation:
     def _pixel_knn(self, b: np.ndarray, q: np.ndarray) -> dict[str, float]:
         """A floor to beat: the same vote on the pixels themselves, at most 64 x 64."""
         edge = min(self.size, 64)
-        bank, queries = flatten_pixels(self.train, b, edge), read_pixels(required(self.held_out), q, edge)
+        bank, queries = flatten_pixels(self.train, b, edge), flatten_pixels(required(self.held_out), q, edge)
         return {f"pixels_{name}": value for name, value in self._knn(bank, b, queries, q).items()}
 
 

@@ -56,7 +56,7 @@ def search(options: SearchOptions) -> None:
         print(name := found.queries.name(i))
         result["queries"].append({"query": name, "neighbors": _listed(embedding, rows)})
     if options.index != "flat":
-        result["recall"] = found.used.recall(options.k)
+        result["recall"] = found.used.measure_recall(options.k)
         print(f"recall@{options.k} of {options.index}: {100 * result['recall']:.1f} % of the exact neighbors")
 
     def draw(images: Source) -> Markup:

@@ -23,15 +23,20 @@ from dino.models import Backbone
 from dino.weights import fingerprint
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
-FEW = 4  # queries that are quicker one by one
-HALF_ERROR = 2e-3  # of a cosine of features of length 1 in half precision: three roundings of 2^-11 and some more
-SAMPLE = 100  # queries that recall is measured with
-LINKS = 32  # nearest rows among which near-copies are looked for, but by a threshold exactly
-COPY, ROUNDING = 0.05, 1e-6  # of the distance to the last of them, how far a copy may be; and what is no distance
+FEW = 4  # queries; so few are faster one by one
+HALF_ERROR = 2e-3  # bound on the error of a cosine in half precision, which rounds three times by 2^-11
+SAMPLE = 100  # queries at a time, and those that recall is measured with
+LINKS = 32  # nearest rows among which near-copies are looked for, except by an exact search with a threshold
+COPY_RATIO = 0.05  # two rows are near-copies below this fraction of the distance to their LINKS-th neighbor
+MIN_DISTANCE = 1e-6  # shorter distances are rounding errors
+
+
+def open_embedding(embedding: str | Path | Embedding) -> Embedding:
+    return embedding if isinstance(embedding, Embedding) else Folder.open(embedding).read()
 
 
 class Index:
-    """The rows of an embedding, to be asked for those nearest to a feature.
+    """Finds the rows of an embedding nearest to a feature.
 
     'flat' compares with every row, exactly. 'ivf' and 'hnsw' are FAISS's, approximate, kept in a file beside the embedding.
 
@@ -39,14 +44,15 @@ class Index:
         ValueError: no such kind, FAISS is missing, or the file is older than the embedding or not of it.
     """
 
-    def __init__(self, embedding: Embedding, kind: IndexKind = "flat", rebuild: bool = False):
+    def __init__(self, embedding: str | Path | Embedding, kind: IndexKind = "flat", rebuild: bool = False):
         if kind not in get_args(IndexKind):
             raise errors.unknown("index", kind, get_args(IndexKind))
-        self.embedding, self.values = embedding, embedding.values
-        self.rough: Tensor | None = None  # made when first needed
-        self.faiss = None if kind == "flat" else _approximate(embedding, kind, rebuild)
+        self.embedding = open_embedding(embedding)
+        self.values, self.kind = self.embedding.values, kind
+        self.rough: Tensor | None = None  # the rows in half precision, made when first needed
+        self.faiss = None if kind == "flat" else _read_or_build(self.embedding, kind, rebuild)
 
-    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def find_nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Cosines and rows [q, k] of the k rows nearest to each of `queries` [q, d], the nearest first.
 
         An approximate index may find fewer; row -1 stands for the others.
@@ -61,12 +67,12 @@ class Index:
         return torch.cat(cosine), torch.cat(rows)
 
     def _scan(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The same for one query [d], exactly, but most rows are only seen in half precision: memory is what takes time.
+        """The same for one query [d], exactly. The time goes into reading memory, so rows are first read in half precision.
 
         A row among the k nearest is at most twice the error below the k-th of the rough cosines.
         """
         self.rough = self.values.half() if self.rough is None else self.rough
-        # NumPy from here on: what little is left costs less than to hand it to threads.
+        # NumPy from here on: PyTorch's threads would cost more time than the little work that is left.
         rough = (self.rough @ query.half()).numpy().astype(np.float32)
         rows = np.flatnonzero(rough >= np.partition(rough, -k)[-k] - 2 * HALF_ERROR)
         values = self.values.numpy()
@@ -74,18 +80,55 @@ class Index:
         best = np.argsort(-cosine, kind="stable")[:k]
         return torch.from_numpy(cosine[best])[None], torch.from_numpy(rows[best])[None]
 
-    def recall(self, k: int) -> float:
+    def measure_recall(self, k: int) -> float:
         """Share of the true k nearest rows, of SAMPLE evenly spaced ones, that this index finds."""
         queries = self.values[torch.tensor(evenly_spaced(len(self.values), SAMPLE))]
-        true, found = Index(self.embedding).nearest(queries, k)[1], self.nearest(queries, k)[1]
+        true, found = Index(self.embedding).find_nearest(queries, k)[1], self.find_nearest(queries, k)[1]
         return (true[:, :, None] == found[:, None]).any(dim=2).float().mean().item()
 
+    def search(self, model: Backbone, images: Images, k: int) -> Found:
+        """The k images most like each of `images`, by the model that made the embedding.
 
-def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
+        Raises:
+            ValueError: no image can be read.
+        """
+        about = self.embedding.folder.about
+        found = extract(model, images, about["size"], next(model.parameters()).device, pooling=about["pooling"])
+        for name, reason in found.bad:
+            print(f"Skipped {name}: {reason}", file=sys.stderr)
+        if not len(found.indices):
+            raise ValueError(f"none of the {len(images)} query images can be read; give others.")
+        cosine, rows = self.find_nearest(found.values, k)
+        readable = Images([images.items[i] for i in found.indices])
+        return Found(readable, cosine.numpy(), rows.numpy(), self.embedding, self, found.bad)
+
+    def find_pairs(self, threshold: float | None) -> Iterator[tuple[int, Tensor]]:
+        """Each row that has near-copies, in order, and the later rows that are; see `duplicates`."""
+        if self.kind == "flat" and threshold is not None:
+            for part in split_rows(len(self.values), len(self.values)):
+                alike = self.values[part] @ self.values[part.start :].T >= threshold
+                for i in torch.nonzero(alike.sum(dim=1) > 1)[:, 0].tolist():
+                    yield part.start + i, torch.nonzero(alike[i])[:, 0] + part.start
+            return
+        found = [self.find_nearest(part, LINKS) for part in self.values.split(SAMPLE)]
+        cosine, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+        if threshold is None:
+            last = 1 - torch.where(rows >= 0, cosine, 1).amin(dim=1)
+            least = 1 - (COPY_RATIO * torch.minimum(last[:, None], last[rows])).clamp(min=MIN_DISTANCE)
+        else:
+            least = torch.tensor(threshold)
+        at, column = torch.nonzero((cosine >= least) & (rows >= 0), as_tuple=True)
+        pairs = torch.stack([at, rows[at, column]], dim=1).sort(dim=1).values.unique(dim=0)
+        first, counts = torch.unique_consecutive(pairs[:, 0], return_counts=True)
+        yield from zip(first.tolist(), pairs[:, 1].split(counts.tolist()), strict=True)
+
+
+def _read_or_build(embedding: Embedding, kind: IndexKind, rebuild: bool) -> Any:
+    """FAISS's index, from its file or built and written. The file ends with a digest of the features."""
     faiss = errors.import_optional("faiss", f"--index {kind} needs FAISS", "search")
     folder, (count, dim) = embedding.folder, embedding.values.shape
     path = folder.path.with_suffix(f".{kind}.faiss")
-    state = hashlib.sha256(embedding.values.numpy().data).hexdigest().encode()  # at the end of the file
+    state = hashlib.sha256(embedding.values.numpy().data).hexdigest().encode()
     if path.exists() and not rebuild:
         with open(path, "rb") as file:
             file.seek(-min(len(state), path.stat().st_size), os.SEEK_END)
@@ -99,10 +142,10 @@ def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
         index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efSearch = 128
     else:
-        cells = max(1, min(int(count**0.5), count // 39))  # 39 rows for each to learn from, as FAISS advises
+        cells = max(1, min(int(count**0.5), count // 39))  # FAISS advises to train with 39 rows per cell
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
         index.nprobe = max(16, cells // 32)
-        index.cp.max_points_per_centroid, index.cp.niter = 64, 10  # the centers need not be better than that
+        index.cp.max_points_per_centroid, index.cp.niter = 64, 10  # enough for good centers
         index.train(values)
     index.add(values)
     with files.replacing(path) as temporary:
@@ -112,21 +155,17 @@ def _approximate(embedding: Embedding, kind: str, rebuild: bool) -> Any:
     return index
 
 
-def open_embedding(embedding: str | Path | Embedding) -> Embedding:
-    return embedding if isinstance(embedding, Embedding) else Folder.open(embedding).read()
-
-
 class Found(NamedTuple):
-    queries: Images  # the images asked for, those that could be read
+    queries: Images  # the images asked with, if they could be read
     cosine: np.ndarray  # [q, k]
     rows: np.ndarray  # [q, k] of the embedding
     embedding: Embedding
     used: Index
-    bad: list[tuple[str, str]]  # name and reason of those that could not
+    bad: list[tuple[str, str]]  # name and reason of images that could not be read
 
     @property
     def paths(self) -> list[list[str]]:
-        """What was found for each query, the nearest first."""
+        """The images found for each query, the nearest first."""
         return [[self.embedding.names[row] for row in rows if row >= 0] for rows in self.rows.tolist()]
 
 
@@ -153,15 +192,15 @@ def search(
         raise ValueError(f"k is {k}; ask for at least 1 neighbor.")
     embedding = open_embedding(embedding)
     wanted = embedding.folder.about["model"] if model is None else model
-    if isinstance(wanted, str) and not wanted:
+    if wanted == "":
         raise ValueError(f"{embedding.folder.path} does not say where its model lies; give it with --model.")
     asked = weights.load(wanted).to(distributed.start(device)) if isinstance(wanted, str) else wanted
     check_same_model(embedding.folder, asked)
-    return search_index(Index(embedding, index, rebuild), asked, images, k)
+    return Index(embedding, index, rebuild).search(asked, Images(images), k)
 
 
 def check_same_model(folder: Folder, model: Backbone) -> None:
-    """Refuse a model that is not the one `folder` was made by."""
+    """Refuse a model that did not make the embedding in `folder`."""
     if (own := fingerprint(model)) != (made := folder.about["model_sha256"]):
         raise ValueError(
             f"{folder.path} was made by another model ({folder.about['model'] or 'unnamed'}, {made[:12]}) than the one "
@@ -169,42 +208,24 @@ def check_same_model(folder: Folder, model: Backbone) -> None:
         )
 
 
-def search_index(index: Index, model: Backbone, images: Sequence[str | os.PathLike[str] | np.ndarray], k: int) -> Found:
-    """The same as `search` of an index that is there already, with the model that made its embedding."""
-    source, about = Images(images), index.embedding.folder.about
-    found = extract(model, source, about["size"], next(model.parameters()).device, pooling=about["pooling"])
-    for name, reason in found.bad:
-        print(f"Skipped {name}: {reason}", file=sys.stderr)
-    if not len(found.indices):
-        raise ValueError(f"none of the {len(source)} query images can be read; give others.")
-    cosine, rows = index.nearest(found.values, k)
-    queries = Images([source.items[i] for i in found.indices])
-    return Found(queries, cosine.numpy(), rows.numpy(), index.embedding, index, found.bad)
-
-
 def duplicates(
     embedding: str | Path | Embedding, threshold: float | None = None, index: IndexKind = "flat", rebuild: bool = False
 ) -> list[list[int]]:
-    """Groups of rows that are near-copies of the first of the group, the largest first.
+    """Groups of rows that are near-copies of the first row of the group, the largest group first.
 
     A row is in one group at most, that of the earliest such row.
 
     Args:
-        threshold: cosine from which two rows are near-copies; 'flat' compares all pairs, an approximate index each row
-            with the LINKS it finds nearest. None: two of the LINKS nearest are near-copies where their distance,
-            1 - cosine, is at most COPY times that from either to the last of its LINKS. What is alike differs from model
-            to model, and from one kind of images to another; that measure goes with both.
+        threshold: cosine from which two rows are near-copies. 'flat' compares all pairs, an approximate index compares
+            each row with the LINKS nearest that it finds. None: of a row and one of its LINKS nearest, the distance
+            1 - cosine is at most COPY_RATIO times the distance from either row to the last of its LINKS. This measure
+            adapts to models and kinds of images, whose cosines of like images differ.
     """
     if threshold is not None and not -1 <= threshold <= 1:
         raise ValueError(f"the threshold is {threshold}; a cosine lies between -1 and 1.")
-    embedding = open_embedding(embedding)
-    values, groups = embedding.values, []
-    taken = torch.zeros(len(values), dtype=torch.bool)
-    if index == "flat" and threshold is not None:
-        found = _alike(values, threshold)
-    else:
-        found = _near(Index(embedding, index, rebuild), threshold)
-    for row, alike in found:
+    used, groups = Index(embedding, index, rebuild), []
+    taken = torch.zeros(len(used.values), dtype=torch.bool)
+    for row, alike in used.find_pairs(threshold):
         members = alike[~taken[alike] & (alike > row)]
         if len(members) and not taken[row]:
             taken[members] = True
@@ -212,41 +233,18 @@ def duplicates(
     return sorted(groups, key=len, reverse=True)
 
 
-def _alike(values: Tensor, threshold: float) -> Iterator[tuple[int, Tensor]]:
-    """Each row that is at least so like a later one, in order, and those it is like."""
-    for part in split_rows(len(values), len(values)):
-        alike = values[part] @ values[part.start :].T >= threshold
-        for i in torch.nonzero(alike.sum(dim=1) > 1)[:, 0].tolist():
-            yield part.start + i, torch.nonzero(alike[i])[:, 0] + part.start
-
-
-def _near(index: Index, threshold: float | None) -> Iterator[tuple[int, Tensor]]:
-    """The same, as far as the index finds them from either side."""
-    found = [index.nearest(part, LINKS) for part in index.values.split(SAMPLE)]
-    cosine, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if threshold is None:
-        last = 1 - torch.where(rows >= 0, cosine, 1).amin(dim=1)
-        least = 1 - (COPY * torch.minimum(last[:, None], last[rows])).clamp(min=ROUNDING)
-    else:
-        least = torch.tensor(threshold)
-    at, column = torch.nonzero((cosine >= least) & (rows >= 0), as_tuple=True)
-    pairs = torch.stack([at, rows[at, column]], dim=1).sort(dim=1).values.unique(dim=0)
-    first, counts = torch.unique_consecutive(pairs[:, 0], return_counts=True)
-    yield from zip(first.tolist(), pairs[:, 1].split(counts.tolist()), strict=True)
-
-
 def outliers(
     embedding: str | Path | Embedding, k: int = 10, index: IndexKind = "flat", rebuild: bool = False
 ) -> Tensor:
-    """Mean cosine of each row and its k nearest others [n]; low where an image is unlike all others."""
+    """Mean cosine of each row and its k nearest others [n]. It is low for an image unlike all others."""
     embedding = open_embedding(embedding)
     if not 1 <= k < len(embedding.values):
         raise ValueError(f"k is {k}; it must be from 1 to {len(embedding.values) - 1}, the number of other images.")
-    made, scores = Index(embedding, index, rebuild), []
-    for start in range(0, len(made.values), SAMPLE):
-        queries = made.values[start : start + SAMPLE]
-        cosine, rows = made.nearest(queries, k + 1)
+    used, scores = Index(embedding, index, rebuild), []
+    for start, queries in zip(range(0, len(used.values), SAMPLE), used.values.split(SAMPLE), strict=True):
+        cosine, rows = used.find_nearest(queries, k + 1)
         itself = rows == torch.arange(start, start + len(queries))[:, None]
-        itself[~itself.any(dim=1), -1] = True  # a copy of it came first, or the index missed it: one row is too many
+        # Where a copy came first or the index missed the row itself, the last row is one too many.
+        itself[~itself.any(dim=1), -1] = True
         scores.append(cosine[~itself].view(-1, k).mean(dim=1))
     return torch.cat(scores)
