@@ -1,7 +1,7 @@
 """Features of many images on disk: a folder of Parquet shards, each written once and whole, by any number of ranks.
 
-A shard holds the rows of a fixed range of positions in the source, so which rank writes it, and when, changes nothing, and
-whoever goes on after a crash computes the shards that are missing.
+A shard holds the rows of a fixed range of positions in the source, so it does not matter which rank writes it, and when.
+After a crash only the missing shards are computed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from dino.models import Backbone
 from dino.version import __version__
 from dino.weights import fingerprint
 
-SHARD, MOST_VALUES = 4096, 2**24  # most images of a shard, and most numbers in one: 64 MB
-WHAT_IT_IS = ("model_sha256", "data_sha256", "stamp", "images", "pooling", "size", "fp16", "shard")
+SHARD, MOST_VALUES = 4096, 2**24  # most images of a shard, and most numbers: 64 MB
+IDENTITY = ("model_sha256", "data_sha256", "stamp", "images", "pooling", "size", "fp16", "shard")
 
 
 def import_parquet() -> Any:
@@ -45,16 +45,17 @@ def embed(
     shard: int | None = None,
     device: str = "auto",
 ) -> Folder:
-    """Write features of all readable images of `data` to the folder `out`, or what is missing of them.
+    """Write features of all readable images of `data` to the folder `out`, or only those that it does not hold yet.
 
     Its Parquet files have columns path, index (position in the data), feature [d], and `patch` (row by row) where the
     features are of patches. Under torchrun all ranks call this, and each writes its share.
 
     Args:
-        model: what `dino.load` takes, or a model, used where it lies.
+        model: what `dino.load` takes, or a model, used on its device.
         size: edge of the evaluation view, pixels. None: what the model was made for.
         fp16: store half precision, and compute in it on a GPU.
-        shard: images of a shard, rounded up to whole batches; most that is lost by a crash. None: 4096, fewer of patches.
+        shard: images of a shard, rounded up to whole batches. A crash loses one shard at most. None: 4096, fewer of
+            patches.
 
     Raises:
         ValueError: `out` holds another embedding or something else, or no image can be read.
@@ -62,41 +63,26 @@ def embed(
     pq = import_parquet()
     if shard is not None and shard < 1:
         raise ValueError(f"--shard is {shard}; write at least 1 image to a shard.")
-    name = model if isinstance(model, str) else ""
-    if isinstance(model, str):
-        model = weights.load(model).to(distributed.start(device))
-    source, size, where = (
-        open_images(data) if isinstance(data, str) else data,
-        size or model.image_size,
-        model.parameters,
-    )
-    blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(where()).device)
+    network = weights.load(model).to(distributed.start(device)) if isinstance(model, str) else model
+    source, size = open_images(data) if isinstance(data, str) else data, size or network.image_size
+    blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(network.parameters()).device)
     with torch.no_grad():
-        shape = POOLINGS[pooling](model, normalize(blank, model.in_channels)).shape[1:]  # [d] or [p, d]
+        shape = POOLINGS[pooling](network, normalize(blank, network.in_channels)).shape[1:]  # [d] or [p, d]
     shard = shard or max(1, min(SHARD, MOST_VALUES // shape.numel()))
     batch = min(choose_batch_size(size), shard)
     shard = -(-shard // batch) * batch
-    about = {
-        "model": files.absolute_if_exists(name),
-        "model_sha256": fingerprint(model),
-        "data": make_absolute(data) if isinstance(data, str) else "",
-        "data_sha256": source.fingerprint,
-        "stamp": source.stamp(),
-        "images": len(source),
-        "pooling": pooling,
-        "size": size,
-        "fp16": fp16,
-        "shard": shard,
-        "shards": -(-len(source) // shard),
-        "version": __version__,
-    }
+    name = files.absolute_if_exists(model) if isinstance(model, str) else ""
+    place = make_absolute(data) if isinstance(data, str) else ""
     folder = Path(out)
+    about = {"model": name, "model_sha256": fingerprint(network), "data": place, "data_sha256": source.fingerprint}
+    about |= {"stamp": source.stamp(), "images": len(source), "pooling": pooling, "size": size, "fp16": fp16}
+    about |= {"shard": shard, "shards": -(-len(source) // shard), "version": __version__}
     missing = distributed.from_main(lambda: _missing(folder, about))
     mine = missing[distributed.rank() :: distributed.world_size()]
     positions = [i for part in mine for i in range(part * shard, min((part + 1) * shard, len(source)))]
-    batches = extract_batches(model, source, size, blank.device, positions, batch, None, "embed", pooling, fp16=fp16)
+    batches = extract_batches(network, source, size, blank.device, positions, batch, None, "embed", pooling, fp16=fp16)
     for part in mine:
-        # The last shard has fewer batches; nothing comes after it.
+        # Only the last shard has fewer batches, and it is the last of `mine`.
         table = _table([*islice(batches, shard // batch)], source, shape, about)
         with files.replacing(folder / f"part-{part:06d}.parquet", flush=True) as temporary:
             pq.write_table(table, temporary, use_dictionary=["path"], write_page_checksum=True)
@@ -110,7 +96,7 @@ def embed(
 
 
 def _missing(folder: Path, about: dict[str, Any]) -> list[int]:
-    """Shards to write; the folder is made, and cleared of what a killed process left."""
+    """Numbers of the shards to write. Makes the folder and removes files that a killed process left unfinished."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for rest in folder.glob(".*.tmp"):
@@ -127,8 +113,8 @@ def _missing(folder: Path, about: dict[str, Any]) -> list[int]:
         try:
             held = _about(path)
         except Damaged:
-            continue  # written again
-        for key in WHAT_IT_IS:
+            continue  # it is written again
+        for key in IDENTITY:
             if held.get(key) != about[key]:
                 raise ValueError(
                     f"--out {folder} holds another embedding, whose {key} is {str(held.get(key))[:12]} and not "
@@ -163,7 +149,7 @@ class Damaged(ValueError):
 
 
 def _about(path: Path) -> dict[str, Any]:
-    """What the metadata of a shard say, with `rows` and the feature's length as `dim` (None: they differ)."""
+    """Metadata of a shard, and its number of `rows` and the length `dim` of a feature (None: the lengths differ)."""
     pq = import_parquet()
     try:
         with pq.ParquetFile(path) as file:
@@ -184,7 +170,7 @@ def _about(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Folder:
-    """A complete embedding on disk, its features unread."""
+    """A complete embedding on disk. Its features are not read yet."""
 
     path: Path
     files: list[Path]
@@ -195,10 +181,10 @@ class Folder:
 
     @classmethod
     def open(cls, path: str | Path) -> Folder:
-        """From a folder of shards, or a single one.
+        """An embedding from a folder of shards, or from a single shard.
 
         Raises:
-            ValueError: there is none, or it is incomplete, damaged, of several models or of several lengths.
+            ValueError: there is none; or it is incomplete or damaged, or mixes several models or lengths of features.
         """
         path = Path(path)
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -212,7 +198,7 @@ class Folder:
                 f"{path} mixes features of different lengths ({lengths}, {[*dims.values()][-1]}); embed anew."
             )
         for about, file in zip(held, files, strict=True):
-            if differs := [key for key in WHAT_IT_IS if about[key] != held[0][key]]:
+            if differs := [key for key in IDENTITY if about[key] != held[0][key]]:
                 raise ValueError(f"{file} is of another embedding than {files[0].name} ({differs[0]}); embed anew.")
         if path.is_dir() and len(files) < held[0]["shards"]:
             raise ValueError(
@@ -222,10 +208,10 @@ class Folder:
         return cls(path, files, held[0], sum(about["rows"] for about in held), held[0]["dim"], bad)
 
     def read(self) -> Embedding:
-        """Everything, in memory.
+        """The embedding in memory.
 
         Raises:
-            ValueError: a shard is damaged, or features are of patches.
+            ValueError: a shard is damaged, or the features are of patches.
         """
         if self.about["pooling"] == "patches":
             raise ValueError(
@@ -239,10 +225,9 @@ class Folder:
                 raise Damaged(
                     f"{file} is damaged or cut short; delete it, and the same `dino embed` makes it anew."
                 ) from error
-            for part in table["feature"].chunks:
-                flat = part.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.dim)
-                values[start : start + len(flat)] = torch.from_numpy(flat.copy())
-                start += len(flat)
+            flat = table["feature"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            values[start : start + len(table)] = torch.from_numpy(flat.reshape(-1, self.dim).copy())
+            start += len(table)
             names += table["path"].to_pylist()
             positions.append(table["index"].to_numpy())
         norms = torch.linalg.vector_norm(values, dim=1, keepdim=True).clamp(min=1e-12)
@@ -259,10 +244,10 @@ class Embedding:
     values: Tensor  # [n, d] float32, of length 1
 
     def images(self) -> Source:
-        """The data it was made from.
+        """The images it was made from.
 
         Raises:
-            ValueError: they are no longer there, or no longer the same.
+            ValueError: they are gone or have changed.
         """
         if not self.folder.about["data"]:
             raise ValueError(f"{self.folder.path} does not say where its images lie, so there is no page of them.")

@@ -1,4 +1,4 @@
-"""Features as a step of a scikit-learn pipeline."""
+"""A step of a scikit-learn pipeline that turns images into features."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     Images are paths, or arrays [h, w, 3] uint8 of any sizes, also as one array [n, h, w, 3]. Nothing is learned from them.
 
     Args:
-        model: what `dino.load` takes, or a model, used where it lies.
+        model: what `dino.load` takes, or a model, used on its device.
         pooling: [CLS] ('cls'), patches pooled ('average', 'gem'), or another of `POOLINGS`.
-        size: edge of the evaluation view, pixels. None: what the model was made for.
+        size: edge of the evaluation view, pixels. None: the model's own.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.pooling: Pooling = pooling
 
     def fit(self, X: Any, y: Any = None) -> DinoFeatures:
-        """Load the model and see how long its features are."""
+        """Load the model and find out how long its features are."""
         model = self.model
         self.model_ = weights.load(model).to(distributed.start(self.device)) if isinstance(model, str) else model
-        self._n_features_out = self._features(_images(X)[:1]).shape[1]
+        self._n_features_out = self._extract(_list_images(X)[:1]).shape[1]
         return self
 
     def transform(self, X: Any) -> np.ndarray:
@@ -55,9 +55,9 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             ValueError: an image cannot be read.
         """
         check_is_fitted(self, "model_")
-        return self._features(_images(X))
+        return self._extract(_list_images(X))
 
-    def _features(self, images: Sequence[Any]) -> np.ndarray:
+    def _extract(self, images: Sequence[Any]) -> np.ndarray:
         model = self.model_
         on, size = next(model.parameters()).device, self.size or model.image_size
         found = extract(model, Images(images), size, on, None, self.batch_size, pooling=self.pooling)
@@ -73,11 +73,11 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return tags
 
 
-def _images(X: Any) -> list[Any]:
-    """Images one by one.
+def _list_images(X: Any) -> list[Any]:
+    """The images in `X`, one by one.
 
     Raises:
-        ValueError: there are none, or rows of numbers.
+        ValueError: there are none.
     """
     images = [image.item() if isinstance(image, np.str_) else image for image in X]
     if not images:
