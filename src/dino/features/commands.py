@@ -1,4 +1,4 @@
-"""The commands that write an embedding and look into one: a table, JSON, and a page of thumbnails."""
+"""The commands embed, search, duplicates and outliers: they print a table and write JSON and a page of thumbnails."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dino.html import EDGE, NUM_NEIGHBORS, Row, read_row, render, write_page
 from dino.options.commands import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
 
 MOST_ROWS = 50  # of a page
-NAMED = 20  # unreadable images named on the terminal; the shards' metadata name all
+NAMED = 20  # unreadable images that the terminal names; the metadata of the shards name all
 
 
 def embed(options: EmbedOptions) -> None:
-    """Write the features of images, or go on writing them."""
+    """Write the features of images, or those that are still missing."""
     o = options
     try:
         written = embeddings.embed(o.model, o.data, o.out, o.pooling, o.size, o.fp16, o.shard, o.device)
@@ -44,8 +44,8 @@ def embed(options: EmbedOptions) -> None:
 
 
 def search(options: SearchOptions) -> None:
-    """The images of an embedding that are most like those given."""
-    embedding, paths = _opened(options), [path for path, _ in expand_images(options.images)]
+    """Find the images of an embedding that are most like the images given."""
+    embedding, paths = _open(options), [path for path, _ in expand_images(options.images)]
     found = finding.search(embedding, paths, options.k, options.index, options.model, options.device, options.rebuild)
     alike = [
         [(value, row) for value, row in zip(*pair, strict=True) if row >= 0]
@@ -54,7 +54,7 @@ def search(options: SearchOptions) -> None:
     result: dict[str, Any] = {"queries": []}
     for i, rows in enumerate(alike):
         print(name := found.queries.name(i))
-        result["queries"].append({"query": name, "neighbors": _listed(embedding, rows)})
+        result["queries"].append({"query": name, "neighbors": _print_rows(embedding, rows)})
     if options.index != "flat":
         result["recall"] = found.used.measure_recall(options.k)
         print(f"recall@{options.k} of {options.index}: {100 * result['recall']:.1f} % of the exact neighbors")
@@ -68,8 +68,8 @@ def search(options: SearchOptions) -> None:
 
 
 def duplicates(options: DuplicatesOptions) -> None:
-    """Images that are near-copies of each other, as groups."""
-    embedding = _opened(options)
+    """Find groups of images that are near-copies of each other."""
+    embedding = _open(options)
     groups: list[list[tuple[float, int]]] = []
     for group in finding.duplicates(embedding, options.threshold, options.index, options.rebuild):
         cosine = embedding.values[group] @ embedding.values[group[0]]
@@ -77,7 +77,7 @@ def duplicates(options: DuplicatesOptions) -> None:
     result: dict[str, Any] = {"threshold": options.threshold, "groups": []}
     for number, group in enumerate(groups, 1):
         print(f"group {number}: {len(group)} images")
-        result["groups"].append(_listed(embedding, group))
+        result["groups"].append(_print_rows(embedding, group))
     count, total = sum(map(len, groups)), len(embedding.names)
     of = "near-copies" if options.threshold is None else f"cosine {options.threshold:g} or more"
     said = f"{count:,} of {total:,} images are in {len(groups):,} groups of {of}"
@@ -92,12 +92,12 @@ def duplicates(options: DuplicatesOptions) -> None:
 
 
 def outliers(options: OutliersOptions) -> None:
-    """Images that are least like any other."""
-    embedding = _opened(options)
+    """Find the images that are least like any other."""
+    embedding = _open(options)
     scores = finding.outliers(embedding, options.k, options.index, options.rebuild)
     least = scores.topk(min(max(1, options.top), len(scores)), largest=False)
     rows = [*zip(least.values.tolist(), least.indices.tolist(), strict=True)]
-    result = {"k": options.k, "outliers": _listed(embedding, rows)}
+    result = {"k": options.k, "outliers": _print_rows(embedding, rows)}
 
     def draw(images: Source) -> Markup:
         pixels = (resize_and_crop(images.read(int(embedding.positions[row])), EDGE) for _, row in rows)
@@ -112,15 +112,15 @@ def outliers(options: OutliersOptions) -> None:
 # --- what they share -----------------------------------------------------------------------------------------------
 
 
-def _opened(options: FindOptions) -> embeddings.Embedding:
+def _open(options: FindOptions) -> embeddings.Embedding:
     for out, kind in ((options.html, ".html"), (options.json, ".json")):
         if out is not None:
             check_writable(out, kind)
     return embeddings.Folder.open(options.embedding).read()
 
 
-def _listed(embedding: embeddings.Embedding, rows: Sequence[tuple[float, int]]) -> list[dict[str, Any]]:
-    """Cosines and rows as a table on the terminal and as what JSON holds."""
+def _print_rows(embedding: embeddings.Embedding, rows: Sequence[tuple[float, int]]) -> list[dict[str, Any]]:
+    """Print cosines and rows as a table. Returns them for the JSON file."""
     for value, row in rows:
         print(f"  {value:7.4f}  {embedding.names[row]}")
     return [
@@ -148,7 +148,7 @@ def _write(
     top: str,
     draw: Callable[[Source], Markup],
 ) -> None:
-    """The result file and the page, as the options want them."""
+    """Write the result file and the page, if the options name them."""
     if options.json is not None:
         about = {
             "embedding": options.embedding,
