@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from dino.options import required
 BANK, QUERIES, MASKS = 5000, 1000, 200  # at most so many images, so that a check takes much less time than an epoch
 
 
+@dataclass
 class OnlineEvaluation:
     """Measures the teacher's backbone on held-out images.
 
@@ -32,19 +34,15 @@ class OnlineEvaluation:
         held_out: images to classify. None: only feature health is measured, on training images.
         size: edge of the evaluation view, pixels.
         more: other evaluations, over all ranks.
+        pixels_done: the k-NN of the pixels themselves, which never changes, has been measured.
     """
 
-    def __init__(
-        self,
-        train: Source,
-        held_out: Source | None,
-        size: int,
-        device: torch.device,
-        more: Sequence[evaluate.EvaluationCallback] = (),
-    ):
-        self.train, self.held_out, self.size, self.device, self.more = train, held_out, size, device, more
-        self.labeled = held_out is not None and train.labels is not None and held_out.labels is not None
-        self.pixels_done = False
+    train: Source
+    held_out: Source | None
+    size: int
+    device: torch.device
+    more: Sequence[evaluate.EvaluationCallback] = ()
+    pixels_done: bool = False
 
     def __call__(self, method: DINO, step: int) -> dict[str, float]:
         backbone: Backbone = method.teacher.backbone  # pyright: ignore[reportAssignmentType]
@@ -57,7 +55,7 @@ class OnlineEvaluation:
         images = self.train if self.held_out is None else self.held_out
         queries = extract(backbone, images, self.size, self.device, evenly_spaced(len(images), QUERIES))
         result = feature_health(queries.values) if len(queries.values) > 1 else {}
-        if self.labeled and self.held_out is not None:
+        if self.held_out is not None and self.held_out.labels is not None and self.train.labels is not None:
             bank = extract(backbone, self.train, self.size, self.device, evenly_spaced(len(self.train), BANK))
             result |= self._knn(bank.values, bank.indices, queries.values, queries.indices)
             if not self.pixels_done:
