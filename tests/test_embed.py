@@ -170,7 +170,7 @@ def test_pandas_polars_and_duckdb_read_it(tmp_path, saved_model, pooling, each, 
     [
         (["nowhere", "{photos}"], "there is no run, weight file or release 'nowhere'"),
         (["{model}", "{photos}/nothing"], "does not exist"),
-        (["{model}", "{photos}", "--shard", "0"], "--shard is 0; write at least 1 image to a shard."),
+        (["{model}", "{photos}", "--shard", "0"], "shard is 0; it must be at least 1."),
         (["{model}", "{photos}", "--out", "{photos}"], "holds class0, which is no part of an embedding"),
         (["{model}", "{photos}", "--out", "{photos}/class0/000.jpg"], "cannot be written (File exists)"),
         (["{model}", "{photos}", "--out", "{whole}"], "holds another embedding, whose data_sha256 is"),
