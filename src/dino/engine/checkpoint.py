@@ -7,13 +7,13 @@ holds its name) move, and only then are old ones deleted. Files are read with ``
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import lock_descriptor
 
 from dino import errors, files
 
@@ -75,30 +75,46 @@ class Checkpoints:
         return None if path is None else read_checkpoint(path)
 
 
+_held: set[int] = set()  # descriptors of the locks of this process
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold `folder` (made if need be) against other processes.
 
-    The lock is the process's own and ends with it, however it ends; data workers that outlive it hold nothing.
+    The operating system gives the lock back when the process ends, even by SIGKILL. Forked processes, data workers for
+    example, inherit no share in it: one that outlives its parent does not keep the folder.
 
     Raises:
         ValueError: another process is writing there, or nobody can.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise errors.unwritable(folder, error) from error
-    with open(descriptor, "wb") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(
-                f"another process is writing to {folder}; wait for it, stop it, or choose another --out."
-            ) from error
-        except OSError:
-            pass  # a network file system without locks
+    _held.add(descriptor)
+    try:
+        with contextlib.suppress(OSError):  # a network file system without locks
+            if not lock_descriptor(descriptor, blocking=False):
+                raise ValueError(
+                    f"another process is writing to {folder}; wait for it, stop it, or choose another --out."
+                )
         yield
+    finally:
+        if descriptor in _held:  # not in a forked child, where it is closed already
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _drop_inherited() -> None:
+    """Close the locks' descriptors in a forked child; an flock lasts until every process has closed its copy."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_drop_inherited)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

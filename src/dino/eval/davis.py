@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 
 from dino import distributed, files
 from dino.data.decode import BadImage
@@ -27,6 +25,7 @@ from dino.eval.masks import read_objects
 from dino.eval.propagation import extract_frame, fit_view, follow, harden, soften
 from dino.models import Backbone
 from dino.options.evaluate import DavisOptions
+from dino.terminal import track
 from dino.weights import fingerprint
 
 SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
@@ -203,9 +202,7 @@ def measure(
     done.unlink(missing_ok=True)
     values: list[list[tuple[float, float]]] = []
     masks = itertools.chain([_indices(video.masks, 0)], segment(model, video, options, device))
-    if distributed.is_main() and sys.stderr.isatty():
-        masks = track(masks, video.name, len(video.frames), transient=True)
-    for index, mask in enumerate(masks):
+    for index, mask in enumerate(track(masks, len(video.frames), video.name)):
         picture = Image.fromarray(mask)
         picture.putpalette(PALETTE)
         picture.save(folder / Path(video.masks.name(index)).name)

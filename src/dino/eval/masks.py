@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 
 from dino import distributed
 from dino.data.decode import BadImage
@@ -20,6 +18,7 @@ from dino.look.attention import cls_attention, enlarge, fit_to_patches, jaccard,
 from dino.look.patches import prepare_image
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.evaluate import MasksOptions
+from dino.terminal import track
 
 SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
 LAYOUT = (
@@ -133,8 +132,7 @@ def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Re
 
     # One by one: images differ in size. Every rank takes its share.
     mine = range(distributed.rank(), len(images), distributed.world_size())
-    show = distributed.is_main() and sys.stderr.isatty()
-    shares = distributed.gather({i: look(i) for i in (track(mine, "attention", transient=True) if show else mine)})
+    shares = distributed.gather({i: look(i) for i in track(mine, len(mine), "attention")})
     found = dict(sorted(pair for share in shares for pair in share.items()))
     if bad := [(i, reason) for i, reason in found.items() if isinstance(reason, str)]:
         raise ValueError(

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
 
 from dino import errors
 from dino.files import cache_folder
 from dino.options.commands import ModelsOptions
+from dino.terminal import Terminal
 
 BASE = "https://dl.fbaipublicfiles.com/dino"
 LICENSE = "Apache-2.0"
@@ -129,14 +129,11 @@ def fetch_release(name: str, offline: bool = False) -> Path:
 def _download(url: str, path: Path) -> None:
     """`url` to `path`, by way of `path`.part; a cut connection is taken up again `ATTEMPTS` times."""
     part = path.with_name(path.name + ".part")
-    columns = *Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(path.name, total=None)
-        reason = ""
+    terminal, reason = Terminal(keep=False), ""
+    try:
         for _ in range(ATTEMPTS):
             try:
-                total = _continue(url, part, progress, task)
+                total = _continue(url, part, terminal)
                 if part.stat().st_size == total:
                     break
                 reason = f"the connection was cut after {part.stat().st_size:,} of {total:,} bytes"
@@ -151,13 +148,15 @@ def _download(url: str, path: Path) -> None:
                 f"{url} could not be downloaded: {reason}; check the network and try again (what has arrived is kept), "
                 f"or put the file at {path} yourself."
             )
+    finally:
+        terminal.stop()
     if zipfile.is_zipfile(part) and (bad := zipfile.ZipFile(part).testzip()) is not None:
         part.unlink()
         raise DownloadError(f"{url} arrived damaged ({bad} fails its check); it was deleted, try again.")
     os.replace(part, path)
 
 
-def _continue(url: str, part: Path, progress: Progress, task: TaskID) -> int:
+def _continue(url: str, part: Path, terminal: Terminal) -> int:
     """Append to `part` what it lacks of `url`; the size that the whole should have."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -167,14 +166,14 @@ def _continue(url: str, part: Path, progress: Progress, task: TaskID) -> int:
         if error.code != 416:  # nothing beyond what we have: complete, or of another file
             raise
         part.unlink()
-        return _continue(url, part, progress, task)
+        return _continue(url, part, terminal)
     with response, open(part, "ab" if response.status == 206 else "wb") as file:
         length = response.headers["Content-Length"]
         total = None if length is None else file.tell() + int(length)
-        progress.update(task, total=total, completed=file.tell())
+        terminal.start(file.tell(), total)
         while chunk := response.read(CHUNK):
             file.write(chunk)
-            progress.advance(task, len(chunk))
+            terminal.update(file.tell(), part.stem, f"{file.tell() / 1e6:.0f} MB")
         return file.tell() if total is None else total
 
 
