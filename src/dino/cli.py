@@ -29,7 +29,10 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command("learn from images without labels", TrainOptions, "dino.run:run_training"),
-    **{f"eval {name}": Command(what, kind, "dino.eval.evaluate:command") for name, (what, kind) in EVALUATIONS.items()},
+    **{
+        f"eval {name}": Command(what, kind, "dino.eval.evaluate:evaluate_command")
+        for name, (what, kind) in EVALUATIONS.items()
+    },
     "ablate": Command(
         "train the rows of one of the paper's tables", commands.AblateOptions, "dino.ablate:ablate_command"
     ),

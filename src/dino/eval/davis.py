@@ -20,7 +20,7 @@ from dino import distributed, files
 from dino.data.decode import BadImage
 from dino.data.labels import read_text
 from dino.data.sources import Files, open_listed
-from dino.eval.evaluate import Result, locate_result
+from dino.eval.evaluate import Result, choose_view_size, locate_result
 from dino.eval.masks import read_objects
 from dino.eval.propagation import extract_frame, fit_view, follow, harden, soften
 from dino.models import Backbone
@@ -28,7 +28,7 @@ from dino.options.evaluate import DavisOptions
 from dino.terminal import track
 from dino.weights import fingerprint
 
-SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
+SIZE = 480  # pixels, for a model trained at 224
 LIST = Path("ImageSets", "2017", "val.txt")
 LAYOUT = f"expected are DATA/JPEGImages/480p/VIDEO/00000.jpg, DATA/Annotations/480p/VIDEO/00000.png and DATA/{LIST}"
 TOLERANCE = 0.008  # of the image's diagonal, between boundaries
@@ -164,7 +164,7 @@ def segment(model: Backbone, video: Video, options: DavisOptions, device: torch.
     """
     first = _indices(video.masks, 0)
     shape = first.shape[0], first.shape[1]
-    size = options.size or min(SIZE, SIZE * model.image_size // 224)
+    size = choose_view_size(options.size, model, SIZE)
     view = fit_view(*shape, size, model.patch_size)
 
     def features() -> Iterator[torch.Tensor]:
@@ -225,15 +225,6 @@ def masks_folder(options: DavisOptions) -> Path:
     except OSError as error:
         raise ValueError(f"masks cannot be written to {folder} ({error.strerror}); choose another --out.") from error
     return folder
-
-
-# Table 5: DAVIS-2017, 30 validation videos with 61 objects.
-PAPER = {
-    "vit_small/16": {"davis2017_jf_mean": 61.8, "davis2017_j_mean": 60.2, "davis2017_f_mean": 63.4},
-    "vit_base/16": {"davis2017_jf_mean": 62.3, "davis2017_j_mean": 60.7, "davis2017_f_mean": 63.9},
-    "vit_small/8": {"davis2017_jf_mean": 69.9, "davis2017_j_mean": 66.6, "davis2017_f_mean": 73.1},
-    "vit_base/8": {"davis2017_jf_mean": 71.4, "davis2017_j_mean": 67.9, "davis2017_f_mean": 74.9},
-}
 
 
 def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Result:

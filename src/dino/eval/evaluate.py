@@ -1,7 +1,7 @@
-"""What all evaluations share: the model and its data opened, the figures printed beside the paper's and written down.
+"""Run an evaluation: from Python, from the command line, and during training.
 
-An evaluation is a module with `evaluate(model, options, device) -> Judgement`, the same from the command line, from
-Python and as a training callback, and `PAPER`: model as `paper_name` calls it -> figure -> value.
+An evaluation NAME is the function `evaluate(model, options, device) -> Result` of the module dino.eval.NAME, and an entry
+in `dino.options.evaluate.EVALUATIONS`. What the paper reports for it stands in `dino.paper.FIGURES`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dino import distributed, errors, files, weights
+from dino import distributed, errors, files, paper, weights
 from dino.features import cache
 from dino.models import Backbone, VisionTransformer
 from dino.models.vit import SIZES
@@ -42,7 +42,7 @@ def evaluate(name: str, model: str | Backbone, **options: Any) -> Result:
 
     Args:
         name: as in ``dino eval NAME``.
-        model: a run directory, weight file, release, or a model; a model is evaluated where it lies.
+        model: a run directory, weight file, release, or a model, which stays on its device.
         options: those of ``dino eval NAME --help``.
 
     Raises:
@@ -50,26 +50,28 @@ def evaluate(name: str, model: str | Backbone, **options: Any) -> Result:
     """
     wanted = find_options(name)(model=model if isinstance(model, str) else "model", **options)
     if isinstance(model, str):
-        return _work(wanted, name, weights.load(model).to(distributed.start(wanted.device)))
-    return _work(wanted, name, model)
+        model = weights.load(model).to(distributed.start(wanted.device))
+    return _measure(name, model, wanted)
 
 
 def find_options(name: str) -> type[EvalOptions]:
+    """The options of evaluation `name`.
+
+    Raises:
+        ValueError: there is no such evaluation.
+    """
     if name not in EVALUATIONS:
         raise errors.unknown("evaluation", name, EVALUATIONS)
     return EVALUATIONS[name][1]
 
 
-def _work(options: EvalOptions, name: str, model: Backbone) -> Result:
-    return _module(name).evaluate(model, options, next(model.parameters()).device)
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"dino.eval.{name}")
+def _measure(name: str, model: Backbone, options: EvalOptions) -> Result:
+    module = importlib.import_module(f"dino.eval.{name}")
+    return module.evaluate(model, options, next(model.parameters()).device)
 
 
 class EvaluationCallback(NamedTuple):
-    """An evaluation that looks at a model in training; all ranks call it."""
+    """An evaluation of the model in training; all ranks call it."""
 
     name: str
     options: EvalOptions
@@ -93,22 +95,20 @@ class EvaluationCallback(NamedTuple):
         return cls(name, options, run)
 
     def __call__(self, model: Backbone, step: int) -> dict[str, float]:
-        """Figures as ``NAME/figure``; what else it writes goes to eval/step-STEP of the run."""
-        options = dataclasses.replace(
-            self.options, json=str(self.run / "eval" / f"step-{step:08d}" / f"{self.name}.json")
-        )
-        with cache.bypass_cache():  # no model is looked at twice
-            found = _work(options, self.name, model)
+        """Figures as ``NAME/figure``. Files that the evaluation writes go to eval/step-STEP of the run."""
+        result = self.run / "eval" / f"step-{step:08d}" / f"{self.name}.json"
+        with cache.bypass_cache():  # these weights will not be evaluated again
+            found = _measure(self.name, model, dataclasses.replace(self.options, json=str(result)))
         return {f"{self.name}/{figure}": value for figure, value in found.figures.items()}
 
 
-def command(options: EvalOptions) -> None:
-    """Run an evaluation; print and write what it found."""
+def evaluate_command(options: EvalOptions) -> None:
+    """Run an evaluation; print its figures beside the paper's and write the result file."""
     name = next(name for name, (_, kind) in EVALUATIONS.items() if kind is type(options))
     device = distributed.start(options.device)
     try:
         model = weights.load(options.model).to(device)
-        found = _work(options, name, model)
+        found = _measure(name, model, options)
         result = {
             "evaluation": name,
             "figures": found.figures,
@@ -123,7 +123,7 @@ def command(options: EvalOptions) -> None:
         }
         if distributed.is_main():
             called = find_paper_name(model)
-            print(format_table(options.model, found, _module(name).PAPER.get(called, {}), called))
+            print(format_table(options.model, found, paper.FIGURES[name].get(called, {}), called))
             if written := _write(options, name, result):
                 print(f"Written: {written}")
     finally:
@@ -131,7 +131,11 @@ def command(options: EvalOptions) -> None:
 
 
 def format_table(name: str, found: Result, theirs: Mapping[str, float], what: str) -> str:
-    """Figures in lines, with a column of the paper's where it has any for such a model."""
+    """The figures, one to a line, with a column for the paper's figures where it has any.
+
+    Args:
+        theirs: the paper's figures, by the same names; what: the model that they are of.
+    """
     counts = ", ".join(f"{count:,} {part}" for part, count in found.counts.items())
     width = max(map(len, found.figures), default=0)
     lines = [f"{name}: {counts}", found.protocol]
@@ -144,7 +148,7 @@ def format_table(name: str, found: Result, theirs: Mapping[str, float], what: st
 
 
 def locate_result(options: EvalOptions, name: str) -> Path | None:
-    """Where the result of evaluation `name` goes; None: nowhere."""
+    """The file for the result of evaluation `name`; None: none is written."""
     if options.json is not None:
         return Path(options.json)
     if (Path(options.model) / "config.toml").is_file():
@@ -153,10 +157,10 @@ def locate_result(options: EvalOptions, name: str) -> Path | None:
 
 
 def locate_work(options: EvalOptions, name: str) -> Path:
-    """Where an evaluation that trains keeps its checkpoints: beside the result, under its name.
+    """The folder for the checkpoints of an evaluation that trains, beside its result file.
 
     Raises:
-        ValueError: there is no such place.
+        ValueError: no result file is written.
     """
     path = locate_result(options, name)
     if path is None:
@@ -179,6 +183,12 @@ def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | No
     return path
 
 
+def choose_view_size(size: int | None, model: Backbone, usual: int) -> int:
+    """Shorter side of an evaluation's images, in pixels: `size` if given, else `usual` for a model trained at 224 pixels or
+    more, and in proportion less for one trained at smaller ones."""
+    return size or min(usual, usual * model.image_size // 224)
+
+
 def find_paper_name(model: Backbone) -> str:
     """What the paper calls such a model, e.g. "vit_small/16"; "" when it has none."""
     if isinstance(model, VisionTransformer):
@@ -186,6 +196,3 @@ def find_paper_name(model: Backbone) -> str:
         arch = next((name for name, known in SIZES.items() if known == sizes), "")
         return f"{arch}/{model.patch_size}" if arch else ""
     return str(getattr(model, "name", ""))
-
-
-# --- labeled data --------------------------------------------------------------------------------------------------

@@ -13,14 +13,14 @@ from dino import distributed
 from dino.data.decode import BadImage
 from dino.data.labels import read_text
 from dino.data.sources import Files, open_listed, open_source
-from dino.eval.evaluate import Result
+from dino.eval.evaluate import Result, choose_view_size
 from dino.look.attention import cls_attention, enlarge, fit_to_patches, jaccard, mass_mask
 from dino.look.patches import prepare_image
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.evaluate import MasksOptions
 from dino.terminal import track
 
-SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
+SIZE = 480  # pixels, for a model trained at 224
 LAYOUT = (
     "expected are DATA/JPEGImages/NAME.jpg, DATA/SegmentationObject/NAME.png (or SegmentationClass) and "
     "DATA/ImageSets/Segmentation/val.txt"
@@ -108,15 +108,11 @@ def measure_overlap(
     return jaccard(masks, torch.from_numpy(objects)[:, None].to(device)).cpu().numpy()
 
 
-# Figure 4: PASCAL VOC 2012.
-PAPER = {"vit_small/16": {"voc_jaccard_best_head": 45.9}}
-
-
 def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Result:
     """The head that fits an object best, and the mean of heads; averaged over an image's objects, then over images."""
     if not model.has_attention:
         raise ValueError(NO_ATTENTION)
-    size = options.size or min(SIZE, SIZE * model.image_size // 224)
+    size = choose_view_size(options.size, model, SIZE)
     if size < model.patch_size:
         raise ValueError(f"--size is {size}, smaller than one patch of {model.patch_size} pixels; use a larger one.")
     images, masks = open_masks(options)

@@ -21,6 +21,7 @@ from rich.console import Console
 from dino import errors
 from dino.files import cache_folder
 from dino.options.commands import ModelsOptions
+from dino.paper import FIGURES
 from dino.terminal import Terminal
 
 BASE = "https://dl.fbaipublicfiles.com/dino"
@@ -40,14 +41,15 @@ class Release(NamedTuple):
     files: dict[str, str]  # part -> path below BASE
 
 
-def _release(arch: str, megabytes: int, knn: float, linear: float, stem: str) -> Release:
+def _release(model: str, megabytes: int, stem: str, arch: str | None = None) -> Release:
     folder = f"{stem}_pretrain"
     files = {
         "backbone": f"{folder}/{folder}.pth",
         "full": f"{folder}/{folder}_full_checkpoint.pth",
         "linear": f"{folder}/{stem}_linearweights.pth",
     }
-    return Release(arch, megabytes, knn, linear, files)
+    knn, linear = FIGURES["knn"][model]["knn20_top1"], FIGURES["linear"][model]["linear_top1"]
+    return Release(arch or model, megabytes, knn, linear, files)
 
 
 def _single(arch: str, megabytes: int, part: str, path: str) -> Release:
@@ -57,15 +59,15 @@ def _single(arch: str, megabytes: int, part: str, path: str) -> Release:
 _S8_300, _S16_LANDMARKS = "dino_deitsmall8_300ep_pretrain", "dino_vitsmall16_googlelandmark_pretrain"
 
 RELEASES: dict[str, Release] = {
-    "dino_vits16": _release("vit_small/16", 87, 74.5, 77.0, "dino_deitsmall16"),
-    "dino_vits8": _release("vit_small/8", 87, 78.3, 79.7, "dino_deitsmall8"),
-    "dino_vitb16": _release("vit_base/16", 343, 76.1, 78.2, "dino_vitbase16"),
-    "dino_vitb8": _release("vit_base/8", 343, 77.4, 80.1, "dino_vitbase8"),
-    "dino_resnet50": _release("resnet50", 94, 67.5, 75.3, "dino_resnet50"),
-    "dino_xcit_small_12_p16": _release("xcit_small_12/16", 104, 76.0, 77.8, "dino_xcit_small_12_p16"),
-    "dino_xcit_small_12_p8": _release("xcit_small_12/8", 103, 77.1, 79.2, "dino_xcit_small_12_p8"),
-    "dino_xcit_medium_24_p16": _release("xcit_medium_24/16", 336, 76.4, 78.8, "dino_xcit_medium_24_p16"),
-    "dino_xcit_medium_24_p8": _release("xcit_medium_24/8", 335, 77.9, 80.3, "dino_xcit_medium_24_p8"),
+    "dino_vits16": _release("vit_small/16", 87, "dino_deitsmall16"),
+    "dino_vits8": _release("vit_small/8", 87, "dino_deitsmall8"),
+    "dino_vitb16": _release("vit_base/16", 343, "dino_vitbase16"),
+    "dino_vitb8": _release("vit_base/8", 343, "dino_vitbase8"),
+    "dino_resnet50": _release("resnet50", 94, "dino_resnet50"),
+    "dino_xcit_small_12_p16": _release("xcit_small_12_p16_224", 104, "dino_xcit_small_12_p16", "xcit_small_12/16"),
+    "dino_xcit_small_12_p8": _release("xcit_small_12_p8_224", 103, "dino_xcit_small_12_p8", "xcit_small_12/8"),
+    "dino_xcit_medium_24_p16": _release("xcit_medium_24_p16_224", 336, "dino_xcit_medium_24_p16", "xcit_medium_24/16"),
+    "dino_xcit_medium_24_p8": _release("xcit_medium_24_p8_224", 335, "dino_xcit_medium_24_p8", "xcit_medium_24/8"),
     # Of its evaluations and example runs: attention pictures, landmark retrieval, ResNet-50 of 100 epochs.
     "dino_vits8_300ep": _single("vit_small/8", 87, "backbone", f"{_S8_300}/{_S8_300}.pth"),
     "dino_vits16_landmarks": _single("vit_small/16", 87, "backbone", f"{_S16_LANDMARKS}/{_S16_LANDMARKS}.pth"),
