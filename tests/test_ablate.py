@@ -60,7 +60,7 @@ def test_rows_run_on_the_gpus_that_were_given(monkeypatch, tmp_path, visible, gp
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert ablation._places() == places
+    assert ablation._find_places() == places
 
 
 def table(out):

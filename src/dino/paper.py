@@ -181,11 +181,8 @@ TABLES: dict[str, Table] = {
     "prototypes": Table(
         "Number of prototypes K",
         [
-            Row("1024", {"head.out_dim": 1024}, 67.8, tiny={"head.out_dim": 64}),
-            Row("4096", {"head.out_dim": 4096}, 69.3, tiny={"head.out_dim": 256}),
-            Row("16384", {"head.out_dim": 16384}, 69.2, tiny={"head.out_dim": 1024}),
-            Row("65536", {"head.out_dim": 65536}, 69.7, tiny={"head.out_dim": 4096}),
-            Row("262144", {"head.out_dim": 262144}, 69.1, tiny={"head.out_dim": 16384}),
+            Row(f"{k}", {"head.out_dim": k}, knn, tiny={"head.out_dim": k // 16})
+            for k, knn in ((1024, 67.8), (4096, 69.3), (16384, 69.2), (65536, 69.7), (262144, 69.1))
         ],
         "vit_small_100ep",
     ),
@@ -249,13 +246,8 @@ TABLES: dict[str, Table] = {
     "patch": Table(
         "Patch size (Fig. 5, which gives no figures as text)",
         [
-            Row("16", {"model.patch_size": 16}, tiny={"model.patch_size": 8}),
-            Row("8", {"model.patch_size": 8}, tiny={"model.patch_size": 4}),
-            Row(
-                "5",
-                {"model.patch_size": 5, "views.global_size": 225, "views.local_size": 95},
-                tiny={"model.patch_size": 2},
-            ),
+            Row(f"{patch}", {"model.patch_size": patch} | views, tiny={"model.patch_size": patch // 2})
+            for patch, views in ((16, {}), (8, {}), (5, {"views.global_size": 225, "views.local_size": 95}))
         ],
     ),
 }

@@ -14,7 +14,7 @@ from dino.data.decode import BadImage
 from dino.data.labels import read_text
 from dino.data.sources import Files, open_listed, open_source
 from dino.eval.evaluate import Result, choose_view_size
-from dino.look.attention import cls_attention, enlarge, fit_to_patches, jaccard, mass_mask
+from dino.look.attention import enlarge, fit_to_patches, jaccard, map_attention, mass_mask
 from dino.look.patches import prepare_image
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.evaluate import MasksOptions
@@ -103,7 +103,7 @@ def measure_overlap(
         image: [h, w, 3] uint8 of whole patches; objects: bool [k, h, w].
         mass: share of a head's attention that its mask keeps.
     """
-    attention = cls_attention(model, prepare_image(model, image)).float()
+    attention = map_attention(model, prepare_image(model, image)).float()
     masks = enlarge(mass_mask(attention, mass), (objects.shape[1], objects.shape[2])) > 0
     return jaccard(masks, torch.from_numpy(objects)[:, None].to(device)).cpu().numpy()
 
