@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment and a full disk.
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed; only then does `latest` (a file that
-holds its name) move, and only then are old ones deleted. Files are read with ``weights_only=True``.
+A checkpoint is written under a temporary name, flushed to the disk and renamed. Then the file `latest`, which holds its
+name, is replaced in the same way, and then old checkpoints are deleted. Files are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ class CheckpointError(Exception):
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run."""
+    """The checkpoints of a run, in one folder.
+
+    Args:
+        keep: the number of newest checkpoints that are not deleted.
+    """
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder, self.keep = folder, keep
@@ -39,14 +43,14 @@ class Checkpoints:
         return path if path.is_file() else None
 
     def complete(self) -> list[Path]:
-        """All that are kept, the oldest first."""
+        """All complete checkpoints, the oldest first."""
         return sorted(self.folder.glob("step-*.pt"))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write `state` as the checkpoint of `step`.
 
         Raises:
-            CheckpointError: the disk is full or not writable; nothing that was there before is touched.
+            CheckpointError: the disk is full or not writable; earlier checkpoints stay as they are.
         """
         path = self.folder / f"step-{step:08d}.pt"
         try:
@@ -69,7 +73,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the file is damaged.
         """
-        for leftover in self.folder.glob("*.tmp"):  # of a killed writer
+        for leftover in self.folder.glob("*.tmp"):  # of a writer that was killed
             leftover.unlink()
         path = self.latest()
         return None if path is None else read_checkpoint(path)
@@ -80,13 +84,13 @@ _held: set[int] = set()  # descriptors of the locks of this process
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold `folder` (made if need be) against other processes.
+    """Make `folder` if it is missing, and lock it against other processes while the block runs.
 
-    The operating system gives the lock back when the process ends, even by SIGKILL. Forked processes, data workers for
-    example, inherit no share in it: one that outlives its parent does not keep the folder.
+    The operating system releases the lock when the process ends, even by SIGKILL. Forked processes, such as data workers,
+    do not inherit it: a worker that outlives its parent does not keep the folder locked.
 
     Raises:
-        ValueError: another process is writing there, or nobody can.
+        ValueError: another process is writing there, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +122,7 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint file's state; tensors and plain values only, so that reading runs no code of the file's."""
+    """The state in a checkpoint file. Only tensors and plain values are read, so that no code in the file can run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

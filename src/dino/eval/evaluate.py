@@ -10,21 +10,25 @@ import dataclasses
 import importlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from dino import distributed, errors, files, paper, weights
+from dino.data.decode import BadImage
 from dino.features import cache
 from dino.models import Backbone, VisionTransformer
 from dino.models.vit import SIZES
 from dino.options.evaluate import EVALUATIONS, EvalOptions
 from dino.options.flags import parse_flags
+from dino.terminal import track
 from dino.version import __version__
 from dino.weights import fingerprint
+
+T = TypeVar("T")
 
 
 class Result(NamedTuple):
@@ -181,6 +185,27 @@ def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | No
             f"the result cannot be written to {path} ({error.strerror}); choose another --json."
         ) from error
     return path
+
+
+def measure_each(items: Sequence[Any], measure: Callable[[Any], T], what: str | None = None) -> dict[Any, T | str]:
+    """What `measure` finds of each item, or the sentence that says why it cannot be measured, in the order of `items`.
+
+    Every rank takes its share of the items.
+
+    Args:
+        what: a label shows a progress bar.
+    """
+
+    def attempt(item: Any) -> T | str:
+        try:
+            return measure(item)
+        except (BadImage, ValueError) as error:
+            return str(error)
+
+    mine = items[distributed.rank() :: distributed.world_size()]
+    share = {item: attempt(item) for item in (track(mine, len(mine), what) if what else mine)}
+    found = {item: result for share in distributed.gather(share) for item, result in share.items()}
+    return {item: found[item] for item in items}
 
 
 def choose_view_size(size: int | None, model: Backbone, usual: int) -> int:
