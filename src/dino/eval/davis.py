@@ -166,8 +166,7 @@ def segment(model: Backbone, video: Video, options: DavisOptions, device: torch.
     """
     first = _read_indices(video.masks, 0)
     shape = first.shape[0], first.shape[1]
-    size = choose_view_size(options.size, model, SIZE)
-    view = fit_view(*shape, size, model.patch_size)
+    view = fit_view(*shape, choose_view_size(options.size, model, SIZE), model.patch_size)
 
     def features() -> Iterator[torch.Tensor]:
         for index in range(len(video.frames)):
@@ -237,10 +236,7 @@ def make_masks_folder(options: DavisOptions) -> Path:
 
 def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Result:
     """J, F and their mean over all objects."""
-    if options.size is not None and options.size < model.patch_size:
-        raise ValueError(
-            f"--size is {options.size}, smaller than one patch of {model.patch_size} pixels; use a larger one."
-        )
+    choose_view_size(options.size, model, SIZE)  # refuses a wrong size before any work
     videos = {video.name: video for video in open_videos(options.data)}
     out, digest, found = make_masks_folder(options), fingerprint(model), {}
     measured = measure_each(list(videos), lambda name: measure_video(model, digest, videos[name], options, device, out))
@@ -251,9 +247,7 @@ def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Re
     if distributed.is_main():
         print(f"Masks: {out}")
     objects = {
-        name: [
-            {"j": statistics(np.array(j)), "f": statistics(np.array(f))} for j, f in zip(r["j"], r["f"], strict=True)
-        ]
+        name: [{"j": statistics(j), "f": statistics(f)} for j, f in zip(*(np.array(r[m]) for m in "jf"), strict=True)]
         for name, r in found.items()
     }
     every = list(itertools.chain.from_iterable(objects.values()))

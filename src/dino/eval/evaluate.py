@@ -209,9 +209,18 @@ def measure_each(items: Sequence[Any], measure: Callable[[Any], T], what: str | 
 
 
 def choose_view_size(size: int | None, model: Backbone, usual: int) -> int:
-    """Shorter side of an evaluation's images, in pixels: `size` if given, else `usual` for a model trained at 224 pixels or
-    more, and in proportion less for one trained at smaller ones."""
-    return size or min(usual, usual * model.image_size // 224)
+    """Shorter side of an evaluation's images, in pixels.
+
+    It is `size` if given. Otherwise it is `usual` for a model trained at 224 pixels or more, and in proportion less for one
+    trained at smaller images.
+
+    Raises:
+        ValueError: it is smaller than a patch.
+    """
+    chosen = size or min(usual, usual * model.image_size // 224)
+    if chosen < model.patch_size:
+        raise ValueError(f"--size is {chosen}, smaller than one patch of {model.patch_size} pixels; use a larger one.")
+    return chosen
 
 
 def find_paper_name(model: Backbone) -> str:

@@ -112,8 +112,6 @@ def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Re
     if not model.has_attention:
         raise ValueError(NO_ATTENTION)
     size = choose_view_size(options.size, model, SIZE)
-    if size < model.patch_size:
-        raise ValueError(f"--size is {size}, smaller than one patch of {model.patch_size} pixels; use a larger one.")
     images, masks = open_masks(options)
 
     def measure(index: int) -> np.ndarray:
