@@ -49,7 +49,7 @@ class Terminal:
         self.console.print(text, style=style, markup=False, highlight=False)
 
     def start(self, done: int, total: int | None) -> None:
-        """Show the bar with `done` of `total` steps; None: nobody knows how many there are."""
+        """Show the bar with `done` of `total` steps; None: their number is unknown."""
         self.progress.update(self.task, completed=done, total=total)
         self.progress.start()
 
@@ -68,7 +68,7 @@ def say(text: str) -> None:
 
 
 def track(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
-    """`items` one by one, with a progress bar that goes away at the end; `total` None: nobody knows how many."""
+    """`items` one by one, with a progress bar that goes away at the end; `total` None: their number is unknown."""
     terminal = Terminal(keep=False)
     terminal.update(0, what)
     terminal.start(0, total)
