@@ -18,6 +18,7 @@ from dino.ablate import Ablation
 from dino.engine.checkpoint import lock_folder
 from dino.options import auto, replace
 from dino.options.commands import AblateOptions
+from dino.options.evaluate import EVALUATIONS
 from dino.options.recipes import find_recipe
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
@@ -59,7 +60,7 @@ def test_rows_run_on_the_gpus_that_were_given(monkeypatch, tmp_path, visible, gp
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert ablation._places() == places
+    assert ablation._find_places() == places
 
 
 def table(out):
@@ -105,6 +106,37 @@ def test_a_table_runs_skips_what_is_finished_and_is_written(photos, tmp_path, re
     other = run_dino(*[2 if word == 1 else word for word in command])
     assert other.returncode == 2
     assert "other options" in other.stderr
+
+
+MODELS = {
+    "vit_small_800ep": "vit_small/16",
+    "vit_small_p8": "vit_small/8",
+    "vit_base_p16": "vit_base/16",
+    "vit_base_p8": "vit_base/8",
+    "resnet50_800ep": "resnet50",
+    "xcit_small_12_p16": "xcit_small_12_p16_224",
+    "xcit_small_12_p8": "xcit_small_12_p8_224",
+    "xcit_medium_24_p16": "xcit_medium_24_p16_224",
+    "xcit_medium_24_p8": "xcit_medium_24_p8_224",
+}
+
+
+def test_recipes_expect_what_is_published():
+    """The recipes lie below paper.py, so that their sentences cannot be made from it."""
+    for name, model in MODELS.items():
+        knn, linear = paper.FIGURES["knn"][model]["knn20_top1"], paper.FIGURES["linear"][model]["linear_top1"]
+        assert find_recipe(name).expected == f"ImageNet k-NN {knn} %, linear {linear} % (reference)"
+    rows = {row.name: row for row in paper.TABLES["7"].rows}
+    for name, row in (("byol", "BYOL"), ("mocov2", "MoCo-v2"), ("swav", "SwAV")):
+        expected = f"ImageNet k-NN {rows[row].knn} %, linear {rows[row].linear} % (reference)"
+        assert find_recipe(f"{name}_vit_small").expected == expected
+    oxford, oxford_hard, paris, paris_hard = paper.FIGURES["retrieval"]["vit_small/16 of Google Landmarks v2"].values()
+    figures = f"rOxford {oxford}/{oxford_hard}, rParis {paris}/{paris_hard}"
+    assert figures in find_recipe("vit_small_gldv2").expected
+
+
+def test_figures_are_of_evaluations_that_exist():
+    assert paper.FIGURES.keys() == EVALUATIONS.keys()
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])

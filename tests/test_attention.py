@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import dino
 from dino.data.normalize import normalize
-from dino.look.attention import cls_attention, enlarge, fit_to_patches, jaccard, mass_mask
+from dino.look.attention import enlarge, fit_to_patches, jaccard, map_attention, mass_mask
 from dino.look.pictures import attention_maps
 
 
@@ -52,7 +52,7 @@ def model():
 
 def test_maps_have_the_images_shape(model):
     images = torch.randn(2, 3, 48, 64)
-    maps = cls_attention(model, images)
+    maps = map_attention(model, images)
     assert maps.shape == (2, 3, 6, 8)
     assert (maps.sum(dim=(-2, -1)) < 1).all()
     assert enlarge(maps, (48, 64)).shape == (2, 3, 48, 64)
@@ -62,7 +62,7 @@ def test_a_picture_is_what_the_model_attends_to(model):
     image = fit_to_patches(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8), 48, 8)
     assert image.shape == (48, 72, 3)
     shown = attention_maps(model, image, 48)
-    attention = cls_attention(model, normalize(torch.from_numpy(image[:48, :48].copy())[None, None]))
+    attention = map_attention(model, normalize(torch.from_numpy(image[:48, :48].copy())[None, None]))
     square = attention_maps(model, image[:48, :48], 48)
     assert len(shown.maps) == len(shown.overlays) == len(shown.masks) == model.num_heads + 1
     brightest = [np.unravel_index(m.sum(-1, dtype=int)[4::8, 4::8].argmax(), (6, 6)) for m in square.maps[:-1]]

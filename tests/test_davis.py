@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dino
+from dino import paper
 from dino.cli import main
 from dino.eval import davis, evaluate, propagation
 from dino.options.evaluate import DavisOptions
@@ -261,9 +262,11 @@ def test_the_paper_stands_beside_the_whole_validation_set(model, tmp_path):
     options = DavisOptions(model="-", data=str(tmp_path / "davis"), out=str(tmp_path / "out"), queue=1)
     found = davis.evaluate(model, options, CPU)
     assert found.counts == {"videos": 30, "frames": 90, "objects": 61}
-    for theirs in davis.PAPER.values():
+    for theirs in paper.FIGURES["davis"].values():
         assert theirs.keys() < found.figures.keys()
-    assert "paper (vit_small/16)" in evaluate.format_table("m", found, davis.PAPER["vit_small/16"], "vit_small/16")
+    assert "paper (vit_small/16)" in evaluate.format_table(
+        "m", found, paper.FIGURES["davis"]["vit_small/16"], "vit_small/16"
+    )
 
 
 # --- what cannot be used --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 
 import dino
 import processes
-from dino import cli
+from dino import cli, paper
 from dino.data.torchvision_sets import TorchvisionSet, open_torchvision
 from dino.eval import finetune
 from dino.eval.finetune import RECIPES, Classifier, FinetuneRecipe, Finetuning
@@ -166,7 +166,7 @@ def test_the_strongest_augmentation_still_shows_something():
 def test_recipes_and_what_replaces_them():
     for name in RECIPES:
         assert finetune.resolve_recipe(FinetuneOptions(model="m", data="d", recipe=name)) == RECIPES[name]
-    assert set(finetune.PAPER["vit_small/16"]) == {f"{name}_top1" for name in RECIPES}
+    assert set(paper.FIGURES["finetune"]["vit_small/16"]) == {f"{name}_top1" for name in RECIPES}
     changed = finetune.resolve_recipe(FinetuneOptions(model="m", data="d", epochs=4, layer_decay=0.7))
     assert (changed.epochs, changed.warmup_epochs, changed.layer_decay) == (4, 2, 0.7)
     for wrong, answer in (({"lr": 0.0}, "above 0"), ({"erasing": 1.0}, r"\[0, 1\)"), ({"mixup": -1.0}, "negative")):

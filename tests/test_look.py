@@ -17,7 +17,7 @@ import dino
 from dino import weights
 from dino.cli import main
 from dino.data.decode import decode
-from dino.look.attention import cls_attention
+from dino.look.attention import map_attention
 from dino.look.commands import distinguish_names
 from dino.look.patches import match_mutual, prepare_image
 from dino.look.video import Clip, Frame, thin_out, write_video
@@ -63,9 +63,9 @@ def test_attention_of_a_folder_shows_each_image_in_its_aspect(saved_model, tmp_p
 def test_finer_patches_are_centered_where_coarse_ones_are(model):
     finer = dino.finer_patches(model, 4)
     image = np.random.default_rng(1).integers(0, 255, (48, 64, 3), np.uint8)
-    assert cls_attention(finer, prepare_image(finer, image)).shape == (1, HEADS, 12, 16)
+    assert map_attention(finer, prepare_image(finer, image)).shape == (1, HEADS, 12, 16)
     assert model.patch_size == 8
-    assert cls_attention(model, prepare_image(model, image)).shape == (1, HEADS, 6, 8)
+    assert map_attention(model, prepare_image(model, image)).shape == (1, HEADS, 6, 8)
     assert dino.attention_maps(finer, image, 48).attention.shape == (HEADS + 1, 12, 16)
     images = torch.randn(1, 3, 32, 32)
     embedded = finer.patch_embed(images).view(8, 8, -1)

@@ -16,7 +16,7 @@ from dino.data.normalize import normalize
 from dino.data.scenes import Scenes
 from dino.eval import masks
 from dino.eval.online import measure_scene_masks
-from dino.look.attention import cls_attention
+from dino.look.attention import map_attention
 from dino.options.evaluate import MasksOptions
 from helpers import ranks_agree
 
@@ -34,7 +34,7 @@ def test_overlap_of_every_object_with_every_head_by_hand(model):
     objects = np.zeros((2, 40, 48), bool)
     objects[0, 3:30, 5:20], objects[1, 20:, 30:] = True, True
     found = masks.measure_overlap(model, image, objects, 0.6, CPU)
-    attention = cls_attention(model, normalize(torch.from_numpy(image)[None, None]))[0].double().numpy()
+    attention = map_attention(model, normalize(torch.from_numpy(image)[None, None]))[0].double().numpy()
     assert found.shape == (2, model.num_heads) == (2, len(attention))
     for head, patches in enumerate(attention):
         kept, mass = np.zeros(30, bool), 0.0

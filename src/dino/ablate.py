@@ -1,7 +1,7 @@
-"""`dino ablate`: train every row of one of the paper's tables and set its k-NN accuracy beside the paper's figures.
+"""`dino ablate`: train every row of one of the paper's tables, and print its k-NN accuracy beside the paper's figures.
 
-Each row is a run of its own below the output folder, started as its own process, so a row that is interrupted
-resumes and one that is finished is skipped.
+Each row is a run in a folder and process of its own. The same command again skips the rows that are finished and
+resumes the one that was interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import matplotlib
 import tomli_w
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from dino import distributed, files, paper, weights
 from dino.data.open import make_absolute, split_folders
@@ -38,8 +37,10 @@ from dino.options.recipes import choose_base
 from dino.options.train import TrainOptions
 from dino.paper import Row, Table
 from dino.run import FREE_ON_RESUME
+from dino.terminal import Terminal
 
 K = 20
+OURS, THEIRS, UNTRAINED = "#2a6f97", "#a9b4c2", "#c1121f"  # colors of the figure
 
 
 class Ablation:
@@ -50,208 +51,181 @@ class Ablation:
         self.folder = Path(options.out or f"runs/ablate-{options.table}")
         self.data = split_folders(make_absolute(required(options.data)), options.val and make_absolute(options.val))
         self.results_file = self.folder / "results.json"
-        self.console = Console(stderr=True)
-        self.runs = {row.name: self._options(row) for row in self.table.rows}
+        self.terminal = Terminal(keep=False)
+        self.runs = {row.name: self._row_options(row) for row in self.table.rows}
         self.running: list[subprocess.Popen[bytes]] = []
         self.stopping = False
         self.device = distributed.start(options.device)
 
-    def _options(self, row: Row) -> TrainOptions:
-        o, table = self.options, self.table
-        if o.scale == "tiny":
-            base = choose_base(o.recipe or paper.TINY_RECIPE)
-            changes = {**table.base, **(row.changes if row.tiny is None else row.tiny)}
-            if o.recipe is None:
-                changes = {"epochs": paper.TINY_EPOCHS} | changes
-        else:
-            base, changes = choose_base(o.recipe or table.recipe), {**table.paper_base, **table.base, **row.changes}
-        train, val = self.data
-        changes |= {"data.path": train, "data.val": val} | ({} if o.epochs is None else {"epochs": o.epochs})
-        return replace(base, changes)
+    def _row_options(self, row: Row) -> TrainOptions:
+        o, table, tiny = self.options, self.table, self.options.scale == "tiny"
+        base = choose_base(o.recipe or (paper.TINY_RECIPE if tiny else table.recipe))
+        changes = {"epochs": paper.TINY_EPOCHS} if tiny and o.recipe is None else {}
+        changes |= {**({} if tiny else table.paper_base), **table.base}
+        changes |= row.tiny if tiny and row.tiny is not None else row.changes
+        changes |= {"data.path": self.data[0], "data.val": self.data[1]}
+        return replace(base, changes if o.epochs is None else changes | {"epochs": o.epochs})
 
-    def results(self) -> dict[str, dict[str, Any]]:
-        """Finished rows; refuses those of other options.
+    def run_rows(self) -> dict[str, dict[str, Any]]:
+        """Train and evaluate the rows that are missing: one after the other, or one to each GPU or job.
 
         Raises:
-            ValueError: the folder holds another table or other settings, or no ablation at all.
+            ValueError: the folder holds another table, rows of other options, or no ablation at all.
         """
-        if not self.results_file.is_file():
-            there = {child.name for child in self.folder.iterdir()} if self.folder.is_dir() else set()
-            if there - {LOCK} and "rows" not in there:
-                raise ValueError(f"{self.folder} is not empty and holds no ablation; choose another --out.")
-            return {}
-        found = json.loads(self.results_file.read_text())
-        for name, result in found.items():
-            if name not in self.runs or result["options"] != _plain(self.runs[name]):
-                raise ValueError(f"{self.folder} holds '{name}' with other options or data; choose another --out.")
-        return found
+        there = {child.name for child in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if there - {LOCK} and "rows" not in there:
+            raise ValueError(f"{self.folder} is not empty and holds no ablation; choose another --out.")
+        with lock_folder(self.folder):
+            results = json.loads(self.results_file.read_text()) if self.results_file.is_file() else {}
+            for name in results | self.runs:
+                if not self._is_as_wanted(name, results.get(name)):
+                    raise ValueError(f"{self.folder} holds '{name}' with other options or data; choose another --out.")
+            (self.folder / "rows").mkdir(exist_ok=True)
+            done, total = len(results), len(self.runs)
+            self.terminal.say(f"{self.table.title}: {total} rows, {done} finished; in {self.folder}")
+            self._run_missing(results)
+        return {name: results[name] for name in self.runs if name in results}
 
-    def begun_as_wanted(self, name: str) -> bool:
-        """Whether the run of row `name`, if there is one, has the options that are wanted now."""
-        run = self.folder / slug(name)
+    def _is_as_wanted(self, name: str, result: dict[str, Any] | None) -> bool:
+        """Whether row `name`, if it is finished (with `result`) or begun, has the options that are wanted now."""
+        wanted, run = _flatten(self.runs[name]) if name in self.runs else None, self.folder / slug(name)
+        if result is not None or wanted is None:
+            return result is not None and result["options"] == wanted
         if not (run / "config.toml").exists():
             return True
-        recorded = _plain(toml.read_recorded(str(run)))
-        return all(recorded.get(key) == value for key, value in _plain(self.runs[name]).items())
+        return wanted.items() <= _flatten(toml.read_recorded(str(run))).items()
 
-    def work(self) -> dict[str, dict[str, Any]]:
-        """Train and judge what is missing, several rows at a time where there are several GPUs or jobs."""
-        self.results()  # refuses a folder of something else before anything is written there
-        with lock_folder(self.folder):
-            return self._work()
-
-    def _work(self) -> dict[str, dict[str, Any]]:
-        results = self.results()
-        missing = [name for name in self.runs if name not in results]
-        if other := [name for name in missing if not self.begun_as_wanted(name)]:
-            raise ValueError(f"{self.folder} holds '{other[0]}' with other options or data; choose another --out.")
-        (self.folder / "rows").mkdir(parents=True, exist_ok=True)
-        self.console.print(
-            f"{self.table.title}: {len(self.runs)} rows, {len(results)} finished; in {self.folder}", soft_wrap=True
-        )
-        slots: SimpleQueue[str] = SimpleQueue()
-        places = self._places()
+    def _run_missing(self, results: dict[str, dict[str, Any]]) -> None:
+        places = self._find_places()
+        free: SimpleQueue[str] = SimpleQueue()
         for place in places:
-            slots.put(place)
+            free.put(place)
 
-        def one(name: str) -> tuple[str, dict[str, Any] | None]:
-            slot = slots.get()
+        def run_row(name: str) -> tuple[str, dict[str, Any] | None]:
+            place = free.get()
             try:
-                return name, None if self.stopping else self._row(name, slot)
+                return name, None if self.stopping else self._run_row(name, place)
             finally:
-                slots.put(slot)
+                free.put(place)
 
         pool = ThreadPoolExecutor(len(places))
+        self.terminal.update(len(results), "training; each row's output is in its .log file")
+        self.terminal.start(len(results), len(self.runs))
         try:
-            with self.console.status("training; each row's output is in its .log file"):
-                for finished in as_completed([pool.submit(one, name) for name in missing]):
-                    name, result = finished.result()
-                    if result is None:
-                        continue
+            for finished in as_completed([pool.submit(run_row, name) for name in self.runs if name not in results]):
+                name, result = finished.result()
+                if result is not None:
                     results[name] = result
-                    self._save(results)
-                    self.console.print(f"  {name}: {_short(result)}")
+                    with files.replacing(self.results_file) as temporary:
+                        temporary.write_text(json.dumps(results, indent=1))
+                    warning = ", collapsed" if result["collapse"] else ""
+                    self.terminal.say(
+                        f"  {name}: k-NN {result['knn']:.1f} %{warning} ({result['minutes']:.0f} minutes)"
+                    )
+                    self.terminal.update(len(results), "training; each row's output is in its .log file")
         finally:
             self.stopping = True
             for process in self.running.copy():
-                process.terminate()  # a row saves itself and resumes next time
+                process.terminate()  # the row saves itself; the same command resumes it
             pool.shutdown()
-        return {name: results[name] for name in self.runs if name in results}
+            self.terminal.stop()
 
-    def _places(self) -> list[str]:
+    def _find_places(self) -> list[str]:
+        """Where rows are trained at the same time: the GPUs that this process may use, or CPU jobs."""
         gpus = torch.cuda.device_count() if self.options.device != "cpu" else 0
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")  # which of the machine's this process may use
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = [name.strip() for name in given.split(",")] if given else range(gpus)
         return [f"cuda:{name}" for name in names][:gpus] if gpus else ["cpu"] * self.options.jobs
 
-    def _row(self, name: str, place: str) -> dict[str, Any] | None:
-        """Train row `name` to its end and measure it; None when it did not get there."""
-        run, file = self.folder / slug(name), self.folder / "rows" / f"{slug(name)}.toml"
-        file.write_text(tomli_w.dumps(toml.to_dict(self.runs[name])))
-        started = (run / "config.toml").exists()
-        flags = ["--resume", str(run)] if started else [str(file), "--out", str(run)]
+    def _run_row(self, name: str, place: str) -> dict[str, Any] | None:
+        """Train row `name` to its end and evaluate it; None when it did not get there."""
+        options, run, file = self.runs[name], self.folder / slug(name), self.folder / "rows" / f"{slug(name)}.toml"
+        file.write_text(tomli_w.dumps(toml.to_dict(options)))
+        flags = ["--resume", str(run)] if (run / "config.toml").exists() else [str(file), "--out", str(run)]
         flags += [] if self.options.report else ["--no-report"]
         environment = dict(os.environ)
         if place.startswith("cuda"):
             environment["CUDA_VISIBLE_DEVICES"] = place.removeprefix("cuda:")
-            if self.runs[name].data.num_workers is None:
-                flags += ["--data.num-workers", str(count_spare_cores(len(self._places())))]
+            if options.data.num_workers is None:
+                flags += ["--data.num-workers", str(count_spare_cores(len(self._find_places())))]
         else:
-            threads = self.runs[name].threads or count_spare_cores(self.options.jobs)
-            flags += ["--device", "cpu", "--threads", str(threads)]
-        before = time.monotonic()
+            flags += ["--device", "cpu", "--threads", str(options.threads or count_spare_cores(self.options.jobs))]
+        command, before = [sys.executable, "-m", "dino", "train", *flags], time.monotonic()
         with open(file.with_suffix(".log"), "ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "dino", "train", *flags], env=environment, stdout=log, stderr=log
-            )
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             self.running.append(process)
             code = process.wait()
             self.running.remove(process)
-        lines = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-        collapsed = any(line.get("collapse") for line in lines)
-        if code == 0 and max((line["epoch"] for line in lines if "loss" in line), default=0) < required(
-            self.runs[name].epochs
-        ):
-            return None  # it was asked to stop
         if code != 0:
             last = file.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
-            self.console.print(f"  {name}: failed ({'; '.join(last)}); run the same command again to go on")
+            self.terminal.say(f"  {name}: failed ({'; '.join(last)}); run the same command again to go on")
             return None
+        lines = read_metrics(run / "metrics.jsonl")
+        if max((line["epoch"] for line in lines if "loss" in line), default=0) < required(options.epochs):
+            return None  # it was asked to stop
+        (train, val), figure = self.data, f"knn{K}_top1"
         model = weights.load(run).to(self.device)
-        train, val = self.data
         found = knn.evaluate(model, KnnOptions(model=str(run), data=train, val=val, k=(K,)), self.device)
         return {
-            "options": _plain(self.runs[name]),
-            "knn": found.figures[f"knn{K}_top1"],
-            "untrained": next((line[f"knn{K}_top1"] for line in lines if f"knn{K}_top1" in line), None),
-            "collapse": collapsed,
+            "options": _flatten(options),
+            "knn": found.figures[figure],
+            "untrained": next((line[figure] for line in lines if figure in line), None),
+            "collapse": any(line.get("collapse") for line in lines),
             "minutes": (time.monotonic() - before) / 60,
         }
 
-    def _save(self, results: dict[str, Any]) -> None:
-        with files.replacing(self.results_file) as temporary:
-            temporary.write_text(json.dumps(results, indent=1))
-
 
 def slug(name: str) -> str:
+    """A row's name as the name of its files."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def _plain(options: TrainOptions) -> dict[str, Any]:
-    """Options as JSON would give them back, without what may differ from machine to machine."""
+def _flatten(options: TrainOptions) -> dict[str, Any]:
+    """Options that are set, as JSON gives them back, without those that may differ from machine to machine."""
     flat = {k: v for k, v in flatten(options).items() if k not in FREE_ON_RESUME and v is not None}
     return json.loads(json.dumps(flat))
 
 
-def _short(result: dict[str, Any]) -> str:
-    warning = ", collapsed" if result["collapse"] else ""
-    return f"k-NN {result['knn']:.1f} %{warning} ({result['minutes']:.0f} minutes)"
+def _format(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
-def rows_of(table: Table, results: dict[str, dict[str, Any]]) -> list[list[str]]:
+def format_rows(table: Table, results: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Header and rows of text: name, ours, collapse, the paper's k-NN and linear figures."""
-    number = lambda value: "" if value is None else f"{value:.1f}"  # noqa: E731
-    header = ["row", f"k-NN (k = {K})", "collapse reported", "paper: k-NN", "paper: linear", "minutes"]
-    body = []
+    rows = [["row", f"k-NN (k = {K})", "collapse reported", "paper: k-NN", "paper: linear", "minutes"]]
     for row in table.rows:
-        result = results.get(row.name, {})
-        collapse = ("yes" if result["collapse"] else "no") if result else ""
-        minutes = result.get("minutes")
-        body.append(
-            [row.name, number(result.get("knn")), collapse, number(row.knn), number(row.linear), number(minutes)]
-        )
-    return [header, *body]
+        found = results.get(row.name, {})
+        collapse = ("yes" if found["collapse"] else "no") if found else ""
+        figures = found.get("knn"), row.knn, row.linear, found.get("minutes")
+        ours, *others = map(_format, figures)
+        rows.append([row.name, ours, collapse, *others])
+    return rows
 
 
-def markdown(rows: list[list[str]]) -> str:
+def format_markdown(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]]) + "\n"
 
 
-def plot(table: Table, results: dict[str, dict[str, Any]], path: Path, note: str) -> None:
-    """Bars of ours beside the paper's, collapsed rows hatched."""
+def draw_bars(table: Table, results: dict[str, dict[str, Any]], path: Path, note: str) -> None:
+    """Write a figure with bars of our k-NN beside the paper's, collapsed rows hatched."""
     names = [row.name for row in table.rows][::-1]
-    theirs = {row.name: row.knn if row.knn is not None else row.linear for row in table.rows}
+    theirs = [row.linear if row.knn is None else row.knn for row in table.rows][::-1]
     which = "k-NN" if any(row.knn is not None for row in table.rows) else "linear"
+    ours = [results.get(name, {}) for name in names]
+    collapsed = [bool(found.get("collapse")) for found in ours]
+    texts = [_format(r.get("knn")) + " collapsed" * c for r, c in zip(ours, collapsed, strict=True)]
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(9, 0.9 + 0.36 * len(names)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
-        for name in names:
-            result = results.get(name)
-            if result is not None:
-                bar = left.barh(name, result["knn"], color="#2a6f97", hatch="///" if result["collapse"] else None)
-                left.bar_label(
-                    bar,
-                    [f"{result['knn']:.1f}" + (" collapsed" if result["collapse"] else "")],
-                    padding=3,
-                    bbox={"color": "white", "pad": 0.5},  # the dashed line does not run through it
-                )
-            value = theirs[name]
-            bar = right.barh(name, value or 0, color="#a9b4c2")
-            right.bar_label(bar, ["" if value is None else f"{value:.1f}"], padding=3)
+        bars = left.barh(names, [r.get("knn", 0) for r in ours], color=OURS, hatch=["///" * c for c in collapsed])
+        box = {"color": "white", "pad": 0.5}  # keeps the dashed line out of the text
+        left.bar_label(bars, texts, padding=3, bbox=box)
+        bars = right.barh(names, [value or 0 for value in theirs], color=THEIRS)
+        right.bar_label(bars, [_format(value) for value in theirs], padding=3)
         untrained = [r["untrained"] for r in results.values() if r["untrained"] is not None]
         if untrained:
-            left.axvline(untrained[0], color="#c1121f", linewidth=1, linestyle="--", label="untrained")
+            left.axvline(untrained[0], color=UNTRAINED, linewidth=1, linestyle="--", label="untrained")
             left.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, -0.06))
         left.set_title(f"here ({note}): k-NN, %")
         right.set_title(f"paper (ImageNet, ViT-S/16): {which}, %")
@@ -271,12 +245,12 @@ def ablate_command(options: AblateOptions) -> int:
     ablation = Ablation(options)
     for asked in (signal.SIGINT, signal.SIGTERM):  # even where a shell's background job ignores them
         signal.signal(asked, signal.default_int_handler)
-    results = ablation.work()
-    rows, folder = rows_of(ablation.table, results), ablation.folder
-    (folder / "table.md").write_text(f"{ablation.table.title}, {options.scale} scale\n\n{markdown(rows)}")
-    with open(folder / "table.csv", "w", newline="") as file:
+    results = ablation.run_rows()
+    rows, table, note = format_rows(ablation.table, results), ablation.folder / "table", f"{options.scale} scale"
+    table.with_suffix(".md").write_text(f"{ablation.table.title}, {note}\n\n{format_markdown(rows)}")
+    with open(table.with_suffix(".csv"), "w", newline="") as file:
         csv.writer(file).writerows(rows)
-    plot(ablation.table, results, folder / "table.png", f"{options.scale} scale")
-    print(markdown(rows), end="")
-    print(f"Written: {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'table.png'}")
+    draw_bars(ablation.table, results, table.with_suffix(".png"), note)
+    print(format_markdown(rows), end="")
+    print(f"Written: {table}.md, {table}.csv, {table}.png")
     return 0 if len(results) == len(ablation.table.rows) else 1

@@ -29,7 +29,10 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command("learn from images without labels", TrainOptions, "dino.run:run_training"),
-    **{f"eval {name}": Command(what, kind, "dino.eval.evaluate:command") for name, (what, kind) in EVALUATIONS.items()},
+    **{
+        f"eval {name}": Command(what, kind, "dino.eval.evaluate:evaluate_command")
+        for name, (what, kind) in EVALUATIONS.items()
+    },
     "ablate": Command(
         "train the rows of one of the paper's tables", commands.AblateOptions, "dino.ablate:ablate_command"
     ),
@@ -37,11 +40,11 @@ COMMANDS: dict[str, Command] = {
         "what training costs on your data and machine, and what helps", commands.BenchOptions, "dino.bench:bench"
     ),
     "attention": Command(
-        "pictures of where the model looks", commands.AttentionOptions, "dino.look.commands:attention"
+        "pictures of where the model looks", commands.AttentionOptions, "dino.look.commands:draw_attention"
     ),
-    "pca": Command("features of patches as colors", commands.PcaOptions, "dino.look.commands:pca"),
-    "match": Command("corresponding patches of two images", commands.MatchOptions, "dino.look.commands:match"),
-    "video": Command("attention, masks or colors over a clip", commands.VideoOptions, "dino.look.commands:video"),
+    "pca": Command("features of patches as colors", commands.PcaOptions, "dino.look.commands:draw_pca"),
+    "match": Command("corresponding patches of two images", commands.MatchOptions, "dino.look.commands:draw_matches"),
+    "video": Command("attention, masks or colors over a clip", commands.VideoOptions, "dino.look.commands:draw_video"),
     "embed": Command("features of a folder as Parquet", commands.EmbedOptions, "dino.features.commands:embed"),
     "search": Command("images most like yours", commands.SearchOptions, "dino.features.commands:search"),
     "duplicates": Command("near-copies, as groups", commands.DuplicatesOptions, "dino.features.commands:duplicates"),

@@ -1,4 +1,4 @@
-"""Ranks: who am I, and sums over all of us. With one process all of this is the identity and no group exists."""
+"""The ranks of a run and what they exchange. With a single process there is no group, and all of this changes nothing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-PATIENCE = datetime.timedelta(
-    hours=2
-)  # of the other ranks, while one lists millions of files or propagates a long video
+# How long ranks wait for one that lists millions of files or follows a long video.
+PATIENCE = datetime.timedelta(hours=2)
 
 
 def rank() -> int:
@@ -48,19 +47,20 @@ def start(device: str) -> torch.device:
                 f"torchrun started local rank {local} but this machine has {torch.cuda.device_count()} GPUs; "
                 "lower --nproc-per-node, or use --device cpu."
             )
-        # DistributedDataParallel imports this, and its functions' defaults keep the group of that moment for ever. Threads of
-        # a group that is never let go make Python abort, now and then, as it exits.
+        # Import before init_process_group: DistributedDataParallel imports this module, whose functions take the current
+        # group as their default. A group that they hold is never freed, and its threads can make Python abort at exit.
         importlib.import_module("torch.distributed.nn.functional")
         own = torch.device("cuda", local) if use_gpu else None
         dist.init_process_group("nccl" if use_gpu else "gloo", timeout=PATIENCE, device_id=own)
     if not use_gpu:
         return torch.device("cpu")
     torch.cuda.set_device(local)
-    torch.backends.cudnn.allow_tf32 = False  # of convolutions, and the default is True; fp32 means fp32 here
+    torch.backends.cudnn.allow_tf32 = False  # True by default, for convolutions; but fp32 is to mean fp32
     return torch.device("cuda", local)
 
 
 def stop() -> None:
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -80,7 +80,7 @@ def max_(tensor: Tensor) -> Tensor:
 
 
 def concatenate(tensor: Tensor) -> Tensor:
-    """The rows of every rank, in rank order; all ranks hold equally many."""
+    """The rows of all ranks, in rank order; every rank has the same number of rows."""
     if not dist.is_initialized():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
@@ -89,7 +89,7 @@ def concatenate(tensor: Tensor) -> Tensor:
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of every rank, in rank order, on every rank. Any picklable object."""
+    """The values of all ranks, in rank order, on every rank; any object that can be pickled."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -98,7 +98,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_main(work: Callable[[], T]) -> T:
-    """What `work` returns on the main rank, the only one that does it, on every rank; picklable. All raise what it raises."""
+    """Call `work` on the main rank alone, and return its result, or raise its error, on every rank.
+
+    The result must be an object that can be pickled.
+    """
     outcome: list[Any] = [None]
     if is_main():
         try:

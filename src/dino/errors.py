@@ -1,4 +1,4 @@
-"""Sentences about what went wrong that several modules say."""
+"""Errors whose sentences several modules need."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from typing import Any
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
-    """'There is no WHAT NAME', with what there is, the nearest first."""
+    """There is no `what` called `name`; the sentence lists the `known` ones and suggests the nearest."""
     known = list(known)
     return ValueError(f"there is no {what} '{name}'; known are {', '.join(known)}.{did_you_mean(name, known)}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence with the known name that is most like `name`; "" if none is."""
+    """A sentence that suggests the known name nearest to `name`; "" if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def unwritable(path: Path, error: OSError) -> ValueError:
-    """Of the place that --out names."""
+    """`path`, which --out names, cannot be written."""
     return ValueError(f"--out {path} cannot be written ({error.strerror or error}); choose another.")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, to be put into a sentence of ours."""
+    """The first line of another library's error, for a sentence of ours."""
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def import_optional(module: str, need: str, extra: str) -> Any:
-    """A module of a package that only some need, as `need` says ("video needs PyAV").
+    """Import a module of an optional package.
+
+    Args:
+        need: what needs it, for the error ("video needs PyAV").
+        extra: our extra that installs it.
 
     Raises:
         ValueError: it is not installed; says how to install it.

@@ -1,4 +1,4 @@
-"""Places on the disk: files that are there whole or not at all, and names of places that last."""
+"""Places on the disk: files that are replaced as a whole, folders for output and caches, absolute paths."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dino import errors
 
 @contextlib.contextmanager
 def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
-    """A name to write to that takes the place of `path` when all went well, and is gone otherwise.
+    """A temporary name to write to. It replaces `path` at the end; after an error it is deleted and `path` is untouched.
 
     Args:
-        flush: to the disk, so that it survives a loss of power too.
+        flush: write it to the disk first, so that a loss of power does not harm it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -25,7 +25,7 @@ def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
         if flush:
             _flush(temporary)
         os.replace(temporary, path)
-        if flush:
+        if flush and os.name != "nt":  # Windows opens no folder
             _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -33,7 +33,10 @@ def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(out: Path, leave: bool = False) -> Iterator[None]:
-    """What fails within leaves nothing at the place that --out names, unless told to `leave` it.
+    """Delete `out`, the file or folder that --out names, when an error ends the block.
+
+    Args:
+        leave: do not delete it.
 
     Raises:
         ValueError: it cannot be written.
@@ -54,12 +57,12 @@ def cache_folder() -> Path:
 
 
 def absolute_if_exists(name: str) -> str:
-    """`name`, which means the same from another working directory if it is a path."""
+    """`name` as an absolute path if such a file exists, so that it holds in another working directory; else unchanged."""
     return os.path.abspath(name) if name and os.path.exists(name) else name
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -67,7 +70,7 @@ def _flush(path: Path) -> None:
 
 
 def check_writable(out: str, kinds: str, inputs: Iterable[str] = ()) -> Path:
-    """`out` as a path that can be written, its folder made, before any work is spent.
+    """Refuse an `out` that cannot be written, before any work is spent; make its folder and return it as a path.
 
     Raises:
         ValueError: it cannot be written, has none of the suffixes `kinds`, or is one of the `inputs`.

@@ -1,7 +1,8 @@
-"""The paper's ablation tables as rows of option changes, with the figures it reports (k-NN and linear, ImageNet, %).
+"""Every published figure, once: what the paper and the reference's README report of their models, and the ablations.
 
-`dino ablate` runs them. A row says what differs from its table's base recipe; `tiny` says what it takes instead where
-the paper's number makes no sense on small images.
+`FIGURES` is what `dino eval` prints beside its own figures. `TABLES` are the ablations (k-NN and linear accuracy on
+ImageNet, percent) as rows of option changes, which `dino ablate` runs. A row says what differs from its table's base
+recipe; `tiny` replaces these changes where the paper's number makes no sense on small images.
 """
 
 from __future__ import annotations
@@ -12,6 +13,57 @@ from typing import Any, NamedTuple
 
 from dino import errors
 from dino.options.recipes import BYOL, MOCO, NO_MOMENTUM, SWAV
+
+# Top-1 accuracy on ImageNet of k-NN (k = 20) and of linear classification: table 2 and the reference's README.
+_IMAGENET = {
+    "vit_small/16": (74.5, 77.0),
+    "vit_small/8": (78.3, 79.7),
+    "vit_base/16": (76.1, 78.2),
+    "vit_base/8": (77.4, 80.1),
+    "resnet50": (67.5, 75.3),
+    "xcit_small_12_p16_224": (76.0, 77.8),
+    "xcit_small_12_p8_224": (77.1, 79.2),
+    "xcit_medium_24_p16_224": (76.4, 78.8),
+    "xcit_medium_24_p8_224": (77.9, 80.3),
+}
+
+
+def _name(names: str, *values: float) -> dict[str, float]:
+    return dict(zip(names.split(), values, strict=True))
+
+
+# Table 10: 1, 10 and 100 % of the labels.
+_LOWSHOT = " ".join(f"{what}_{share}%_top1" for share in (1, 10, 100) for what in ("knn", "logistic"))
+_LANDMARKS = "roxford5k_medium_map roxford5k_hard_map rparis6k_medium_map rparis6k_hard_map"
+_TRANSFER = "cifar10_top1 cifar100_top1 inat18_top1 inat19_top1 flowers_top1 cars_top1 imagenet_top1"
+_DAVIS = "davis2017_jf_mean davis2017_j_mean davis2017_f_mean"
+
+# Evaluation -> model, as `Backbone.name` has it -> figure, as the evaluation calls it -> percent.
+FIGURES: dict[str, dict[str, dict[str, float]]] = {
+    "knn": {model: {"knn20_top1": knn} for model, (knn, _) in _IMAGENET.items()},
+    "linear": {model: {"linear_top1": linear} for model, (_, linear) in _IMAGENET.items()},
+    "lowshot": {"vit_small/16": _name(_LOWSHOT, 61.3, 64.5, 69.1, 72.2, 74.5, 75.7)},
+    "finetune": {  # table 6
+        "vit_small/16": _name(_TRANSFER, 99.0, 90.5, 72.0, 78.2, 98.5, 93.0, 81.5),
+        "vit_base/16": _name(_TRANSFER, 99.1, 91.7, 72.6, 78.6, 98.8, 93.0, 82.8),
+    },
+    "retrieval": {  # table 3
+        "vit_small/16": _name(_LANDMARKS, 41.8, 13.7, 63.1, 34.4),
+        "vit_small/16 of Google Landmarks v2": _name(_LANDMARKS, 51.5, 24.3, 75.3, 51.6),
+        "resnet50": _name(_LANDMARKS, 35.4, 11.1, 55.9, 27.5),
+    },
+    # Table 4, with 10,000 distractors; ViT-B/16 at 224 pixels.
+    "copydetect": {"vit_base/16": {"strong_map": 81.7}, "vit_base/8": {"strong_map": 85.5}},
+    "masks": {"vit_small/16": {"voc_jaccard_best_head": 45.9}},  # figure 4: PASCAL VOC 2012
+    "davis": {  # table 5: DAVIS-2017, 30 validation videos with 61 objects
+        "vit_small/16": _name(_DAVIS, 61.8, 60.2, 63.4),
+        "vit_base/16": _name(_DAVIS, 62.3, 60.7, 63.9),
+        "vit_small/8": _name(_DAVIS, 69.9, 66.6, 73.1),
+        "vit_base/8": _name(_DAVIS, 71.4, 67.9, 74.9),
+    },
+}
+
+# --- ablations ------------------------------------------------------------------------------------------------------
 
 Changes = Mapping[str, Any]
 
@@ -129,11 +181,8 @@ TABLES: dict[str, Table] = {
     "prototypes": Table(
         "Number of prototypes K",
         [
-            Row("1024", {"head.out_dim": 1024}, 67.8, tiny={"head.out_dim": 64}),
-            Row("4096", {"head.out_dim": 4096}, 69.3, tiny={"head.out_dim": 256}),
-            Row("16384", {"head.out_dim": 16384}, 69.2, tiny={"head.out_dim": 1024}),
-            Row("65536", {"head.out_dim": 65536}, 69.7, tiny={"head.out_dim": 4096}),
-            Row("262144", {"head.out_dim": 262144}, 69.1, tiny={"head.out_dim": 16384}),
+            Row(f"{k}", {"head.out_dim": k}, knn, tiny={"head.out_dim": k // 16})
+            for k, knn in ((1024, 67.8), (4096, 69.3), (16384, 69.2), (65536, 69.7), (262144, 69.1))
         ],
         "vit_small_100ep",
     ),
@@ -197,13 +246,8 @@ TABLES: dict[str, Table] = {
     "patch": Table(
         "Patch size (Fig. 5, which gives no figures as text)",
         [
-            Row("16", {"model.patch_size": 16}, tiny={"model.patch_size": 8}),
-            Row("8", {"model.patch_size": 8}, tiny={"model.patch_size": 4}),
-            Row(
-                "5",
-                {"model.patch_size": 5, "views.global_size": 225, "views.local_size": 95},
-                tiny={"model.patch_size": 2},
-            ),
+            Row(f"{patch}", {"model.patch_size": patch} | views, tiny={"model.patch_size": patch // 2})
+            for patch, views in ((16, {}), (8, {}), (5, {"views.global_size": 225, "views.local_size": 95}))
         ],
     ),
 }

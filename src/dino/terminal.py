@@ -1,46 +1,80 @@
-"""TODO."""
+"""How the package speaks to whoever runs it: lines and a progress bar on stderr, from the main rank only.
+
+Results go to stdout by `print`. The bar is drawn where stderr is a terminal; elsewhere, in a log file for example, there
+are only the lines.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from dino import distributed
+
+T = TypeVar("T")
+
 
 class Terminal:
-    """A live progress line where there is a terminal, plain lines where there is none; silent on other ranks."""
+    """Lines, and one progress bar below them.
 
-    def __init__(self, enabled: bool):
-        self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True)
+    Args:
+        enabled: False says and shows nothing. None: as on the main rank, nothing on the others.
+        keep: leave the bar there when it is stopped.
+    """
+
+    def __init__(self, enabled: bool | None = None, keep: bool = True):
+        enabled = distributed.is_main() if enabled is None else enabled
+        self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True, emoji=False)
         self.live = enabled and sys.stderr.isatty()
-        shown = "epoch {task.fields[epoch]}", BarColumn(24), "{task.percentage:>3.0f}%", "{task.fields[status]}"
+        columns = "{task.description}", BarColumn(24), "{task.percentage:>3.0f}%", "{task.fields[status]}"
         times = TimeElapsedColumn(), "left", TimeRemainingColumn()
-        self.progress = Progress(*shown, *times, console=self.console, disable=not self.live)
-        self.task = self.progress.add_task("train", total=None, epoch="", status="")
-
-    def start(self, step: int, total: int) -> None:
-        self.progress.update(self.task, completed=step, total=total)
-        self.progress.start()
+        # Results that go to a file or a pipe must not be drawn above the bar instead.
+        redirect = sys.stdout.isatty()
+        self.progress = Progress(
+            *columns,
+            *times,
+            console=self.console,
+            transient=not keep,
+            redirect_stdout=redirect,
+            disable=not self.live,
+        )
+        self.task = self.progress.add_task("", total=None, status="")
 
     def say(self, text: str, style: str | None = None) -> None:
+        """A line of text."""
         self.console.print(text, style=style, markup=False, highlight=False)
 
-    def update(self, step: int, epoch: str, status: str) -> None:
-        self.progress.update(self.task, completed=step, epoch=epoch, status=status)
+    def start(self, done: int, total: int | None) -> None:
+        """Show the bar with `done` of `total` steps; None: their number is unknown."""
+        self.progress.update(self.task, completed=done, total=total)
+        self.progress.start()
+
+    def update(self, done: int, what: str, status: str = "") -> None:
+        """Steps done so far, and the texts before and behind the bar."""
+        self.progress.update(self.task, completed=done, description=what, status=status)
 
     def stop(self) -> None:
         self.progress.stop()
 
 
-T = TypeVar("T")
+def say(text: str) -> None:
+    """A line on stderr from the main rank, above a bar if there is one."""
+    if distributed.is_main():
+        print(text, file=sys.stderr)
 
 
-def track(items: Iterable[T], total: int | None, what: str) -> Iterable[T]:
-    """`items`, with a progress bar where a terminal can show it."""
-    return rich.progress.track(
-        items, what, total, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    )
+def track(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
+    """`items` one by one, with a progress bar that goes away at the end; `total` None: their number is unknown."""
+    terminal = Terminal(keep=False)
+    terminal.update(0, what)
+    terminal.start(0, total)
+    try:
+        for done, item in enumerate(items, 1):
+            yield item
+            terminal.update(done, what)
+    finally:
+        terminal.stop()

@@ -1,19 +1,19 @@
 """Checkpoints that survive a kill at any moment and a full disk.
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed; only then does `latest` (a file that
-holds its name) move, and only then are old ones deleted. Files are read with ``weights_only=True``.
+A checkpoint is written under a temporary name, flushed to the disk and renamed. Then the file `latest`, which holds its
+name, is replaced in the same way, and then old checkpoints are deleted. Files are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import lock_descriptor
 
 from dino import errors, files
 
@@ -25,7 +25,11 @@ class CheckpointError(Exception):
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run."""
+    """The checkpoints of a run, in one folder.
+
+    Args:
+        keep: the number of newest checkpoints that are not deleted.
+    """
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder, self.keep = folder, keep
@@ -39,14 +43,14 @@ class Checkpoints:
         return path if path.is_file() else None
 
     def complete(self) -> list[Path]:
-        """All that are kept, the oldest first."""
+        """All complete checkpoints, the oldest first."""
         return sorted(self.folder.glob("step-*.pt"))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write `state` as the checkpoint of `step`.
 
         Raises:
-            CheckpointError: the disk is full or not writable; nothing that was there before is touched.
+            CheckpointError: the disk is full or not writable; earlier checkpoints stay as they are.
         """
         path = self.folder / f"step-{step:08d}.pt"
         try:
@@ -69,40 +73,56 @@ class Checkpoints:
         Raises:
             CheckpointError: the file is damaged.
         """
-        for leftover in self.folder.glob("*.tmp"):  # of a killed writer
+        for leftover in self.folder.glob("*.tmp"):  # of a writer that was killed
             leftover.unlink()
         path = self.latest()
         return None if path is None else read_checkpoint(path)
 
 
+_held: set[int] = set()  # descriptors of the locks of this process
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold `folder` (made if need be) against other processes.
+    """Make `folder` if it is missing, and lock it against other processes while the block runs.
 
-    The lock is the process's own and ends with it, however it ends; data workers that outlive it hold nothing.
+    The operating system releases the lock when the process ends, even by SIGKILL. Forked processes, such as data workers,
+    do not inherit it: a worker that outlives its parent does not keep the folder locked.
 
     Raises:
-        ValueError: another process is writing there, or nobody can.
+        ValueError: another process is writing there, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise errors.unwritable(folder, error) from error
-    with open(descriptor, "wb") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(
-                f"another process is writing to {folder}; wait for it, stop it, or choose another --out."
-            ) from error
-        except OSError:
-            pass  # a network file system without locks
+    _held.add(descriptor)
+    try:
+        with contextlib.suppress(OSError):  # a network file system without locks
+            if not lock_descriptor(descriptor, blocking=False):
+                raise ValueError(
+                    f"another process is writing to {folder}; wait for it, stop it, or choose another --out."
+                )
         yield
+    finally:
+        if descriptor in _held:  # not in a forked child, where it is closed already
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _drop_inherited() -> None:
+    """Close the locks' descriptors in a forked child; an flock lasts until every process has closed its copy."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_drop_inherited)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint file's state; tensors and plain values only, so that reading runs no code of the file's."""
+    """The state in a checkpoint file. Only tensors and plain values are read, so that no code in the file can run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import resource
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from dino.data.views import group_views
 from dino.engine import parallel
 from dino.engine.step import Split, TrainingStep
+from dino.machine import measure_memory_in_use
 from dino.models import Recompute
 from dino.options import required
 from dino.options.train import TrainOptions
@@ -64,14 +63,6 @@ def measure_peak(work: Callable[[], object]) -> int:
     return mode.peak
 
 
-def measure_in_use(device: torch.device) -> int:
-    """Bytes this process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
-
-
 def fit_memory(step: TrainingStep, options: TrainOptions, images: int, limit: int) -> tuple[Split, float]:
     """How to compute `step` of `images` (of one rank) within `limit` bytes, found by trying parts of a few images; and
     the bytes that takes.
@@ -106,7 +97,7 @@ def fit_memory(step: TrainingStep, options: TrainOptions, images: int, limit: in
             low, high = measure_part(few, recompute), measure_part(2 * few, recompute)
             lines[recompute] = (2 * low - high, (high - low) / few)
         # Measured now, with what the trial has left behind.
-        fixed += measure_in_use(device) + (KEPT if device.type == "cpu" else WORKSPACE)
+        fixed += measure_memory_in_use(device) + (KEPT if device.type == "cpu" else WORKSPACE)
         return choose_split(limit, images, fixed, lines, parts_allowed=not parallel.has_batch_norm(method))
     finally:
         step.set_split(before)

@@ -1,4 +1,4 @@
-"""What a run says: `metrics.jsonl`, TensorBoard events, the quarantine list, and a progress line on the terminal."""
+"""What a run writes beside its checkpoints: `metrics.jsonl`, TensorBoard events, and the list of unreadable images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Metrics:
-    """One JSON object a line in `metrics.jsonl`, and the same numbers as TensorBoard events.
+    """Metrics by step: one JSON object to a line of `metrics.jsonl`, and the same numbers as TensorBoard events.
 
-    Lines after `first_step` that an interrupted run wrote are dropped, so that a resumed run leaves the same file.
+    A run that resumes after `first_step` first drops the later lines, and in the end has the file of a run that was never
+    interrupted.
     """
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool):
@@ -38,7 +39,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, none if it is not there; a last line cut off by a kill is left out."""
+    """The lines of a metrics file; [] if there is none. A last line that a kill cut short is left out."""
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -49,14 +50,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Quarantine:
-    """Images that could not be read, each named once with its reason in `quarantine.jsonl`."""
+    """Images that could not be read: `quarantine.jsonl` names each once, with the reason."""
 
     def __init__(self, path: Path, total: int, max_fraction: float):
         self.path, self.total, self.max_fraction = path, total, max_fraction
         self.names = {line["image"] for line in read_metrics(path)}
 
     def add(self, bad: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Write down those not yet known and return them."""
+        """Write down the names and reasons that are new, and return them."""
         fresh = [(name, reason) for name, reason in dict(bad).items() if name not in self.names]
         if fresh:
             with open(self.path, "a") as file:
@@ -65,4 +66,5 @@ class Quarantine:
         return fresh
 
     def too_many(self) -> bool:
+        """Whether the share of unreadable images is above the limit."""
         return len(self.names) > self.max_fraction * self.total

@@ -7,7 +7,6 @@ state, and continuing from it is bit for bit the run that was never interrupted.
 from __future__ import annotations
 
 import math
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from dino.engine.checkpoint import CheckpointError, Checkpoints
 from dino.engine.log import Metrics, Quarantine
 from dino.engine.monitor import CollapseMonitor
 from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
+from dino.machine import measure_peak_memory
 from dino.method import DINO
 from dino.options import required
 from dino.options.toml import to_dict
@@ -270,7 +270,7 @@ class Trainer:
             "teacher_temp": self.plan.teacher_temp(last),
             "images_per_second": rate,
             "data_wait_share": waited / seconds,
-            "peak_memory_gb": self._peak_memory(),
+            "peak_memory_gb": measure_peak_memory(self.device) / 1e9,
         }
         if self.metrics is not None:
             self.metrics.write(self.step, values)
@@ -284,7 +284,7 @@ class Trainer:
     def _show(self) -> None:
         status = self.status + "".join(f"  {k} {v:.1f} %" for k, v in self.knn.items())
         epoch = min(self.options.epochs or 0, 1 + (self.step - 1) // self.plan.steps_per_epoch)
-        self.terminal.update(self.step, f"{epoch}/{self.options.epochs}", status)
+        self.terminal.update(self.step, f"epoch {epoch}/{self.options.epochs}", status)
         if not self.terminal.live and self.step % self.plan.steps_per_epoch == 0:
             self.terminal.say(f"epoch {epoch}/{self.options.epochs}  step {self.step}  {status}")
 
@@ -317,11 +317,6 @@ class Trainer:
                 f"--data.max-bad-fraction {self.options.data.max_bad_fraction:g} allows; they are listed with reasons "
                 f"in {self.quarantine.path}. Repair or remove them, or raise that limit."
             )
-
-    def _peak_memory(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e9
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         """First signal: end after this step. Second: at once."""

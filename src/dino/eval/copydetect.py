@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from dino.data.sources import Source, Subset, open_source
-from dino.eval.evaluate import Result
+from dino.eval.evaluate import Result, choose_view_size
 from dino.eval.ranking import average_precision, extract_comparable
 from dino.features.neighbors import split_rows
 from dino.models import Backbone
 from dino.options.evaluate import CopydetectOptions
 
-SIZE = 320  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
+SIZE = 320  # pixels, for a model trained at 224
 TOP = 20  # ranks that the original protocol counts
 BLOCKS = ("strong", "jpegqual", "crops")
 LAYOUT = "expected are DATA/original/ and at least one of DATA/strong/, DATA/jpegqual/N/ and DATA/crops/N/"
@@ -103,14 +103,10 @@ def open_copies(options: CopydetectOptions) -> tuple[Source, Source, list[int], 
     return originals, copies, match_copies(originals, copies, 4, options.data), blocks
 
 
-# Table 4, with 10,000 distractors; ViT-B/16 at 224 pixels.
-PAPER = {"vit_base/16": {"strong_map": 81.7}, "vit_base/8": {"strong_map": 85.5}}
-
-
 def evaluate(model: Backbone, options: CopydetectOptions, device: torch.device) -> Result:
     """Mean average precision by the cosine of [CLS] and GeM-pooled patch features (p = 4), exact, in float32."""
     originals, copies, owners, blocks = open_copies(options)
-    size = options.size or min(SIZE, SIZE * model.image_size // 224) // model.patch_size * model.patch_size
+    size = options.size or choose_view_size(None, model, SIZE) // model.patch_size * model.patch_size
     model.grid(size, size)  # refuses before any work
     sources = {"originals": originals, "copies": copies}
     if options.distractors is not None:

@@ -1,5 +1,5 @@
-"""Video object segmentation on DAVIS-2017 (paper table 5): the first frame's masks carried through each video by frozen
-features, and region (J) and boundary (F) similarity as the benchmark measures them.
+"""Video object segmentation on DAVIS-2017 (paper table 5): frozen features carry the masks of the first frame through
+each video, and region (J) and boundary (F) similarity are measured as the benchmark does.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,24 +15,24 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 
 from dino import distributed, files
 from dino.data.decode import BadImage
 from dino.data.labels import read_text
 from dino.data.sources import Files, open_listed
-from dino.eval.evaluate import Result, locate_result
+from dino.eval.evaluate import Result, choose_view_size, locate_result, measure_each
 from dino.eval.masks import read_objects
 from dino.eval.propagation import extract_frame, fit_view, follow, harden, soften
 from dino.models import Backbone
 from dino.options.evaluate import DavisOptions
+from dino.terminal import track
 from dino.weights import fingerprint
 
-SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
+SIZE = 480  # pixels, for a model trained at 224
 LIST = Path("ImageSets", "2017", "val.txt")
 LAYOUT = f"expected are DATA/JPEGImages/480p/VIDEO/00000.jpg, DATA/Annotations/480p/VIDEO/00000.png and DATA/{LIST}"
-TOLERANCE = 0.008  # of the image's diagonal, between boundaries
-# Color of index i: red takes its bits 0, 3 and 6, highest first, green 1, 4 and 7, blue 2 and 5. As DAVIS's own masks.
+TOLERANCE = 0.008  # distance of boundaries that still agree, as a share of the image's diagonal
+# Palette of DAVIS's own masks. Index i gives its bits 0, 3 and 6 to red, highest first, 1, 4 and 7 to green, 2 and 5 to blue.
 PALETTE = [sum((i >> 3 * j + c & 1) << 7 - j for j in range(3)) for i in range(256) for c in range(3)]
 
 # --- the measures ---------------------------------------------------------------------------------------------------
@@ -46,13 +45,13 @@ def region(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def contour(mask: np.ndarray) -> np.ndarray:
-    """Pixels that differ from the one to the right, below, or both, bool [h, w]."""
+    """Pixels that differ from the one to the right, the one below, or the one below to the right, bool [h, w]."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
 
 
 def boundary(mask: np.ndarray, truth: np.ndarray) -> float:
-    """F: harmonic mean of the shares of each mask's contour that lie near the other's; masks are bool [h, w]."""
+    """F: harmonic mean of two shares, of each mask's contour the part near the other's contour; masks are bool [h, w]."""
     found, expected = contour(mask), contour(truth)
     if not found.any() or not expected.any():
         return float(found.any() == expected.any())
@@ -65,7 +64,7 @@ def boundary(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def statistics(values: np.ndarray) -> dict[str, float]:
-    """Mean, recall (share above a half) and decay (first quarter less last) of a figure along a video [frames]."""
+    """Mean, recall (share above 0.5) and decay (mean of the first quarter minus the last) of values [frames]."""
     second, _, last = np.floor(np.linspace(0, len(values) - 1, 5)[1:4] + 0.5).astype(int)
     decay = values[: second + 1].mean() - values[last:].mean()
     return {"mean": float(values.mean()), "recall": float((values > 0.5).mean()), "decay": float(decay)}
@@ -82,8 +81,10 @@ class Video(NamedTuple):
 
 
 def open_videos(data: str) -> list[Video]:
-    """Raises:
-    ValueError: the folder is not laid out as it should be, or a video cannot be used.
+    """The videos of the validation list.
+
+    Raises:
+        ValueError: the folder is not laid out as it should be, or a video cannot be used.
     """
     root = Path(data)
     if not (root / LIST).is_file():
@@ -107,20 +108,19 @@ def open_video(root: Path, name: str) -> Video:
     _check_order(name, stems)
     frames = open_listed(images, [f"{name}/{stem}.jpg" for stem in stems], name, LAYOUT)
     truth = open_listed(masks, [f"{name}/{stem}.png" for stem in stems], f"the frames of {name}", LAYOUT)
-    sizes = [_size(Path(files.root, files.name(i))) for files in (frames, truth) for i in range(len(stems))]
-    for i, (width, height) in enumerate(sizes):
-        if (width, height) != sizes[0]:
-            files, what = (frames, "frame") if i < len(stems) else (truth, "annotation")
-            raise ValueError(
-                f"{what} {files.name(i % len(stems))} is {width} x {height} pixels and the first frame of the video "
-                f"{sizes[0][0]} x {sizes[0][1]}; make them agree."
-            )
-    objects = _indices(truth, 0).max()
+    expected = _read_size(frames, 0)
+    for listed, what in ((frames, "frame"), (truth, "annotation")):
+        for i in range(len(listed)):
+            if (size := _read_size(listed, i)) != expected:
+                raise ValueError(
+                    f"{what} {listed.name(i)} is {size} pixels and the first frame of the video {expected}; make them agree."
+                )
+    objects = int(_read_indices(truth, 0).max())
     if not objects:
         raise ValueError(
             f"the annotation {truth.name(0)} of the first frame holds no object; palette indices 1 to 254 are."
         )
-    return Video(name, frames, truth, int(objects))
+    return Video(name, frames, truth, objects)
 
 
 def _check_order(name: str, stems: list[str]) -> None:
@@ -137,16 +137,17 @@ def _check_order(name: str, stems: list[str]) -> None:
         )
 
 
-def _size(path: Path) -> tuple[int, int]:
+def _read_size(files: Files, index: int) -> str:
+    path = Path(files.root, files.name(index))
     try:
         with Image.open(path) as image:
-            return image.size
+            return f"{image.width} x {image.height}"
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}); replace it.") from error
 
 
-def _indices(masks: Files, index: int) -> np.ndarray:
-    """Object of each pixel, uint8 [h, w]; unknown pixels (255) are background, as the benchmark has it."""
+def _read_indices(masks: Files, index: int) -> np.ndarray:
+    """Read the object of each pixel, uint8 [h, w]; unknown pixels (255) become background, as in the benchmark."""
     try:
         indices = read_objects(Path(masks.root, masks.name(index)))
     except BadImage as error:
@@ -158,15 +159,14 @@ def _indices(masks: Files, index: int) -> np.ndarray:
 
 
 def segment(model: Backbone, video: Video, options: DavisOptions, device: torch.device) -> Iterator[np.ndarray]:
-    """Masks of a video's frames after the first, uint8 [h, w], frame by frame; memory does not grow with the video.
+    """Yield the mask of each frame after the first, uint8 [h, w]; memory does not grow with the video's length.
 
     Raises:
         ValueError: a frame cannot be read.
     """
-    first = _indices(video.masks, 0)
+    first = _read_indices(video.masks, 0)
     shape = first.shape[0], first.shape[1]
-    size = options.size or min(SIZE, SIZE * model.image_size // 224)
-    view = fit_view(*shape, size, model.patch_size)
+    view = fit_view(*shape, choose_view_size(options.size, model, SIZE), model.patch_size)
 
     def features() -> Iterator[torch.Tensor]:
         for index in range(len(video.frames)):
@@ -183,12 +183,13 @@ def segment(model: Backbone, video: Video, options: DavisOptions, device: torch.
         yield harden(labels, view, shape)
 
 
-def measure(
+def measure_video(
     model: Backbone, digest: str, video: Video, options: DavisOptions, device: torch.device, out: Path
 ) -> dict[str, Any]:
-    """Masks of a video written to out/VIDEO/, and J and F of every object and frame [objects, frames - 2].
+    """Write the masks of a video to out/VIDEO/, and measure J and F of every object and frame [objects, frames - 2].
 
-    They are kept in figures.json beside the masks, written last, and used again while nothing has changed.
+    Both are kept in figures.json beside the masks. It is written last, and read instead of computing everything again if
+    model, video and options are the same.
     """
     folder = out / video.name
     key = [digest, *(part for files in (video.frames, video.masks) for part in (files.fingerprint, files.stamp()))]
@@ -202,15 +203,13 @@ def measure(
     folder.mkdir(parents=True, exist_ok=True)
     done.unlink(missing_ok=True)
     values: list[list[tuple[float, float]]] = []
-    masks = itertools.chain([_indices(video.masks, 0)], segment(model, video, options, device))
-    if distributed.is_main() and sys.stderr.isatty():
-        masks = track(masks, video.name, len(video.frames), transient=True)
-    for index, mask in enumerate(masks):
+    masks = itertools.chain([_read_indices(video.masks, 0)], segment(model, video, options, device))
+    for index, mask in enumerate(track(masks, len(video.frames), video.name)):
         picture = Image.fromarray(mask)
         picture.putpalette(PALETTE)
         picture.save(folder / Path(video.masks.name(index)).name)
         if 0 < index < len(video.frames) - 1:
-            truth, objects = _indices(video.masks, index), range(1, video.objects + 1)
+            truth, objects = _read_indices(video.masks, index), range(1, video.objects + 1)
             values.append([(region(mask == k, truth == k), boundary(mask == k, truth == k)) for k in objects])
     found |= dict(zip("jf", np.array(values).transpose(2, 1, 0).tolist(), strict=True))
     with files.replacing(done) as temporary:
@@ -218,7 +217,12 @@ def measure(
     return found
 
 
-def masks_folder(options: DavisOptions) -> Path:
+def make_masks_folder(options: DavisOptions) -> Path:
+    """The folder for masks: --out, or beside the result.
+
+    Raises:
+        ValueError: there is neither, or it cannot be written.
+    """
     path = locate_result(options, "davis")
     if options.out is None and path is None:
         raise ValueError(f"{options.model} is no run directory; give --out FOLDER for the masks.")
@@ -230,41 +234,21 @@ def masks_folder(options: DavisOptions) -> Path:
     return folder
 
 
-# Table 5: DAVIS-2017, 30 validation videos with 61 objects.
-PAPER = {
-    "vit_small/16": {"davis2017_jf_mean": 61.8, "davis2017_j_mean": 60.2, "davis2017_f_mean": 63.4},
-    "vit_base/16": {"davis2017_jf_mean": 62.3, "davis2017_j_mean": 60.7, "davis2017_f_mean": 63.9},
-    "vit_small/8": {"davis2017_jf_mean": 69.9, "davis2017_j_mean": 66.6, "davis2017_f_mean": 73.1},
-    "vit_base/8": {"davis2017_jf_mean": 71.4, "davis2017_j_mean": 67.9, "davis2017_f_mean": 74.9},
-}
-
-
 def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Result:
-    """J, F and their mean over all objects; every rank takes its share of the videos."""
-    if options.size is not None and options.size < model.patch_size:
-        raise ValueError(
-            f"--size is {options.size}, smaller than one patch of {model.patch_size} pixels; use a larger one."
-        )
-    videos, out, digest = open_videos(options.data), masks_folder(options), fingerprint(model)
-
-    def look(video: Video) -> dict[str, Any] | str:
-        """`measure`, or why that cannot be."""
-        try:
-            return measure(model, digest, video, options, device, out)
-        except ValueError as error:
-            return str(error)
-
-    mine = videos[distributed.rank() :: distributed.world_size()]
-    shares = distributed.gather({video.name: look(video) for video in mine})
-    found = {name: result for share in shares for name, result in share.items()}
-    if bad := [name for name in (video.name for video in videos) if isinstance(found[name], str)]:
-        raise ValueError(found[bad[0]])
+    """J, F and their mean over all objects."""
+    choose_view_size(options.size, model, SIZE)  # refuses a wrong size before any work
+    videos = {video.name: video for video in open_videos(options.data)}
+    out, digest, found = make_masks_folder(options), fingerprint(model), {}
+    measured = measure_each(list(videos), lambda name: measure_video(model, digest, videos[name], options, device, out))
+    for name, result in measured.items():
+        if isinstance(result, str):
+            raise ValueError(result)
+        found[name] = result
     if distributed.is_main():
         print(f"Masks: {out}")
     objects = {
-        video.name: [{m: statistics(np.array(values)) for m, values in zip("jf", pair, strict=True)} for pair in pairs]
-        for video in videos
-        for pairs in [zip(found[video.name]["j"], found[video.name]["f"], strict=True)]
+        name: [{"j": statistics(j), "f": statistics(f)} for j, f in zip(*(np.array(r[m]) for m in "jf"), strict=True)]
+        for name, r in found.items()
     }
     every = list(itertools.chain.from_iterable(objects.values()))
     prefix = "davis2017_" if (len(videos), len(every)) == (30, 61) else ""
@@ -276,13 +260,13 @@ def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Re
     both = {f"{prefix}jf_mean": (figures[f"{prefix}j_mean"] + figures[f"{prefix}f_mean"]) / 2}
     frames, masks = (
         hashlib.sha256("".join(files.fingerprint for files in part).encode()).hexdigest()
-        for part in ([v.frames for v in videos], [v.masks for v in videos])
+        for part in ([v.frames for v in videos.values()], [v.masks for v in videos.values()])
     )
     return Result(
         both | figures,
         f"{options.protocol} protocol: labels propagated from the first and {options.queue} previous frames, "
         f"{options.top_k} likest patches within {options.neighborhood} rows and columns",
         {"frames": frames, "annotations": masks},
-        {"videos": len(videos), "frames": sum(len(v.frames) for v in videos), "objects": len(every)},
+        {"videos": len(videos), "frames": sum(len(v.frames) for v in videos.values()), "objects": len(every)},
         {"objects": objects},
     )

@@ -1,7 +1,7 @@
-"""What all evaluations share: the model and its data opened, the figures printed beside the paper's and written down.
+"""Run an evaluation: from Python, from the command line, and during training.
 
-An evaluation is a module with `evaluate(model, options, device) -> Judgement`, the same from the command line, from
-Python and as a training callback, and `PAPER`: model as `paper_name` calls it -> figure -> value.
+An evaluation NAME is the function `evaluate(model, options, device) -> Result` of the module dino.eval.NAME, and an entry
+in `dino.options.evaluate.EVALUATIONS`. What the paper reports for it stands in `dino.paper.FIGURES`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ import dataclasses
 import importlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from dino import distributed, errors, files, weights
+from dino import distributed, errors, files, paper, weights
+from dino.data.decode import BadImage
 from dino.features import cache
 from dino.models import Backbone, VisionTransformer
 from dino.models.vit import SIZES
 from dino.options.evaluate import EVALUATIONS, EvalOptions
 from dino.options.flags import parse_flags
+from dino.terminal import track
 from dino.version import __version__
 from dino.weights import fingerprint
+
+T = TypeVar("T")
 
 
 class Result(NamedTuple):
@@ -42,7 +46,7 @@ def evaluate(name: str, model: str | Backbone, **options: Any) -> Result:
 
     Args:
         name: as in ``dino eval NAME``.
-        model: a run directory, weight file, release, or a model; a model is evaluated where it lies.
+        model: a run directory, weight file, release, or a model, which stays on its device.
         options: those of ``dino eval NAME --help``.
 
     Raises:
@@ -50,26 +54,28 @@ def evaluate(name: str, model: str | Backbone, **options: Any) -> Result:
     """
     wanted = find_options(name)(model=model if isinstance(model, str) else "model", **options)
     if isinstance(model, str):
-        return _work(wanted, name, weights.load(model).to(distributed.start(wanted.device)))
-    return _work(wanted, name, model)
+        model = weights.load(model).to(distributed.start(wanted.device))
+    return _measure(name, model, wanted)
 
 
 def find_options(name: str) -> type[EvalOptions]:
+    """The options of evaluation `name`.
+
+    Raises:
+        ValueError: there is no such evaluation.
+    """
     if name not in EVALUATIONS:
         raise errors.unknown("evaluation", name, EVALUATIONS)
     return EVALUATIONS[name][1]
 
 
-def _work(options: EvalOptions, name: str, model: Backbone) -> Result:
-    return _module(name).evaluate(model, options, next(model.parameters()).device)
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"dino.eval.{name}")
+def _measure(name: str, model: Backbone, options: EvalOptions) -> Result:
+    module = importlib.import_module(f"dino.eval.{name}")
+    return module.evaluate(model, options, next(model.parameters()).device)
 
 
 class EvaluationCallback(NamedTuple):
-    """An evaluation that looks at a model in training; all ranks call it."""
+    """An evaluation of the model in training; all ranks call it."""
 
     name: str
     options: EvalOptions
@@ -93,22 +99,20 @@ class EvaluationCallback(NamedTuple):
         return cls(name, options, run)
 
     def __call__(self, model: Backbone, step: int) -> dict[str, float]:
-        """Figures as ``NAME/figure``; what else it writes goes to eval/step-STEP of the run."""
-        options = dataclasses.replace(
-            self.options, json=str(self.run / "eval" / f"step-{step:08d}" / f"{self.name}.json")
-        )
-        with cache.bypass_cache():  # no model is looked at twice
-            found = _work(options, self.name, model)
+        """Figures as ``NAME/figure``. Files that the evaluation writes go to eval/step-STEP of the run."""
+        result = self.run / "eval" / f"step-{step:08d}" / f"{self.name}.json"
+        with cache.bypass_cache():  # these weights will not be evaluated again
+            found = _measure(self.name, model, dataclasses.replace(self.options, json=str(result)))
         return {f"{self.name}/{figure}": value for figure, value in found.figures.items()}
 
 
-def command(options: EvalOptions) -> None:
-    """Run an evaluation; print and write what it found."""
+def evaluate_command(options: EvalOptions) -> None:
+    """Run an evaluation; print its figures beside the paper's and write the result file."""
     name = next(name for name, (_, kind) in EVALUATIONS.items() if kind is type(options))
     device = distributed.start(options.device)
     try:
         model = weights.load(options.model).to(device)
-        found = _work(options, name, model)
+        found = _measure(name, model, options)
         result = {
             "evaluation": name,
             "figures": found.figures,
@@ -123,7 +127,7 @@ def command(options: EvalOptions) -> None:
         }
         if distributed.is_main():
             called = find_paper_name(model)
-            print(format_table(options.model, found, _module(name).PAPER.get(called, {}), called))
+            print(format_table(options.model, found, paper.FIGURES[name].get(called, {}), called))
             if written := _write(options, name, result):
                 print(f"Written: {written}")
     finally:
@@ -131,7 +135,11 @@ def command(options: EvalOptions) -> None:
 
 
 def format_table(name: str, found: Result, theirs: Mapping[str, float], what: str) -> str:
-    """Figures in lines, with a column of the paper's where it has any for such a model."""
+    """The figures, one to a line, with a column for the paper's figures where it has any.
+
+    Args:
+        theirs: the paper's figures, by the same names; what: the model that they are of.
+    """
     counts = ", ".join(f"{count:,} {part}" for part, count in found.counts.items())
     width = max(map(len, found.figures), default=0)
     lines = [f"{name}: {counts}", found.protocol]
@@ -144,7 +152,7 @@ def format_table(name: str, found: Result, theirs: Mapping[str, float], what: st
 
 
 def locate_result(options: EvalOptions, name: str) -> Path | None:
-    """Where the result of evaluation `name` goes; None: nowhere."""
+    """The file for the result of evaluation `name`; None: none is written."""
     if options.json is not None:
         return Path(options.json)
     if (Path(options.model) / "config.toml").is_file():
@@ -153,10 +161,10 @@ def locate_result(options: EvalOptions, name: str) -> Path | None:
 
 
 def locate_work(options: EvalOptions, name: str) -> Path:
-    """Where an evaluation that trains keeps its checkpoints: beside the result, under its name.
+    """The folder for the checkpoints of an evaluation that trains, beside its result file.
 
     Raises:
-        ValueError: there is no such place.
+        ValueError: no result file is written.
     """
     path = locate_result(options, name)
     if path is None:
@@ -179,6 +187,42 @@ def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | No
     return path
 
 
+def measure_each(items: Sequence[Any], measure: Callable[[Any], T], what: str | None = None) -> dict[Any, T | str]:
+    """What `measure` finds of each item, or the sentence that says why it cannot be measured, in the order of `items`.
+
+    Every rank takes its share of the items.
+
+    Args:
+        what: a label shows a progress bar.
+    """
+
+    def attempt(item: Any) -> T | str:
+        try:
+            return measure(item)
+        except (BadImage, ValueError) as error:
+            return str(error)
+
+    mine = items[distributed.rank() :: distributed.world_size()]
+    share = {item: attempt(item) for item in (track(mine, len(mine), what) if what else mine)}
+    found = {item: result for share in distributed.gather(share) for item, result in share.items()}
+    return {item: found[item] for item in items}
+
+
+def choose_view_size(size: int | None, model: Backbone, usual: int) -> int:
+    """Shorter side of an evaluation's images, in pixels.
+
+    It is `size` if given. Otherwise it is `usual` for a model trained at 224 pixels or more, and in proportion less for one
+    trained at smaller images.
+
+    Raises:
+        ValueError: it is smaller than a patch.
+    """
+    chosen = size or min(usual, usual * model.image_size // 224)
+    if chosen < model.patch_size:
+        raise ValueError(f"--size is {chosen}, smaller than one patch of {model.patch_size} pixels; use a larger one.")
+    return chosen
+
+
 def find_paper_name(model: Backbone) -> str:
     """What the paper calls such a model, e.g. "vit_small/16"; "" when it has none."""
     if isinstance(model, VisionTransformer):
@@ -186,6 +230,3 @@ def find_paper_name(model: Backbone) -> str:
         arch = next((name for name, known in SIZES.items() if known == sizes), "")
         return f"{arch}/{model.patch_size}" if arch else ""
     return str(getattr(model, "name", ""))
-
-
-# --- labeled data --------------------------------------------------------------------------------------------------

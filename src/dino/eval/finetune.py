@@ -226,29 +226,6 @@ def build_augmentation(size: int, recipe: FinetuneRecipe) -> Any:
     return made
 
 
-# Transfer (table 6), by recipe.
-PAPER = {
-    "vit_small/16": {
-        "cifar10_top1": 99.0,
-        "cifar100_top1": 90.5,
-        "inat18_top1": 72.0,
-        "inat19_top1": 78.2,
-        "flowers_top1": 98.5,
-        "cars_top1": 93.0,
-        "imagenet_top1": 81.5,
-    },
-    "vit_base/16": {
-        "cifar10_top1": 99.1,
-        "cifar100_top1": 91.7,
-        "inat18_top1": 72.6,
-        "inat19_top1": 78.6,
-        "flowers_top1": 98.8,
-        "cars_top1": 93.0,
-        "imagenet_top1": 82.8,
-    },
-}
-
-
 def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) -> Result:
     """Fine-tune a copy of `model`, write it beside the result, and classify the test images with its last weights."""
     if model.in_channels != 3:

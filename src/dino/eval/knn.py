@@ -55,20 +55,6 @@ def classify(
     return result
 
 
-# ImageNet, k = 20 (tables 2, 8 and the reference's README).
-PAPER = {
-    "vit_small/16": {"knn20_top1": 74.5},
-    "vit_small/8": {"knn20_top1": 78.3},
-    "vit_base/16": {"knn20_top1": 76.1},
-    "vit_base/8": {"knn20_top1": 77.4},
-    "resnet50": {"knn20_top1": 67.5},
-    "xcit_small_12_p16_224": {"knn20_top1": 76.0},
-    "xcit_small_12_p8_224": {"knn20_top1": 77.1},
-    "xcit_medium_24_p16_224": {"knn20_top1": 76.4},
-    "xcit_medium_24_p8_224": {"knn20_top1": 77.9},
-}
-
-
 def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Result:
     """`classify` on [CLS] features of the evaluation view, exact, in float32."""
     train, test = open_labeled_pair(options.data, options.val)

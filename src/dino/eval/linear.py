@@ -200,20 +200,6 @@ def paper_pooling(model: Backbone) -> Pooling:
     return "cls+average" if model.embed_dim >= 768 else "last4"
 
 
-# ImageNet, linear (table 2 and the reference's README).
-PAPER = {
-    "vit_small/16": {"linear_top1": 77.0},
-    "vit_small/8": {"linear_top1": 79.7},
-    "vit_base/16": {"linear_top1": 78.2},
-    "vit_base/8": {"linear_top1": 80.1},
-    "resnet50": {"linear_top1": 75.3},
-    "xcit_small_12_p16_224": {"linear_top1": 77.8},
-    "xcit_small_12_p8_224": {"linear_top1": 79.2},
-    "xcit_medium_24_p16_224": {"linear_top1": 78.8},
-    "xcit_medium_24_p8_224": {"linear_top1": 80.3},
-}
-
-
 MODES = {"fast": run_fast, "paper": run_paper}
 
 

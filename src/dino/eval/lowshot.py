@@ -123,19 +123,6 @@ def read_list(source: Source, file: str) -> np.ndarray:
     return np.unique([required(places[line]) for line in wanted])
 
 
-# ImageNet with ViT-S/16: table 10, its rows of 1, 10 and 100 % of the labels.
-PAPER = {
-    "vit_small/16": {
-        "knn_1%_top1": 61.3,
-        "logistic_1%_top1": 64.5,
-        "knn_10%_top1": 69.1,
-        "logistic_10%_top1": 72.2,
-        "knn_100%_top1": 74.5,
-        "logistic_100%_top1": 75.7,
-    }
-}
-
-
 def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> Result:
     """k-NN and logistic regression on L2-normalized [CLS] features of some of the training images."""
     train, test = open_labeled_pair(options.data, options.val)

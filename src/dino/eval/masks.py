@@ -1,27 +1,24 @@
-"""Overlap of attention masks with objects (paper figure 4): does [CLS] look where the things are?"""
+"""Overlap of attention masks with objects (paper figure 4): does [CLS] look at the objects of an image?"""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 
-from dino import distributed
 from dino.data.decode import BadImage
 from dino.data.labels import read_text
 from dino.data.sources import Files, open_listed, open_source
-from dino.eval.evaluate import Result
-from dino.look.attention import cls_attention, enlarge, fit_to_patches, jaccard, mass_mask
+from dino.eval.evaluate import Result, choose_view_size, measure_each
+from dino.look.attention import enlarge, fit_to_patches, jaccard, map_attention, mass_mask
 from dino.look.patches import prepare_image
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.evaluate import MasksOptions
 
-SIZE = 480  # pixels, of models made for 224; smaller ones are shown as much more than they were made for
+SIZE = 480  # pixels, for a model trained at 224
 LAYOUT = (
     "expected are DATA/JPEGImages/NAME.jpg, DATA/SegmentationObject/NAME.png (or SegmentationClass) and "
     "DATA/ImageSets/Segmentation/val.txt"
@@ -59,7 +56,7 @@ def open_masks(options: MasksOptions) -> tuple[Files, Files]:
 
 
 def read_objects(path: Path) -> np.ndarray:
-    """Which object each pixel of a mask file belongs to, uint8 [h, w]; 0: none, 255: unknown.
+    """Read the object that each pixel of a mask file belongs to, uint8 [h, w]; 0: none, 255: unknown.
 
     Raises:
         BadImage: it cannot be read, or is a gray image that is no mask.
@@ -81,7 +78,7 @@ def read_objects(path: Path) -> np.ndarray:
 
 
 def read_pair(image: np.ndarray, indices: np.ndarray, size: int, patch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image [h, w, 3] and its objects, bool [k, h, w], both brought to whole patches by `fit`.
+    """An image [h, w, 3] and its objects, bool [k, h, w], both resized and trimmed by `fit_to_patches`.
 
     Raises:
         ValueError: they differ in size, or are smaller than a patch.
@@ -104,44 +101,31 @@ def measure_overlap(
         image: [h, w, 3] uint8 of whole patches; objects: bool [k, h, w].
         mass: share of a head's attention that its mask keeps.
     """
-    attention = cls_attention(model, prepare_image(model, image)).float()
+    attention = map_attention(model, prepare_image(model, image)).float()
     masks = enlarge(mass_mask(attention, mass), (objects.shape[1], objects.shape[2])) > 0
     return jaccard(masks, torch.from_numpy(objects)[:, None].to(device)).cpu().numpy()
 
 
-# Figure 4: PASCAL VOC 2012.
-PAPER = {"vit_small/16": {"voc_jaccard_best_head": 45.9}}
-
-
 def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Result:
-    """The head that fits an object best, and the mean of heads; averaged over an image's objects, then over images."""
+    """Jaccard index of the head that fits an object best, and the mean of all heads; averaged over an image's objects,
+    then over images."""
     if not model.has_attention:
         raise ValueError(NO_ATTENTION)
-    size = options.size or min(SIZE, SIZE * model.image_size // 224)
-    if size < model.patch_size:
-        raise ValueError(f"--size is {size}, smaller than one patch of {model.patch_size} pixels; use a larger one.")
+    size = choose_view_size(options.size, model, SIZE)
     images, masks = open_masks(options)
 
-    def look(index: int) -> np.ndarray | str:
-        """`overlap` at one position, or why that cannot be."""
-        try:
-            indices = read_objects(Path(masks.root, masks.name(index)))
-            image, objects = read_pair(images.read(index), indices, size, model.patch_size)
-        except (BadImage, ValueError) as error:
-            return str(error)
+    def measure(index: int) -> np.ndarray:
+        indices = read_objects(Path(masks.root, masks.name(index)))
+        image, objects = read_pair(images.read(index), indices, size, model.patch_size)
         return measure_overlap(model, image, objects, options.mass, device)
 
-    # One by one: images differ in size. Every rank takes its share.
-    mine = range(distributed.rank(), len(images), distributed.world_size())
-    show = distributed.is_main() and sys.stderr.isatty()
-    shares = distributed.gather({i: look(i) for i in (track(mine, "attention", transient=True) if show else mine)})
-    found = dict(sorted(pair for share in shares for pair in share.items()))
+    found = measure_each(range(len(images)), measure, "attention")  # one by one: images differ in size
     if bad := [(i, reason) for i, reason in found.items() if isinstance(reason, str)]:
         raise ValueError(
             f"{len(bad)} of the {len(found)} images cannot be used, first {images.name(bad[0][0])} ({bad[0][1]}); repair "
             "or remove them, every image counts."
         )
-    used = [heads for heads in found.values() if len(heads)]
+    used = [heads for heads in found.values() if not isinstance(heads, str) and len(heads)]
     if not used:
         raise ValueError(
             f"none of the {len(found)} masks holds an object; objects are white, or palette indices 1 to 254."

@@ -17,7 +17,7 @@ from dino.data.sources import Source, evenly_spaced
 from dino.engine.monitor import feature_health
 from dino.eval import evaluate, knn
 from dino.features.extract import extract
-from dino.look.attention import cls_attention, enlarge, jaccard, mass_mask
+from dino.look.attention import enlarge, jaccard, map_attention, mass_mask
 from dino.method import DINO
 from dino.models import Backbone
 from dino.options import required
@@ -98,7 +98,7 @@ def measure_scene_masks(model: Backbone, scenes: Scenes, size: int, device: torc
     images = torch.from_numpy(np.stack([resize_and_crop(scenes.read(i), size) for i in chosen]))[None]
     truth = torch.from_numpy(np.stack([scenes.mask(i) for i in chosen]))
     views = normalize(images.to(device), model.in_channels)
-    masks = mass_mask(cls_attention(model, views).float().cpu())
+    masks = mass_mask(map_attention(model, views).float().cpu())
     overlap = jaccard(enlarge(masks, (truth.shape[-2], truth.shape[-1])) > 0, truth[:, None])
     best, mean = overlap.max(dim=1).values.mean(), overlap.mean()
     return {"jaccard_best_head": 100 * best.item(), "jaccard_mean_head": 100 * mean.item()}

@@ -1,4 +1,4 @@
-"""Labels carried from frame to frame along the likeness of patch features (paper section 4.2.2, table 5)."""
+"""Carry labels from frame to frame by the similarity of patch features (paper section 4.2.2, table 5)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from dino.data.normalize import STD, normalize
 from dino.models import Backbone
 
 TEMPERATURE = 0.1
-TILE = 12  # patches. Similarities of a tile with 8 frames at radius 12 take 6 MB, however large the frames are
+TILE = (
+    12  # edge in patches. A tile's similarities with 8 frames at radius 12 take 6 MB, whatever the size of the frames
+)
 
 
 def neighborhoods(
     height: int, width: int, radius: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor]]:
-    """A grid of patches cut into tiles; with each, what its patches see: those within `radius` rows and columns.
+    """Cut a grid of patches into tiles. Each patch sees the patches within `radius` rows and columns.
 
     Yields:
-        rows and columns of the tile (t patches); rows and columns of all that it sees (s patches); and which patch sees
-        which, bool [t, s].
+        rows and columns of a tile (t patches); rows and columns of all patches that it sees (s patches); and which patch
+        sees which, bool [t, s].
     """
     rows, columns = (torch.arange(n, device=device) for n in (height, width))
     for top in range(0, height, TILE):
@@ -41,11 +43,11 @@ def neighborhoods(
 
 
 def propagate(target: Tensor, sources: Tensor, labels: Tensor, radius: int, top_k: int) -> Tensor:
-    """Labels of a frame's patches: the mean of their `top_k` likest source patches' labels, weighted by
-    exp(cosine / 0.1). A patch looks at those at most `radius` rows and columns away, in every source frame; what is as
-    like as the last of the `top_k` counts too.
+    """Label the patches of a frame: the mean of the labels of the `top_k` most similar source patches, weighted by
+    exp(cosine / 0.1). A patch sees those at most `radius` rows and columns away, in every source frame. Patches that
+    tie with the last of the `top_k` count too.
 
-    A tile of patches is compared with what its patches can see and no more, so there is no matrix of all pairs.
+    A tile of patches is compared only with the patches that it sees, so there is no matrix of all pairs.
 
     Args:
         target: unit features [h, w, d]; sources: unit features [f, h, w, d]; labels: theirs [f, h, w, c].
@@ -67,7 +69,7 @@ def propagate(target: Tensor, sources: Tensor, labels: Tensor, radius: int, top_
 
 
 def follow(features: Iterable[Tensor], first: Tensor, queue: int, radius: int, top_k: int) -> Iterator[Tensor]:
-    """Labels of each frame after the first, from the first and the `queue` frames before it.
+    """Label each frame after the first from the first and from the `queue` frames before it.
 
     Args:
         features: of each frame in order [h, w, d]; first: labels of the first frame's patches [h, w, c].
@@ -85,8 +87,8 @@ def follow(features: Iterable[Tensor], first: Tensor, queue: int, radius: int, t
 
 
 def fit_view(height: int, width: int, size: int, patch_size: int) -> tuple[int, int]:
-    """Height and width a frame is looked at: shorter side `size`, aspect kept, both trimmed to whole patches; from 480
-    pixels on the longer one to a multiple of 64, as in the reference."""
+    """Height and width that a frame is resized to: shorter side `size`, same aspect ratio, both cut to whole patches.
+    From 480 pixels on the longer side is a multiple of 64, as in the reference."""
     step = 64 if size >= 480 and 64 % patch_size == 0 else patch_size
     shorter = size // patch_size * patch_size
     longer = shorter * max(height, width) // min(height, width) // step * step
@@ -97,7 +99,7 @@ def fit_view(height: int, width: int, size: int, patch_size: int) -> tuple[int, 
 def extract_frame(
     model: Backbone, image: np.ndarray, view: tuple[int, int], device: torch.device, original: bool = False
 ) -> Tensor:
-    """Normed patch features of a frame [h, w, 3] uint8 looked at `view` pixels: [rows, columns, d] float32.
+    """Patch features after the last norm of a frame [h, w, 3] uint8 resized to `view`: [rows, columns, d] float32.
 
     Args:
         original: divide red by the reference's 0.228, not by ImageNet's 0.229.
@@ -110,7 +112,7 @@ def extract_frame(
 
 
 def soften(indices: np.ndarray, grid: tuple[int, int], objects: int) -> Tensor:
-    """One-hot labels of patches [rows, columns, 1 + objects] from a mask's indices [h, w], each patch's middle one."""
+    """One-hot labels of patches [rows, columns, 1 + objects] from a mask's indices [h, w], taken at each patch's center."""
     small = np.array(Image.fromarray(indices).resize((grid[1], grid[0]), Image.Resampling.NEAREST))
     return F.one_hot(torch.from_numpy(small).long(), objects + 1).float()
 
@@ -118,11 +120,12 @@ def soften(indices: np.ndarray, grid: tuple[int, int], objects: int) -> Tensor:
 def harden(labels: Tensor, view: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
     """Indices of a mask [height, width] uint8 from patches' labels [rows, columns, c].
 
-    Labels are enlarged to `view` pixels, each stretched to [0, 1]; the largest wins, and what wins is brought to `shape`.
+    Labels are enlarged to `view` pixels and each is stretched to [0, 1]. A pixel gets the object whose label is largest,
+    and the result is resized to `shape`.
     """
     maps = F.interpolate(labels.permute(2, 0, 1)[None], view, mode="bilinear", align_corners=False)[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    # What is the same everywhere, but not 0, cannot be stretched; it wins (the reference's maximum of its NaNs).
+    # A label that is the same everywhere, but not 0, cannot be stretched; it wins, as NaN does in the reference's maximum.
     stretched = torch.where(high > 0, ((maps - low) / (high - low)).nan_to_num(torch.inf), maps)
     winner = stretched.argmax(dim=0).byte().cpu().numpy()
     return np.asarray(Image.fromarray(winner).resize((shape[1], shape[0]), Image.Resampling.NEAREST))

@@ -104,21 +104,6 @@ class Cropped(Subset):
 
 KS = (1, 5, 10)
 PUBLISHED = {"roxford5k": (224, 1), "rparis6k": (512, 3)}  # size and number of scales
-# Table 3, pre-trained on ImageNet. (On Google Landmarks v2 ViT-S/16 has 51.5, 24.3, 75.3 and 51.6.)
-PAPER = {
-    "vit_small/16": {
-        "roxford5k_medium_map": 41.8,
-        "roxford5k_hard_map": 13.7,
-        "rparis6k_medium_map": 63.1,
-        "rparis6k_hard_map": 34.4,
-    },
-    "resnet50": {
-        "roxford5k_medium_map": 35.4,
-        "roxford5k_hard_map": 11.1,
-        "rparis6k_medium_map": 55.9,
-        "rparis6k_hard_map": 27.5,
-    },
-}
 
 
 def score_rankings(

@@ -120,7 +120,7 @@ def train_supervised(
     Raises:
         ValueError: `folder` holds the checkpoint of another training.
     """
-    checkpoints, terminal = Checkpoints(folder, keep=1), Terminal(distributed.is_main())
+    checkpoints, terminal = Checkpoints(folder, keep=1), Terminal()
     identity, total = json.loads(json.dumps(identity)), epochs * batches.steps_per_epoch
     if start := _resume(trainee, checkpoints, identity):
         terminal.say(f"Resuming after step {start} of {total}.")
@@ -141,10 +141,10 @@ def train_supervised(
                 checkpoints.save(done, {"step": done, "trainee": trainee.state_dict(), "identity": identity})
                 saved = time.monotonic()
             if epoch_ends or done % 50 == 0:
-                status = f"loss {loss.item():.4f}"
-                terminal.update(done, f"{epoch + 1}/{epochs}", status)
+                now, status = f"epoch {epoch + 1}/{epochs}", f"loss {loss.item():.4f}"
+                terminal.update(done, now, status)
                 if epoch_ends and not terminal.live:
-                    terminal.say(f"epoch {epoch + 1}/{epochs}  {status}")
+                    terminal.say(f"{now}  {status}")
     finally:
         terminal.stop()
     report_unreadable([entry for part in distributed.gather(bad) for entry in part.items()], "training")

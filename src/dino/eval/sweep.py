@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dino import distributed, schedules
+from dino import schedules
 from dino.data.loader import epoch_order
 from dino.features.extract import Pooling
 from dino.features.neighbors import split_rows
@@ -107,7 +107,7 @@ def train_sweep(
         say: what is trained, for the progress line.
     """
     batch = min(options.batch_size, len(features))
-    terminal = Terminal(distributed.is_main())
+    terminal = Terminal()
     terminal.start(0, options.epochs)
     try:
         for epoch in range(options.epochs):
@@ -117,6 +117,6 @@ def train_sweep(
             for rows in order.split(batch):
                 loss = sweep.step(features[rows].to(device), labels[rows].to(device), len(rows), scale)
             if terminal.live and loss is not None:
-                terminal.update(epoch + 1, f"{epoch + 1}/{options.epochs}", f"{say}, loss {loss.item():.4f}")
+                terminal.update(epoch + 1, f"epoch {epoch + 1}/{options.epochs}", f"{say}, loss {loss.item():.4f}")
     finally:
         terminal.stop()

@@ -1,4 +1,4 @@
-"""Where the model looks: [CLS] attention of the last block per head, its 60 %-mass masks, on finer patches if need be."""
+"""Attention of [CLS] in the last block, head by head: maps, masks that hold 60 % of it, and finer patches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from dino.models import Backbone, VisionTransformer
 def fit_to_patches(
     image: np.ndarray, size: int, patch_size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
-    """`image` [h, w] or [h, w, 3] with its shorter side at `size` pixels, trimmed evenly to whole patches; the aspect
-    ratio stays.
+    """Resize `image` [h, w] or [h, w, 3] to a shorter side of `size` pixels, and trim it evenly to whole patches.
 
     Raises:
         ValueError: the image is smaller than a patch.
@@ -34,7 +33,7 @@ def fit_to_patches(
 
 
 @torch.no_grad()
-def cls_attention(model: Backbone, images: Tensor) -> Tensor:
+def map_attention(model: Backbone, images: Tensor) -> Tensor:
     """Attention of [CLS] over the patches in the last block [n, heads, rows, columns]; each head sums to under 1.
 
     Raises:
@@ -44,7 +43,7 @@ def cls_attention(model: Backbone, images: Tensor) -> Tensor:
 
 
 def mass_mask(attention: Tensor, mass: float = 0.6) -> Tensor:
-    """The fewest patches that hold share `mass` of each map's attention [..., rows, columns], bool (paper Fig. 4)."""
+    """Of each map [..., rows, columns] the fewest patches that together hold the share `mass` of it, bool (Fig. 4)."""
     if not 0 < mass <= 1:
         raise ValueError(f"mass is {mass}; the share of attention to keep lies above 0 and up to 1.")
     flat = attention.flatten(-2)
@@ -62,7 +61,7 @@ def jaccard(predicted: Tensor, truth: Tensor) -> Tensor:
 
 
 def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [n, heads, rows, columns] to pixels by repeating each patch."""
+    """Maps [n, heads, rows, columns] at `size` (height, width) in pixels; each patch becomes a rectangle."""
     return F.interpolate(maps.float(), size, mode="nearest")
 
 

@@ -52,7 +52,7 @@ def map_classes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.
 
 
 def draw_tsne(options: TsneOptions) -> None:
-    """Write the map of classes: those that lie close have features that are alike."""
+    """Write the map of classes; classes that lie close together have similar features."""
     out = check_writable(options.out, ".png .svg .pdf")
     source = open_labeled_test(options.data)
     ((features, labels, _),) = extract_labeled(options, labeled=source)

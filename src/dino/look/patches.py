@@ -1,4 +1,4 @@
-"""What the features of patches tell: colors on one basis for many images, and which patches of two images correspond."""
+"""Features of patches: as colors, on one basis for many images, and which patches of two images correspond."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from dino.data.sources import evenly_spaced
 from dino.features.neighbors import find_neighbors
 from dino.models import Backbone
 
-BASIS_IMAGES, BASIS_PATCHES = 64, 1024  # most images a basis is made from, and most patches of each
+BASIS_IMAGES, BASIS_PATCHES = 64, 1024  # a basis is fitted to at most so many images, and patches of each
 
 
 def prepare_image(model: Backbone, image: np.ndarray) -> Tensor:
-    """One image [h, w, 3] uint8 as `model` takes it, on its device."""
+    """One image [h, w, 3] uint8 as normalized input of `model` [1, channels, h, w], on its device."""
     pixels = torch.from_numpy(np.array(image))[None, None].to(next(model.parameters()).device)
     return normalize(pixels, model.in_channels)
 
 
 @torch.no_grad()
 def extract_patches(model: Backbone, image: np.ndarray) -> Tensor:
-    """Normed features of the cells of `image` [h, w, 3] uint8 after the last block: float32 [cells, d], on the CPU."""
+    """Features of the patches of `image` [h, w, 3] uint8 after the last block and norm: float32 [cells, d], on the CPU."""
     return model.tokens(prepare_image(model, image))[-1][0, 1:].float().cpu()
 
 
 class Basis(NamedTuple):
-    """Three axes of features and the range along each that colors span."""
+    """Three axes in the space of features, and the range along each that becomes a color."""
 
     mean: Tensor  # [d]
     axes: Tensor  # [d, 3]
@@ -43,18 +43,13 @@ class Basis(NamedTuple):
         return (((features - self.mean) @ self.axes - self.low) / (self.high - self.low).clamp(min=1e-6)).clamp(0, 1)
 
 
-def compute_axes(model: Backbone, images: Iterable[np.ndarray]) -> Basis:
-    """The three main axes (PCA) of the patches of `images`, taken one by one; give at most BASIS_IMAGES of them."""
-    return fit_axes(extract_patches(model, image) for image in images)
-
-
 def fit_axes(images: Iterable[Tensor]) -> Basis:
-    """The same of the images' features, each [cells, d]."""
+    """The three main axes (PCA) of the patches of at most BASIS_IMAGES images, each given by its features [cells, d]."""
     flat = torch.cat([features[evenly_spaced(len(features), BASIS_PATCHES)] for features in images])
     mean = flat.mean(dim=0)
     flat = flat - mean
     axes = torch.linalg.eigh((flat.T @ flat).double()).eigenvectors[:, -3:].flip(1).float()
-    # An axis has no sign of its own; the same data should give the same colors.
+    # The sign of an axis is arbitrary; choose it from the data, so that the same data gives the same colors.
     axes = torch.where((flat @ axes).pow(3).sum(dim=0) < 0, -axes, axes)
     return Basis(mean, axes, *(flat @ axes).quantile(flat.new_tensor([0.02, 0.98]), dim=0))
 

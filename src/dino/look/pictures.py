@@ -1,8 +1,8 @@
-"""Pictures of what a model sees, as arrays and as figures: where each head looks, which patches are alike, and where.
+"""Pictures of what a model sees, as arrays and as figures: attention of each head, patch features, matching patches.
 
-An image is a path or an array [h, w, 3] uint8. The picture of a map shows each patch as a square of its own (nothing is
-smoothed), black where a head does not look and bright where it looks most. A mask keeps the picture where most of a
-head's attention lies and dims the rest.
+An image is a path or an array [h, w, 3] uint8. A map is drawn with one rectangle per patch and is not smoothed: black
+where a head does not look, bright where it looks most. A mask keeps the image where most of a head's attention lies and
+dims the rest.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from torch import Tensor
 
 from dino.data.decode import BadImage, decode
 from dino.data.sources import evenly_spaced
-from dino.look.attention import cls_attention, enlarge, fit_to_patches, mass_mask
-from dino.look.patches import BASIS_IMAGES, Basis, compute_axes, extract_patches, match_mutual, prepare_image
+from dino.look.attention import enlarge, fit_to_patches, map_attention, mass_mask
+from dino.look.patches import BASIS_IMAGES, Basis, extract_patches, fit_axes, match_mutual, prepare_image
 from dino.look.video import Clip, Frame, thin_out
 from dino.models import NO_ATTENTION, Backbone
 
-MOST_PATCHES = 2**15  # of one image; the work grows with their square, and here a CPU needs minutes
-AnyImage = str | Path | np.ndarray  # a file, or pixels [h, w, 3] uint8
+MOST_PATCHES = 2**15  # of one image; the work grows with their square, and for so many a CPU needs minutes
 GUTTER = 6  # pixels between the pictures of a figure
+AnyImage = str | Path | np.ndarray  # a file, or pixels [h, w, 3] uint8
 
 
 def choose_size(model: Backbone, size: int | None) -> int:
     """Edge of an image's shorter side, pixels: `size`, or twice what the model was trained at.
 
     Raises:
-        ValueError: no whole number of patches.
+        ValueError: `size` is not a multiple of the patch size.
     """
     patch = model.patch_size
     if size is not None and (size < patch or size % patch):
@@ -47,10 +47,10 @@ def choose_size(model: Backbone, size: int | None) -> int:
 
 
 def fit_image(model: Backbone, image: AnyImage, size: int | None = None) -> np.ndarray:
-    """`image` as the pictures show it: its shorter side at `size` pixels, trimmed to whole patches.
+    """Read `image`, resize its shorter side to `size` pixels and trim it to whole patches: [h, w, 3] uint8.
 
     Raises:
-        ValueError: it cannot be read, is smaller than a patch, or has more patches than time should be spent on.
+        ValueError: it cannot be read, is smaller than a patch, or has more than MOST_PATCHES patches.
     """
     size = choose_size(model, size)
     try:
@@ -94,7 +94,7 @@ class Look:
         return [dim_outside(self.image, m.numpy()) for m in self.masks]
 
     def only(self, head: int | None) -> Look:
-        """The same with that head's attention alone, or with the mean's where it is None."""
+        """The same image with the attention of that head alone; None: with the mean of all heads."""
         heads = len(self.attention) - 1
         if head is not None and not 0 <= head < heads:
             raise ValueError(f"--head is {head}; this model has heads 0 to {heads - 1}.")
@@ -102,15 +102,15 @@ class Look:
         return Look(self.image, self.attention[chosen : chosen + 1], self.mass)
 
     def figure(self) -> Image.Image:
-        """All in a row: the image, the heads' maps and their mean, with the masks beneath."""
+        """One picture: the image, the map of each head and of their mean in a row, and the masks below."""
         return draw_mosaic([[self.image, *self.maps], [f"{100 * self.mass:g} % of the\nattention", *self.overlays]])
 
 
 def attention_maps(model: Backbone, image: AnyImage, size: int | None = None, mass: float = 0.6) -> Look:
-    """Where [CLS] looks in `image` with each head (paper Figs. 1, 3 and 8-10).
+    """Attention of [CLS] over `image` in the last block, head by head (paper Figs. 1, 3 and 8-10).
 
     Args:
-        size: edge the image's shorter side is resized to, pixels. None: twice what the model was trained at.
+        size: shorter side of the image in pixels. None: twice what the model was trained at.
         mass: share of the attention that masks keep.
 
     Raises:
@@ -119,12 +119,12 @@ def attention_maps(model: Backbone, image: AnyImage, size: int | None = None, ma
     if not model.has_attention:
         raise ValueError(NO_ATTENTION)
     pixels = fit_image(model, image, size)
-    attention = cls_attention(model, prepare_image(model, pixels)).float().cpu()[0]
+    attention = map_attention(model, prepare_image(model, pixels)).float().cpu()[0]
     return Look(pixels, torch.cat([attention, attention.mean(dim=0, keepdim=True)]), mass)
 
 
 def draw_panel(looks: Sequence[Look]) -> Image.Image:
-    """Rows of images, columns of heads and their mean; images of one size make the neatest."""
+    """One picture of several images: a row for each, and a column for each head and their mean."""
     return draw_mosaic([[look.image, *look.maps] for look in looks])
 
 
@@ -133,7 +133,7 @@ def draw_panel(looks: Sequence[Look]) -> Image.Image:
 
 @dataclass(frozen=True)
 class ColoredPatches:
-    """One image and the features of its patches as colors: like features have like colors."""
+    """One image, and the features of its patches as colors: similar features have similar colors."""
 
     image: np.ndarray  # [h, w, 3] uint8, of whole patches
     colors: np.ndarray  # float32 [rows, columns, 3] in [0, 1]
@@ -147,19 +147,22 @@ class ColoredPatches:
 
 
 def pca_colors(model: Backbone, images: Sequence[AnyImage], size: int | None = None) -> Iterator[ColoredPatches]:
-    """The images one after the other, their patch features on three main axes that all of them share.
+    """Yield each image with the colors of its patch features. The colors are three main axes that all images share.
 
     Args:
-        images: those that cannot be shown end it; the axes are of evenly spaced ones, BASIS_IMAGES at most.
+        images: the axes are fitted to at most BASIS_IMAGES of them, evenly spaced.
         size: see `attention_maps`.
+
+    Raises:
+        ValueError: an image cannot be shown.
     """
     some = (images[i] for i in evenly_spaced(len(images), BASIS_IMAGES))
-    basis = compute_axes(model, (fit_image(model, image, size) for image in some))
+    basis = fit_axes(extract_patches(model, fit_image(model, image, size)) for image in some)
     yield from (color_patches(model, fit_image(model, image, size), basis) for image in images)
 
 
 def color_patches(model: Backbone, pixels: np.ndarray, basis: Basis) -> ColoredPatches:
-    """`pixels` [h, w, 3] uint8 of whole patches on the axes of `basis`."""
+    """Color the patches of `pixels` [h, w, 3] uint8, an image of whole patches, by their place on the axes of `basis`."""
     colors = basis.colors(extract_patches(model, pixels))
     return ColoredPatches(pixels, colors.view(*model.grid(*pixels.shape[:2]), 3).numpy())
 
@@ -169,26 +172,27 @@ class Matches:
     """Patches of two images that are each other's nearest, most alike first."""
 
     images: tuple[np.ndarray, np.ndarray]  # [h, w, 3] uint8 each, of whole patches
-    points: np.ndarray  # float [k, 2, 2]: of each pair the center in both images, as x and y, pixels
+    points: np.ndarray  # float [k, 2, 2]: the center of each pair's patches in both images, x and y in pixels
     cosine: np.ndarray  # float32 [k]
 
     def figure(self, most: int = 50) -> Image.Image:
         """The images side by side, with lines between the `most` pairs that are most alike."""
         (height, width, _), (other, _, _) = (image.shape for image in self.images)
-        page = Image.new("RGB", (width + GUTTER + self.images[1].shape[1], max(height, other)), "white")
+        second = width + GUTTER  # where the second image begins
+        page = Image.new("RGB", (second + self.images[1].shape[1], max(height, other)), "white")
         page.paste(Image.fromarray(self.images[0]))
-        page.paste(Image.fromarray(self.images[1]), (width + GUTTER, 0))
+        page.paste(Image.fromarray(self.images[1]), (second, 0))
         draw, thick = ImageDraw.Draw(page), max(1, height // 250)
         for (x, y), (u, v) in self.points[:most]:
             color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb((x / width + y / height) / 2, 0.9, 1.0))
-            draw.line([(x, y), (u + width + GUTTER, v)], color, thick)
-            for left, top in ((x, y), (u + width + GUTTER, v)):
+            draw.line([(x, y), (u + second, v)], color, thick)
+            for left, top in ((x, y), (u + second, v)):
                 draw.circle((left, top), 2.5 * thick, color, "white")
         return page
 
 
 def match_patches(model: Backbone, a: AnyImage, b: AnyImage, size: int | None = None) -> Matches:
-    """Patches of `a` and `b` that correspond: of all in the other image each has the most similar feature (cosine)."""
+    """Find the patches of `a` and `b` that correspond: each has the most similar feature to the other's (cosine)."""
     images = fit_image(model, a, size), fit_image(model, b, size)
     pairs, cosine = match_mutual(*(extract_patches(model, image) for image in images))
     points = []
@@ -210,33 +214,34 @@ def video_frames(
     head: int | None = None,
     mass: float = 0.6,
 ) -> Iterator[tuple[Frame, Frame]]:
-    """Each frame of `clip`, fitted to whole patches, and its picture; `dino.look.video.write_video` takes them.
+    """Yield each frame of `clip`, fitted to whole patches, and its picture; `dino.look.video.write_video` takes them.
 
     Args:
         clip: a video file, an animated GIF, or a folder of frames.
         show: a map of attention, the image within its mask, or patch features as colors, on one basis for the clip.
-        head: whose attention. None: the mean of all.
+        head: the head whose attention is shown. None: the mean of all.
         size, mass: see `attention_maps`.
     """
     clip = clip if isinstance(clip, Clip) else Clip(clip)
     basis = None
     if show == "pca":
-        basis = compute_axes(model, thin_out((fit_image(model, frame, size) for _, frame in clip), BASIS_IMAGES))
+        some = thin_out((fit_image(model, frame, size) for _, frame in clip), BASIS_IMAGES)
+        basis = fit_axes(extract_patches(model, frame) for frame in some)
     for seconds, frame in clip:
         if basis is not None:
-            shown = color_patches(model, fit_image(model, frame, size), basis)
-            yield Frame(seconds, shown.image), Frame(seconds, shown.picture)
-            continue
-        look = attention_maps(model, frame, size, mass).only(head)
-        (picture,) = look.maps if show == "attention" else look.overlays
-        yield Frame(seconds, look.image), Frame(seconds, picture)
+            drawn = color_patches(model, fit_image(model, frame, size), basis)
+            picture = drawn.picture
+        else:
+            drawn = attention_maps(model, frame, size, mass).only(head)
+            (picture,) = drawn.maps if show == "attention" else drawn.overlays
+        yield Frame(seconds, drawn.image), Frame(seconds, picture)
 
 
 # --- drawing -------------------------------------------------------------------------------------------------------
 
 
 def draw_heat(values: np.ndarray) -> np.ndarray:
-    """A map [rows, columns] of numbers from 0 up as colors, [rows, columns, 3] uint8."""
+    """A map [rows, columns] of numbers not below 0 as colors [rows, columns, 3] uint8; the largest is brightest."""
     return to_bytes(colormaps["inferno"](values / max(float(values.max()), 1e-12))[..., :3])
 
 
@@ -245,18 +250,22 @@ def to_bytes(colors: np.ndarray) -> np.ndarray:
 
 
 def enlarge_cells(cells: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Colors of cells [rows, columns, 3] as a picture of the size of `image`, each a rectangle."""
+    """Colors of patches [rows, columns, 3] as a picture of the size of `image`; each patch becomes a rectangle."""
     return np.asarray(Image.fromarray(cells).resize(image.shape[1::-1], Image.Resampling.NEAREST))
 
 
 def dim_outside(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`image` where `mask` holds; elsewhere a dark gray shade of it."""
+    """`image` where `mask` is true; elsewhere a dark gray shade of it."""
     shade = image.mean(axis=-1, keepdims=True) * 0.25 + 12
     return np.where(mask[..., None], image, shade).astype(np.uint8)
 
 
 def draw_mosaic(rows: Sequence[Sequence[np.ndarray | str]], titles: Sequence[str] | None = None) -> Image.Image:
-    """Rows of pictures [h, w, 3] uint8 (or texts) under the columns' titles. None: an image, its heads, their mean."""
+    """One picture of rows of pictures [h, w, 3] uint8 (or texts), with a title above each column.
+
+    Args:
+        titles: None: the columns are an image, its heads and their mean.
+    """
     titles = titles or ["image", *(f"head {j}" for j in range(len(rows[0]) - 2)), "mean"]
     pictures = [[cell for cell in row if not isinstance(cell, str)] for row in rows]
     width = max(cell.shape[1] for row in pictures for cell in row)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,8 +14,9 @@ import numpy as np
 from dino import errors, files
 from dino.data.decode import BadImage
 from dino.data.sources import open_source
+from dino.terminal import say
 
-TICK = Fraction(1, 90_000)  # seconds; the usual clock of video, fine enough for any rate of frames
+TICK = Fraction(1, 90_000)  # seconds; the usual clock of video, fine enough for every frame rate
 
 T = TypeVar("T")
 
@@ -31,12 +31,12 @@ def import_pyav() -> Any:
 
 
 class Clip:
-    """The frames of a video file, or of a folder of images in the order of their names, numbers by value.
+    """The frames of a video file, or of a folder of images in the order of their names ("9.png" before "10.png").
 
-    It can be gone through again and again, with one frame in memory.
+    It can be iterated over several times, and holds one frame in memory.
 
     Args:
-        fps: frames per second of a folder; files say their own.
+        fps: frames per second of a folder; video files state their own.
 
     Raises:
         ValueError: it does not exist, is no video, holds no frame, or frames differ in size.
@@ -55,7 +55,7 @@ class Clip:
             if shape is not None and shape != pixels.shape:
                 sizes = " and ".join(f"{width} x {height}" for height, width, _ in (shape, pixels.shape))
                 raise ValueError(f"{self.path} has frames of {sizes} pixels; make all of one size.")
-            shape, last = pixels.shape, max(seconds, last + 1e-3)  # damaged clips say that time stands still
+            shape, last = pixels.shape, max(seconds, last + 1e-3)  # damaged clips repeat a time
             yield Frame(last, pixels)
         if shape is None:
             raise ValueError(f"{self.path} holds no frame that can be read; give another clip.")
@@ -68,7 +68,7 @@ class Clip:
             try:
                 yield place / self.fps, self.folder.read(i)
             except BadImage as error:
-                print(f"Skipped {self.folder.name(i)}: {error}", file=sys.stderr)
+                say(f"Skipped {self.folder.name(i)}: {error}")
 
     def _open(self) -> Any:
         try:
@@ -90,14 +90,14 @@ class Clip:
                 for frame in container.decode(stream):
                     seconds = seconds + step if frame.time is None else frame.time
                     start = seconds if start is None else start
-                    # Phones film sideways and say so.
+                    # Phones film sideways and note the rotation.
                     yield seconds - start, np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
             except import_pyav().error.FFmpegError as error:
-                print(f"{self.path} cannot be read beyond {seconds:.1f} s ({error.strerror}).", file=sys.stderr)
+                say(f"{self.path} cannot be read beyond {seconds:.1f} s ({error.strerror}).")
 
 
 def thin_out(items: Iterable[T], most: int) -> list[T]:
-    """At most `most` of the items, evenly spaced, though nobody may know how many there are."""
+    """At most `most` of the items, evenly spaced; their number need not be known beforehand."""
     kept, step = [], 1
     for i, item in enumerate(items):
         if i % step == 0:
@@ -119,10 +119,10 @@ def write_video(out: Path, frames: Iterable[Frame]) -> int:
         av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
     ):
         stream = container.add_stream("libx264", options={"crf": "18"})
-        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", TICK  # what all browsers know
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", TICK  # what all browsers play
         for seconds, pixels in frames:
             if not count:
-                stream.height, stream.width = (edge // 2 * 2 for edge in pixels.shape[:2])  # colors are per 2 x 2
+                stream.height, stream.width = (edge // 2 * 2 for edge in pixels.shape[:2])  # a color is of 2 x 2
             picture = av.VideoFrame.from_ndarray(
                 np.ascontiguousarray(pixels[: stream.height, : stream.width]), format="rgb24"
             )

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from dino import weights
 from dino.data.sources import Source
 from dino.html import render, write_page
+from dino.machine import name_processor
 from dino.models import Backbone
 from dino.options import required
 from dino.report.curves import draw_chart, list_charts
@@ -82,19 +83,10 @@ def environment(device: torch.device) -> dict[str, str]:
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads",
-        "processor": processor(),
+        "processor": f"{name_processor()}, {os.cpu_count()} cores",
         "system": platform.platform(),
     }
     return {name: value for name, value in values.items() if value}
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {os.cpu_count()} cores" if names else platform.processor()
 
 
 def commit() -> str:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
 
 from dino import errors
 from dino.files import cache_folder
 from dino.options.commands import ModelsOptions
+from dino.paper import FIGURES
+from dino.terminal import Terminal
 
 BASE = "https://dl.fbaipublicfiles.com/dino"
 LICENSE = "Apache-2.0"
@@ -40,14 +41,15 @@ class Release(NamedTuple):
     files: dict[str, str]  # part -> path below BASE
 
 
-def _release(arch: str, megabytes: int, knn: float, linear: float, stem: str) -> Release:
+def _release(model: str, megabytes: int, stem: str, arch: str | None = None) -> Release:
     folder = f"{stem}_pretrain"
     files = {
         "backbone": f"{folder}/{folder}.pth",
         "full": f"{folder}/{folder}_full_checkpoint.pth",
         "linear": f"{folder}/{stem}_linearweights.pth",
     }
-    return Release(arch, megabytes, knn, linear, files)
+    knn, linear = FIGURES["knn"][model]["knn20_top1"], FIGURES["linear"][model]["linear_top1"]
+    return Release(arch or model, megabytes, knn, linear, files)
 
 
 def _single(arch: str, megabytes: int, part: str, path: str) -> Release:
@@ -57,15 +59,15 @@ def _single(arch: str, megabytes: int, part: str, path: str) -> Release:
 _S8_300, _S16_LANDMARKS = "dino_deitsmall8_300ep_pretrain", "dino_vitsmall16_googlelandmark_pretrain"
 
 RELEASES: dict[str, Release] = {
-    "dino_vits16": _release("vit_small/16", 87, 74.5, 77.0, "dino_deitsmall16"),
-    "dino_vits8": _release("vit_small/8", 87, 78.3, 79.7, "dino_deitsmall8"),
-    "dino_vitb16": _release("vit_base/16", 343, 76.1, 78.2, "dino_vitbase16"),
-    "dino_vitb8": _release("vit_base/8", 343, 77.4, 80.1, "dino_vitbase8"),
-    "dino_resnet50": _release("resnet50", 94, 67.5, 75.3, "dino_resnet50"),
-    "dino_xcit_small_12_p16": _release("xcit_small_12/16", 104, 76.0, 77.8, "dino_xcit_small_12_p16"),
-    "dino_xcit_small_12_p8": _release("xcit_small_12/8", 103, 77.1, 79.2, "dino_xcit_small_12_p8"),
-    "dino_xcit_medium_24_p16": _release("xcit_medium_24/16", 336, 76.4, 78.8, "dino_xcit_medium_24_p16"),
-    "dino_xcit_medium_24_p8": _release("xcit_medium_24/8", 335, 77.9, 80.3, "dino_xcit_medium_24_p8"),
+    "dino_vits16": _release("vit_small/16", 87, "dino_deitsmall16"),
+    "dino_vits8": _release("vit_small/8", 87, "dino_deitsmall8"),
+    "dino_vitb16": _release("vit_base/16", 343, "dino_vitbase16"),
+    "dino_vitb8": _release("vit_base/8", 343, "dino_vitbase8"),
+    "dino_resnet50": _release("resnet50", 94, "dino_resnet50"),
+    "dino_xcit_small_12_p16": _release("xcit_small_12_p16_224", 104, "dino_xcit_small_12_p16", "xcit_small_12/16"),
+    "dino_xcit_small_12_p8": _release("xcit_small_12_p8_224", 103, "dino_xcit_small_12_p8", "xcit_small_12/8"),
+    "dino_xcit_medium_24_p16": _release("xcit_medium_24_p16_224", 336, "dino_xcit_medium_24_p16", "xcit_medium_24/16"),
+    "dino_xcit_medium_24_p8": _release("xcit_medium_24_p8_224", 335, "dino_xcit_medium_24_p8", "xcit_medium_24/8"),
     # Of its evaluations and example runs: attention pictures, landmark retrieval, ResNet-50 of 100 epochs.
     "dino_vits8_300ep": _single("vit_small/8", 87, "backbone", f"{_S8_300}/{_S8_300}.pth"),
     "dino_vits16_landmarks": _single("vit_small/16", 87, "backbone", f"{_S16_LANDMARKS}/{_S16_LANDMARKS}.pth"),
@@ -129,14 +131,11 @@ def fetch_release(name: str, offline: bool = False) -> Path:
 def _download(url: str, path: Path) -> None:
     """`url` to `path`, by way of `path`.part; a cut connection is taken up again `ATTEMPTS` times."""
     part = path.with_name(path.name + ".part")
-    columns = *Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(path.name, total=None)
-        reason = ""
+    terminal, reason = Terminal(keep=False), ""
+    try:
         for _ in range(ATTEMPTS):
             try:
-                total = _continue(url, part, progress, task)
+                total = _continue(url, part, terminal)
                 if part.stat().st_size == total:
                     break
                 reason = f"the connection was cut after {part.stat().st_size:,} of {total:,} bytes"
@@ -151,13 +150,15 @@ def _download(url: str, path: Path) -> None:
                 f"{url} could not be downloaded: {reason}; check the network and try again (what has arrived is kept), "
                 f"or put the file at {path} yourself."
             )
+    finally:
+        terminal.stop()
     if zipfile.is_zipfile(part) and (bad := zipfile.ZipFile(part).testzip()) is not None:
         part.unlink()
         raise DownloadError(f"{url} arrived damaged ({bad} fails its check); it was deleted, try again.")
     os.replace(part, path)
 
 
-def _continue(url: str, part: Path, progress: Progress, task: TaskID) -> int:
+def _continue(url: str, part: Path, terminal: Terminal) -> int:
     """Append to `part` what it lacks of `url`; the size that the whole should have."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -167,14 +168,14 @@ def _continue(url: str, part: Path, progress: Progress, task: TaskID) -> int:
         if error.code != 416:  # nothing beyond what we have: complete, or of another file
             raise
         part.unlink()
-        return _continue(url, part, progress, task)
+        return _continue(url, part, terminal)
     with response, open(part, "ab" if response.status == 206 else "wb") as file:
         length = response.headers["Content-Length"]
         total = None if length is None else file.tell() + int(length)
-        progress.update(task, total=total, completed=file.tell())
+        terminal.start(file.tell(), total)
         while chunk := response.read(CHUNK):
             file.write(chunk)
-            progress.advance(task, len(chunk))
+            terminal.update(file.tell(), part.stem, f"{file.tell() / 1e6:.0f} MB")
         return file.tell() if total is None else total
 
 
