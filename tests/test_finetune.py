@@ -147,7 +147,7 @@ def test_targets_are_timms():
 
 def test_stochastic_depth_is_that_of_training():
     model = create("vit_nano", 8, 16, depth=4)
-    finetune.set_drop_path(model, 0.3)
+    assert model.set_drop_path(0.3)
     built = create("vit_nano", 8, 16, depth=4, drop_path=0.3)
     assert [b.drop_path.rate for b in model.blocks] == [b.drop_path.rate for b in built.blocks]
 

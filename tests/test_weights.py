@@ -31,7 +31,7 @@ from dino.engine.log import read_metrics
 from dino.engine.train import Trainer
 from dino.exports import compare
 from dino.models import Head, create
-from dino.models.vit import resize_positions
+from dino.models.positions import interpolate_positions
 from dino.options import replace
 from dino.options.train import TrainOptions
 from dino.run import view_batches
@@ -495,5 +495,5 @@ def test_other_sizes_are_interpolated(tmp_path):
     assert (adopted.model.patch_size, adopted.head.hidden_dim, adopted.head.batch_norm) == (8, 32, True)
     method = build_method(replace(adopted, {"views.local_size": 48}))
     init.initialize(method, given)
-    expected = resize_positions(given.backbone()["pos_embed"], 12, 12, "offset")
+    expected = interpolate_positions(given.backbone()["pos_embed"], 12, 12, "offset")
     assert torch.equal(method.teacher.backbone.pos_embed, expected)

@@ -8,6 +8,7 @@ the loss starts near ln K; what trained features have in common would still look
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 
@@ -16,7 +17,7 @@ from dino.data.loader import ViewBatches, iterate
 from dino.engine import parallel
 from dino.engine.train import Trainer
 from dino.method import DINO
-from dino.models.vit import SIZES, VisionTransformer, resize_positions
+from dino.models import SIZES, Backbone
 from dino.options import flatten, replace, required
 from dino.options.train import TrainOptions
 from dino.weights import Weights, load_strictly
@@ -64,11 +65,8 @@ def initialize(method: DINO, start: Weights) -> str:
     for role, network in (("student", method.student), ("teacher", method.teacher)):
         source = role if start.backbone(role) else "teacher"
         backbone = start.backbone(source)
-        own = network.backbone
-        if isinstance(own, VisionTransformer) and "pos_embed" in backbone:
-            rows, columns = own.grid(own.image_size, own.image_size)
-            backbone["pos_embed"] = resize_positions(backbone["pos_embed"], rows, columns, own.pos_interp)
-        load_strictly(network.backbone, backbone, start.where)
+        own = cast(Backbone, network.backbone)
+        load_strictly(network.backbone, own.resize_positions(backbone), start.where)
         if head := start.part(f"{source}.head."):
             load_strictly(network.head, head, start.where)
     parts = ["student and teacher" if start.backbone("student") else "one backbone for student and teacher"]

@@ -19,8 +19,7 @@ import torch
 
 from dino import distributed, errors, files, weights
 from dino.features import cache
-from dino.models import Backbone, VisionTransformer
-from dino.models.vit import SIZES
+from dino.models import Backbone
 from dino.options.evaluate import EVALUATIONS, EvalOptions
 from dino.options.flags import parse_flags
 from dino.version import __version__
@@ -122,8 +121,7 @@ def command(options: EvalOptions) -> None:
             "torch": torch.__version__,
         }
         if distributed.is_main():
-            called = find_paper_name(model)
-            print(format_table(options.model, found, _module(name).PAPER.get(called, {}), called))
+            print(format_table(options.model, found, _module(name).PAPER.get(model.name, {}), model.name))
             if written := _write(options, name, result):
                 print(f"Written: {written}")
     finally:
@@ -177,15 +175,6 @@ def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | No
             f"the result cannot be written to {path} ({error.strerror}); choose another --json."
         ) from error
     return path
-
-
-def find_paper_name(model: Backbone) -> str:
-    """What the paper calls such a model, e.g. "vit_small/16"; "" when it has none."""
-    if isinstance(model, VisionTransformer):
-        sizes = (model.embed_dim, model.depth, model.num_heads)
-        arch = next((name for name, known in SIZES.items() if known == sizes), "")
-        return f"{arch}/{model.patch_size}" if arch else ""
-    return str(getattr(model, "name", ""))
 
 
 # --- labeled data --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from dino.eval.supervised import (
     train_supervised,
 )
 from dino.features.extract import extract, readable_labels
-from dino.models import Backbone, VisionTransformer
+from dino.models import Backbone
 from dino.options.evaluate import FinetuneOptions
 from dino.randomness import open_weights, seed_finetuning_step, seed_mixing
 from dino.weights import fingerprint
@@ -201,13 +201,6 @@ def resolve_recipe(options: FinetuneOptions) -> FinetuneRecipe:
     return recipe
 
 
-def set_drop_path(model: Backbone, rate: float) -> None:
-    """Stochastic depth rising from 0 to `rate` over the blocks of our own ViTs; others keep what they were built with."""
-    if isinstance(model, VisionTransformer):
-        for i, block in enumerate(model.blocks):
-            block.drop_path.rate = rate * i / max(model.depth - 1, 1)  # pyright: ignore
-
-
 def build_augmentation(size: int, recipe: FinetuneRecipe) -> Any:
     """DeiT's, of timm: random crop and flip, RandAugment (without it, color jitter), erasing; [3, size, size]."""
     made: Any = create_transform(
@@ -261,7 +254,7 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
     if (precision := parallel.choose_precision(precision, device)) == "fp16":
         precision = "fp32"  # old GPUs; half precision would need its loss scaled
     tuned = Classifier(copy.deepcopy(model), len(train_on.classes), recipe.head_scale, options.seed)
-    set_drop_path(tuned.backbone, recipe.drop_path)
+    note = "" if tuned.backbone.set_drop_path(recipe.drop_path) else ", without stochastic depth"
     if distributed.world_size() > 1 and parallel.has_batch_norm(tuned):
         if device.type == "cpu":
             raise ValueError(
@@ -284,7 +277,6 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
     wanted = readable_labels(test, scores, "test")
     save_weights(options, "finetune", tuned.state_dict(), train_on.classes)
     found = compute_accuracies(scores.values, wanted)
-    note = "" if isinstance(model, VisionTransformer) else ", without stochastic depth"
     return Result(
         {f"{options.recipe}_{name}": value for name, value in found.items()},
         f"fine-tuned end to end at {size} pixels by the recipe {options.recipe} (AdamW, {recipe.epochs} epochs at batch "

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from dino import weights
 from dino.exports import formats
-from dino.models import VisionTransformer
-from dino.models.vit import PositionInterpolation
+from dino.models.positions import PositionInterpolation
 from dino.weights import Weights
 
 TOLERANCE = 1e-4  # of the largest number that the model gives
@@ -64,7 +63,7 @@ def compare(found: Weights, to: str, out: Path) -> list[Difference]:
         ValueError: the file cannot be opened again.
     """
     own = weights.build_backbone(found)
-    way = FORMATS[to].positions if isinstance(own, VisionTransformer) else None
+    way = FORMATS[to].positions if own.pos_interp else None
     models = [formats.Outputs(own), formats.Outputs(weights.build_backbone(found, pos_interp=way) if way else own)]
     opened, patch = FORMATS[to].opened(out, found), own.patch_size
     cells, generator, differences = max(2, own.image_size // patch), torch.Generator().manual_seed(0), []

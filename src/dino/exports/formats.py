@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from dino import errors
 from dino.data.normalize import MEAN, STD
-from dino.models import VisionTransformer
+from dino.exports.positions import interpolate_symbolically
 from dino.models.vit import SIZES
 from dino.weights import Weights, build_backbone, formats
 from dino.weights.formats import State
@@ -169,9 +169,11 @@ def write_onnx(weights: Weights, out: Path) -> None:
 
 
 def _program(weights: Weights) -> ExportedProgram:
-    model = build_backbone(weights)
-    patch, ours = model.patch_size, isinstance(model, VisionTransformer)
-    height, width = (patch * Dim("rows"), patch * Dim("columns")) if ours else (Dim.AUTO, Dim.AUTO)
+    model: Any = build_backbone(weights)
+    patch, height, width = model.patch_size, Dim.AUTO, Dim.AUTO
+    if model.exports_any_size:
+        height, width = patch * Dim("rows"), patch * Dim("columns")
+        model.interpolate = interpolate_symbolically
     cells = max(2, model.image_size // patch)
     images = torch.zeros(2, model.in_channels, (cells + 1) * patch, (cells + 2) * patch)
     try:

@@ -42,7 +42,10 @@ class TimmBackbone(nn.Module):
         ValueError: no such architecture, or one that cannot be built so.
     """
 
-    num_draws = 0  # its stochastic depth draws for itself
+    pos_interp = None
+    exports_any_size = False
+    recomputable: tuple[Recompute, ...] = ("nothing", "blocks")
+    num_drop_path = 0  # its stochastic depth draws its own noise
 
     def __init__(
         self,
@@ -69,7 +72,6 @@ class TimmBackbone(nn.Module):
         self.patch_size = -(-image_size // rows)
         self.embed_dim = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)
         self.has_attention = _has_cls_attention(self.model)
-        self.recomputable: tuple[Recompute, ...] = ("nothing", "blocks")
 
     def forward(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n d"]:
         """The feature that a classifier would see: the normed [CLS] token or the pooled last map."""
@@ -81,6 +83,15 @@ class TimmBackbone(nn.Module):
         """See `VisionTransformer.set_recompute`."""
         assert what in self.recomputable
         self.model.set_grad_checkpointing(what == "blocks")
+
+    def set_drop_path(self, rate: float) -> bool:
+        return False
+
+    def resize_positions(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state
+
+    def overlap_patches(self, stride: int) -> None:
+        raise ValueError("only our own ViTs (and the releases) can overlap their patches; leave --stride out.")
 
     def tokens(self, images: Float[Tensor, "n c height width"], layers: int = 1) -> list[Float[Tensor, "n t d"]]:
         """The image's feature, then those of its cells row by row, normed; of the last `layers` blocks, oldest first.
