@@ -197,11 +197,15 @@ class VisionTransformer(nn.Module):
         return self.norm(x)[:, 0]
 
     def _run(self, block: nn.Module, x: Tensor, only_cls: bool, noise: Tensor | None) -> Tensor:
-        if self.training and self.recompute == "elementwise":
-            return checkpoint(block, x, only_cls, noise, use_reentrant=False, context_fn=_keep_products)
-        if self.training and self.recompute == "blocks" and not only_cls:
+        if not self.training or self.recompute == "nothing" or (self.recompute == "blocks" and only_cls):
+            return block(x, only_cls, noise)
+        if self.recompute == "blocks":
             return checkpoint(block, x, only_cls, noise, use_reentrant=False)
-        return block(x, only_cls, noise)
+        device = x.device.type
+        autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # Without its cache: both passes must cast the same weights, and the cache is empty in the second.
+        with torch.autocast(device, *autocast, cache_enabled=False):
+            return checkpoint(block, x, only_cls, noise, use_reentrant=False, context_fn=_keep_products)
 
     def set_recompute(self, what: Recompute) -> None:
         """Choose which activations the backward pass computes again: less memory, more time, same gradients.
