@@ -158,7 +158,7 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(run, tmp_path, capsys,
 
 
 def test_an_export_that_computes_something_else_is_not_kept(run, tmp_path, capsys, monkeypatch):
-    wrong = compare.FORMATS["safetensors"]._replace(opened=lambda out, found: lambda images: (torch.zeros(1),))
+    wrong = compare.FORMATS["safetensors"]._replace(open=lambda out, found: lambda images: (torch.zeros(1),))
     monkeypatch.setitem(compare.FORMATS, "safetensors", wrong)
     assert cli.main(["export", str(run), "--to", "safetensors", "--out", str(tmp_path / "a.safetensors")]) == 1
     assert "gives other numbers than the model" in capsys.readouterr().err

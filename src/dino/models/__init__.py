@@ -70,14 +70,14 @@ def create(
     drop_path: float = 0.0,
     pos_interp: PositionInterpolation = "offset",
 ) -> VisionTransformer | TimmBackbone:
-    """A backbone by name with fresh weights: one of ours, or "timm:NAME" for any architecture of timm.
+    """Create a backbone with fresh weights: one of ours by name, or "timm:NAME" for any architecture of timm.
 
     Args:
         patch_size: of our own ViTs, 16 by default.
         image_size: edge of the global views, pixels; other sizes work too where the architecture allows them.
         width, depth, num_heads: of our own ViTs; they override the architecture's own.
         in_channels: channels of the images, 1 or more.
-        stem: "small" makes a ResNet's first convolution 3x3 with stride 1 and leaves its pooling out.
+        stem: "small" makes a ResNet's first convolution 3x3 with stride 1, without pooling.
         drop_path: stochastic depth rate, where the architecture has it.
         pos_interp: of our own ViTs, how positions are interpolated for other sizes.
 
@@ -102,14 +102,5 @@ def create(
         raise ValueError(f"there is no architecture '{arch}'; known are {', '.join(SIZES)} and timm:NAME.{near}")
     if stem != "default":
         raise ValueError(f"stem '{stem}' is for ResNets; {arch} has patches, so choose a smaller patch_size instead.")
-    own_width, own_depth, own_heads = SIZES[arch]
-    return VisionTransformer(
-        image_size=image_size,
-        patch_size=patch_size or 16,
-        in_channels=in_channels,
-        dim=width or own_width,
-        depth=depth or own_depth,
-        num_heads=num_heads or own_heads,
-        drop_path=drop_path,
-        pos_interp=pos_interp,
-    )
+    dim, layers, heads = (given or own for given, own in zip((width, depth, num_heads), SIZES[arch], strict=True))
+    return VisionTransformer(image_size, patch_size or 16, in_channels, dim, layers, heads, drop_path, pos_interp)
