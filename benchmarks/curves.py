@@ -72,7 +72,7 @@ def train(way: Way, source: Source, options: Any, steps: int) -> tuple[list[floa
     for number, batch in enumerate(iterate(batches, 0, steps, options.workers, pin_memory=False)):
         assert batch.views is not None
         groups = renderer.finish(batch.prepared, batch.views)
-        sizes = (way.seed, number, ours.backbone.num_draws, views.sizes, options.batch, batches.share)
+        sizes = (way.seed, number, ours.backbone.num_drop_path, views.sizes, options.batch, batches.share)
         noise = draw_drop_path_noise(*sizes, device)  # all ways drop the same branches
         if way.plain:
             noise = [of_group.flatten(1) for of_group in noise]

@@ -58,7 +58,7 @@ class PlainBlock(nn.Module):
     def forward(self, x: Tensor, only_cls: bool = False, draws: Tensor | None = None) -> Tensor:
         first, second = (None, None) if draws is None else draws.unbind()
         x = x + self._drop(self.attn(self.norm1(x)), first)
-        return x + self._drop(self.mlp(x, self.norm2), second)
+        return x + self._drop(self.mlp(self.norm2(x)), second)
 
     def _drop(self, x: Tensor, draw: Tensor | None) -> Tensor:
         """Stochastic depth that computes what it drops."""

@@ -16,7 +16,7 @@ import dino
 from dino.data.evaluation_views import RESIZES
 from dino.data.sources import open_source
 from dino.engine.log import read_metrics
-from dino.eval import evaluate, knn
+from dino.eval import knn
 from dino.features import cache
 from dino.features.extract import POOLINGS, extract
 from dino.models import VisionTransformer
@@ -178,8 +178,8 @@ def test_the_same_from_python(trained):
 
 def test_names_of_the_papers_models():
     with torch.device("meta"):
-        assert evaluate.find_paper_name(dino.create("vit_small", patch_size=8)) == "vit_small/8"
-        assert evaluate.find_paper_name(dino.create("vit_small", patch_size=8, depth=3)) == ""
+        assert dino.create("vit_small", patch_size=8).name == "vit_small/8"
+        assert dino.create("vit_small", patch_size=8, depth=3).name == ""
 
 
 def test_a_result_that_cannot_be_written_is_said(trained):

@@ -15,8 +15,9 @@ from dino.data.decode import decode
 from dino.data.evaluation_views import resize_and_crop
 from dino.data.normalize import normalize
 from dino.exports import card, compare
+from dino.exports.positions import interpolate_symbolically
 from dino.models import create
-from dino.models.vit import _resize_symbolically, resize_positions
+from dino.models.positions import interpolate_positions
 from dino.options import replace
 from dino.options.train import TrainOptions
 from helpers import TINY, draw_images, run_dino
@@ -46,8 +47,8 @@ def save(folder, **arguments):
 @pytest.mark.parametrize("size", [(6, 6), (6, 9), (3, 20), (37, 11), (1, 2)])
 def test_positions_of_a_graph_are_the_models(how, size):
     positions = torch.randn(1, 37, 8, generator=torch.Generator().manual_seed(0))
-    expected = resize_positions(positions, *size, how)
-    torch.testing.assert_close(_resize_symbolically(positions, 6, *size, how), expected, rtol=0, atol=1e-5)
+    expected = interpolate_positions(positions, *size, how)
+    torch.testing.assert_close(interpolate_symbolically(positions, *size, how), expected, rtol=0, atol=1e-5)
 
 
 def test_onnx_of_a_run_takes_any_number_and_size_of_images(run, tmp_path):
@@ -157,7 +158,7 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(run, tmp_path, capsys,
 
 
 def test_an_export_that_computes_something_else_is_not_kept(run, tmp_path, capsys, monkeypatch):
-    wrong = compare.FORMATS["safetensors"]._replace(opened=lambda out, found: lambda images: (torch.zeros(1),))
+    wrong = compare.FORMATS["safetensors"]._replace(open=lambda out, found: lambda images: (torch.zeros(1),))
     monkeypatch.setitem(compare.FORMATS, "safetensors", wrong)
     assert cli.main(["export", str(run), "--to", "safetensors", "--out", str(tmp_path / "a.safetensors")]) == 1
     assert "gives other numbers than the model" in capsys.readouterr().err

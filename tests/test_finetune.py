@@ -59,7 +59,7 @@ def test_groups():
     model = classifier()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = finetune.group_by_layer(model, 0.05, 0.5)
-    found = {names[id(p)]: (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    found = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(found) == len(names) == sum(len(group["params"]) for group in groups)
     assert found["head.weight"] == (1, 0.05)
     assert found["head.bias"] == (1, 0)
@@ -68,7 +68,7 @@ def test_groups():
     assert found["backbone.blocks.0.norm1.bias"] == (0.25, 0)
     assert found["backbone.patch_embed.proj.weight"] == (0.125, 0.05)
     assert found["backbone.pos_embed"] == found["backbone.cls_token"] == (0.125, 0)
-    assert {group["scale"] for group in finetune.group_by_layer(model, 0.05, 1.0)} == {1}
+    assert {group["lr_scale"] for group in finetune.group_by_layer(model, 0.05, 1.0)} == {1}
     with pytest.raises(ValueError, match="leave it at 1"):
         finetune.group_by_layer(Classifier(create("timm:resnet18", image_size=32), 3, 1.0, 0), 0.05, 0.5)
 
@@ -116,9 +116,9 @@ def test_mixing_is_one_draw_for_the_batch_and_does_not_look_at_ranks():
     images, labels = torch.randn(40, 3, 16, 16), torch.randint(0, 3, (40,))
     kinds = set()
     for step in range(12):
-        whole, targets = tuning._mixed(LabeledBatch(images, labels, 40, []), step)
+        whole, targets = tuning._mix(LabeledBatch(images, labels, 40, []), step)
         parts = [
-            tuning._mixed(LabeledBatch(images[rows], labels[rows], 40, []), step)
+            tuning._mix(LabeledBatch(images[rows], labels[rows], 40, []), step)
             for rows in (slice(0, 32), slice(32, 40))
         ]
         assert torch.equal(whole, torch.cat([part[0] for part in parts]))
@@ -147,7 +147,7 @@ def test_targets_are_timms():
 
 def test_stochastic_depth_is_that_of_training():
     model = create("vit_nano", 8, 16, depth=4)
-    finetune.set_drop_path(model, 0.3)
+    assert model.set_drop_path(0.3)
     built = create("vit_nano", 8, 16, depth=4, drop_path=0.3)
     assert [b.drop_path.rate for b in model.blocks] == [b.drop_path.rate for b in built.blocks]
 

@@ -94,6 +94,18 @@ def test_recomputed_blocks_drop_the_same_samples(images, tmp_path):
         torch.testing.assert_close(a, c)
 
 
+def test_recomputed_activations_have_the_same_gradients_under_autocast(images, tmp_path):
+    """Autocast casts each weight once for all views, and the backward pass casts it again."""
+    found = []
+    for recompute in ("nothing", "elementwise", "blocks"):
+        subject = trainer(images, tmp_path, precision="bf16", model__depth=2)
+        found.append(state_and_gradients(subject, Split(1, recompute)))
+    for loss, tensors in found[1:]:
+        assert loss == found[0][0]
+        for key, value in tensors.items():
+            torch.testing.assert_close(value, found[0][1][key], rtol=1e-2, atol=1e-4, msg=key)
+
+
 FIXED = ("model.patch_size", "model.width", "model.depth", "model.num_heads")
 
 

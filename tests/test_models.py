@@ -96,8 +96,8 @@ def test_attention_rows_sum_to_one_and_reproduce_the_output(vit_tiny):
 @pytest.mark.parametrize("interp", ["offset", "size", "antialias"])
 def test_positions_change_only_at_other_sizes(interp):
     model = create("vit_nano", patch_size=8, image_size=64, pos_interp=interp)
-    assert model._positions(8, 8) is model.pos_embed
-    assert model._positions(4, 10).shape == (1, 1 + 4 * 10, 96)
+    assert model.interpolate(model.pos_embed, 8, 8, interp) is model.pos_embed
+    assert model.interpolate(model.pos_embed, 4, 10, interp).shape == (1, 1 + 4 * 10, 96)
 
 
 @pytest.mark.parametrize("masked", [False, True])  # as on GPUs and where the networks are compiled
@@ -105,11 +105,11 @@ def test_drop_path_keeps_the_mean_and_drops_whole_samples(monkeypatch, masked):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: masked)
     torch.manual_seed(0)
     drop, x = DropPath(0.25), torch.full((20000, 2, 3), 5.0)
-    y = drop(x, lambda given: given / 5, x) - x
+    y = drop(x, lambda x: x / 5, x) - x
     assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert torch.equal(y.amax(dim=(1, 2)), y.amin(dim=(1, 2)))
     assert abs(y.mean().item() - 1) < 0.02
-    assert torch.equal(drop.eval()(x, lambda given: given / 5, x), x + 1)
+    assert torch.equal(drop.eval()(x, lambda x: x / 5, x), x + 1)
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.999])  # the second drops every sample

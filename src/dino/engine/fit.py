@@ -70,7 +70,7 @@ def fit_memory(step: TrainingStep, options: TrainOptions, images: int, limit: in
     Raises:
         ValueError: there is no way.
     """
-    method, device, noises = step.method, step.device, step.backbone.num_draws
+    method, device, noises = step.method, step.device, step.backbone.num_drop_path
     sizes, channels = options.views.sizes, options.model.in_channels
     pixels = [(len(sizes[g]), channels, sizes[g.start], sizes[g.start]) for g in group_views(sizes)]
     # Beside the parts: pixels as bytes and as floats; scores, logarithms and targets of two views; the optimizer.

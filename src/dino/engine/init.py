@@ -1,13 +1,15 @@
 """Training that starts from weights: options that follow from them, loading, and the center where it is missing.
 
-With student, teacher, heads and center the first loss is that of the run the weights come from. Without the center the
-teacher's outputs are off by their mean, which one pass over the data restores. Without heads the prototypes are new and
-the loss starts near ln K; what trained features have in common would still look like a collapse without the center.
+With student, teacher, heads and center the first loss is that of the run that wrote the weights. Without the center the
+teacher's outputs are off by their mean, which one pass over the data estimates. Without heads the prototypes are new and
+the loss starts near ln K; the center is still needed, because the common part of trained features would look like a
+collapse.
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 
@@ -16,13 +18,13 @@ from dino.data.loader import ViewBatches, iterate
 from dino.engine import parallel
 from dino.engine.train import Trainer
 from dino.method import DINO
-from dino.models.vit import SIZES, VisionTransformer, resize_positions
+from dino.models import SIZES, Backbone
 from dino.options import flatten, replace, required
 from dino.options.train import TrainOptions
 from dino.weights import Weights, load_strictly
 from dino.weights.formats import fill_sizes, infer_head
 
-CENTER_IMAGES = 4096  # the mean over so many is known to a fraction of its spread
+CENTER_IMAGES = 4096  # enough to estimate the mean to a small fraction of the deviation
 
 
 def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
@@ -33,7 +35,7 @@ def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
     """
     usual, asked, found = flatten(TrainOptions()), flatten(options), fill_sizes(start.arguments)
     sizes = {name: asked[f"model.{name}"] for name in ("arch", "patch_size", "width", "depth", "num_heads")}
-    if sizes["arch"] in SIZES and found["arch"] in SIZES:  # sizes matter, not the name they go by
+    if sizes["arch"] in SIZES and found["arch"] in SIZES:  # the sizes matter, not the name
         asked |= {f"model.{name}": value for name, value in fill_sizes(sizes).items()}
         found["arch"] = sizes["arch"]
     wanted = {f"model.{name}": found.get(name) for name in sizes}
@@ -41,7 +43,7 @@ def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
         wanted[name] = found.get(name.removeprefix("model."), usual[name])
     heads = start.part("teacher.head.")
     head = start.head or (infer_head(heads) if heads else {})
-    # Gains of one may be trained from here on; trained ones cannot be one again.
+    # Fixed gains may be trained from here on; trained gains cannot be fixed at one.
     wanted |= {f"head.{name}": value for name, value in head.items() if not (name == "norm_last_layer" and value)}
     for name, value in wanted.items():
         if asked[name] not in (usual[name], value):
@@ -54,7 +56,7 @@ def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
 
 
 def initialize(method: DINO, start: Weights) -> str:
-    """Load `start` into student, teacher and, where it has them, heads and center; says what was loaded.
+    """Load `start` into student, teacher and, where it has them, heads and center; returns what was loaded, in words.
 
     Positions learned for another image size are interpolated. A file with one network gives both.
 
@@ -64,11 +66,8 @@ def initialize(method: DINO, start: Weights) -> str:
     for role, network in (("student", method.student), ("teacher", method.teacher)):
         source = role if start.backbone(role) else "teacher"
         backbone = start.backbone(source)
-        own = network.backbone
-        if isinstance(own, VisionTransformer) and "pos_embed" in backbone:
-            rows, columns = own.grid(own.image_size, own.image_size)
-            backbone["pos_embed"] = resize_positions(backbone["pos_embed"], rows, columns, own.pos_interp)
-        load_strictly(network.backbone, backbone, start.where)
+        own = cast(Backbone, network.backbone)
+        load_strictly(network.backbone, own.resize_positions(backbone), start.where)
         if head := start.part(f"{source}.head."):
             load_strictly(network.head, head, start.where)
     parts = ["student and teacher" if start.backbone("student") else "one backbone for student and teacher"]

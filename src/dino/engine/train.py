@@ -208,7 +208,7 @@ class Trainer:
 
     def draw_noise(self, step: int) -> list[Tensor] | None:
         """This rank's drop-path noise of a step; None where the backbone draws for itself or drops nothing."""
-        batches, num = self.batches, self.training_step.backbone.num_draws
+        batches, num = self.batches, self.training_step.backbone.num_drop_path
         if not num:
             return None
         return draw_drop_path_noise(

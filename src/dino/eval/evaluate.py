@@ -20,8 +20,7 @@ import torch
 from dino import distributed, errors, files, paper, weights
 from dino.data.decode import BadImage
 from dino.features import cache
-from dino.models import Backbone, VisionTransformer
-from dino.models.vit import SIZES
+from dino.models import Backbone
 from dino.options.evaluate import EVALUATIONS, EvalOptions
 from dino.options.flags import parse_flags
 from dino.terminal import track
@@ -126,8 +125,7 @@ def evaluate_command(options: EvalOptions) -> None:
             "torch": torch.__version__,
         }
         if distributed.is_main():
-            called = find_paper_name(model)
-            print(format_table(options.model, found, paper.FIGURES[name].get(called, {}), called))
+            print(format_table(options.model, found, paper.FIGURES.get(name, {}).get(model.name, {}), model.name))
             if written := _write(options, name, result):
                 print(f"Written: {written}")
     finally:
@@ -221,12 +219,3 @@ def choose_view_size(size: int | None, model: Backbone, usual: int) -> int:
     if chosen < model.patch_size:
         raise ValueError(f"--size is {chosen}, smaller than one patch of {model.patch_size} pixels; use a larger one.")
     return chosen
-
-
-def find_paper_name(model: Backbone) -> str:
-    """What the paper calls such a model, e.g. "vit_small/16"; "" when it has none."""
-    if isinstance(model, VisionTransformer):
-        sizes = (model.embed_dim, model.depth, model.num_heads)
-        arch = next((name for name, known in SIZES.items() if known == sizes), "")
-        return f"{arch}/{model.patch_size}" if arch else ""
-    return str(getattr(model, "name", ""))

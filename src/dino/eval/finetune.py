@@ -1,7 +1,7 @@
 """End-to-end fine-tuning on labels, after DeiT as the paper does (table 6, section 4.2.3 and appendix).
 
-Augmentations are timm's and torchvision's. The recipes below are what the authors have said of theirs; the names of
-what they have not said are in `assumed`.
+Augmentations and parameter groups are timm's, mixing is torchvision's. The recipes below follow what the authors have
+published of theirs; `assumed` names the values that they have not published.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import copy
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data.transforms_factory import create_transform
+from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -31,13 +33,14 @@ from dino.eval.supervised import (
     train_supervised,
 )
 from dino.features.extract import extract, readable_labels
-from dino.models import Backbone, VisionTransformer
+from dino.models import Backbone
 from dino.options.evaluate import FinetuneOptions
 from dino.randomness import open_weights, seed_finetuning_step, seed_mixing
 from dino.weights import fingerprint
 
-MIXED = 16  # images are mixed within groups of so many of a batch, whatever the number of ranks
+MIX_GROUP = 16  # images; mixing stays within groups of a batch, so that it does not depend on the number of ranks
 WARMUP_LR = 1e-6
+AFTER_BLOCKS = 10**6  # the last layer's number
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ RECIPES = {
 
 
 class Classifier(nn.Module):
-    """A backbone with a linear layer on its image feature, all of it to be trained."""
+    """A backbone with a linear layer on its image feature; all parameters are trained."""
 
     def __init__(self, backbone: Backbone, num_classes: int, head_scale: float, seed: int):
         super().__init__()
@@ -96,41 +99,38 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
 
+    def group_matcher(self, coarse: bool) -> Callable[[str], int]:
+        """timm asks for this to group parameters by layer."""
+        return find_layer
 
-def group_by_layer(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups for AdamW with `scale`, the share of the learning rate that a block gets.
 
-    What is one-dimensional, a position or the [CLS] token does not decay, as in DeiT. With b blocks the classifier and
+def find_layer(name: str) -> int:
+    """The layer of a parameter: 0 before the blocks, i + 1 for block i, `AFTER_BLOCKS` for last norm and classifier."""
+    if block := re.search(r"(^|\.)blocks\.(\d+)\.", name):
+        return int(block[2]) + 1
+    return AFTER_BLOCKS if name.startswith("head.") or re.search(r"(^|\.)(fc_)?norm\.", name) else 0
+
+
+def group_by_layer(model: Classifier, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """timm's groups for AdamW with `lr_scale`, a layer's share of the learning rate.
+
+    One-dimensional parameters, positions and the [CLS] token do not decay, as in DeiT. With b blocks the classifier and
     the last norm have scale 1, block i (from 0) layer_decay^(b - i), and what comes before layer_decay^(b + 1).
 
     Raises:
         ValueError: layer-wise decay was asked for and there are no numbered blocks.
     """
-    numbers = {name: _block(name) for name, _ in model.named_parameters()}
-    count = max((n for n in numbers.values() if n is not None), default=-1) + 1
-    if layer_decay != 1 and count == 0:
+    names = [name for name, _ in model.named_parameters()]
+    if layer_decay != 1 and not any(0 < find_layer(name) < AFTER_BLOCKS for name in names):
         raise ValueError("layer_decay needs a model of numbered blocks, such as a ViT; leave it at 1.")
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        number = numbers[name]
-        last = name.startswith("head.") or re.search(r"(^|\.)(fc_)?norm\.", name) is not None
-        depth = number + 1 if number is not None else count + 1 if last else 0
-        decays = parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token"))
-        scale, decay = layer_decay ** (count + 1 - depth), weight_decay if decays else 0.0
-        group = groups.setdefault((depth, decays), {"params": [], "scale": scale, "weight_decay": decay})
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
-def _block(name: str) -> int | None:
-    found = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    undecayed = [name for name in names if name.endswith((".bias", "pos_embed", "cls_token"))]
+    return param_groups_layer_decay(model, weight_decay, undecayed, layer_decay=layer_decay)
 
 
 def learning_rate(epoch: int, recipe: FinetuneRecipe, epochs: int) -> float:
-    """Of an epoch at the recipe's batch: steps up in the warm-up, then the cosine as timm computes it."""
+    """The rate of an epoch at the recipe's batch size: a linear warm-up, then the cosine as timm computes it."""
     peak = recipe.lr * recipe.batch_size / 512
-    least = min(recipe.min_lr, peak)  # DeiT's own least rate, 1e-5, would lie above the peak for CIFAR
+    least = min(recipe.min_lr, peak)  # DeiT's own minimum, 1e-5, lies above the peak for CIFAR
     if epoch < recipe.warmup_epochs:
         return WARMUP_LR + epoch * (peak - WARMUP_LR) / recipe.warmup_epochs
     return least + 0.5 * (peak - least) * (1 + math.cos(math.pi * epoch / epochs))
@@ -148,14 +148,13 @@ class Finetuning:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
         classes = model.head.out_features
         kinds = ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix))
-        mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
-        self.mix = v2.RandomChoice(mixes) if mixes else None
+        self.mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
 
     def step(self, step: int, batch: LabeledBatch) -> Tensor:
         rate = learning_rate(step // self.per_epoch, self.recipe, self.recipe.epochs)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        images, targets = self._mixed(batch, step)
+            group["lr"] = rate * group["lr_scale"]
+        images, targets = self._mix(batch, step)
         seed_finetuning_step(self.seed, distributed.rank(), step)  # stochastic depth; each rank has its own
         with parallel.autocast(self.device, self.precision):
             scores = self.model(images)
@@ -169,14 +168,14 @@ class Finetuning:
         self.optimizer.step()
         return distributed.sum_(loss.detach())
 
-    def _mixed(self, batch: LabeledBatch, step: int) -> tuple[Tensor, Tensor]:
-        """MixUp or CutMix, one draw for the whole batch: the groups of all ranks start from the same seed."""
-        if self.mix is None or not len(batch.images):
+    def _mix(self, batch: LabeledBatch, step: int) -> tuple[Tensor, Tensor]:
+        """MixUp or CutMix, the same for the whole batch: every group of every rank starts from the same seed."""
+        if not self.mixes or not len(batch.images):
             return batch.images, batch.labels
         parts = []
-        for images, labels in zip(batch.images.split(MIXED), batch.labels.split(MIXED), strict=True):
+        for images, labels in zip(batch.images.split(MIX_GROUP), batch.labels.split(MIX_GROUP), strict=True):
             seed_mixing(self.seed, step)
-            parts.append(self.mix(images, labels))
+            parts.append(v2.RandomChoice(self.mixes)(images, labels))
         return torch.cat([images for images, _ in parts]), torch.cat([targets for _, targets in parts])
 
     def epoch_end(self, epoch: int) -> None:
@@ -191,7 +190,7 @@ class Finetuning:
 
 
 def resolve_recipe(options: FinetuneOptions) -> FinetuneRecipe:
-    """The recipe with what was given in its place."""
+    """The recipe, with the given options in place of its values."""
     recipe = RECIPES[options.recipe]
     names = [field.name for field in dataclasses.fields(FinetuneRecipe) if field.name != "assumed"]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -201,16 +200,9 @@ def resolve_recipe(options: FinetuneOptions) -> FinetuneRecipe:
     return recipe
 
 
-def set_drop_path(model: Backbone, rate: float) -> None:
-    """Stochastic depth rising from 0 to `rate` over the blocks of our own ViTs; others keep what they were built with."""
-    if isinstance(model, VisionTransformer):
-        for i, block in enumerate(model.blocks):
-            block.drop_path.rate = rate * i / max(model.depth - 1, 1)  # pyright: ignore
-
-
 def build_augmentation(size: int, recipe: FinetuneRecipe) -> Any:
     """DeiT's, of timm: random crop and flip, RandAugment (without it, color jitter), erasing; [3, size, size]."""
-    made: Any = create_transform(
+    augmentation: Any = create_transform(
         size,
         is_training=True,
         auto_augment=recipe.rand_augment or None,
@@ -220,10 +212,10 @@ def build_augmentation(size: int, recipe: FinetuneRecipe) -> Any:
         re_mode="pixel",
         re_count=1,
     )
-    for op in (op for part in made.transforms for op in getattr(part, "ops", ())):
+    for op in (op for part in augmentation.transforms for op in getattr(part, "ops", ())):
         # At a magnitude of 10, in one draw of 40, timm posterizes to 0 bits: black, and an error in newer Pillow.
         op.magnitude_max = op.magnitude_max or 9.99
-    return made
+    return augmentation
 
 
 def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) -> Result:
@@ -238,21 +230,23 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
     if (precision := parallel.choose_precision(precision, device)) == "fp16":
         precision = "fp32"  # old GPUs; half precision would need its loss scaled
     tuned = Classifier(copy.deepcopy(model), len(train_on.classes), recipe.head_scale, options.seed)
-    set_drop_path(tuned.backbone, recipe.drop_path)
+    note = "" if tuned.backbone.set_drop_path(recipe.drop_path) else ", without stochastic depth"
     if distributed.world_size() > 1 and parallel.has_batch_norm(tuned):
         if device.type == "cpu":
             raise ValueError(
                 "this model has BatchNorm, which CPU processes cannot share; fine-tune it with one process."
             )
         parallel.synchronize_batch_norm(tuned)
-    batch_size = min(recipe.batch_size, len(train_on))
+    batch_size, seed = min(recipe.batch_size, len(train_on)), options.seed
     recipe = dataclasses.replace(recipe, batch_size=batch_size)
-    made, seed = build_augmentation(size, recipe), options.seed
-    batches = LabeledBatches(train_on, made, size, batch_size, seed, recipe.repeats, group=MIXED, drop_last=True)
+    augmentation = build_augmentation(size, recipe)
+    batches = LabeledBatches(
+        train_on, augmentation, size, batch_size, seed, recipe.repeats, group=MIX_GROUP, drop_last=True
+    )
     trainee = Finetuning(tuned, recipe, batches.steps_per_epoch, seed, device, precision)
-    identity = {k: v for k, v in dataclasses.asdict(recipe).items() if k != "assumed"}
-    identity |= {"seed": seed, "size": size, "precision": precision}
-    identity |= {"data": train_on.fingerprint, "model": digest}
+    values = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "assumed"}
+    settings = {"seed": seed, "size": size, "precision": precision}
+    identity = values | settings | {"data": train_on.fingerprint, "model": digest}
     minutes, workers = options.checkpoint_minutes, options.num_workers
     train_supervised(trainee, batches, recipe.epochs, folder, identity, minutes, device, workers)
     tuned.eval().requires_grad_(False)
@@ -261,7 +255,6 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
     wanted = readable_labels(test, scores, "test")
     save_weights(options, "finetune", tuned.state_dict(), train_on.classes)
     found = compute_accuracies(scores.values, wanted)
-    note = "" if isinstance(model, VisionTransformer) else ", without stochastic depth"
     return Result(
         {f"{options.recipe}_{name}": value for name, value in found.items()},
         f"fine-tuned end to end at {size} pixels by the recipe {options.recipe} (AdamW, {recipe.epochs} epochs at batch "

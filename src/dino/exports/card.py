@@ -1,4 +1,4 @@
-"""The model card beside an export: what the model is, how it was trained, on what, and how good it was found to be."""
+"""The model card beside an export: the model, its training and data, and its evaluations."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ import torch
 model = torch.export.load("{out}").module()
 features, tokens = model(images)""",
 }
+LIBRARIES = {"hf": "transformers", "timm": "timm"}
 OURS = """\
 import dino
 
@@ -50,14 +51,13 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
     Args:
         name: what was exported: a run directory, a release, a file.
         to: the format of `out`.
-        facts: what is known of the model and of the check, by name.
-        digest: SHA-256 of the model's weights; evaluations of other weights are left out.
+        facts: about the model and the check, by name.
+        digest: SHA-256 of the model's weights; only evaluations of these weights are listed.
     """
     release = releases.find_release(name) if not Path(name).exists() else None
-    library = to if to == "timm" else "transformers" if to == "hf" else "dino"
     head = [
         "---",
-        f"library_name: {library}",
+        f"library_name: {LIBRARIES.get(to, 'dino')}",
         "tags: [dino, self-supervised]",
         "pipeline_tag: image-feature-extraction",
     ]
@@ -70,7 +70,7 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
         pairs = (("k-NN", published.knn), ("linear", published.linear))
         figures = [("published", f"{k}, ImageNet top-1", f"{v:.1f}", "") for k, v in pairs if v is not None]
     elif (Path(name) / "config.toml").is_file():
-        trained, figures = _run(Path(name), digest)
+        trained, figures = _describe_run(Path(name), digest)
         facts = facts | trained
         options = (Path(name) / "config.toml").read_text()
         training = ["## Training options", f"```toml\n{options.strip()}\n```"]
@@ -79,18 +79,18 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
         "\n".join([*head, "---"]),
         f"# {Path(name).name}",
         f"Trained without labels by DINO (Caron et al. 2021), written as `{to}` by dino {__version__}.",
-        _table([("", ""), ("---", "---"), *facts.items(), ("SHA-256 of the weights", f"`{digest}`")]),
+        _format_table([("", ""), ("---", "---"), *facts.items(), ("SHA-256 of the weights", f"`{digest}`")]),
         "## Use",
         f"```python\n{USE.get(to, OURS).format(out=out.name)}\n```",
         INPUT,
-        *(["## Figures", _table(table)] if figures else []),
+        *(["## Figures", _format_table(table)] if figures else []),
         *training,
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple[str, ...]]]:
-    """What a run directory says of its data and training, and its figures: of the training, and of evaluations."""
+def _describe_run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple[str, ...]]]:
+    """Facts of a run's data and training, and figures of its training and evaluations."""
     facts: dict[str, str] = {}
     if (latest := Checkpoints(folder / "checkpoints").latest()) is not None:
         facts["fingerprint of the training data"] = f"`{read_checkpoint(latest)['data']}`"
@@ -110,5 +110,5 @@ def _run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple[str, ...
     return facts, figures
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _format_table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,4 +1,4 @@
-"""What was exported, opened again by the library it was written for, and compared with the model itself."""
+"""Exports are opened again by the library that they were written for, and compared with the model itself."""
 
 from __future__ import annotations
 
@@ -12,40 +12,39 @@ from torch import Tensor, nn
 
 from dino import weights
 from dino.exports import formats
-from dino.models import VisionTransformer
-from dino.models.vit import PositionInterpolation
+from dino.models.positions import PositionInterpolation
 from dino.weights import Weights
 
-TOLERANCE = 1e-4  # of the largest number that the model gives
+TOLERANCE = 1e-4  # relative to the largest output of the model
 
-Opened = Callable[[Tensor], tuple[Tensor, ...]]  # normalized images to features and, mostly, tokens
+Run = Callable[[Tensor], tuple[Tensor, ...]]  # normalized images to features and, mostly, tokens
 
 
 class Format(NamedTuple):
-    """How a model is written, and opened again as its readers do."""
+    """How a model is written, and how its readers open it."""
 
     write: Callable[[Weights, Path], None]
-    opened: Callable[[Path, Weights], Opened]
-    ending: str = ""  # that its readers want
+    open: Callable[[Path, Weights], Run]
+    ending: str = ""  # of the file's name
     needs: tuple[str, ...] = ()  # packages
     # How its readers interpolate a ViT's positions for sizes that it was not trained at; None: as the model.
     positions: PositionInterpolation | None = None
 
 
 class Difference(NamedTuple):
-    """The largest between what an export and the model give for images of one size (height x width)."""
+    """The difference between the outputs of an export and of the model, for images of one size (height x width)."""
 
     size: str
     largest: float
-    alike: float  # the same where the model interpolates positions as the other library does
-    scale: float  # the largest number that the model gives
+    alike: float  # the largest where the model interpolates positions as the other library does
+    scale: float  # the largest output of the model
 
 
 def check_format(to: str, out: Path) -> None:
-    """Refuse what can be neither written nor checked.
+    """Refuse a format or a name that cannot be written and checked.
 
     Raises:
-        ValueError: a package that format `to` needs is not installed, or the name of `out` has not its ending.
+        ValueError: a package that format `to` needs is not installed, or the name of `out` has another ending.
     """
     ending, needs = FORMATS[to].ending, FORMATS[to].needs
     if not out.name.endswith(ending):
@@ -56,21 +55,21 @@ def check_format(to: str, out: Path) -> None:
 
 @torch.no_grad()
 def compare(found: Weights, to: str, out: Path) -> list[Difference]:
-    """What `out`, in format `to`, gives for random images of three sizes, beside what the model of `found` gives.
+    """Compare `out`, in format `to`, with the model of `found` on random images of three sizes.
 
-    The sizes are the native one (or two cells, if that is one), one that is higher and one that is flatter.
+    The sizes are the model's own (at least two cells), a higher one and a wider one.
 
     Raises:
         ValueError: the file cannot be opened again.
     """
     own = weights.build_backbone(found)
-    way = FORMATS[to].positions if isinstance(own, VisionTransformer) else None
+    way = FORMATS[to].positions if own.pos_interp else None
     models = [formats.Outputs(own), formats.Outputs(weights.build_backbone(found, pos_interp=way) if way else own)]
-    opened, patch = FORMATS[to].opened(out, found), own.patch_size
+    run, patch = FORMATS[to].open(out, found), own.patch_size
     cells, generator, differences = max(2, own.image_size // patch), torch.Generator().manual_seed(0), []
     for number, rows, columns in ((2, cells, cells), (1, cells + 3, cells), (3, max(2, cells // 2), cells + 1)):
         images = torch.randn(number, own.in_channels, rows * patch, columns * patch, generator=generator)
-        given, expected = opened(images), [model(images) for model in models]
+        given, expected = run(images), [model(images) for model in models]
         largest, alike = (
             max((a - b).abs().max().item() for a, b in zip(given, each, strict=False)) for each in expected
         )
@@ -80,7 +79,7 @@ def compare(found: Weights, to: str, out: Path) -> list[Difference]:
 
 
 def describe_differences(differences: list[Difference], to: str) -> str:
-    """The largest of all and each; and what is left of them where only the interpolation of positions differs."""
+    """The largest difference and that of each size; and the largest if positions were interpolated in the same way."""
     _, largest, alike, scale = map(max, zip(*differences, strict=True))
     each = ", ".join(f"{seen.largest:.1e} at {seen.size}" for seen in differences)
     text = f"{largest:.1e} in numbers up to {scale:.3g} ({each})"
@@ -90,21 +89,21 @@ def describe_differences(differences: list[Difference], to: str) -> str:
     return text
 
 
-def _ours(out: Path, found: Weights) -> Opened:
-    """By `dino.load`, told what the reference's files do not say."""
+def _open_ours(out: Path, found: Weights) -> Run:
+    """Open with `dino.load`, with the arguments that the reference's files do not hold."""
     model = weights.load(out, **{k: found.arguments[k] for k in ("num_heads", "pos_interp") if k in found.arguments})
     return formats.Outputs(model)
 
 
-def _timm(out: Path, found: Weights) -> Opened:
-    from dino.models.timm_backbone import WISHES, build_timm
+def _open_timm(out: Path, found: Weights) -> Run:
+    from dino.models.timm_backbone import OPTIONS, build_timm
 
-    wishes: dict[str, Any] = WISHES | {"pretrained": True}
-    model = build_timm(f"local-dir:{out}", found.arguments.get("in_channels", 3), wishes)[0].eval()
+    options: dict[str, Any] = OPTIONS | {"pretrained": True}
+    model = build_timm(f"local-dir:{out}", found.arguments.get("in_channels", 3), options)[0].eval()
     return lambda images: (model(images),)
 
 
-def _hf(out: Path, found: Weights) -> Opened:
+def _open_hf(out: Path, found: Weights) -> Run:
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -117,23 +116,23 @@ def _hf(out: Path, found: Weights) -> Opened:
     return run
 
 
-def _onnx(out: Path, found: Weights) -> Opened:
+def _open_onnx(out: Path, found: Weights) -> Run:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
 
-def _torch_export(out: Path, found: Weights) -> Opened:
+def _open_torch_export(out: Path, found: Weights) -> Run:
     return torch.export.load(out).module()
 
 
 FORMATS = {
-    "reference": Format(formats.write_reference, _ours),
-    "reference-checkpoint": Format(formats.write_reference_checkpoint, _ours),
-    "safetensors": Format(formats.write_safetensors, _ours, ".safetensors"),
-    "timm": Format(formats.write_timm, _timm, positions="antialias"),
-    "hf": Format(formats.write_hf, _hf, needs=("transformers",), positions="size"),
-    "onnx": Format(formats.write_onnx, _onnx, ".onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "torch-export": Format(formats.write_torch_export, _torch_export, ".pt2"),
+    "reference": Format(formats.write_reference, _open_ours),
+    "reference-checkpoint": Format(formats.write_reference_checkpoint, _open_ours),
+    "safetensors": Format(formats.write_safetensors, _open_ours, ".safetensors"),
+    "timm": Format(formats.write_timm, _open_timm, positions="antialias"),
+    "hf": Format(formats.write_hf, _open_hf, needs=("transformers",), positions="size"),
+    "onnx": Format(formats.write_onnx, _open_onnx, ".onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "torch-export": Format(formats.write_torch_export, _open_torch_export, ".pt2"),
 }

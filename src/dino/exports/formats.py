@@ -1,4 +1,4 @@
-"""Models written for others: weights, the inverse of what `dino.weights` reads, and graphs for other runtimes."""
+"""Write models for other libraries (weights that `dino.weights` reads back) and other runtimes (graphs)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from dino import errors
 from dino.data.normalize import MEAN, STD
-from dino.models import VisionTransformer
+from dino.exports.positions import interpolate_symbolically
 from dino.models.vit import SIZES
 from dino.weights import Weights, build_backbone, formats
 from dino.weights.formats import State
@@ -27,10 +27,10 @@ def write_reference(weights: Weights, out: Path) -> None:
 
 
 def write_reference_checkpoint(weights: Weights, out: Path) -> None:
-    """The reference's checkpoint of a run: what its training script resumes from and its evaluations take."""
+    """The reference's checkpoint of a run, for its training script and its evaluations."""
     if not weights.part("teacher.head."):
         raise ValueError(f"{weights.where} holds no projection heads; convert it with --to reference instead.")
-    content: dict[str, Any] = {"epoch": 0, "args": _flags(weights)}
+    content: dict[str, Any] = {"epoch": 0, "args": _make_flags(weights)}
     for role in ("student", "teacher"):
         backbone, head = formats.to_reference(weights.backbone(role)), weights.part(f"{role}.head.")
         network = {f"backbone.{k}": v for k, v in backbone.items()} | {f"head.{k}": v for k, v in head.items()}
@@ -44,7 +44,7 @@ def write_reference_checkpoint(weights: Weights, out: Path) -> None:
     torch.save(content, out)
 
 
-def _flags(weights: Weights) -> argparse.Namespace:
+def _make_flags(weights: Weights) -> argparse.Namespace:
     sizes, head = weights.arguments, formats.infer_head(weights.part("student.head."))
     return argparse.Namespace(
         arch=sizes["arch"].removeprefix("timm:"),
@@ -138,7 +138,7 @@ def _save(state: State, path: Path, metadata: dict[str, str]) -> None:
 
 
 class Outputs(nn.Module):
-    """What a graph gives: the features of normalized images [n, d], and their tokens [n, 1 + cells, d]."""
+    """The outputs of a graph: the features of normalized images [n, d], and their tokens [n, 1 + cells, d]."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -151,12 +151,12 @@ class Outputs(nn.Module):
 
 def write_torch_export(weights: Weights, out: Path) -> None:
     """A program for `torch.export.load`, of any number of images of any size that the model takes."""
-    torch.export.save(_program(weights), out)
+    torch.export.save(_trace(weights), out)
 
 
 def write_onnx(weights: Weights, out: Path) -> None:
     """An ONNX graph: `images` to `features` and `tokens`; number, height and width of the images are left open."""
-    program = _program(weights)
+    program = _trace(weights)
     with warnings.catch_warnings(action="ignore"):
         graph = torch.onnx.export(program, input_names=["images"], output_names=["features", "tokens"], verbose=False)
     assert graph is not None
@@ -168,15 +168,17 @@ def write_onnx(weights: Weights, out: Path) -> None:
     graph.save(out)
 
 
-def _program(weights: Weights) -> ExportedProgram:
-    model = build_backbone(weights)
-    patch, ours = model.patch_size, isinstance(model, VisionTransformer)
-    height, width = (patch * Dim("rows"), patch * Dim("columns")) if ours else (Dim.AUTO, Dim.AUTO)
+def _trace(weights: Weights) -> ExportedProgram:
+    model: Any = build_backbone(weights)
+    patch, height, width = model.patch_size, Dim.AUTO, Dim.AUTO
+    if model.exports_any_size:
+        height, width = patch * Dim("rows"), patch * Dim("columns")
+        model.interpolate = interpolate_symbolically
     cells = max(2, model.image_size // patch)
     images = torch.zeros(2, model.in_channels, (cells + 1) * patch, (cells + 2) * patch)
     try:
         if any(hasattr(module, "window_size") for module in model.modules()):
-            raise ValueError("its attention is cut into windows, over which tracing takes for ever")
+            raise ValueError("its attention is cut into windows, which take too long to trace")
         with warnings.catch_warnings(action="ignore"):
             return torch.export.export(
                 Outputs(model), (images,), dynamic_shapes={"images": {0: Dim("number"), 2: height, 3: width}}

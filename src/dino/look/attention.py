@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dino.models import Backbone, VisionTransformer
+from dino.models import Backbone
 
 
 def fit_to_patches(
@@ -66,23 +66,7 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def finer_patches(model: Backbone, stride: int) -> Backbone:
-    """A copy of a ViT that cuts its patches every `stride` pixels, so that they overlap and maps are finer.
-
-    The image is padded with its mean so that a patch is centered on each square of `stride` pixels; positions are
-    interpolated to that grid.
-
-    Raises:
-        ValueError: not one of our own ViTs, or patches cannot be centered so.
-    """
-    if not isinstance(model, VisionTransformer):
-        raise ValueError("only our own ViTs (and the releases) can overlap their patches; leave --stride out.")
-    patch = model.patch_size
-    if not 0 < stride < patch or (patch - stride) % 2:
-        raise ValueError(
-            f"--stride is {stride}; it must be less than the patch size {patch} by an even number, e.g. {patch // 2}."
-        )
+    """A copy that cuts a patch every `stride` pixels; see `VisionTransformer.overlap_patches`."""
     finer = copy.deepcopy(model)
-    finer.patch_size = stride  # the edge of a cell, for whoever asks
-    finer.patch_embed.proj.stride = stride, stride
-    finer.patch_embed.proj.padding = (patch - stride) // 2, (patch - stride) // 2
+    finer.overlap_patches(stride)
     return finer

@@ -1,6 +1,6 @@
-"""Backbones and the projection head: plain PyTorch, free of the rest of the package.
+"""Backbones and the projection head: plain PyTorch, independent of the rest of the package.
 
-Whatever uses a backbone may ask only for what `Backbone` names.
+Other modules use of a backbone only what `Backbone` names, so that any backbone works everywhere.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from dino import errors
 from dino.models.head import Head
-from dino.models.vit import SIZES, ImageSizeError, PositionInterpolation, Recompute, VisionTransformer
+from dino.models.positions import PositionInterpolation
+from dino.models.vit import SIZES, ImageSizeError, Recompute, VisionTransformer
 
 if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
 
 __all__ = ["NO_ATTENTION", "SIZES", "Backbone", "Head", "ImageSizeError", "Recompute", "VisionTransformer", "create"]
 
-TIMM = "timm:"  # before the name of an architecture that timm builds
+TIMM = "timm:"  # prefix of the architectures that timm builds
 NO_ATTENTION = (
     "this architecture has no attention maps: in its last block no [CLS] token looks at patches by softmax attention; "
     "ViTs have them (vit_small, timm:vit_..., timm:deit_...)."
@@ -27,25 +28,33 @@ NO_ATTENTION = (
 
 
 class Backbone(Protocol):
-    """What the method, the evaluations and the pictures may ask of a backbone. Images are normalized, NCHW.
+    """The interface of every backbone. Images are normalized, NCHW.
 
-    A cell is a patch of a transformer or a place of a ConvNet's last map.
+    A cell is a patch of a transformer or a position of a ConvNet's last map.
     """
 
     embed_dim: int
     in_channels: int
-    image_size: int  # what it was built for, pixels
+    image_size: int  # it was built for, pixels
     patch_size: int  # edge of a cell, pixels
     has_attention: bool
-    recomputable: tuple[Recompute, ...]  # what it can compute again in the backward pass
-    num_draws: int  # branches for which stochastic depth takes what it draws as a second argument
+    exports_any_size: bool  # in multiples of `patch_size`; False: torch.export finds out
+    recomputable: tuple[Recompute, ...]  # choices of `set_recompute`
+    num_drop_path: int  # branches of stochastic depth whose noise is passed as a second argument; 0: it draws its own
 
+    @property
+    def pos_interp(self) -> PositionInterpolation | None: ...  # how it interpolates positions; None: in its own way
+    @property
+    def name(self) -> str: ...  # the paper's or timm's, e.g. "vit_small/16"; "" where it has none
     def __call__(self, images: Tensor) -> Tensor: ...  # [n, embed_dim]
     def tokens(self, images: Tensor, layers: int = 1) -> list[Tensor]: ...  # normed [n, 1 + cells, embed_dim]
     def grid(self, height: int, width: int) -> tuple[int, int]: ...  # rows and columns of cells; ValueError: cannot
     def attention(self, images: Tensor) -> Tensor: ...  # [n, heads, tokens, tokens]; ValueError: has none
     def cls_attention(self, images: Tensor) -> Tensor: ...  # [n, heads, cells]; ValueError: has none
-    def set_recompute(self, what: Recompute) -> None: ...  # in the backward pass, one of `recomputable`
+    def set_recompute(self, what: Recompute) -> None: ...  # activation checkpointing
+    def set_drop_path(self, rate: float) -> bool: ...  # False: it keeps the rate that it was built with
+    def resize_positions(self, state: dict[str, Tensor]) -> dict[str, Tensor]: ...  # for its own `image_size`
+    def overlap_patches(self, stride: int) -> None: ...  # finer maps; ValueError: cannot
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
 
@@ -61,14 +70,14 @@ def create(
     drop_path: float = 0.0,
     pos_interp: PositionInterpolation = "offset",
 ) -> VisionTransformer | TimmBackbone:
-    """A backbone by name with fresh weights: one of ours, or "timm:NAME" for any architecture of timm.
+    """Create a backbone with fresh weights: one of ours by name, or "timm:NAME" for any architecture of timm.
 
     Args:
         patch_size: of our own ViTs, 16 by default.
         image_size: edge of the global views, pixels; other sizes work too where the architecture allows them.
         width, depth, num_heads: of our own ViTs; they override the architecture's own.
         in_channels: channels of the images, 1 or more.
-        stem: "small" makes a ResNet's first convolution 3x3 with stride 1 and leaves its pooling out.
+        stem: "small" makes a ResNet's first convolution 3x3 with stride 1, without pooling.
         drop_path: stochastic depth rate, where the architecture has it.
         pos_interp: of our own ViTs, how positions are interpolated for other sizes.
 
@@ -87,20 +96,11 @@ def create(
 
         return TimmBackbone(arch.removeprefix(TIMM), image_size, in_channels, drop_path, stem)
     if arch not in SIZES:
-        import timm  # slow, and here only for the sake of a mistake
+        import timm  # slow, and needed only to explain the mistake
 
         near = errors.did_you_mean(arch, [*SIZES, *(TIMM + name for name in timm.list_models())])
         raise ValueError(f"there is no architecture '{arch}'; known are {', '.join(SIZES)} and timm:NAME.{near}")
     if stem != "default":
         raise ValueError(f"stem '{stem}' is for ResNets; {arch} has patches, so choose a smaller patch_size instead.")
-    own_width, own_depth, own_heads = SIZES[arch]
-    return VisionTransformer(
-        image_size=image_size,
-        patch_size=patch_size or 16,
-        in_channels=in_channels,
-        dim=width or own_width,
-        depth=depth or own_depth,
-        num_heads=num_heads or own_heads,
-        drop_path=drop_path,
-        pos_interp=pos_interp,
-    )
+    dim, layers, heads = (given or own for given, own in zip((width, depth, num_heads), SIZES[arch], strict=True))
+    return VisionTransformer(image_size, patch_size or 16, in_channels, dim, layers, heads, drop_path, pos_interp)

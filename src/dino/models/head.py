@@ -67,11 +67,11 @@ class Head(nn.Module):
         if not bottleneck and (predictor or not prototypes):
             raise ValueError("a head without bottleneck needs prototypes and has no place for a predictor.")
         style = (batch_norm, activation)
-        hidden = [in_dim] + [hidden_dim] * (num_layers - int(bottleneck))
-        self.mlp = mlp([*hidden, bottleneck_dim], *style) if bottleneck else mlp(hidden, *style, to_the_end=True)
-        self.predictor = mlp([bottleneck_dim, hidden_dim, bottleneck_dim], *style) if predictor else nn.Identity()
+        widths = [in_dim] + [hidden_dim] * (num_layers - int(bottleneck)) + [bottleneck_dim] * int(bottleneck)
+        self.mlp = build_mlp(widths, *style, activate_last=not bottleneck)
+        self.predictor = build_mlp([bottleneck_dim, hidden_dim, bottleneck_dim], *style) if predictor else nn.Identity()
         self.apply(init_linear)
-        width = bottleneck_dim if bottleneck else hidden[-1]
+        width = widths[-1]
         self.last_layer = Prototypes(width, out_dim, fixed_gain=norm_last_layer) if prototypes else nn.Identity()
         self.normalize = bottleneck and prototypes
         self.out_dim = out_dim if prototypes else width
@@ -81,12 +81,12 @@ class Head(nn.Module):
         return self.last_layer(F.normalize(x, dim=-1) if self.normalize else x)
 
 
-def mlp(widths: list[int], batch_norm: bool, activation: Activation, to_the_end: bool = False) -> nn.Module:
-    """Linear layers through `widths` with activations between them, and after the last one if `to_the_end`."""
+def build_mlp(widths: list[int], batch_norm: bool, activation: Activation, activate_last: bool = False) -> nn.Module:
+    """Linear layers through `widths` with activations between them, and after the last one with `activate_last`."""
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(pairwise(widths)):
         layers.append(nn.Linear(a, b))
-        if i < len(widths) - 2 or to_the_end:
+        if i < len(widths) - 2 or activate_last:
             if batch_norm:
                 layers.append(nn.BatchNorm1d(b))
             layers.append(ACTIVATIONS[activation]())

@@ -1,7 +1,7 @@
 """Every architecture of timm as a `Backbone`: a feature of the image, features of the cells of its last map, attention.
 
-timm builds them with fresh weights (nothing is downloaded) and keeps its own parameter names below `model`. What an
-architecture can take is found by running a copy of it on PyTorch's meta device: shapes without arithmetic.
+timm builds them with fresh weights (nothing is downloaded); its parameter names are kept, below `model`. The image sizes
+that an architecture takes are found by running a copy of it on PyTorch's meta device, which computes shapes only.
 
 Letters: n images, p prefix tokens ([CLS], registers), d width, h heads.
 """
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from dino import errors
 from dino.models import NO_ATTENTION, Recompute
 
-# Asked of every architecture; one that does not know an option is built without it.
-WISHES: dict[str, Any] = {
-    "dynamic_img_size": True,  # views of several sizes: ViTs
-    "strict_img_size": False,  # the same: Swin
-    "zero_init_last": False,  # residual branches start as torchvision's, which the reference trains
+# Options for every architecture; one that does not know an option is built without it.
+OPTIONS: dict[str, Any] = {
+    "dynamic_img_size": True,  # ViTs take views of several sizes
+    "strict_img_size": False,  # Swin takes them
+    "zero_init_last": False,  # residual branches start as in torchvision's ResNets, which the reference trains
 }
 
 
@@ -34,15 +34,18 @@ class TimmBackbone(nn.Module):
 
     Args:
         name: as in `timm.list_models()`.
-        image_size: edge of the images it is built for, pixels.
+        image_size: edge of its images, pixels.
         drop_path: stochastic depth rate, as timm spreads it over the layers.
         stem: "small" for ResNets on small images: a 3x3 convolution of stride 1, no pooling.
 
     Raises:
-        ValueError: no such architecture, or one that cannot be built so.
+        ValueError: no such architecture, or it does not take these options.
     """
 
-    num_draws = 0  # its stochastic depth draws for itself
+    pos_interp = None
+    exports_any_size = False
+    recomputable: tuple[Recompute, ...] = ("nothing", "blocks")
+    num_drop_path = 0  # its stochastic depth draws its own noise
 
     def __init__(
         self,
@@ -56,10 +59,10 @@ class TimmBackbone(nn.Module):
         if not timm.is_model(name):
             raise ValueError(f"timm has no architecture '{name}'.{errors.did_you_mean(name, timm.list_models())}")
         self.name, self.image_size, self.in_channels = name, image_size, in_channels
-        self.model, taken = build_timm(
-            name, in_channels, WISHES | {"img_size": image_size, "drop_path_rate": drop_path}
+        self.model, known = build_timm(
+            name, in_channels, OPTIONS | {"img_size": image_size, "drop_path_rate": drop_path}
         )
-        if drop_path and "drop_path_rate" not in taken:
+        if drop_path and "drop_path_rate" not in known:
             raise ValueError(f"drop_path is {drop_path}, but timm:{name} has no stochastic depth; use 0.")
         if stem == "small":
             _shrink_stem(self.model, name)
@@ -69,11 +72,10 @@ class TimmBackbone(nn.Module):
         self.patch_size = -(-image_size // rows)
         self.embed_dim = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)
         self.has_attention = _has_cls_attention(self.model)
-        self.recomputable: tuple[Recompute, ...] = ("nothing", "blocks")
 
     def forward(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n d"]:
-        """The feature that a classifier would see: the normed [CLS] token or the pooled last map."""
-        if _none(images):
+        """The feature that timm gives to a classifier: the normed [CLS] token or the pooled last map."""
+        if _is_empty(images):
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
         return self.model.forward_head(self.model.forward_features(images))
 
@@ -82,15 +84,24 @@ class TimmBackbone(nn.Module):
         assert what in self.recomputable
         self.model.set_grad_checkpointing(what == "blocks")
 
-    def tokens(self, images: Float[Tensor, "n c height width"], layers: int = 1) -> list[Float[Tensor, "n t d"]]:
-        """The image's feature, then those of its cells row by row, normed; of the last `layers` blocks, oldest first.
+    def set_drop_path(self, rate: float) -> bool:
+        return False
 
-        A cell of a ConvNet gets the feature of an image whose map is that cell everywhere.
+    def resize_positions(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state
+
+    def overlap_patches(self, stride: int) -> None:
+        raise ValueError("only our own ViTs (and the releases) can overlap their patches; leave --stride out.")
+
+    def tokens(self, images: Float[Tensor, "n c height width"], layers: int = 1) -> list[Float[Tensor, "n t d"]]:
+        """The image's feature, then those of its cells row by row, normed; after the last `layers` blocks, oldest first.
+
+        The feature of a ConvNet's cell is that of an image whose last map has the cell's values everywhere.
 
         Raises:
             ValueError: `layers` is above 1 and the architecture's blocks do not all have tokens of the last width.
         """
-        if _none(images):
+        if _is_empty(images):
             return [tokens[:0] for tokens in self.tokens(images.new_zeros(1, *images.shape[1:]), layers)]
         if layers == 1:
             return [self._tokens(self.model.forward_features(images))]
@@ -113,10 +124,10 @@ class TimmBackbone(nn.Module):
             try:
                 with torch.no_grad():
                     images = torch.empty(1, self.in_channels, height, width, device="meta")
-                    features = self._outline.forward_features(images)
-                    self._outline.forward_head(features)
+                    features = self._meta_copy.forward_features(images)
+                    self._meta_copy.forward_head(features)
                 self._grids[height, width] = self._cells(features, height, width)
-            except Exception as error:  # there are a thousand architectures, and each refuses in its own way
+            except Exception as error:  # each of a thousand architectures raises its own
                 raise ValueError(
                     f"timm:{self.name}, built for {self.image_size}x{self.image_size} pixels, does not take images of "
                     f"{height}x{width} ({errors.first_line(error)}); use another size or architecture."
@@ -135,8 +146,8 @@ class TimmBackbone(nn.Module):
         """Where [CLS] looks: `attention`'s row 0 over the patches. Raises as `attention` does."""
         return self._attention(images, slice(1))[:, :, 0, self._prefix :]
 
-    @functools.cached_property  # lies in __dict__, so it is no submodule
-    def _outline(self) -> Any:
+    @functools.cached_property  # in __dict__, so it is not a submodule
+    def _meta_copy(self) -> Any:
         return copy.deepcopy(self.model).to("meta").eval()
 
     def _cells(self, features: Any, height: int, width: int) -> tuple[int, int]:
@@ -145,7 +156,7 @@ class TimmBackbone(nn.Module):
             rows, columns = features.shape[1:3] if self._channels_last else features.shape[2:]
             return rows, columns
         length = features.shape[1]
-        if self._prefix is None:  # the first images asked about are square
+        if self._prefix is None:  # the first images are square
             self._prefix = length - math.isqrt(length) ** 2
         edge = math.sqrt(height * width / (length - self._prefix))
         rows, columns = round(height / edge), round(width / edge)
@@ -185,27 +196,27 @@ class TimmBackbone(nn.Module):
         return (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
 
 
-def build_timm(name: str, in_channels: int, wishes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """timm's model `name`, and those of the `wishes` that the architecture knows."""
-    wishes = dict(wishes)
+def build_timm(name: str, in_channels: int, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """timm's model `name`, and those of the `options` that the architecture knows."""
+    options = dict(options)
     while True:
         try:
             fixed = {"pretrained": False, "num_classes": 0, "in_chans": in_channels}
-            return timm.create_model(name, **fixed | wishes), wishes
+            return timm.create_model(name, **fixed | options), options
         except TypeError as error:
-            unknown = [wish for wish in wishes if f"'{wish}'" in str(error)]
+            unknown = [option for option in options if f"'{option}'" in str(error)]
             if not unknown:
                 raise
-            del wishes[unknown[0]]
+            del options[unknown[0]]
         except (AssertionError, RuntimeError) as error:
             raise ValueError(
-                f"timm:{name} cannot be built for images of {wishes.get('img_size')} pixels and {in_channels} channels "
+                f"timm:{name} cannot be built for images of {options.get('img_size')} pixels and {in_channels} channels "
                 f"({error}); use another size or architecture."
             ) from error
 
 
-def _none(images: Tensor) -> bool:
-    """Whether a rank has no image of a batch, which many of timm's cannot take; an exported graph is not to ask."""
+def _is_empty(images: Tensor) -> bool:
+    """Whether a rank has no image of a batch, which many of timm's models cannot take. A graph must not ask."""
     return not torch.compiler.is_compiling() and len(images) == 0
 
 
@@ -225,5 +236,5 @@ def _shrink_stem(model: Any, name: str) -> None:
 def _has_cls_attention(model: nn.Module) -> bool:
     if not isinstance(model, TimmViT) or model.cls_token is None or model.global_pool != "token":
         return False
-    # Not by isinstance: the class has moved between versions of timm, and others that derive from it look differently.
+    # By name, not isinstance: timm has moved the class between versions, and subclasses compute something else.
     return type(getattr(model.blocks[-1], "attn", None)).__name__ == "Attention"

@@ -1,23 +1,26 @@
-"""Vision Transformer as the paper trains it (section 3.2; DeiT's pre-norm ViT with a learned position per patch).
+"""The Vision Transformer as the paper trains it (section 3.2; DeiT's pre-norm ViT with a learned position per patch).
 
-State-dict keys are the reference's, so released weights load unchanged. Notable: attention runs through
-`scaled_dot_product_attention`; where only the [CLS] output is asked for, the last block computes that one query
-(6 % of all FLOPs saved, same mathematics); positions are interpolated for every input size but the one trained at.
+State-dict keys are the reference's, so released weights load unchanged. Three things are done otherwise than written down
+in the papers, with the same results: attention runs through `scaled_dot_product_attention`; where only the [CLS] output is
+asked for, the last block computes that one query (6 % of all FLOPs saved); activations may be computed again in the
+backward pass.
 
-Letters: n images, t tokens (1 + patches), d width, h heads.
+Letters: n images, t tokens (1 + patches), q tokens that are asked for (t or 1), d width, h heads.
 """
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-PositionInterpolation = Literal["offset", "size", "antialias"]
+from dino.models.positions import PositionInterpolation, interpolate_positions
+
 Recompute = Literal["nothing", "elementwise", "blocks"]
 
 # name: width, depth, heads. `vit_nano` is ours, for CPUs and small images.
@@ -28,6 +31,17 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "vit_base": (768, 12, 12),
     "vit_large": (1024, 24, 16),
 }
+
+# Results that "elementwise" keeps for the backward pass. Norms, GELU and sums are computed again from them.
+PRODUCTS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 class ImageSizeError(ValueError):
@@ -43,20 +57,20 @@ class DropPath(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "n q d"],
+        residual: Tensor,
         branch: Callable[[Tensor], Tensor],
-        given: Tensor,
-        draw: Float[Tensor, " n"] | None = None,
+        x: Tensor,
+        noise: Float[Tensor, " n"] | None = None,
     ) -> Tensor:
-        """`x` plus what `branch` makes of `given` [n, ...]; `draw`: see `VisionTransformer.forward`."""
+        """`residual` + `branch(x)`; samples whose `noise` is at least 1 - rate get `residual` alone."""
         if self.rate == 0 or not self.training:
-            return x + branch(given)
+            return residual + branch(x)
         keep = 1 - self.rate
-        kept = x.new_empty(len(x)).bernoulli_(keep) if draw is None else (draw < keep).to(x.dtype)
-        if x.device.type != "cpu" or torch.compiler.is_compiling():  # their number would be waited for
-            return x + branch(given) * (kept / keep)[:, None, None]
-        rows = kept.nonzero()[:, 0]  # what is dropped need not be computed
-        return x.index_add(0, rows, branch(given.index_select(0, rows)).to(x.dtype), alpha=1 / keep)
+        kept = x.new_empty(len(x)).bernoulli_(keep) if noise is None else (noise < keep).to(residual.dtype)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():  # to count the kept samples would wait for the GPU
+            return residual + branch(x) * (kept / keep)[:, None, None]
+        rows = kept.nonzero()[:, 0]  # the branch is computed for these samples only
+        return residual.index_add(0, rows, branch(x.index_select(0, rows)).to(residual.dtype), alpha=1 / keep)
 
 
 class Attention(nn.Module):
@@ -66,19 +80,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(
-        self, x: Float[Tensor, "n t d"], norm: nn.Module, only_cls: bool = False, recompute: bool = False
-    ) -> Float[Tensor, "n q d"]:
-        """Of `x`, normed first; `recompute`: see `_up_to_a_product`."""
-        q, k, v = self._heads(_up_to_a_product(lambda x: self.qkv(norm(x)), x, recompute), only_cls)
+    def forward(self, x: Float[Tensor, "n t d"], only_cls: bool = False) -> Float[Tensor, "n q d"]:
+        q, k, v = self._heads(x, only_cls)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-    def weights(self, x: Float[Tensor, "n t d"], norm: nn.Module, only_cls: bool = False) -> Float[Tensor, "n h q t"]:
-        q, k, _ = self._heads(self.qkv(norm(x)), only_cls)
+    def weights(self, x: Float[Tensor, "n t d"], only_cls: bool = False) -> Float[Tensor, "n h q t"]:
+        q, k, _ = self._heads(x, only_cls)
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
-    def _heads(self, qkv: Float[Tensor, "n t _"], only_cls: bool) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    def _heads(self, x: Float[Tensor, "n t d"], only_cls: bool) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q[:, :, :1] if only_cls else q, k, v
 
 
@@ -88,38 +99,28 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor, norm: nn.Module, recompute: bool = False) -> Tensor:
-        """Of `x`, normed first; `recompute`: see `_up_to_a_product`."""
-        hidden = _up_to_a_product(lambda x: self.fc1(norm(x)), x, recompute)
-        return _up_to_a_product(lambda hidden: self.fc2(F.gelu(hidden)), hidden, recompute)
-
-
-def _up_to_a_product(work: Callable[[Tensor], Tensor], x: Tensor, recompute: bool) -> Tensor:
-    """`work(x)`, which ends in a matrix product.
-
-    With `recompute` only `x` is kept for the backward pass, which computes again what leads to the product, but not the
-    product: PyTorch stops where it has all it needs.
-    """
-    return checkpoint(work, x, use_reentrant=False, preserve_rng_state=False) if recompute else work(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, num_heads: int, drop_path: float):
+    """x + drop_path(attn(norm1(x))), then x + drop_path(mlp(norm2(x)))."""
+
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
-        self.drop_path = DropPath(drop_path)
-        self.recompute = False  # norms and GELU; needs a backward pass
+        self.drop_path = DropPath(0.0)
 
     def forward(
-        self, x: Float[Tensor, "n t d"], only_cls: bool = False, draws: Float[Tensor, "2 n"] | None = None
+        self, x: Float[Tensor, "n t d"], only_cls: bool = False, drop_path_noise: Float[Tensor, "2 n"] | None = None
     ) -> Float[Tensor, "n q d"]:
-        first, second = (None, None) if draws is None else draws.unbind()
-        again = self.recompute and self.training
-        x = self.drop_path(x[:, :1] if only_cls else x, lambda x: self.attn(x, self.norm1, only_cls, again), x, first)
-        return self.drop_path(x, lambda x: self.mlp(x, self.norm2, again), x, second)
+        """With `only_cls` of the [CLS] token alone: q is 1."""
+        first, second = (None, None) if drop_path_noise is None else drop_path_noise.unbind()
+        x = self.drop_path(x[:, :1] if only_cls else x, lambda x: self.attn(self.norm1(x), only_cls), x, first)
+        return self.drop_path(x, lambda x: self.mlp(self.norm2(x)), x, second)
 
 
 class PatchEmbed(nn.Module):
@@ -144,6 +145,10 @@ class VisionTransformer(nn.Module):
         ValueError: sizes that do not divide.
     """
 
+    has_attention = True
+    exports_any_size = True
+    recomputable: tuple[Recompute, ...] = ("nothing", "elementwise", "blocks")
+
     def __init__(
         self,
         image_size: int = 224,
@@ -161,47 +166,91 @@ class VisionTransformer(nn.Module):
         self.embed_dim, self.patch_size, self.num_heads, self.depth = dim, patch_size, num_heads, depth
         self.image_size, self.in_channels = image_size, in_channels
         self.pos_interp: PositionInterpolation = pos_interp
-        self.has_attention = True
-        self.recomputable: tuple[Recompute, ...] = ("nothing", "elementwise", "blocks")
+        self.interpolate = interpolate_positions  # `dino.exports` sets one that takes symbols
         self.recompute: Recompute = "nothing"
         self.grid(image_size, image_size)
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, dim))
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.num_draws = 2 * depth if drop_path else 0
-        self.blocks = nn.ModuleList(Block(dim, num_heads, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.set_drop_path(drop_path)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_linear)  # the patch convolution keeps PyTorch's default, as in the reference
 
+    @property
+    def name(self) -> str:
+        """What the paper calls it, e.g. "vit_small/16"; "" where it has no name."""
+        sizes = (self.embed_dim, self.depth, self.num_heads)
+        return next((f"{arch}/{self.patch_size}" for arch, known in SIZES.items() if known == sizes), "")
+
     def forward(
-        self, images: Float[Tensor, "n c height width"], draws: Float[Tensor, "branches n"] | None = None
+        self, images: Float[Tensor, "n c height width"], drop_path_noise: Float[Tensor, "branches n"] | None = None
     ) -> Float[Tensor, "n d"]:
         """The normed [CLS] feature.
 
         Args:
-            draws: uniform numbers in [0, 1) by which stochastic depth chooses, for each of `num_draws` branches in the order
-                of the blocks, which samples skip it; drawn here where None.
+            drop_path_noise: uniform numbers in [0, 1), for each of `num_drop_path` branches in the order of the blocks;
+                they decide which samples skip the branch. Drawn here where None.
         """
+        noise = [None] * self.depth if drop_path_noise is None else drop_path_noise.unflatten(0, (-1, 2)).unbind()
         x = self._embed(images)
-        of_blocks = [None] * self.depth if draws is None else draws.unflatten(0, (-1, 2)).unbind()
-        again = self.recompute == "blocks" and self.training
-        for block, own in zip(self.blocks[:-1], of_blocks, strict=False):
-            x = checkpoint(block, x, False, own, use_reentrant=False) if again else block(x, draws=own)
-        return self.norm(self.blocks[-1](x, only_cls=True, draws=of_blocks[-1]))[:, 0]
+        for i, block in enumerate(self.blocks):
+            x = self._run(block, x, i == self.depth - 1, noise[i])
+        return self.norm(x)[:, 0]
+
+    def _run(self, block: nn.Module, x: Tensor, only_cls: bool, noise: Tensor | None) -> Tensor:
+        if not self.training or self.recompute == "nothing" or (self.recompute == "blocks" and only_cls):
+            return block(x, only_cls, noise)
+        if self.recompute == "blocks":
+            return checkpoint(block, x, only_cls, noise, use_reentrant=False)
+        device = x.device.type
+        autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # Without its cache: both passes must cast the same weights, and the cache is empty in the second.
+        with torch.autocast(device, *autocast, cache_enabled=False):
+            return checkpoint(block, x, only_cls, noise, use_reentrant=False, context_fn=_keep_products)
 
     def set_recompute(self, what: Recompute) -> None:
-        """What the backward pass computes again, so that it need not be kept: less memory, more time, same gradients.
+        """Choose which activations the backward pass computes again: less memory, more time, same gradients.
 
-        "elementwise" is norms and GELU, no matrix product; of "blocks" nothing is kept but each block's input.
+        "elementwise": norms, GELU and sums, no matrix product. "blocks": all but the input of each block.
         """
         assert what in self.recomputable
         self.recompute = what
-        for block in self.blocks:
+
+    def set_drop_path(self, rate: float) -> bool:
+        """Stochastic depth that rises linearly from 0 at the first block to `rate` at the last."""
+        self.num_drop_path = 2 * self.depth if rate else 0
+        for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            block.recompute = what == "elementwise"
+            block.drop_path.rate = rate * i / max(self.depth - 1, 1)
+        return True
+
+    def resize_positions(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of a ViT for images of any size, with positions for images of `image_size`."""
+        if "pos_embed" not in state:
+            return state
+        rows, columns = self.grid(self.image_size, self.image_size)
+        return state | {"pos_embed": interpolate_positions(state["pos_embed"], rows, columns, self.pos_interp)}
+
+    def overlap_patches(self, stride: int) -> None:
+        """Cut a patch every `stride` pixels from now on, so that patches overlap and maps are finer.
+
+        The image is padded with its mean so that a patch is centered on each square of `stride` pixels; positions are
+        interpolated to that grid.
+
+        Raises:
+            ValueError: patches cannot be centered so.
+        """
+        patch = self.patch_size
+        if not 0 < stride < patch or (patch - stride) % 2:
+            raise ValueError(
+                f"--stride is {stride}; it must be less than the patch size {patch} by an even number, e.g. {patch // 2}."
+            )
+        self.patch_size = stride  # the edge of a cell, which others ask for
+        self.patch_embed.proj.stride = stride, stride
+        self.patch_embed.proj.padding = (patch - stride) // 2, (patch - stride) // 2
 
     def tokens(self, images: Float[Tensor, "n c height width"], layers: int = 1) -> list[Float[Tensor, "n t d"]]:
         """Normed tokens ([CLS] first) after each of the last `layers` blocks, oldest first."""
@@ -246,69 +295,17 @@ class VisionTransformer(nn.Module):
             x = block(x)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        return last.attn.weights(x, last.norm1, only_cls)
+        return last.attn.weights(last.norm1(x), only_cls)
 
     def _embed(self, images: Tensor) -> Float[Tensor, "n t d"]:
         rows, columns = self.grid(*images.shape[-2:])
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return x + self._positions(rows, columns)
-
-    def _positions(self, rows: int, columns: int) -> Float[Tensor, "1 t d"]:
-        return resize_positions(self.pos_embed, rows, columns, self.pos_interp)
+        return x + self.interpolate(self.pos_embed, rows, columns, self.pos_interp)
 
 
-def resize_positions(
-    positions: Float[Tensor, "1 t d"], rows: int, columns: int, how: PositionInterpolation
-) -> Float[Tensor, "1 u d"]:
-    """Positions of a square grid ([CLS] first) for one of rows x columns, by bicubic interpolation."""
-    side = math.isqrt(positions.shape[1] - 1)
-    if torch.compiler.is_exporting():  # rows and columns are symbols, which PyTorch's interpolation would make numbers
-        return _resize_symbolically(positions, side, rows, columns, how)
-    if (rows, columns) == (side, side):
-        return positions
-    grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if how == "offset":
-        # The reference adds 0.1 patch before dividing, and PyTorch then samples at exactly that scale.
-        scale = ((rows + 0.1) / side, (columns + 0.1) / side)
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-    else:
-        grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=how == "antialias")
-    assert grid.shape[-2:] == (rows, columns)
-    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-def _resize_symbolically(positions: Tensor, side: int, rows: int, columns: int, how: PositionInterpolation) -> Tensor:
-    """`resize_positions` within 1e-5 as one graph for every size: products with two matrices of bicubic weights."""
-    sizes = torch.stack([torch.scalar_tensor(rows), torch.scalar_tensor(columns)])
-    excess = 0.1 * (sizes != side).any() if how == "offset" else 0.0
-    steps = side / (sizes + excess)  # a step of 1 leaves the grid as it is
-    along_rows, along_columns = (
-        _bicubic(size, side, step, how == "antialias").to(positions)
-        for size, step in zip((rows, columns), steps.unbind(), strict=True)
-    )
-    grid = torch.einsum("ri,ijd->rjd", along_rows, positions[0, 1:].unflatten(0, (side, side)))
-    grid = torch.einsum("cj,rjd->rcd", along_columns, grid)
-    return torch.cat([positions[:, :1], grid.flatten(0, 1)[None]], dim=1)
-
-
-def _bicubic(size: int, side: int, step: Tensor, antialias: bool) -> Tensor:
-    """Weights [size, side] with which `side` cells make `size`, as PyTorch's; `step` cells lie between two targets."""
-    cells, targets = torch.arange(side) + 0.5, (torch.arange(size)[:, None] + 0.5) * step
-    if antialias:  # the kernel is as wide as a step, and cut off at the border
-        weights = _cubic((cells - targets) / step.clamp(min=1), -0.5)
-        return weights / weights.sum(dim=1, keepdim=True)
-    taps = (targets - 0.5).floor() + torch.arange(-1, 3)
-    reached = taps.clamp(0, side - 1)[..., None] == cells - 0.5  # the border is repeated
-    return (_cubic(targets - 0.5 - taps, -0.75)[..., None] * reached).sum(dim=1)
-
-
-def _cubic(x: Tensor, a: float) -> Tensor:
-    """Keys' convolution kernel."""
-    x = x.abs()
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
+def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return create_selective_checkpoint_contexts(PRODUCTS)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -1,15 +1,15 @@
 """Weights by name: our run folders, the reference's releases and checkpoints, timm's and Hugging Face's files.
 
-`load` gives a backbone, `read` everything that a file holds: teacher, student, heads, center, optimizer. Nothing is
-ever unpickled but tensors and plain values, and every key must fit but the classifiers of `formats.TOLERATED`.
+`load` gives a backbone, `read` everything that a file holds: teacher, student, heads, center, optimizer. Only tensors and
+plain values are ever unpickled. Every key must fit, except the classifiers of `formats.TOLERATED`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "teacher.safetensors", "config.json"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """What a file holds.
 
@@ -76,12 +76,12 @@ def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) ->
         name: a run directory, a release ('dino_vits16', 'vits16:full'; see `dino models`), a .pth, .pt or .safetensors
             file, or a folder that timm or Hugging Face's `ViTModel` saved.
         offline: never download; $DINO_OFFLINE=1 means the same.
-        changes: arguments of `create` that the file cannot say or that shall differ, e.g. ``num_heads=3`` or
+        changes: arguments of `create` that the file does not hold or that should differ, e.g. ``num_heads=3`` or
             ``pos_interp="antialias"``.
 
     Raises:
         ValueError: no such weights, or weights that do not fit; names the keys and shapes that differ.
-        DownloadError: a release that is neither cached nor to be had.
+        DownloadError: a release that is not cached and cannot be downloaded.
     """
     return build_backbone(read(name, offline, changes.get("num_heads"), only_backbone=True), **changes)
 
@@ -105,9 +105,13 @@ def read(
         num_heads: of a ViT of unusual width whose file does not say it.
         only_backbone: the rest may be left unread, which is quicker for a run directory.
     """
-    path = _locate(name, offline)
+    path = file = _locate(name, offline)
     try:
-        return _read_folder(path, only_backbone) if path.is_dir() else _read_file(path, num_heads)
+        pointer = path / "checkpoints" / "latest"
+        if not only_backbone and pointer.is_file():
+            file = pointer.with_name(pointer.read_text().strip())
+        content, config = _open_folder(file) if file.is_dir() else _open_file(file)
+        return _recognize(content, config, str(file), num_heads)
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} holds damaged weights: {error}. Resume or repeat the run, or copy it again."
@@ -115,27 +119,22 @@ def read(
 
 
 def _locate(name: str | os.PathLike[str], offline: bool) -> Path:
-    """Where `name` lies, downloaded if it is a release."""
-    path = Path(name)
-    if not path.exists():
-        if releases.find_release(str(name)) is None:
-            raise ValueError(
-                f"there is no run, weight file or release '{name}'; give the --out folder of a training run, a .pth or "
-                ".safetensors file, or a name that `dino models` lists."
-            )
-        path = releases.fetch_release(str(name), offline)
-    return path
+    """The path of `name`, downloaded if it is a release."""
+    if Path(name).exists():
+        return Path(name)
+    if releases.find_release(str(name)) is None:
+        raise ValueError(
+            f"there is no run, weight file or release '{name}'; give the --out folder of a training run, a .pth or "
+            ".safetensors file, or a name that `dino models` lists."
+        )
+    return releases.fetch_release(str(name), offline)
 
 
-def _read_folder(folder: Path, only_backbone: bool) -> Weights:
-    """A run directory, or a folder that timm or Hugging Face saved."""
-    pointer = folder / "checkpoints" / "latest"
-    if not only_backbone and pointer.is_file():
-        return _read_file(pointer.with_name(pointer.read_text().strip()))
+def _open_folder(folder: Path) -> tuple[State, dict[str, Any]]:
+    """Tensors and configuration of a run directory, or of a folder that timm or Hugging Face saved."""
     config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
     if "model" in config and (folder / WEIGHTS).is_file():
-        state = load_file(folder / WEIGHTS)
-        return Weights(str(folder), config["model"], {f"teacher.backbone.{k}": v for k, v in state.items()})
+        return load_file(folder / WEIGHTS), {"model": config["model"]}
     if not config or not (folder / "model.safetensors").is_file():
         raise ValueError(
             f"{folder} holds no {WEIGHTS} or model.safetensors with its {CONFIG}; give the --out folder of a training "
@@ -144,84 +143,75 @@ def _read_folder(folder: Path, only_backbone: bool) -> Weights:
     for key, rule in {"model_type": "vit", "hidden_act": "gelu", "qkv_bias": True}.items():  # timm says none of these
         if config.get(key, rule) != rule:
             raise ValueError(f"{folder / CONFIG} says {key} {config[key]}; only {key} {rule} can be read.")
-    num_heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads")
-    state = load_file(folder / "model.safetensors")
-    if "architecture" in config and "pos_embed" not in state:  # no ViT of our kind, so timm builds it
-        backbone, _, left_out = formats.split_network(state)
+    return load_file(folder / "model.safetensors"), {name: config[name] for name in config if name != "model"}
+
+
+def _open_file(path: Path) -> tuple[Any, dict[str, Any]]:
+    """What a file holds; and for safetensors that `dino export` wrote, the model's arguments in its header."""
+    if path.suffix != ".safetensors":
+        return pickles.load_pickle(path), {}
+    with safe_open(path, "pt") as file:
+        model = json.loads((file.metadata() or {}).get("model", "{}"))
+    return load_file(path), {"model": model} if "arch" in model else {}
+
+
+def _recognize(content: Any, config: dict[str, Any], where: str, num_heads: int | None) -> Weights:
+    """The kinds of files, each told by its names or its configuration."""
+    names = content.keys() if isinstance(content, dict) else set[str]()
+    if "model" in config:  # in our keys
+        return Weights(where, config["model"], {f"teacher.backbone.{name}": value for name, value in content.items()})
+    if {"method", "options"} <= names:
+        return _read_our_checkpoint(content, where)
+    if {"teacher", "student"} & names:
+        return _read_reference_checkpoint(content, where, num_heads)
+    if "architecture" in config and "pos_embed" not in names:  # not a ViT like ours, so timm builds it
+        backbone, _, left_out = formats.split_network(content)
         state = {f"teacher.backbone.model.{name}": value for name, value in backbone.items()}
-        return Weights(str(folder), {"arch": f"timm:{config['architecture']}"}, state, tuple(left_out))
-    found = _networks({"teacher": state}, str(folder), num_heads)
+        return Weights(where, {"arch": f"timm:{config['architecture']}"}, state, tuple(left_out))
+    for wrapper in ("state_dict", "model"):
+        content = content.get(wrapper, content) if isinstance(content, dict) else content
+    num_heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads") or num_heads
+    found = _read_networks({"teacher": content}, where, num_heads)
     if "pos_interp" in config:  # written by `dino export`
         found.arguments["pos_interp"] = config["pos_interp"]
     return found
 
 
-def _read_file(path: Path, num_heads: int | None = None) -> Weights:
-    where = str(path)
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            said = json.loads((file.metadata() or {}).get("model", "{}"))
-        if "arch" in said:  # written by `dino export`, in our keys
-            return Weights(where, said, {f"teacher.backbone.{name}": value for name, value in load_file(path).items()})
-        return _networks({"teacher": load_file(path)}, where, num_heads)
-    content = pickles.load_pickle(path)
-    if isinstance(content, dict) and "method" in content and "options" in content:  # a checkpoint of ours
-        options = content["options"]
-        arguments = {key: value for key, value in options["model"].items() if key != "drop_path"}
-        arguments["image_size"] = options["views"]["global_size"]
-        return Weights(where, arguments, content["method"], head=options["head"], optimizer=content["optimizer"])
-    if isinstance(content, dict) and ("teacher" in content or "student" in content):
-        roles = {role: content[role] for role in ("teacher", "student") if role in content}
-        found = _networks(roles, where, num_heads)
-        known = {"teacher", "student", "optimizer", "dino_loss", "epoch", "args", "fp16_scaler"}
-        if center := content.get("dino_loss"):
-            found.state["center.value"] = center["center"].flatten()
-        left_out = (*found.left_out, *sorted(content.keys() - known))
-        return Weights(where, found.arguments, found.state, left_out, optimizer=content.get("optimizer"))
-    state = content
-    for wrapper in ("state_dict", "model"):
-        state = state.get(wrapper, state) if isinstance(state, dict) else state
-    return _networks({"teacher": state}, where, num_heads)
+def _read_our_checkpoint(content: dict[str, Any], where: str) -> Weights:
+    options = content["options"]
+    arguments = {key: value for key, value in options["model"].items() if key != "drop_path"}
+    arguments["image_size"] = options["views"]["global_size"]
+    return Weights(where, arguments, content["method"], head=options["head"], optimizer=content["optimizer"])
 
 
-def _networks(roles: dict[str, Any], where: str, num_heads: int | None) -> Weights:
+def _read_reference_checkpoint(content: dict[str, Any], where: str, num_heads: int | None) -> Weights:
+    networks = {role: content[role] for role in ("teacher", "student") if role in content}
+    found = _read_networks(networks, where, num_heads)
+    known = {"teacher", "student", "optimizer", "dino_loss", "epoch", "args", "fp16_scaler"}
+    if center := content.get("dino_loss"):
+        found.state["center.value"] = center["center"].flatten()
+    left_out = (*found.left_out, *sorted(content.keys() - known))
+    return dataclasses.replace(found, left_out=left_out, optimizer=content.get("optimizer"))
+
+
+def _read_networks(networks: dict[str, Any], where: str, num_heads: int | None) -> Weights:
     """The networks of the reference, or bare backbones, by role."""
     out: State = {}
     arguments: dict[str, Any] = {}
     left_out: list[str] = []
-    for role, state in roles.items():
+    for role, state in networks.items():
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise ValueError(f"{where} holds no state dict (names and tensors); save model.state_dict() instead.")
         if {name.removeprefix("module.") for name in state} == {"linear.weight", "linear.bias"}:
-            raise ValueError(f"{where} is a linear classifier, not a backbone; read it with read_linear.")
+            raise ValueError(f"{where} is a linear classifier, not a backbone.")
         backbone, head, ignored = formats.split_network(state)
         arguments, backbone = formats.recognize(backbone, where, num_heads)
         out |= {f"{role}.backbone.{name}": value for name, value in backbone.items()}
         out |= {f"{role}.head.{name}": value for name, value in head.items()}
         left_out += ignored
-    if "teacher" not in roles:
+    if "teacher" not in networks:
         out |= {name.replace("student.", "teacher.", 1): value for name, value in out.items()}
     return Weights(where, arguments, out, tuple(left_out))
-
-
-def read_linear(name: str | os.PathLike[str], offline: bool = False) -> tuple[Tensor, Tensor]:
-    """Weight [classes, d] and bias [classes] of a linear classifier of the reference: a file, or e.g. 'vits16:linear'.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    path = _locate(name, offline)
-    content = pickles.load_pickle(path)
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    plain = {key.removeprefix("module."): value for key, value in (state or {}).items()}
-    if plain.keys() != {"linear.weight", "linear.bias"}:
-        raise ValueError(f"{path} is no linear classifier; its keys are {formats.list_first(plain)}.")
-    return plain["linear.weight"], plain["linear.bias"]
-
-
-def write_linear(path: str | os.PathLike[str], weight: Tensor, bias: Tensor) -> None:
-    """The inverse of `read_linear`: a file that the reference's linear evaluation reads."""
-    torch.save({"state_dict": {"module.linear.weight": weight, "module.linear.bias": bias}}, path)
 
 
 def load_strictly(module: nn.Module, state: State, where: str) -> None:

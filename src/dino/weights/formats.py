@@ -1,9 +1,9 @@
-"""State dicts of other homes in our keys and back: pure functions of names and shapes, each the exact inverse of its twin.
+"""State dicts of other libraries in our keys and back: pure functions of names and shapes.
 
-Our ViT's keys are the reference's and timm's already. Hugging Face's `ViTModel` names everything otherwise and cuts the
-queries, keys and values apart; the reference's XCiT differs from timm's in its class attention and position projection;
+Our ViT's keys are the reference's and timm's already. Hugging Face's `ViTModel` has other names, and separate tensors for
+queries, keys and values. The reference's XCiT differs from timm's in its class attention and position projection.
 torchvision's ResNets have timm's keys. A timm backbone is the `model` of an adapter, hence its prefix ``model.``.
-Names that no table knows pass through unchanged, so that strict loading can say which they are.
+Unknown names pass through unchanged, so that strict loading can list them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from dino.models.vit import SIZES
 
 State = dict[str, Tensor]
-NameMap = dict[str, tuple[str, ...]]  # a name to its counterpart, or to those of its equal parts along the first axis
+NameMap = dict[str, tuple[str, ...]]  # a name to its counterpart, or to several of which it is the concatenation
 
-# The only names that may be left out, and are named when they are: classifiers and poolers on top of a backbone.
+# The only names that may be left out: classifiers and poolers on top of a backbone. `Weights.left_out` lists them.
 TOLERATED = frozenset(
     f"{layer}.{leaf}" for layer in ("fc", "head", "classifier", "pooler.dense") for leaf in ("weight", "bias")
 )
@@ -43,7 +43,7 @@ _RESNETS = {(True, 16): 50, (True, 33): 101, (True, 50): 152, (False, 8): 18, (F
 
 
 def split_names(state: State, names: NameMap) -> State:
-    """Rename, and cut into equal parts what `names` gives several counterparts."""
+    """Rename; a tensor with several counterparts is cut into equal parts along its first axis."""
     out: State = {}
     for name, value in state.items():
         parts = names.get(name, (name,))
@@ -52,7 +52,7 @@ def split_names(state: State, names: NameMap) -> State:
 
 
 def join_names(state: State, names: NameMap) -> State:
-    """The inverse of `split`; parts of which one is absent stay as they are."""
+    """The inverse of `split_names`; if one of several parts is absent, the others stay as they are."""
     whole = {name: parts for name, parts in names.items() if all(part in state for part in parts)}
     taken = {part for parts in whole.values() for part in parts}
     out = {name: value for name, value in state.items() if name not in taken}
@@ -62,7 +62,7 @@ def join_names(state: State, names: NameMap) -> State:
     }
 
 
-def hf_names(depth: int) -> NameMap:
+def map_hf_names(depth: int) -> NameMap:
     """Our ViT's names to those of Hugging Face's `ViTModel`."""
     names: NameMap = {
         "cls_token": ("embeddings.cls_token",),
@@ -78,7 +78,7 @@ def hf_names(depth: int) -> NameMap:
     return names
 
 
-def xcit_names(state: State) -> NameMap:
+def map_xcit_names(state: State) -> NameMap:
     """The reference's XCiT names to timm's."""
     leaves = ("weight", "bias")
     names: NameMap = {
@@ -92,7 +92,7 @@ def xcit_names(state: State) -> NameMap:
 
 
 def recognize(state: State, where: str, num_heads: int | None = None) -> tuple[dict[str, Any], State]:
-    """A backbone's state dict of any known home: the arguments of `create` that build it, and the state in our keys.
+    """A backbone's state dict of any known library: the arguments of `create` that build it, and the state in our keys.
 
     Args:
         where: the file, for messages.
@@ -102,12 +102,12 @@ def recognize(state: State, where: str, num_heads: int | None = None) -> tuple[d
         ValueError: no architecture has these keys, or `num_heads` is needed.
     """
     if "embeddings.cls_token" in state:
-        state = join_names(state, hf_names(_count(state, r"encoder\.layer\.(\d+)\.")))
+        state = join_names(state, map_hf_names(_count(state, r"encoder\.layer\.(\d+)\.")))
     state = {name.removeprefix("model."): value for name, value in state.items()}  # our timm adapter's prefix
     if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
-        return vit_arguments(state, where, num_heads), state
+        return infer_vit(state, where, num_heads), state
     if "cls_attn_blocks.0.norm1.weight" in state and "cls_token" in state:
-        state = split_names(state, xcit_names(state))
+        state = split_names(state, map_xcit_names(state))
         width, depth = state["cls_token"].shape[-1], _count(state, r"blocks\.(\d+)\.")
         patch = 16 if "patch_embed.proj.6.0.weight" in state else 8
         arch = f"timm:xcit_{_XCIT_SIZES.get(width, width)}_{depth}_p{patch}_224"
@@ -121,10 +121,10 @@ def recognize(state: State, where: str, num_heads: int | None = None) -> tuple[d
     return {"arch": arch}, {f"model.{name}": value for name, value in state.items()}
 
 
-def vit_arguments(state: State, where: str, num_heads: int | None) -> dict[str, Any]:
-    """Architecture, sizes and image size of a ViT, read off its shapes.
+def infer_vit(state: State, where: str, num_heads: int | None) -> dict[str, Any]:
+    """Architecture, sizes and image size of a ViT, from its shapes.
 
-    Heads leave no trace in shapes: a width of `SIZES` has those of its architecture, any other heads of 64 channels.
+    Shapes do not tell the number of heads: a width of `SIZES` has its architecture's, any other width heads of 64 channels.
     """
     cls_token, positions, patches = state["cls_token"], state["pos_embed"], state["patch_embed.proj.weight"]
     if cls_token.ndim != 3 or positions.ndim != 3 or patches.ndim != 4:
@@ -146,7 +146,7 @@ def vit_arguments(state: State, where: str, num_heads: int | None) -> dict[str, 
 
 
 def fill_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `create` with a ViT's width, depth and heads filled in where they are its architecture's own."""
+    """Arguments of `create`; a ViT's width, depth and heads are its architecture's where they are not given."""
     own = zip(("width", "depth", "num_heads"), SIZES.get(arguments["arch"], ()), strict=False)
     return arguments | {name: arguments.get(name) or value for name, value in own}
 
@@ -154,7 +154,7 @@ def fill_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
 def to_reference(state: State) -> State:
     """Our backbone's state with the keys of the reference (its ViT, the XCiT of its hub, torchvision's ResNet)."""
     state = to_timm(state)
-    return join_names(state, xcit_names(state))
+    return join_names(state, map_xcit_names(state))
 
 
 def to_timm(state: State) -> State:
@@ -162,11 +162,11 @@ def to_timm(state: State) -> State:
 
 
 def to_hf(state: State) -> State:
-    return split_names(state, hf_names(_count(state, r"blocks\.(\d+)\.")))
+    return split_names(state, map_hf_names(_count(state, r"blocks\.(\d+)\.")))
 
 
 def split_network(state: State) -> tuple[State, State, list[str]]:
-    """One network of the reference, whatever wrapped it: its backbone, its head ({}: none), and what was left out.
+    """One network of the reference, with any wrapper's prefix: its backbone, its head ({}: none), and the names left out.
 
     ``module.`` is DistributedDataParallel's, ``backbone.`` the multi-crop wrapper's, ``vit.`` that of Hugging Face's
     models with a classifier.
@@ -187,7 +187,7 @@ def infer_head(head: State) -> dict[str, Any]:
     out_dim, bottleneck_dim = head["last_layer.weight_v"].shape
     return {
         "out_dim": out_dim,
-        "hidden_dim": layers[0].shape[0],  # of a head of one layer: the bottleneck's, as good as any
+        "hidden_dim": layers[0].shape[0],  # a head of one layer has none; the bottleneck's width will do
         "bottleneck_dim": bottleneck_dim,
         "num_layers": len(layers),
         "batch_norm": any(name.endswith("running_mean") for name in head),
@@ -196,10 +196,10 @@ def infer_head(head: State) -> dict[str, Any]:
 
 
 def list_first(names: Collection[str]) -> str:
-    """A few of the names, for messages."""
+    """The first few names, for messages."""
     return ", ".join([*sorted(names)[:3], *(["..."] if len(names) > 3 else [])]) or "none"
 
 
 def _count(state: State, pattern: str) -> int:
-    """How many blocks of a numbered sequence a state dict has."""
+    """The number of blocks in a numbered sequence of a state dict."""
     return len({match[1] for name in state if (match := re.match(pattern, name))})

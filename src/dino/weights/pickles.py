@@ -1,4 +1,4 @@
-"""Pickles read without ever running what they say: tensors, plain values and a short list of harmless classes."""
+"""Pickles read without running code: tensors, plain values and a short list of harmless classes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 
 _SCALAR = np.float64(0).__reduce__()[0]  # rebuilds a NumPy number from its bytes
 
-# What the reference's checkpoints hold beside tensors: its parsed flags, paths among them, and learning rates that are
-# NumPy numbers. None of these does anything when it is built. NumPy and pathlib have moved theirs since.
+# The reference's checkpoints hold, beside tensors, its parsed flags with paths, and learning rates that are NumPy numbers.
+# To build one of these classes has no effect. NumPy and pathlib have moved some of them, hence the second names.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     pathlib.PosixPath,
@@ -31,14 +31,14 @@ _HARMLESS: list[Any] = [
 
 
 def load_pickle(path: str | os.PathLike[str]) -> Any:
-    """What `torch.save` wrote to `path`, on the CPU.
+    """The content of a file of `torch.save`, on the CPU.
 
     Raises:
         ValueError: the file is damaged, or would build anything beyond tensors, plain values and the classes above.
     """
     try:
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old ways of pickling, which the reader can do nothing about
+            warnings.simplefilter("ignore")  # about old pickle formats; a user cannot change the file
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)|class (\S+) was not", str(error))
@@ -65,10 +65,10 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
-    """What `pickle.dump` wrote to `path`, if that is dicts, lists, strings, numbers and NumPy arrays.
+    """The content of a file of `pickle.dump` that holds dicts, lists, strings, numbers and NumPy arrays.
 
     Raises:
-        Exception, of many kinds: the file is damaged, or would build anything else.
+        Exception, of many kinds: the file is damaged, or holds anything else.
     """
     with open(path, "rb") as file:
         return _PlainUnpickler(file, encoding="latin1").load()

@@ -1,8 +1,8 @@
-"""The weights that the paper's authors released: a table, and a cache of what was downloaded from it.
+"""The weights that the paper's authors released: a table, and a cache of downloaded files.
 
 Figures and addresses are those of the reference's README; sizes are those of the tensors. Files come from `BASE` (or
-$DINO_RELEASES, a mirror) into $DINO_CACHE (or ~/.cache/dino). No checksums were published: a file's SHA-256 is recorded
-beside it when it has arrived whole, and checked whenever it is used.
+$DINO_RELEASES, a mirror) into $DINO_CACHE (or ~/.cache/dino). No checksums were published, so a file's SHA-256 is recorded
+beside it after the download, and checked at every use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ATTEMPTS, TIMEOUT, CHUNK = 3, 30, 1 << 20
 
 
 class DownloadError(Exception):
-    """A file could not be had; the message says why and how to get it otherwise."""
+    """A file could not be downloaded; the message says why and what to do."""
 
 
 class Release(NamedTuple):
@@ -89,17 +89,17 @@ def find_release(name: str) -> tuple[str, str] | None:
 
 
 def find_cached(release: str, part: str) -> Path | None:
-    """The downloaded file, unchecked."""
+    """The downloaded file, without checking it; None where there is none."""
     path = cache_folder() / Path(RELEASES[release].files[part]).name
     return path if path.is_file() else None
 
 
 def fetch_release(name: str, offline: bool = False) -> Path:
-    """The file of a release, from the cache or else downloaded; an interrupted download is continued where it stopped.
+    """The file of a release, from the cache or downloaded; an interrupted download is continued where it stopped.
 
     Raises:
         ValueError: no such release.
-        DownloadError: `offline` (or $DINO_OFFLINE=1) and not cached, no network, or damaged on the way or since.
+        DownloadError: not cached and `offline` (or $DINO_OFFLINE=1) or no network; or the file was damaged.
     """
     found = find_release(name)
     if found is None:
@@ -114,7 +114,7 @@ def fetch_release(name: str, offline: bool = False) -> Path:
         if not url.startswith(("https://", "http://")):
             raise ValueError(f"$DINO_RELEASES is {url}; give an address that begins with https:// or http://.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        recorded.unlink(missing_ok=True)  # of a file that somebody deleted
+        recorded.unlink(missing_ok=True)  # of an earlier file, since deleted
         _download(url, path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -129,18 +129,18 @@ def fetch_release(name: str, offline: bool = False) -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    """`url` to `path`, by way of `path`.part; a cut connection is taken up again `ATTEMPTS` times."""
-    part = path.with_name(path.name + ".part")
-    terminal, reason = Terminal(keep=False), ""
+    """Download `url` to `path`, by way of `path`.part; after a cut connection it is continued, `ATTEMPTS` times in all."""
+    part, reason = path.with_name(path.name + ".part"), ""
+    terminal = Terminal(keep=False)
     try:
         for _ in range(ATTEMPTS):
             try:
-                total = _continue(url, part, terminal)
-                if part.stat().st_size == total:
-                    break
-                reason = f"the connection was cut after {part.stat().st_size:,} of {total:,} bytes"
+                _append_rest(url, part, terminal)
+                break
             except urllib.error.HTTPError as error:
-                if error.code < 500:
+                if error.code == 416:  # the part is whole already, or of another file
+                    part.unlink(missing_ok=True)
+                elif error.code < 500:
                     raise DownloadError(f"{url} was refused: {error.code} {error.reason}.") from error
                 reason = f"the server answered {error.code} {error.reason}"
             except (OSError, http.client.HTTPException) as error:
@@ -158,29 +158,26 @@ def _download(url: str, path: Path) -> None:
     os.replace(part, path)
 
 
-def _continue(url: str, part: Path, terminal: Terminal) -> int:
-    """Append to `part` what it lacks of `url`; the size that the whole should have."""
+def _append_rest(url: str, part: Path, terminal: Terminal) -> None:
+    """Append to `part` what it lacks of `url`."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing beyond what we have: complete, or of another file
-            raise
-        part.unlink()
-        return _continue(url, part, terminal)
-    with response, open(part, "ab" if response.status == 206 else "wb") as file:
+    with (
+        urllib.request.urlopen(request, timeout=TIMEOUT) as response,
+        open(part, "ab" if response.status == 206 else "wb") as file,
+    ):
         length = response.headers["Content-Length"]
-        total = None if length is None else file.tell() + int(length)
+        total = file.tell() + int(length) if length else None
         terminal.start(file.tell(), total)
         while chunk := response.read(CHUNK):
             file.write(chunk)
             terminal.update(file.tell(), part.stem, f"{file.tell() / 1e6:.0f} MB")
-        return file.tell() if total is None else total
+        if total not in (None, file.tell()):
+            raise ConnectionError(f"the connection was cut after {file.tell():,} of {total:,} bytes")
 
 
 def models_command(options: ModelsOptions) -> None:
-    """List the reference's releases, or download one and print where it lies."""
+    """List the reference's releases, or download one and print its path."""
     from rich.table import Table
 
     if options.name:
