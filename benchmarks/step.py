@@ -55,8 +55,8 @@ class PlainBlock(nn.Module):
         self.norm1, self.norm2, self.mlp, self.drop_path = ours.norm1, ours.norm2, ours.mlp, ours.drop_path
         self.attn = PlainAttention(ours.attn)
 
-    def forward(self, x: Tensor, only_cls: bool = False, draws: Tensor | None = None) -> Tensor:
-        first, second = (None, None) if draws is None else draws.unbind()
+    def forward(self, x: Tensor, only_cls: bool = False, drop_path_noise: Tensor | None = None) -> Tensor:
+        first, second = (None, None) if drop_path_noise is None else drop_path_noise.unbind()
         x = x + self._drop(self.attn(self.norm1(x)), first)
         return x + self._drop(self.mlp(self.norm2(x)), second)
 

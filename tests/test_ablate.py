@@ -40,8 +40,7 @@ def test_every_row_is_valid_options_at_both_scales(name):
     for row in table.rows:
         full = replace(find_recipe(table.recipe).options, {**table.paper_base, **table.base, **row.changes})
         auto.resolve(full, 1_281_167, 400, on_gpu=True, cores=8)
-        tiny = table.base if row.tiny is None else {**table.base, **row.tiny}
-        replace(find_recipe(paper.TINY_RECIPE).options, {**tiny, "epochs": paper.TINY_EPOCHS})
+        replace(find_recipe(paper.TINY_RECIPE).options, {**table.base, **row.tiny, "epochs": paper.TINY_EPOCHS})
 
 
 @pytest.mark.parametrize(

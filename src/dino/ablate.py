@@ -62,7 +62,7 @@ class Ablation:
         base = choose_base(o.recipe or (paper.TINY_RECIPE if tiny else table.recipe))
         changes = {"epochs": paper.TINY_EPOCHS} if tiny and o.recipe is None else {}
         changes |= {**({} if tiny else table.paper_base), **table.base}
-        changes |= row.tiny if tiny and row.tiny is not None else row.changes
+        changes |= row.tiny if tiny else row.changes
         changes |= {"data.path": self.data[0], "data.val": self.data[1]}
         return replace(base, changes if o.epochs is None else changes | {"epochs": o.epochs})
 

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino import errors
 from dino.options import flatten_names, replace
-from dino.options.toml import read_recorded, read_toml
+from dino.options.toml import read_packaged, read_recorded, read_toml
 from dino.options.train import TrainOptions
-
-# What the paper compares DINO with, as changes to it (Tables 2, 7, 14 and 15).
-NO_MOMENTUM: dict[str, Any] = {"method.teacher": "student", "method.momentum": None}
-BYOL: dict[str, Any] = {
-    "method.loss": "mse",
-    "method.targets": "none",
-    "head.prototypes": False,
-    "head.predictor": True,
-    "head.batch_norm": True,
-}
-MOCO: dict[str, Any] = {
-    "method.loss": "infonce",
-    "method.targets": "none",
-    "method.student_temp": 0.2,
-    "head.prototypes": False,
-}
-SWAV: dict[str, Any] = NO_MOMENTUM | {"method.targets": "sinkhorn"}
-_COMPARED = {"byol_vit_small": BYOL, "mocov2_vit_small": MOCO, "swav_vit_small": SWAV}
 
 
 class Recipe(NamedTuple):
@@ -38,18 +20,25 @@ class Recipe(NamedTuple):
     options: TrainOptions
 
 
-def _read_recipes() -> dict[str, Recipe]:
-    tables = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
-    bases, recipes = {"": TrainOptions()}, {}
-    for name, table in tables.items():
-        changes = flatten_names(table.pop("options", {})) | dict.fromkeys(table.pop("unset", ()))
-        bases[name] = replace(bases[table.pop("base", "")], changes | _COMPARED.get(name, {}))
-        if table:
-            recipes[name] = Recipe(**table, options=bases[name])
-    return recipes
+_TABLES = read_packaged("options/recipes.toml")
 
 
-RECIPES = _read_recipes()
+def list_changes(names: Sequence[str]) -> dict[str, Any]:
+    """What tables of recipes.toml change in the default options, one after the other, with their bases."""
+    changes: dict[str, Any] = {}
+    for name in names:
+        table = _TABLES[name]
+        changes |= list_changes(table.get("base", ()))
+        changes |= dict.fromkeys(table.get("unset", ())) | flatten_names(table.get("options", {}))
+    return changes
+
+
+def _read_recipe(name: str) -> Recipe:
+    table, options = _TABLES[name], replace(TrainOptions(), list_changes([name]))
+    return Recipe(table["about"], table["command"], table["hardware"], table["expected"], options)
+
+
+RECIPES = {name: _read_recipe(name) for name, table in _TABLES.items() if "about" in table}
 
 
 def find_recipe(name: str) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from dino.options.train import TrainOptions
 def to_dict(options: Any) -> dict[str, Any]:
     """Options as nested dictionaries without unset values: what `config.toml` holds."""
     return dataclasses.asdict(options, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+
+
+def read_packaged(name: str) -> dict[str, Any]:
+    """The content of a TOML file of this package, e.g. "options/recipes.toml"."""
+    return tomllib.loads(resources.files("dino").joinpath(name).read_text(encoding="utf-8"))
 
 
 def read_toml(path: Path) -> TrainOptions:
