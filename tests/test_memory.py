@@ -98,7 +98,7 @@ def test_recomputed_activations_have_the_same_gradients_under_autocast(images, t
     """Autocast casts each weight once for all views, and the backward pass casts it again."""
     found = []
     for recompute in ("nothing", "elementwise", "blocks"):
-        subject = trainer(images, tmp_path, precision="bf16", model__depth=2)
+        subject = build_trainer(images, tmp_path, precision="bf16", model__depth=2)
         found.append(state_and_gradients(subject, Split(1, recompute)))
     for loss, tensors in found[1:]:
         assert loss == found[0][0]
