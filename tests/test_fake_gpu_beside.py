@@ -23,6 +23,7 @@ from dino.engine.train import Trainer
 from dino.eval import copydetect, finetune, knn, linear, lowshot, masks, online, propagation
 from dino.eval.supervised import LabeledBatch
 from dino.eval.sweep import Sweep
+from dino.features.cache import LabeledFeatures
 from dino.features.extract import POOLINGS, extract_batches
 from dino.look.patches import fit_axes, match_mutual
 from dino.models import create
@@ -67,7 +68,9 @@ def views(count: int) -> LabeledBatch:
 
 
 def sweeping(model: Any) -> None:
-    test = (torch.rand(9, model.embed_dim), torch.zeros(9, dtype=torch.int64))  # features lie on the CPU
+    test = LabeledFeatures(
+        torch.rand(9, model.embed_dim), torch.zeros(9, dtype=torch.int64), np.arange(9)
+    )  # on the CPU
     sweep = Sweep({"cls": (0, model.embed_dim)}, [0.1], [0.0, 0.1], 3, 0, GPU)
     training = linear.FrozenTraining(model, "cls", sweep, 2, 1, test)
     training.step(0, views(5))
@@ -79,7 +82,7 @@ def sweeping(model: Any) -> None:
 def finetuning(model: Any, precision: str) -> None:
     tuned = finetune.Classifier(model, 5, 1.0, 0)
     without_backward(tuned)
-    trainee = finetune.Finetuning(tuned, finetune.RECIPES["imagenet"], 10, 0, GPU, precision)
+    trainee = finetune.Finetuning(tuned, finetune.FINETUNE_RECIPES["imagenet"], 10, 0, GPU, precision)
     assert {trainee.step(0, views(count)).device for count in (40, 0)} == {GPU}  # a rank may have no images
     trainee.load_state_dict(trainee.state_dict())
 

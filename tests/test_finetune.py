@@ -22,7 +22,7 @@ import processes
 from dino import cli, paper
 from dino.data.torchvision_sets import TorchvisionSet, open_torchvision
 from dino.eval import finetune
-from dino.eval.finetune import RECIPES, Classifier, FinetuneRecipe, Finetuning
+from dino.eval.finetune import FINETUNE_RECIPES, Classifier, FinetuneRecipe, Finetuning
 from dino.eval.supervised import LabeledBatch
 from dino.models import create
 from dino.options import replace
@@ -84,8 +84,8 @@ def test_rates_are_those_of_deits_schedule():
 
 
 def test_small_sets_have_the_published_rate():
-    assert RECIPES["cifar10"].lr * RECIPES["cifar10"].batch_size / 512 == pytest.approx(7.5e-6)
-    rates = [finetune.learning_rate(epoch, RECIPES["cifar10"], 1000) for epoch in range(1000)]
+    assert FINETUNE_RECIPES["cifar10"].lr * FINETUNE_RECIPES["cifar10"].batch_size / 512 == pytest.approx(7.5e-6)
+    rates = [finetune.learning_rate(epoch, FINETUNE_RECIPES["cifar10"], 1000) for epoch in range(1000)]
     assert max(rates[6:]) < 7.5e-6  # with DeiT's own least rate of 1e-5 it would rise to that
     assert rates[-1] == pytest.approx(1e-6, rel=1e-3)
 
@@ -155,7 +155,9 @@ def test_stochastic_depth_is_that_of_training():
 def test_the_strongest_augmentation_still_shows_something():
     image = Image.fromarray(np.full((20, 20, 3), 200, np.uint8))
     (policy,) = (
-        part for part in finetune.build_augmentation(16, RECIPES["imagenet"]).transforms if hasattr(part, "ops")
+        part
+        for part in finetune.build_augmentation(16, FINETUNE_RECIPES["imagenet"]).transforms
+        if hasattr(part, "ops")
     )
     assert {op.magnitude for op in policy.ops} == {9}
     for op in policy.ops:
@@ -164,9 +166,9 @@ def test_the_strongest_augmentation_still_shows_something():
 
 
 def test_recipes_and_what_replaces_them():
-    for name in RECIPES:
-        assert finetune.resolve_recipe(FinetuneOptions(model="m", data="d", recipe=name)) == RECIPES[name]
-    assert set(paper.FIGURES["finetune"]["vit_small/16"]) == {f"{name}_top1" for name in RECIPES}
+    for name in FINETUNE_RECIPES:
+        assert finetune.resolve_recipe(FinetuneOptions(model="m", data="d", recipe=name)) == FINETUNE_RECIPES[name]
+    assert set(paper.FIGURES["finetune"]["vit_small/16"]) == {f"{name}_top1" for name in FINETUNE_RECIPES}
     changed = finetune.resolve_recipe(FinetuneOptions(model="m", data="d", epochs=4, layer_decay=0.7))
     assert (changed.epochs, changed.warmup_epochs, changed.layer_decay) == (4, 2, 0.7)
     for wrong, answer in (({"lr": 0.0}, "above 0"), ({"erasing": 1.0}, r"\[0, 1\)"), ({"mixup": -1.0}, "negative")):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dino.engine.log import Metrics
+from dino.engine.log import MetricsLog
 from dino.engine.monitor import CollapseMonitor, feature_health
 
 LIMIT = math.log(1024)
@@ -96,7 +96,7 @@ def test_feature_health_of_known_shapes():
 
 def test_metrics_are_json_whatever_the_numbers(tmp_path):
     """A step that fp16's scaler leaves out has an infinite gradient norm, and JSON no such number."""
-    metrics = Metrics(tmp_path, 0, tensorboard=False)
+    metrics = MetricsLog(tmp_path, 0, tensorboard=False)
     metrics.write(3, {"loss": 5.0, "grad_norm": math.inf, "kl": math.nan})
     metrics.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "loss": 5.0}\n'

@@ -184,7 +184,7 @@ def test_choices_are_the_entries_of_the_tables():
     assert choices(commands.ExportOptions, "to") == set(compare.FORMATS)
     assert choices(commands.EmbedOptions, "pooling") < set(extract.POOLINGS) == set(get_args(extract.Pooling))
     assert choices(evaluate.LinearOptions, "pooling") == {name for wide in linear.COLUMNS.values() for name in wide}
-    assert choices(evaluate.FinetuneOptions, "recipe") == set(finetune.RECIPES)
+    assert choices(evaluate.FinetuneOptions, "recipe") == set(finetune.FINETUNE_RECIPES)
     assert choices(commands.VideoOptions, "show") == set(get_args(get_type_hints(pictures.video_frames)["show"]))
 
 

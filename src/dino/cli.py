@@ -45,10 +45,14 @@ COMMANDS: dict[str, Command] = {
     "pca": Command("features of patches as colors", commands.PcaOptions, "dino.look.commands:draw_pca"),
     "match": Command("corresponding patches of two images", commands.MatchOptions, "dino.look.commands:draw_matches"),
     "video": Command("attention, masks or colors over a clip", commands.VideoOptions, "dino.look.commands:draw_video"),
-    "embed": Command("features of a folder as Parquet", commands.EmbedOptions, "dino.features.commands:embed"),
-    "search": Command("images most like yours", commands.SearchOptions, "dino.features.commands:search"),
-    "duplicates": Command("near-copies, as groups", commands.DuplicatesOptions, "dino.features.commands:duplicates"),
-    "outliers": Command("images unlike all others", commands.OutliersOptions, "dino.features.commands:outliers"),
+    "embed": Command(
+        "features of a folder as Parquet", commands.EmbedOptions, "dino.features.commands:write_embedding"
+    ),
+    "search": Command("images most like yours", commands.SearchOptions, "dino.features.commands:print_neighbors"),
+    "duplicates": Command(
+        "near-copies, as groups", commands.DuplicatesOptions, "dino.features.commands:print_duplicates"
+    ),
+    "outliers": Command("images unlike all others", commands.OutliersOptions, "dino.features.commands:print_outliers"),
     "figure tsne": Command("a map of classes (t-SNE)", commands.TsneOptions, "dino.look.figures:draw_tsne"),
     "figure neighbors": Command(
         "where k-NN is right and wrong", commands.NeighborsOptions, "dino.look.figures:draw_neighbor_page"

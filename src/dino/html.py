@@ -31,7 +31,7 @@ class Neighbor(NamedTuple):
     same: bool | None  # whether it has the query's label; None where one of them has no label
 
 
-class Row(NamedTuple):
+class NeighborRow(NamedTuple):
     """A query and what was found for it."""
 
     query: np.ndarray  # [s, s, 3] uint8
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 def read_row(
     query: np.ndarray, caption: str, wanted: str | None, source: Source, found: Iterable[tuple[float, int]]
-) -> Row:
+) -> NeighborRow:
     """A query with the images found for it, read from `source` and cropped to the query's size.
 
     Args:
@@ -54,7 +54,7 @@ def read_row(
         same = None if wanted is None or label is None else label == wanted
         pixels = resize_and_crop(source.read(position), len(query))
         neighbors.append(Neighbor(pixels, source.name(position), label, cosine, same))
-    return Row(query, caption, neighbors)
+    return NeighborRow(query, caption, neighbors)
 
 
 def get_label(source: Source, index: int) -> str | None:

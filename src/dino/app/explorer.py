@@ -28,7 +28,7 @@ from dino.look.patches import extract_patches, fit_axes
 from dino.models import Backbone
 from dino.weights import fingerprint
 
-MAX_PIXELS = 50_000_000  # of an image that a browser sends
+UPLOAD_PIXELS = 50_000_000  # of an image that a browser sends
 MAX_SIZE = 1024  # pixels of the shorter side that the model is given
 THUMBNAIL = 240  # pixels of the longer side
 MIN_LEGIBLE = 360  # pixels of the shorter side; a smaller picture is enlarged, so that its patches can be clicked on
@@ -98,7 +98,7 @@ class Explorer:
         """An image file, or one of `thumbnails` by position, `size` pixels on its shorter side."""
         try:
             if isinstance(file, str):
-                return self.show_pixels(decode(Path(file), MAX_PIXELS), size)
+                return self.show_pixels(decode(Path(file), UPLOAD_PIXELS), size)
             assert self.source is not None
             return self.show_pixels(self.source.read(self._offered[file]), size)
         except BadImage as error:

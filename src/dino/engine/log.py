@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 
-class Metrics:
+class MetricsLog:
     """Metrics by step: one JSON object to a line of `metrics.jsonl`, and the same numbers as TensorBoard events.
 
     A run that resumes after `first_step` first drops the later lines, and in the end has the file of a run that was never

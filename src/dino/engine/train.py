@@ -25,7 +25,7 @@ from dino.data.sources import Source
 from dino.engine import optim, parallel
 from dino.engine.build import Plan, build_method, model_arguments
 from dino.engine.checkpoint import CheckpointError, Checkpoints
-from dino.engine.log import Metrics, Quarantine
+from dino.engine.log import MetricsLog, Quarantine
 from dino.engine.monitor import CollapseMonitor
 from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
 from dino.machine import measure_peak_memory
@@ -149,7 +149,7 @@ class Trainer:
             self.terminal.say("Compiling: the first step takes a minute or more.")
             parallel.compile_networks(self.method)
         self.training_step.distribute()
-        self.metrics = Metrics(self.run, self.step, self.options.log.tensorboard) if distributed.is_main() else None
+        self.metrics = MetricsLog(self.run, self.step, self.options.log.tensorboard) if distributed.is_main() else None
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.terminal.start(self.step, total)
         try:

@@ -70,7 +70,7 @@ class FinetuneRecipe:
 _CIFAR = FinetuneRecipe(1000, 5e-6, erasing=0.0, assumed=("min_lr", "erasing"))
 _OTHER_SMALL = dataclasses.replace(_CIFAR, assumed=("all but the model",))
 _INATURALIST = FinetuneRecipe(300, 5e-5, batch_size=1024, assumed=("batch_size", "min_lr"))
-RECIPES = {
+FINETUNE_RECIPES = {
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
     "flowers": _OTHER_SMALL,
@@ -191,7 +191,7 @@ class Finetuning:
 
 def resolve_recipe(options: FinetuneOptions) -> FinetuneRecipe:
     """The recipe, with the given options in place of its values."""
-    recipe = RECIPES[options.recipe]
+    recipe = FINETUNE_RECIPES[options.recipe]
     names = [field.name for field in dataclasses.fields(FinetuneRecipe) if field.name != "assumed"]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     recipe = dataclasses.replace(recipe, **given)

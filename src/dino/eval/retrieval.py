@@ -102,7 +102,7 @@ class Cropped(Subset):
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
-KS = (1, 5, 10)
+DEPTHS = (1, 5, 10)
 PUBLISHED = {"roxford5k": (224, 1), "rparis6k": (512, 3)}  # size and number of scales
 
 
@@ -120,7 +120,7 @@ def score_rankings(
     return {
         f"{name}_{figure}": value
         for name, (relevant, ignored) in sets.items()
-        for figure, value in mean_precisions(rankings, relevant, ignored, KS).items()
+        for figure, value in mean_precisions(rankings, relevant, ignored, DEPTHS).items()
     }
 
 

@@ -17,14 +17,14 @@ from dino.weights import Weights
 
 TOLERANCE = 1e-4  # relative to the largest output of the model
 
-Run = Callable[[Tensor], tuple[Tensor, ...]]  # normalized images to features and, mostly, tokens
+RunExport = Callable[[Tensor], tuple[Tensor, ...]]  # normalized images to features and, mostly, tokens
 
 
 class Format(NamedTuple):
     """How a model is written, and how its readers open it."""
 
     write: Callable[[Weights, Path], None]
-    open: Callable[[Path, Weights], Run]
+    open: Callable[[Path, Weights], RunExport]
     ending: str = ""  # of the file's name
     needs: tuple[str, ...] = ()  # packages
     # How its readers interpolate a ViT's positions for sizes that it was not trained at; None: as the model.
@@ -89,13 +89,13 @@ def describe_differences(differences: list[Difference], to: str) -> str:
     return text
 
 
-def _open_ours(out: Path, found: Weights) -> Run:
+def _open_ours(out: Path, found: Weights) -> RunExport:
     """Open with `dino.load`, with the arguments that the reference's files do not hold."""
     model = weights.load(out, **{k: found.arguments[k] for k in ("num_heads", "pos_interp") if k in found.arguments})
     return formats.Outputs(model)
 
 
-def _open_timm(out: Path, found: Weights) -> Run:
+def _open_timm(out: Path, found: Weights) -> RunExport:
     from dino.models.timm_backbone import OPTIONS, build_timm
 
     options: dict[str, Any] = OPTIONS | {"pretrained": True}
@@ -103,7 +103,7 @@ def _open_timm(out: Path, found: Weights) -> Run:
     return lambda images: (model(images),)
 
 
-def _open_hf(out: Path, found: Weights) -> Run:
+def _open_hf(out: Path, found: Weights) -> RunExport:
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -116,14 +116,14 @@ def _open_hf(out: Path, found: Weights) -> Run:
     return run
 
 
-def _open_onnx(out: Path, found: Weights) -> Run:
+def _open_onnx(out: Path, found: Weights) -> RunExport:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
 
-def _open_torch_export(out: Path, found: Weights) -> Run:
+def _open_torch_export(out: Path, found: Weights) -> RunExport:
     return torch.export.load(out).module()
 
 

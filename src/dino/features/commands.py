@@ -18,14 +18,14 @@ from dino.data.sources import Source, WithPlaceholders
 from dino.features import embed as embeddings
 from dino.features import search as finding
 from dino.files import check_writable
-from dino.html import EDGE, NUM_NEIGHBORS, Row, read_row, render, write_page
+from dino.html import EDGE, NUM_NEIGHBORS, NeighborRow, read_row, render, write_page
 from dino.options.commands import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
 
 MOST_ROWS = 50  # of a page
 NAMED = 20  # unreadable images that the terminal names; the metadata of the shards name all
 
 
-def embed(options: EmbedOptions) -> None:
+def write_embedding(options: EmbedOptions) -> None:
     """Write the features of images, or those that are still missing."""
     o = options
     try:
@@ -43,7 +43,7 @@ def embed(options: EmbedOptions) -> None:
         distributed.stop()
 
 
-def search(options: SearchOptions) -> None:
+def print_neighbors(options: SearchOptions) -> None:
     """Find the images of an embedding that are most like the images given."""
     embedding, paths = _open(options), [path for path, _ in expand_images(options.images)]
     found = finding.search(embedding, paths, options.k, options.index, options.model, options.device, options.rebuild)
@@ -67,7 +67,7 @@ def search(options: SearchOptions) -> None:
     _write(options, embedding, result, "Neighbors", top, draw)
 
 
-def duplicates(options: DuplicatesOptions) -> None:
+def print_duplicates(options: DuplicatesOptions) -> None:
     """Find groups of images that are near-copies of each other."""
     embedding = _open(options)
     groups: list[list[tuple[float, int]]] = []
@@ -91,7 +91,7 @@ def duplicates(options: DuplicatesOptions) -> None:
     _write(options, embedding, result, "Near-copies", top, draw)
 
 
-def outliers(options: OutliersOptions) -> None:
+def print_outliers(options: OutliersOptions) -> None:
     """Find the images that are least like any other."""
     embedding = _open(options)
     scores = finding.outliers(embedding, options.k, options.index, options.rebuild)
@@ -135,7 +135,7 @@ def _read_row(
     at: int,
     caption: str,
     rows: list[tuple[float, int]],
-) -> Row:
+) -> NeighborRow:
     found = [(value, int(embedding.positions[row])) for value, row in rows[:NUM_NEIGHBORS]]
     return read_row(resize_and_crop(source.read(at), EDGE), caption, None, images, found)
 
