@@ -251,7 +251,7 @@ def test_recipes_build_the_models_they_name(name):
     options = auto.resolve(recipe.options, 1_281_167, 400, True, 1)
     with torch.device("meta"):
         method = build_method(options)
-    assert Plan(options, 1_281_167 // options.batch_size).lr(0) == 0
+    assert Plan(options, 1_281_167 // options.batch_size).rates(0).lr == 0
     parameters = sum(p.numel() for p in method.student.backbone.parameters())
     if name in PUBLISHED:
         count, *figures = PUBLISHED[name]

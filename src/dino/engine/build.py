@@ -30,29 +30,18 @@ class Plan:
     def steps(self, epochs: float | None) -> int:
         return round(required(epochs) * self.steps_per_epoch)
 
-    def lr(self, step: int) -> float:
-        o = self.options.optim
-        peak = required(o.lr) * required(self.options.batch_size) / 256
-        return schedules.warmup_cosine(step, self.total, peak, o.min_lr, self.steps(o.warmup_epochs))
-
-    def weight_decay(self, step: int) -> float:
-        return schedules.cosine(step, self.total, self.options.optim.weight_decay, self.options.optim.weight_decay_end)
-
-    def momentum(self, step: int) -> float:
-        return schedules.cosine(step, self.total, self.options.method.momentum or 0.0, 1.0)
-
-    def teacher_temp(self, step: int) -> float:
-        m = self.options.method
-        epochs, end = math.ceil(required(m.teacher_temp_epochs)), required(m.teacher_temp)
-        return schedules.linear_then_constant(step // self.steps_per_epoch, required(m.teacher_temp_start), end, epochs)
-
     def rates(self, step: int) -> Rates:
+        options, optim, method = self.options, self.options.optim, self.options.method
+        total, epoch = self.total, step // self.steps_per_epoch
+        peak = required(optim.lr) * required(options.batch_size) / 256
+        start, end = required(method.teacher_temp_start), required(method.teacher_temp)
+        warmup = math.ceil(required(method.teacher_temp_epochs))
         return Rates(
-            self.lr(step),
-            self.weight_decay(step),
-            self.momentum(step),
-            self.teacher_temp(step),
-            freeze_last_layer=step < self.steps(self.options.optim.freeze_last_layer),
+            lr=schedules.warmup_cosine(step, total, peak, optim.min_lr, self.steps(optim.warmup_epochs)),
+            weight_decay=schedules.cosine(step, total, optim.weight_decay, optim.weight_decay_end),
+            momentum=schedules.cosine(step, total, method.momentum or 0.0, 1.0),
+            teacher_temp=schedules.linear_then_constant(epoch, start, end, warmup),
+            freeze_last_layer=step < self.steps(optim.freeze_last_layer),
             epoch_ends=(step + 1) % self.steps_per_epoch == 0,
         )
 

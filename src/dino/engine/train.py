@@ -258,17 +258,14 @@ class Trainer:
                 "or fp32 if it was fp16, and start again from there in a new run."
             )
         self._check_quarantine()
-        last = self.step - 1
-        rate = steps * required(self.options.batch_size) / seconds
+        rates = self.plan.rates(self.step - 1)
+        speed = steps * required(self.options.batch_size) / seconds
         if "teacher_entropy" in values:
             values["kl"] = values["loss"] - values["teacher_entropy"]
         values |= {
             "epoch": self.step / self.plan.steps_per_epoch,
-            "lr": self.plan.lr(last),
-            "weight_decay": self.plan.weight_decay(last),
-            "momentum": self.plan.momentum(last),
-            "teacher_temp": self.plan.teacher_temp(last),
-            "images_per_second": rate,
+            **{name: getattr(rates, name) for name in ("lr", "weight_decay", "momentum", "teacher_temp")},
+            "images_per_second": speed,
             "data_wait_share": waited / seconds,
             "peak_memory_gb": measure_peak_memory(self.device) / 1e9,
         }
@@ -278,7 +275,7 @@ class Trainer:
             self.terminal.say(f"Warning: {warning}", style="bold yellow")
             if self.metrics is not None:
                 self.metrics.write(self.step, {"collapse": 1.0})
-        self.status = f"loss {values['loss']:.3f}  {rate:,.0f} images/s"
+        self.status = f"loss {values['loss']:.3f}  {speed:,.0f} images/s"
         return bool(signaled)
 
     def _show(self) -> None:
