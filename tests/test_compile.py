@@ -12,6 +12,7 @@ import copy
 import torch
 from torch._dynamo.utils import counters
 from dino.engine.parallel import compile_networks
+from dino.engine.step import TrainingStep
 from dino.method import DINO, Network
 from dino.models import Head, create
 
@@ -26,13 +27,11 @@ for rate, recompute in ((0.0, "nothing"), (0.3, "nothing"), (0.0, "elementwise")
     counters.clear()
     for step in range(3):
         groups = [torch.randn(8, 3, 32, 32), torch.randn(12, 3, 16, 16)]
-        noise = [torch.rand(4, 8), torch.rand(4, 12)]
+        noise = [torch.rand(4, 2, 4), torch.rand(4, 3, 4)] if rate else None
         found = []
         for method in (plain, compiled):
             method.zero_grad()
-            targets, _ = method.teacher_targets(groups[0], 0.04)
-            loss = method.student_loss(method.student(groups, noise if rate else None), targets)
-            loss.backward()
+            loss, _ = TrainingStep(method, None, torch.device("cpu")).compute_gradients(groups, 0.04, noise)
             found.append([loss, *(p.grad for p in method.student.parameters() if p.grad is not None)])
             method.update_teacher(0.9)
         for a, b in zip(*found, strict=True):
