@@ -25,13 +25,7 @@ from dino import distributed
 from dino.data.open import open_labeled_pair
 from dino.engine import parallel
 from dino.eval.evaluate import Result, locate_work
-from dino.eval.supervised import (
-    LabeledBatch,
-    LabeledBatches,
-    compute_accuracies,
-    save_weights,
-    train_supervised,
-)
+from dino.eval.supervised import LabeledBatch, LabeledBatches, compute_accuracies, save_weights, train_supervised
 from dino.features.extract import extract, readable_labels
 from dino.models import Backbone
 from dino.options.evaluate import FinetuneOptions
@@ -178,9 +172,6 @@ class Finetuning:
             parts.append(v2.RandomChoice(self.mixes)(images, labels))
         return torch.cat([images for images, _ in parts]), torch.cat([targets for _, targets in parts])
 
-    def epoch_end(self, epoch: int) -> None:
-        pass
-
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
@@ -210,7 +201,6 @@ def build_augmentation(size: int, recipe: FinetuneRecipe) -> Any:
         interpolation="bicubic",
         re_prob=recipe.erasing,
         re_mode="pixel",
-        re_count=1,
     )
     for op in (op for part in augmentation.transforms for op in getattr(part, "ops", ())):
         # At a magnitude of 10, in one draw of 40, timm posterizes to 0 bits: black, and an error in newer Pillow.
@@ -247,8 +237,7 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
     values = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "assumed"}
     settings = {"seed": seed, "size": size, "precision": precision}
     identity = values | settings | {"data": train_on.fingerprint, "model": digest}
-    minutes, workers = options.checkpoint_minutes, options.num_workers
-    train_supervised(trainee, batches, recipe.epochs, folder, identity, minutes, device, workers)
+    train_supervised(trainee, batches, recipe.epochs, folder, identity, options, device)
     tuned.eval().requires_grad_(False)
     classifier: Any = tuned  # its scores are features of the test images like any others
     scores = extract(classifier, test, size, device, shared=True, progress="test images")

@@ -72,7 +72,7 @@ def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Sourc
     rates, decays = options.lr or FAST_RATES, options.weight_decay or FAST_DECAYS
     points = list(itertools.product(columns, rates, decays))
     trial = train_on(np.setdiff1d(everything, held), columns, rates, decays, f"{len(points)} classifiers")
-    scores = [score for name in columns for score in trial.top1(name, bank.values[held], bank.labels[held], device)]
+    scores = [score for name in columns for score in trial.top1(name, bank.values[held], bank.labels[held])]
     grid = [
         {"pooling": name, "lr": lr, "weight_decay": decay, "held_out_top1": score}
         for (name, lr, decay), score in zip(points, scores, strict=True)
@@ -119,11 +119,10 @@ class FrozenTraining:
         images = normalize(batch.images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)[None], self.model.in_channels)
         features = POOLINGS[self.pooling](self.model, images).float()
         scale = schedules.cosine(step // self.per_epoch, self.epochs, 1.0, 0.0)
-        return self.sweep.step(features, batch.labels, batch.total, scale)
-
-    def epoch_end(self, epoch: int) -> None:
-        top1 = self.sweep.top1(self.pooling, self.test.values, self.test.labels, self.sweep.rates.device)
-        self.history.append(top1)
+        loss = self.sweep.step(features, batch.labels, batch.total, scale)
+        if (step + 1) % self.per_epoch == 0:
+            self.history.append(self.sweep.top1(self.pooling, self.test.values, self.test.labels))
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         return {"weights": self.sweep.weights, "momenta": self.sweep.momenta, "history": self.history}
@@ -156,8 +155,7 @@ def run_paper(model: Backbone, options: LinearOptions, train: Source, test: Sour
     left_out = ("num_workers", "checkpoint_minutes", "json", "device", "model", "data", "val")
     identity = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
     identity |= {"data": train.fingerprint, "test images": test.fingerprint, "model": fingerprint(model)}
-    workers, minutes = options.num_workers, options.checkpoint_minutes
-    train_supervised(trainee, batches, options.epochs, folder, identity, minutes, device, workers)
+    train_supervised(trainee, batches, options.epochs, folder, identity, options, device)
     history = np.array(trainee.history)  # [epochs, classifiers]
     point = int((history.max(axis=0) if original else history[-1]).argmax())
     lr, decay = list(itertools.product(rates, decays))[point]

@@ -16,9 +16,8 @@ from dino.data.normalize import STD, normalize
 from dino.models import Backbone
 
 TEMPERATURE = 0.1
-TILE = (
-    12  # edge in patches. A tile's similarities with 8 frames at radius 12 take 6 MB, whatever the size of the frames
-)
+# Edge in patches. A tile's similarities with 8 frames at radius 12 take 6 MB, whatever the size of the frames.
+TILE = 12
 
 
 def neighborhoods(
