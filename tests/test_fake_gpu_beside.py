@@ -107,7 +107,7 @@ EVALUATIONS: dict[str, Any] = {
     "logistic": lambda model: lowshot.fit_logistic(on_gpu(9, 8), labels(9), 3, 1.0),
     "fine-tuning": lambda model: finetuning(model, "fp32"),
     "fine-tuning in bf16": lambda model: finetuning(model, "bf16"),
-    "copies": lambda model: copydetect.rank_originals(on_gpu(5, 8), on_gpu(3, 8), on_gpu(0, 8), labels(5)),
+    "copies": lambda model: copydetect.rank_originals(on_gpu(5, 8), on_gpu(3, 8), labels(5)),
     "masks": lambda model: masks.measure_overlap(
         model, np.zeros((32, 48, 3), np.uint8), np.zeros((2, 32, 48), bool), 0.6, GPU
     ),

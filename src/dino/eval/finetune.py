@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from dino import distributed
+from dino import distributed, schedules
 from dino.data.open import open_labeled_pair
 from dino.engine import parallel
 from dino.eval.evaluate import Result, locate_work
@@ -127,7 +126,7 @@ def learning_rate(epoch: int, recipe: FinetuneRecipe, epochs: int) -> float:
     least = min(recipe.min_lr, peak)  # DeiT's own minimum, 1e-5, lies above the peak for CIFAR
     if epoch < recipe.warmup_epochs:
         return WARMUP_LR + epoch * (peak - WARMUP_LR) / recipe.warmup_epochs
-    return least + 0.5 * (peak - least) * (1 + math.cos(math.pi * epoch / epochs))
+    return schedules.cosine(epoch, epochs, peak, least)
 
 
 class Finetuning:
@@ -227,16 +226,14 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
                 "this model has BatchNorm, which CPU processes cannot share; fine-tune it with one process."
             )
         parallel.synchronize_batch_norm(tuned)
-    batch_size, seed = min(recipe.batch_size, len(train_on)), options.seed
-    recipe = dataclasses.replace(recipe, batch_size=batch_size)
+    recipe, seed = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, len(train_on))), options.seed
     augmentation = build_augmentation(size, recipe)
     batches = LabeledBatches(
-        train_on, augmentation, size, batch_size, seed, recipe.repeats, group=MIX_GROUP, drop_last=True
+        train_on, augmentation, size, recipe.batch_size, seed, recipe.repeats, group=MIX_GROUP, drop_last=True
     )
     trainee = Finetuning(tuned, recipe, batches.steps_per_epoch, seed, device, precision)
-    values = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "assumed"}
-    settings = {"seed": seed, "size": size, "precision": precision}
-    identity = values | settings | {"data": train_on.fingerprint, "model": digest}
+    identity = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "assumed"}
+    identity |= {"seed": seed, "size": size, "precision": precision, "data": train_on.fingerprint, "model": digest}
     train_supervised(trainee, batches, recipe.epochs, folder, identity, options, device)
     tuned.eval().requires_grad_(False)
     classifier: Any = tuned  # its scores are features of the test images like any others
@@ -247,7 +244,7 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
     return Result(
         {f"{options.recipe}_{name}": value for name, value in found.items()},
         f"fine-tuned end to end at {size} pixels by the recipe {options.recipe} (AdamW, {recipe.epochs} epochs at batch "
-        f"{batch_size}, lr {recipe.lr:g} x batch / 512{note})",
+        f"{recipe.batch_size}, lr {recipe.lr:g} x batch / 512{note})",
         {"training": train_on.fingerprint, "test": test.fingerprint},
         {"training images": len(train_on), "test images": len(wanted)},
         {"recipe": dataclasses.asdict(recipe), "precision": precision},

@@ -62,11 +62,6 @@ Pooling = Literal[
 Pool = Callable[[Backbone, Tensor], Tensor]
 
 
-def gem(patches: Tensor, power: float = 4.0) -> Tensor:
-    """Generalized mean over patches [n, p, d] -> [n, d], as the reference's copy detection takes it."""
-    return patches.clamp(min=1e-6).pow(power).mean(dim=1).pow(1 / power)
-
-
 def _pool_tokens(*parts: Callable[[list[Tensor]], Tensor], layers: int = 1) -> Pool:
     """Each of `parts` makes [n, d] of the tokens of the last `layers` blocks, [n, 1 + p, d] each."""
 
@@ -86,7 +81,8 @@ def _average(tokens: list[Tensor]) -> Tensor:
 
 
 def _gem(tokens: list[Tensor]) -> Tensor:
-    return gem(tokens[-1][:, 1:])
+    """Generalized mean over patches, power 4, as the reference's copy detection takes it."""
+    return tokens[-1][:, 1:].clamp(min=1e-6).pow(4.0).mean(dim=1).pow(0.25)
 
 
 def _whole_patches(model: Backbone, images: Tensor) -> Tensor:
