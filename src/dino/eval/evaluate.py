@@ -126,8 +126,9 @@ def evaluate_command(options: EvalOptions) -> None:
         }
         if distributed.is_main():
             print(format_table(options.model, found, paper.FIGURES.get(name, {}).get(model.name, {}), model.name))
-            if written := _write(options, name, result):
-                print(f"Written: {written}")
+            if path := locate_result(options, name):
+                _write(path, result)
+                print(f"Written: {path}")
     finally:
         distributed.stop()
 
@@ -170,10 +171,7 @@ def locate_work(options: EvalOptions, name: str) -> Path:
     return path.with_suffix(".training")
 
 
-def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | None:
-    path = locate_result(options, name)
-    if path is None:
-        return None
+def _write(path: Path, result: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as temporary:
@@ -182,7 +180,6 @@ def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | No
         raise ValueError(
             f"the result cannot be written to {path} ({error.strerror}); choose another --json."
         ) from error
-    return path
 
 
 def measure_each(items: Sequence[Any], measure: Callable[[Any], T], what: str | None = None) -> dict[Any, T | str]:

@@ -237,7 +237,7 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
     train_supervised(trainee, batches, recipe.epochs, folder, identity, options, device)
     tuned.eval().requires_grad_(False)
     classifier: Any = tuned  # its scores are features of the test images like any others
-    scores = extract(classifier, test, size, device, shared=True, progress="test images")
+    scores = extract(classifier, test, size, shared=True, progress="test images")
     wanted = readable_labels(test, scores, "test")
     save_weights(options, "finetune", tuned.state_dict(), train_on.classes)
     found = compute_accuracies(scores.values, wanted)

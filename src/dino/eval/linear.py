@@ -51,8 +51,8 @@ COLUMNS: dict[Pooling, dict[Pooling, tuple[int, int]]] = {
 def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Source, device: torch.device) -> Result:
     """Train many classifiers on a part of the training features, choose one on the rest, and train it again on all."""
     size, widest = options.size or model.image_size, widest_pooling(model)
-    bank = cache.load_labeled(model, train, size, device, "training", widest)
-    asked = cache.load_labeled(model, test, size, device, "test", widest)
+    bank = cache.load_labeled(model, train, size, "training", widest)
+    asked = cache.load_labeled(model, test, size, "test", widest)
     width = model.embed_dim
     columns: Columns = {name: (a * width, b * width) for name, (a, b) in COLUMNS[widest].items()}
     if unknown := sorted(set(options.pooling or ()) - columns.keys()):
@@ -140,11 +140,11 @@ def run_paper(model: Backbone, options: LinearOptions, train: Source, test: Sour
     size, original = options.size or model.image_size, options.protocol == "original"
     pooling: Pooling = options.pooling[0] if options.pooling else paper_pooling(model)
     rates, decays = options.lr or (0.001,), options.weight_decay or (0.0,)
-    asked = cache.load_labeled(model, test, size, device, "test", pooling)
+    asked = cache.load_labeled(model, test, size, "test", pooling)
     choice, chosen_on = asked, "the only one"
     if not original and len(rates) * len(decays) > 1:
         held = draw_per_class(required(train.labels), options.held_out, options.seed, least=0)
-        choice = cache.load_labeled(model, Subset(train, held), size, device, "held-out", pooling)
+        choice = cache.load_labeled(model, Subset(train, held), size, "held-out", pooling)
         chosen_on = f"best on {len(held)} held-out training images"
         train = Subset(train, np.setdiff1d(np.arange(len(train)), held))
     batches = LabeledBatches(train, training_crops(size), size, options.batch_size, options.seed)

@@ -134,7 +134,7 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
         )
     size, num_classes = options.size or model.image_size, len(train.classes)
     bank, queries = (
-        cache.load_labeled(model, source, size, device, what) for source, what in ((train, "training"), (test, "test"))
+        cache.load_labeled(model, source, size, what) for source, what in ((train, "training"), (test, "test"))
     )
     x, asked = (F.normalize(part.values, dim=1).to(device) for part in (bank, queries))
     labels, wanted = bank.labels.to(device), queries.labels.to(device)

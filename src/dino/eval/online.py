@@ -52,10 +52,10 @@ class OnlineEvaluation:
 
     def _monitor(self, backbone: Backbone) -> dict[str, float]:
         images = self.train if self.held_out is None else self.held_out
-        queries = extract(backbone, images, self.size, self.device, evenly_spaced(len(images), QUERIES))
+        queries = extract(backbone, images, self.size, evenly_spaced(len(images), QUERIES))
         result = feature_health(queries.values) if len(queries.values) > 1 else {}
         if self.held_out is not None and self.held_out.labels is not None and self.train.labels is not None:
-            bank = extract(backbone, self.train, self.size, self.device, evenly_spaced(len(self.train), BANK))
+            bank = extract(backbone, self.train, self.size, evenly_spaced(len(self.train), BANK))
             result |= self._knn(bank, queries)
             if not self.pixels_done:  # a floor to beat: the same vote on the pixels themselves
                 edge = min(self.size, 64)

@@ -80,7 +80,7 @@ def embed(
     missing = distributed.from_main(lambda: _missing(folder, about))
     mine = missing[distributed.rank() :: distributed.world_size()]
     positions = [i for part in mine for i in range(part * shard, min((part + 1) * shard, len(source)))]
-    batches = extract_batches(network, source, size, blank.device, positions, batch, None, "embed", pooling, fp16=fp16)
+    batches = extract_batches(network, source, size, positions, batch, None, "embed", pooling, fp16=fp16)
     for part in mine:
         # Only the last shard has fewer batches, and it is the last of `mine`.
         table = _table([*islice(batches, shard // batch)], source, shape, about)

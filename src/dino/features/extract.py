@@ -148,7 +148,6 @@ def extract_batches(
     model: Backbone,
     source: Source,
     size: int,
-    device: torch.device | str,
     indices: Sequence[int],
     batch_size: int,
     num_workers: int | None = None,
@@ -162,7 +161,7 @@ def extract_batches(
     Args:
         fp16: compute in half precision on a GPU.
     """
-    device = torch.device(device)
+    device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
     if num_workers is None:  # starting processes costs more than a few hundred small images
         num_workers = count_spare_cores() if on_gpu and len(indices) * size**2 > 2e7 else 0
@@ -185,7 +184,6 @@ def extract(
     model: Backbone,
     source: Source,
     size: int,
-    device: torch.device | str = "cpu",
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
     num_workers: int | None = None,
@@ -210,7 +208,7 @@ def extract(
     if shared:  # each rank takes whole batches in turn, so that each is computed as it would be on one rank
         starts = range(distributed.rank() * batch_size, len(indices), distributed.world_size() * batch_size)
         mine = [index for start in starts for index in indices[start : start + batch_size]]
-    batches = extract_batches(model, source, size, device, mine, batch_size, num_workers, progress, pooling, resize)
+    batches = extract_batches(model, source, size, mine, batch_size, num_workers, progress, pooling, resize)
     shares = distributed.gather([*batches]) if shared else [[*batches]]
     in_order = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
     return Features.concatenate(in_order, model.embed_dim)
