@@ -252,18 +252,15 @@ def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Re
     }
     every = list(itertools.chain.from_iterable(objects.values()))
     prefix = "davis2017_" if (len(videos), len(every)) == (30, 61) else ""
-    figures = {
-        f"{prefix}{m}_{what}": 100 * float(np.mean([one[m][what] for one in every]))
-        for m in "jf"
-        for what in ("mean", "recall", "decay")
-    }
-    both = {f"{prefix}jf_mean": (figures[f"{prefix}j_mean"] + figures[f"{prefix}f_mean"]) / 2}
+    names = itertools.product("jf", ("mean", "recall", "decay"))
+    figures = {f"{m}_{what}": 100 * float(np.mean([one[m][what] for one in every])) for m, what in names}
+    figures = {"jf_mean": (figures["j_mean"] + figures["f_mean"]) / 2} | figures
     frames, masks = (
         hashlib.sha256("".join(files.fingerprint for files in part).encode()).hexdigest()
         for part in ([v.frames for v in videos.values()], [v.masks for v in videos.values()])
     )
     return Result(
-        both | figures,
+        {prefix + name: value for name, value in figures.items()},
         f"{options.protocol} protocol: labels propagated from the first and {options.queue} previous frames, "
         f"{options.top_k} likest patches within {options.neighborhood} rows and columns",
         {"frames": frames, "annotations": masks},

@@ -77,8 +77,7 @@ class EvaluationCallback(NamedTuple):
     """An evaluation of the model in training; all ranks call it."""
 
     name: str
-    options: EvalOptions
-    run: Path
+    options: EvalOptions  # its model is the run directory
 
     @classmethod
     def parse(cls, text: str, run: Path) -> EvaluationCallback:
@@ -95,11 +94,11 @@ class EvaluationCallback(NamedTuple):
             raise ValueError(f"--log.evaluate '{text}': {error}") from error
         except SystemExit as stop:  # the parser has said why
             raise ValueError(f"--log.evaluate '{text}' is not understood; see `dino eval {name} --help`.") from stop
-        return cls(name, options, run)
+        return cls(name, options)
 
     def __call__(self, model: Backbone, step: int) -> dict[str, float]:
         """Figures as ``NAME/figure``. Files that the evaluation writes go to eval/step-STEP of the run."""
-        result = self.run / "eval" / f"step-{step:08d}" / f"{self.name}.json"
+        result = Path(self.options.model) / "eval" / f"step-{step:08d}" / f"{self.name}.json"
         with cache.bypass_cache():  # these weights will not be evaluated again
             found = _measure(self.name, model, dataclasses.replace(self.options, json=str(result)))
         return {f"{self.name}/{figure}": value for figure, value in found.figures.items()}

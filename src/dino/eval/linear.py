@@ -96,10 +96,10 @@ def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Sourc
 
 def format_grid(grid: list[dict[str, Any]], rates: Floats) -> str:
     """A table of held-out accuracies: a line for each pooling and decay, a column for each learning rate."""
-    rows = {f"{entry['pooling']}, decay {entry['weight_decay']:g}": "" for entry in grid}
+    rows = {"held-out top-1, %": "".join(f"{f'lr {rate:g}':>9}" for rate in rates)}
     for entry in grid:
-        rows[f"{entry['pooling']}, decay {entry['weight_decay']:g}"] += f"{entry['held_out_top1']:9.2f}"
-    rows = {"held-out top-1, %": "".join(f"{f'lr {rate:g}':>9}" for rate in rates)} | rows
+        name = f"{entry['pooling']}, decay {entry['weight_decay']:g}"
+        rows[name] = rows.get(name, "") + f"{entry['held_out_top1']:9.2f}"
     return "\n".join(f"{name:<27}{row}" for name, row in rows.items())
 
 

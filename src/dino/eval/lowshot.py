@@ -115,7 +115,7 @@ def read_list(source: Source, file: str) -> np.ndarray:
         for key in {name, Path(name).name}:
             places[key] = None if key in places else index
     for line in wanted:
-        if places.get(line, -1) in (None, -1):
+        if places.get(line) is None:
             fault = "names two images" if line in places else "is no training image"
             raise ValueError(f"--list {file}: '{line}' {fault}; write paths as in the folder, e.g. {source.name(0)}.")
     if not wanted:
