@@ -89,7 +89,7 @@ def finetuning(model: Any, precision: str) -> None:
 
 def following(model: Any) -> None:
     view, image = (32, 48), np.zeros((40, 60, 3), np.uint8)
-    frames = (propagation.extract_frame(model, image, view, GPU, original=True) for _ in range(3))
+    frames = (propagation.extract_frame(model, image, view, original=True) for _ in range(3))
     first = propagation.soften(image[..., 0], model.grid(*view), 2).to(GPU)
     found = [propagation.harden(each, view, (40, 60)) for each in propagation.follow(frames, first, 2, 1, 3)]
     assert [mask.shape for mask in found] == [(40, 60)] * 2
@@ -109,7 +109,7 @@ EVALUATIONS: dict[str, Any] = {
     "fine-tuning in bf16": lambda model: finetuning(model, "bf16"),
     "copies": lambda model: copydetect.rank_originals(on_gpu(5, 8), on_gpu(3, 8), labels(5)),
     "masks": lambda model: masks.measure_overlap(
-        model, np.zeros((32, 48, 3), np.uint8), np.zeros((2, 32, 48), bool), 0.6, GPU
+        model, np.zeros((32, 48, 3), np.uint8), np.zeros((2, 32, 48), bool), 0.6
     ),
     "scenes": lambda model: online.measure_scene_masks(model, Scenes(3), 32, GPU),
     "videos": following,
