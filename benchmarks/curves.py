@@ -82,13 +82,12 @@ def train(way: Way, source: Source, options: Any, steps: int) -> tuple[list[floa
 
 def accuracy(method: DINO, source: Source, held_out: Source, size: int) -> float:
     model = method.teacher.backbone.eval()
-    device = method.center.value.device
-    (bank, labels), (queries, truth) = (_features(model, part, size, device) for part in (source, held_out))
+    (bank, labels), (queries, truth) = (_features(model, part, size) for part in (source, held_out))
     return knn.classify(bank, labels, queries, truth)["knn20_top1"]
 
 
-def _features(model: Any, source: Any, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    found = extract(model, source, size, device)
+def _features(model: Any, source: Any, size: int) -> tuple[Tensor, Tensor]:
+    found = extract(model, source, size)
     return found.values, torch.from_numpy(np.asarray(source.labels)[found.indices])
 
 

@@ -45,11 +45,11 @@ def main() -> None:
         model(ready[0][:1])
     rates: list[float] = []
     turns = {
-        "files": lambda: extract(model, source, size, device),
+        "files": lambda: extract(model, source, size),
         "forward": lambda: [model(batch) for batch in ready],
         "product": lambda: rates.append(measure_matrix_rate(device)),
     }
-    extract(model, source, size, device, range(2))
+    extract(model, source, size, range(2))
     took = harness.alternate(turns, options.pairs, device)
     flops = counter.get_total_flops() * len(source)
     result = {

@@ -29,14 +29,14 @@ def test_average_precision_is_the_references():
 def test_positions_against_a_plain_sort_and_ties_count_against_us(monkeypatch):
     torch.manual_seed(0)
     copies, originals, others = (F.normalize(torch.randn(n, 4), dim=1) for n in (30, 10, 50))
-    owners = torch.randint(0, 10, (30,))
-    order = np.argsort(-(copies @ torch.cat([originals, others]).T).numpy(), axis=1)
+    owners, database = torch.randint(0, 10, (30,)), torch.cat([originals, others])
+    order = np.argsort(-(copies @ database.T).numpy(), axis=1)
     expected = [int(np.flatnonzero(order[i] == owners[i].item())[0]) for i in range(30)]
-    assert copydetect.rank_originals(copies, originals, others, owners).tolist() == expected
+    assert copydetect.rank_originals(copies, database, owners).tolist() == expected
     monkeypatch.setattr(neighbors, "MOST_NUMBERS", 7 * 60)
-    assert copydetect.rank_originals(copies, originals, others, owners).tolist() == expected
+    assert copydetect.rank_originals(copies, database, owners).tolist() == expected
     same = torch.ones(5, 1)
-    assert copydetect.rank_originals(same, same, same, torch.arange(5)).tolist() == [9] * 5
+    assert copydetect.rank_originals(same, same.repeat(2, 1), torch.arange(5)).tolist() == [9] * 5
 
 
 def test_original_looks_at_twenty_ranks_and_fixed_at_all():

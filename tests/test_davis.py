@@ -96,7 +96,7 @@ def test_protocols_differ_in_the_deviation_of_red_alone(model):
             :, None, None
         ]
         expected = model.tokens(pixels)[-1][0, 1:].detach().view(5, 7, -1)
-        found = propagation.extract_frame(model, image, (40, 56), CPU, original)
+        found = propagation.extract_frame(model, image, (40, 56), original)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

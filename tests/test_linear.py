@@ -76,7 +76,7 @@ def test_sweep_equals_separate_trainings():
         torch.testing.assert_close(found["weight"], layer.weight.detach(), rtol=0, atol=1e-12)
         torch.testing.assert_close(found["bias"], layer.bias.detach(), rtol=0, atol=1e-12)
         right = (layer(x[:, slice(*columns[name])]).argmax(1) == y).double().mean().item()
-        assert sweep.top1(name, x, y, CPU)[point] == pytest.approx(100 * right)
+        assert sweep.top1(name, x, y)[point] == pytest.approx(100 * right)
 
 
 def test_a_classifier_that_diverges_spoils_no_other():

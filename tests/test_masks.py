@@ -33,7 +33,7 @@ def test_overlap_of_every_object_with_every_head_by_hand(model):
     image = rng.integers(0, 255, (40, 48, 3), np.uint8)
     objects = np.zeros((2, 40, 48), bool)
     objects[0, 3:30, 5:20], objects[1, 20:, 30:] = True, True
-    found = masks.measure_overlap(model, image, objects, 0.6, CPU)
+    found = masks.measure_overlap(model, image, objects, 0.6)
     attention = map_attention(model, normalize(torch.from_numpy(image)[None, None]))[0].double().numpy()
     assert found.shape == (2, model.num_heads) == (2, len(attention))
     for head, patches in enumerate(attention):

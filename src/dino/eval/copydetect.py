@@ -23,16 +23,16 @@ BLOCKS = ("strong", "jpegqual", "crops")
 LAYOUT = "expected are DATA/original/ and at least one of DATA/strong/, DATA/jpegqual/N/ and DATA/crops/N/"
 
 
-def rank_originals(copies: Tensor, originals: Tensor, distractors: Tensor, owners: Tensor) -> np.ndarray:
-    """Rank of each copy's original [n] among all originals and distractors, counted from 0.
+def rank_originals(copies: Tensor, database: Tensor, owners: Tensor) -> np.ndarray:
+    """Rank of each copy's original [n] in the database of all originals and distractors, counted from 0.
 
     Images as near as the original rank before it, so a model that gives all images the same feature finds nothing.
 
     Args:
-        copies, originals, distractors: features of length 1, one row per image.
-        owners: index of each copy's original [n].
+        copies, database: features of length 1, one row per image.
+        owners: index in the database of each copy's original [n].
     """
-    database, found = torch.cat([originals, distractors]), []
+    found = []
     for part in split_rows(len(copies), len(database)):
         similarity = copies[part] @ database.T
         found.append((similarity >= similarity.gather(1, owners[part, None])).sum(dim=1) - 1)
@@ -112,10 +112,8 @@ def evaluate(model: Backbone, options: CopydetectOptions, device: torch.device) 
     if options.distractors is not None:
         sources["distractors"] = open_source(options.distractors, "none")
     features, whitened, data = extract_comparable(model, options, device, size, "cls+gem", "stretched", sources)
-    bank = features["originals"]
-    found = rank_originals(
-        features["copies"], bank, features.get("distractors", bank[:0]), torch.tensor(owners, device=device)
-    )
+    database = torch.cat([features[part] for part in ("originals", "distractors") if part in features])
+    found = rank_originals(features["copies"], database, torch.tensor(owners, device=device))
     top = TOP if options.protocol == "original" else None
     return Result(
         score_ranks(found, blocks, top),

@@ -158,7 +158,7 @@ def _read_indices(masks: Files, index: int) -> np.ndarray:
 # --- the evaluation -------------------------------------------------------------------------------------------------
 
 
-def segment(model: Backbone, video: Video, options: DavisOptions, device: torch.device) -> Iterator[np.ndarray]:
+def segment(model: Backbone, video: Video, options: DavisOptions) -> Iterator[np.ndarray]:
     """Yield the mask of each frame after the first, uint8 [h, w]; memory does not grow with the video's length.
 
     Raises:
@@ -176,16 +176,14 @@ def segment(model: Backbone, video: Video, options: DavisOptions, device: torch.
                 raise ValueError(
                     f"frame {video.frames.name(index)} cannot be read ({error.reason}); replace it."
                 ) from error
-            yield extract_frame(model, image, view, device, options.protocol == "original")
+            yield extract_frame(model, image, view, options.protocol == "original")
 
-    start = soften(first, model.grid(*view), video.objects).to(device)
+    start = soften(first, model.grid(*view), video.objects).to(next(model.parameters()).device)
     for labels in follow(features(), start, options.queue, options.neighborhood, options.top_k):
         yield harden(labels, view, shape)
 
 
-def measure_video(
-    model: Backbone, digest: str, video: Video, options: DavisOptions, device: torch.device, out: Path
-) -> dict[str, Any]:
+def measure_video(model: Backbone, digest: str, video: Video, options: DavisOptions, out: Path) -> dict[str, Any]:
     """Write the masks of a video to out/VIDEO/, and measure J and F of every object and frame [objects, frames - 2].
 
     Both are kept in figures.json beside the masks. It is written last, and read instead of computing everything again if
@@ -203,7 +201,7 @@ def measure_video(
     folder.mkdir(parents=True, exist_ok=True)
     done.unlink(missing_ok=True)
     values: list[list[tuple[float, float]]] = []
-    masks = itertools.chain([_read_indices(video.masks, 0)], segment(model, video, options, device))
+    masks = itertools.chain([_read_indices(video.masks, 0)], segment(model, video, options))
     for index, mask in enumerate(track(masks, len(video.frames), video.name)):
         picture = Image.fromarray(mask)
         picture.putpalette(PALETTE)
@@ -239,7 +237,7 @@ def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Re
     choose_view_size(options.size, model, SIZE)  # refuses a wrong size before any work
     videos = {video.name: video for video in open_videos(options.data)}
     out, digest, found = make_masks_folder(options), fingerprint(model), {}
-    measured = measure_each(list(videos), lambda name: measure_video(model, digest, videos[name], options, device, out))
+    measured = measure_each(list(videos), lambda name: measure_video(model, digest, videos[name], options, out))
     for name, result in measured.items():
         if isinstance(result, str):
             raise ValueError(result)
@@ -252,18 +250,15 @@ def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Re
     }
     every = list(itertools.chain.from_iterable(objects.values()))
     prefix = "davis2017_" if (len(videos), len(every)) == (30, 61) else ""
-    figures = {
-        f"{prefix}{m}_{what}": 100 * float(np.mean([one[m][what] for one in every]))
-        for m in "jf"
-        for what in ("mean", "recall", "decay")
-    }
-    both = {f"{prefix}jf_mean": (figures[f"{prefix}j_mean"] + figures[f"{prefix}f_mean"]) / 2}
+    names = itertools.product("jf", ("mean", "recall", "decay"))
+    figures = {f"{m}_{what}": 100 * float(np.mean([one[m][what] for one in every])) for m, what in names}
+    figures = {"jf_mean": (figures["j_mean"] + figures["f_mean"]) / 2} | figures
     frames, masks = (
         hashlib.sha256("".join(files.fingerprint for files in part).encode()).hexdigest()
         for part in ([v.frames for v in videos.values()], [v.masks for v in videos.values()])
     )
     return Result(
-        both | figures,
+        {prefix + name: value for name, value in figures.items()},
         f"{options.protocol} protocol: labels propagated from the first and {options.queue} previous frames, "
         f"{options.top_k} likest patches within {options.neighborhood} rows and columns",
         {"frames": frames, "annotations": masks},

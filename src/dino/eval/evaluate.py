@@ -77,8 +77,7 @@ class EvaluationCallback(NamedTuple):
     """An evaluation of the model in training; all ranks call it."""
 
     name: str
-    options: EvalOptions
-    run: Path
+    options: EvalOptions  # its model is the run directory
 
     @classmethod
     def parse(cls, text: str, run: Path) -> EvaluationCallback:
@@ -95,11 +94,11 @@ class EvaluationCallback(NamedTuple):
             raise ValueError(f"--log.evaluate '{text}': {error}") from error
         except SystemExit as stop:  # the parser has said why
             raise ValueError(f"--log.evaluate '{text}' is not understood; see `dino eval {name} --help`.") from stop
-        return cls(name, options, run)
+        return cls(name, options)
 
     def __call__(self, model: Backbone, step: int) -> dict[str, float]:
         """Figures as ``NAME/figure``. Files that the evaluation writes go to eval/step-STEP of the run."""
-        result = self.run / "eval" / f"step-{step:08d}" / f"{self.name}.json"
+        result = Path(self.options.model) / "eval" / f"step-{step:08d}" / f"{self.name}.json"
         with cache.bypass_cache():  # these weights will not be evaluated again
             found = _measure(self.name, model, dataclasses.replace(self.options, json=str(result)))
         return {f"{self.name}/{figure}": value for figure, value in found.figures.items()}
@@ -126,8 +125,9 @@ def evaluate_command(options: EvalOptions) -> None:
         }
         if distributed.is_main():
             print(format_table(options.model, found, paper.FIGURES.get(name, {}).get(model.name, {}), model.name))
-            if written := _write(options, name, result):
-                print(f"Written: {written}")
+            if path := locate_result(options, name):
+                _write(path, result)
+                print(f"Written: {path}")
     finally:
         distributed.stop()
 
@@ -170,10 +170,7 @@ def locate_work(options: EvalOptions, name: str) -> Path:
     return path.with_suffix(".training")
 
 
-def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | None:
-    path = locate_result(options, name)
-    if path is None:
-        return None
+def _write(path: Path, result: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as temporary:
@@ -182,7 +179,6 @@ def _write(options: EvalOptions, name: str, result: dict[str, Any]) -> Path | No
         raise ValueError(
             f"the result cannot be written to {path} ({error.strerror}); choose another --json."
         ) from error
-    return path
 
 
 def measure_each(items: Sequence[Any], measure: Callable[[Any], T], what: str | None = None) -> dict[Any, T | str]:

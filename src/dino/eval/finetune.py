@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,17 +20,11 @@ from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from dino import distributed
+from dino import distributed, schedules
 from dino.data.open import open_labeled_pair
 from dino.engine import parallel
 from dino.eval.evaluate import Result, locate_work
-from dino.eval.supervised import (
-    LabeledBatch,
-    LabeledBatches,
-    compute_accuracies,
-    save_weights,
-    train_supervised,
-)
+from dino.eval.supervised import LabeledBatch, LabeledBatches, compute_accuracies, save_weights, train_supervised
 from dino.features.extract import extract, readable_labels
 from dino.models import Backbone
 from dino.options.evaluate import FinetuneOptions
@@ -133,7 +126,7 @@ def learning_rate(epoch: int, recipe: FinetuneRecipe, epochs: int) -> float:
     least = min(recipe.min_lr, peak)  # DeiT's own minimum, 1e-5, lies above the peak for CIFAR
     if epoch < recipe.warmup_epochs:
         return WARMUP_LR + epoch * (peak - WARMUP_LR) / recipe.warmup_epochs
-    return least + 0.5 * (peak - least) * (1 + math.cos(math.pi * epoch / epochs))
+    return schedules.cosine(epoch, epochs, peak, least)
 
 
 class Finetuning:
@@ -178,9 +171,6 @@ class Finetuning:
             parts.append(v2.RandomChoice(self.mixes)(images, labels))
         return torch.cat([images for images, _ in parts]), torch.cat([targets for _, targets in parts])
 
-    def epoch_end(self, epoch: int) -> None:
-        pass
-
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
@@ -210,7 +200,6 @@ def build_augmentation(size: int, recipe: FinetuneRecipe) -> Any:
         interpolation="bicubic",
         re_prob=recipe.erasing,
         re_mode="pixel",
-        re_count=1,
     )
     for op in (op for part in augmentation.transforms for op in getattr(part, "ops", ())):
         # At a magnitude of 10, in one draw of 40, timm posterizes to 0 bits: black, and an error in newer Pillow.
@@ -237,28 +226,25 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
                 "this model has BatchNorm, which CPU processes cannot share; fine-tune it with one process."
             )
         parallel.synchronize_batch_norm(tuned)
-    batch_size, seed = min(recipe.batch_size, len(train_on)), options.seed
-    recipe = dataclasses.replace(recipe, batch_size=batch_size)
+    recipe, seed = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, len(train_on))), options.seed
     augmentation = build_augmentation(size, recipe)
     batches = LabeledBatches(
-        train_on, augmentation, size, batch_size, seed, recipe.repeats, group=MIX_GROUP, drop_last=True
+        train_on, augmentation, size, recipe.batch_size, seed, recipe.repeats, group=MIX_GROUP, drop_last=True
     )
     trainee = Finetuning(tuned, recipe, batches.steps_per_epoch, seed, device, precision)
-    values = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "assumed"}
-    settings = {"seed": seed, "size": size, "precision": precision}
-    identity = values | settings | {"data": train_on.fingerprint, "model": digest}
-    minutes, workers = options.checkpoint_minutes, options.num_workers
-    train_supervised(trainee, batches, recipe.epochs, folder, identity, minutes, device, workers)
+    identity = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "assumed"}
+    identity |= {"seed": seed, "size": size, "precision": precision, "data": train_on.fingerprint, "model": digest}
+    train_supervised(trainee, batches, recipe.epochs, folder, identity, options, device)
     tuned.eval().requires_grad_(False)
     classifier: Any = tuned  # its scores are features of the test images like any others
-    scores = extract(classifier, test, size, device, shared=True, progress="test images")
+    scores = extract(classifier, test, size, shared=True, progress="test images")
     wanted = readable_labels(test, scores, "test")
     save_weights(options, "finetune", tuned.state_dict(), train_on.classes)
     found = compute_accuracies(scores.values, wanted)
     return Result(
         {f"{options.recipe}_{name}": value for name, value in found.items()},
         f"fine-tuned end to end at {size} pixels by the recipe {options.recipe} (AdamW, {recipe.epochs} epochs at batch "
-        f"{batch_size}, lr {recipe.lr:g} x batch / 512{note})",
+        f"{recipe.batch_size}, lr {recipe.lr:g} x batch / 512{note})",
         {"training": train_on.fingerprint, "test": test.fingerprint},
         {"training images": len(train_on), "test images": len(wanted)},
         {"recipe": dataclasses.asdict(recipe), "precision": precision},

@@ -60,7 +60,7 @@ def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Resu
     train, test = open_labeled_pair(options.data, options.val)
     size = options.size or model.image_size
     bank, queries = (
-        cache.load_labeled(model, source, size, device, what) for source, what in ((train, "training"), (test, "test"))
+        cache.load_labeled(model, source, size, what) for source, what in ((train, "training"), (test, "test"))
     )
     known, asked = ((part.values.to(device), part.labels.to(device)) for part in (bank, queries))
     figures = classify(*known, *asked, options.k, options.temp)

@@ -51,8 +51,8 @@ COLUMNS: dict[Pooling, dict[Pooling, tuple[int, int]]] = {
 def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Source, device: torch.device) -> Result:
     """Train many classifiers on a part of the training features, choose one on the rest, and train it again on all."""
     size, widest = options.size or model.image_size, widest_pooling(model)
-    bank = cache.load_labeled(model, train, size, device, "training", widest)
-    asked = cache.load_labeled(model, test, size, device, "test", widest)
+    bank = cache.load_labeled(model, train, size, "training", widest)
+    asked = cache.load_labeled(model, test, size, "test", widest)
     width = model.embed_dim
     columns: Columns = {name: (a * width, b * width) for name, (a, b) in COLUMNS[widest].items()}
     if unknown := sorted(set(options.pooling or ()) - columns.keys()):
@@ -72,7 +72,7 @@ def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Sourc
     rates, decays = options.lr or FAST_RATES, options.weight_decay or FAST_DECAYS
     points = list(itertools.product(columns, rates, decays))
     trial = train_on(np.setdiff1d(everything, held), columns, rates, decays, f"{len(points)} classifiers")
-    scores = [score for name in columns for score in trial.top1(name, bank.values[held], bank.labels[held], device)]
+    scores = [score for name in columns for score in trial.top1(name, bank.values[held], bank.labels[held])]
     grid = [
         {"pooling": name, "lr": lr, "weight_decay": decay, "held_out_top1": score}
         for (name, lr, decay), score in zip(points, scores, strict=True)
@@ -96,10 +96,10 @@ def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Sourc
 
 def format_grid(grid: list[dict[str, Any]], rates: Floats) -> str:
     """A table of held-out accuracies: a line for each pooling and decay, a column for each learning rate."""
-    rows = {f"{entry['pooling']}, decay {entry['weight_decay']:g}": "" for entry in grid}
+    rows = {"held-out top-1, %": "".join(f"{f'lr {rate:g}':>9}" for rate in rates)}
     for entry in grid:
-        rows[f"{entry['pooling']}, decay {entry['weight_decay']:g}"] += f"{entry['held_out_top1']:9.2f}"
-    rows = {"held-out top-1, %": "".join(f"{f'lr {rate:g}':>9}" for rate in rates)} | rows
+        name = f"{entry['pooling']}, decay {entry['weight_decay']:g}"
+        rows[name] = rows.get(name, "") + f"{entry['held_out_top1']:9.2f}"
     return "\n".join(f"{name:<27}{row}" for name, row in rows.items())
 
 
@@ -119,11 +119,10 @@ class FrozenTraining:
         images = normalize(batch.images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)[None], self.model.in_channels)
         features = POOLINGS[self.pooling](self.model, images).float()
         scale = schedules.cosine(step // self.per_epoch, self.epochs, 1.0, 0.0)
-        return self.sweep.step(features, batch.labels, batch.total, scale)
-
-    def epoch_end(self, epoch: int) -> None:
-        top1 = self.sweep.top1(self.pooling, self.test.values, self.test.labels, self.sweep.rates.device)
-        self.history.append(top1)
+        loss = self.sweep.step(features, batch.labels, batch.total, scale)
+        if (step + 1) % self.per_epoch == 0:
+            self.history.append(self.sweep.top1(self.pooling, self.test.values, self.test.labels))
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         return {"weights": self.sweep.weights, "momenta": self.sweep.momenta, "history": self.history}
@@ -141,11 +140,11 @@ def run_paper(model: Backbone, options: LinearOptions, train: Source, test: Sour
     size, original = options.size or model.image_size, options.protocol == "original"
     pooling: Pooling = options.pooling[0] if options.pooling else paper_pooling(model)
     rates, decays = options.lr or (0.001,), options.weight_decay or (0.0,)
-    asked = cache.load_labeled(model, test, size, device, "test", pooling)
+    asked = cache.load_labeled(model, test, size, "test", pooling)
     choice, chosen_on = asked, "the only one"
     if not original and len(rates) * len(decays) > 1:
         held = draw_per_class(required(train.labels), options.held_out, options.seed, least=0)
-        choice = cache.load_labeled(model, Subset(train, held), size, device, "held-out", pooling)
+        choice = cache.load_labeled(model, Subset(train, held), size, "held-out", pooling)
         chosen_on = f"best on {len(held)} held-out training images"
         train = Subset(train, np.setdiff1d(np.arange(len(train)), held))
     batches = LabeledBatches(train, training_crops(size), size, options.batch_size, options.seed)
@@ -156,8 +155,7 @@ def run_paper(model: Backbone, options: LinearOptions, train: Source, test: Sour
     left_out = ("num_workers", "checkpoint_minutes", "json", "device", "model", "data", "val")
     identity = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
     identity |= {"data": train.fingerprint, "test images": test.fingerprint, "model": fingerprint(model)}
-    workers, minutes = options.num_workers, options.checkpoint_minutes
-    train_supervised(trainee, batches, options.epochs, folder, identity, minutes, device, workers)
+    train_supervised(trainee, batches, options.epochs, folder, identity, options, device)
     history = np.array(trainee.history)  # [epochs, classifiers]
     point = int((history.max(axis=0) if original else history[-1]).argmax())
     lr, decay = list(itertools.product(rates, decays))[point]

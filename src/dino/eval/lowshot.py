@@ -115,7 +115,7 @@ def read_list(source: Source, file: str) -> np.ndarray:
         for key in {name, Path(name).name}:
             places[key] = None if key in places else index
     for line in wanted:
-        if places.get(line, -1) in (None, -1):
+        if places.get(line) is None:
             fault = "names two images" if line in places else "is no training image"
             raise ValueError(f"--list {file}: '{line}' {fault}; write paths as in the folder, e.g. {source.name(0)}.")
     if not wanted:
@@ -134,7 +134,7 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
         )
     size, num_classes = options.size or model.image_size, len(train.classes)
     bank, queries = (
-        cache.load_labeled(model, source, size, device, what) for source, what in ((train, "training"), (test, "test"))
+        cache.load_labeled(model, source, size, what) for source, what in ((train, "training"), (test, "test"))
     )
     x, asked = (F.normalize(part.values, dim=1).to(device) for part in (bank, queries))
     labels, wanted = bank.labels.to(device), queries.labels.to(device)

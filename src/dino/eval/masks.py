@@ -92,9 +92,7 @@ def read_pair(image: np.ndarray, indices: np.ndarray, size: int, patch_size: int
 
 
 @torch.no_grad()
-def measure_overlap(
-    model: Backbone, image: np.ndarray, objects: np.ndarray, mass: float, device: torch.device
-) -> np.ndarray:
+def measure_overlap(model: Backbone, image: np.ndarray, objects: np.ndarray, mass: float) -> np.ndarray:
     """Jaccard index of each object with the mask of each head [k, heads].
 
     Args:
@@ -103,7 +101,7 @@ def measure_overlap(
     """
     attention = map_attention(model, prepare_image(model, image)).float()
     masks = enlarge(mass_mask(attention, mass), (objects.shape[1], objects.shape[2])) > 0
-    return jaccard(masks, torch.from_numpy(objects)[:, None].to(device)).cpu().numpy()
+    return jaccard(masks, torch.from_numpy(objects)[:, None].to(masks.device)).cpu().numpy()
 
 
 def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Result:
@@ -117,7 +115,7 @@ def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Re
     def measure(index: int) -> np.ndarray:
         indices = read_objects(Path(masks.root, masks.name(index)))
         image, objects = read_pair(images.read(index), indices, size, model.patch_size)
-        return measure_overlap(model, image, objects, options.mass, device)
+        return measure_overlap(model, image, objects, options.mass)
 
     found = measure_each(range(len(images)), measure, "attention")  # one by one: images differ in size
     if bad := [(i, reason) for i, reason in found.items() if isinstance(reason, str)]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dino import distributed
 from dino.data.evaluation_views import resize_and_crop
@@ -16,7 +15,7 @@ from dino.data.scenes import Scenes
 from dino.data.sources import Source, evenly_spaced
 from dino.engine.monitor import feature_health
 from dino.eval import evaluate, knn
-from dino.features.extract import extract
+from dino.features.extract import Features, extract
 from dino.look.attention import enlarge, jaccard, map_attention, mass_mask
 from dino.method import DINO
 from dino.models import Backbone
@@ -53,37 +52,33 @@ class OnlineEvaluation:
 
     def _monitor(self, backbone: Backbone) -> dict[str, float]:
         images = self.train if self.held_out is None else self.held_out
-        queries = extract(backbone, images, self.size, self.device, evenly_spaced(len(images), QUERIES))
+        queries = extract(backbone, images, self.size, evenly_spaced(len(images), QUERIES))
         result = feature_health(queries.values) if len(queries.values) > 1 else {}
         if self.held_out is not None and self.held_out.labels is not None and self.train.labels is not None:
-            bank = extract(backbone, self.train, self.size, self.device, evenly_spaced(len(self.train), BANK))
-            result |= self._knn(bank.values, bank.indices, queries.values, queries.indices)
-            if not self.pixels_done:
-                result |= self._pixel_knn(bank.indices, queries.indices)
+            bank = extract(backbone, self.train, self.size, evenly_spaced(len(self.train), BANK))
+            result |= self._knn(bank, queries)
+            if not self.pixels_done:  # a floor to beat: the same vote on the pixels themselves
+                edge = min(self.size, 64)
+                pixels = flatten_pixels(self.train, bank, edge), flatten_pixels(self.held_out, queries, edge)
+                result |= {f"pixels_{name}": value for name, value in self._knn(*pixels).items()}
                 self.pixels_done = True
         if isinstance(images, Scenes) and backbone.has_attention:
             result |= measure_scene_masks(backbone, images, self.size, self.device)
         return result
 
-    def _knn(self, bank: Tensor, b: np.ndarray, queries: Tensor, q: np.ndarray) -> dict[str, float]:
-        bank_labels = torch.from_numpy(required(self.train.labels)[b])
-        labels = torch.from_numpy(required(required(self.held_out).labels)[q])
+    def _knn(self, bank: Features, queries: Features) -> dict[str, float]:
+        bank_labels = torch.from_numpy(required(self.train.labels)[bank.indices])
+        labels = torch.from_numpy(required(required(self.held_out).labels)[queries.indices])
         has_label, asked = bank_labels >= 0, labels >= 0
         if has_label.sum() < min(knn.KS) or not asked.any():
             return {}
-        return knn.classify(bank[has_label], bank_labels[has_label], queries[asked], labels[asked])
-
-    def _pixel_knn(self, b: np.ndarray, q: np.ndarray) -> dict[str, float]:
-        """A floor to beat: the same vote on the pixels themselves, at most 64 x 64."""
-        edge = min(self.size, 64)
-        bank, queries = flatten_pixels(self.train, b, edge), flatten_pixels(required(self.held_out), q, edge)
-        return {f"pixels_{name}": value for name, value in self._knn(bank, b, queries, q).items()}
+        return knn.classify(bank.values[has_label], bank_labels[has_label], queries.values[asked], labels[asked])
 
 
-def flatten_pixels(source: Source, indices: np.ndarray, edge: int) -> Tensor:
-    """Normalized pixels of evaluation views as features [m, 3 * edge * edge]."""
-    images = np.stack([resize_and_crop(source.read(int(i)), edge) for i in indices])
-    return normalize(torch.from_numpy(images)[None]).flatten(1)
+def flatten_pixels(source: Source, found: Features, edge: int) -> Features:
+    """Normalized pixels of evaluation views of the same images, as features [m, 3 * edge * edge]."""
+    images = np.stack([resize_and_crop(source.read(int(i)), edge) for i in found.indices])
+    return found._replace(values=normalize(torch.from_numpy(images)[None]).flatten(1))
 
 
 @torch.no_grad()

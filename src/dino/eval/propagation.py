@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dino.data.normalize import STD, normalize
+from dino.data.normalize import STD
+from dino.look.patches import prepare_image
 from dino.models import Backbone
 
 TEMPERATURE = 0.1
-TILE = (
-    12  # edge in patches. A tile's similarities with 8 frames at radius 12 take 6 MB, whatever the size of the frames
-)
+# Edge in patches. A tile's similarities with 8 frames at radius 12 take 6 MB, whatever the size of the frames.
+TILE = 12
 
 
 def neighborhoods(
@@ -96,16 +96,14 @@ def fit_view(height: int, width: int, size: int, patch_size: int) -> tuple[int, 
 
 
 @torch.no_grad()
-def extract_frame(
-    model: Backbone, image: np.ndarray, view: tuple[int, int], device: torch.device, original: bool = False
-) -> Tensor:
+def extract_frame(model: Backbone, image: np.ndarray, view: tuple[int, int], original: bool = False) -> Tensor:
     """Patch features after the last norm of a frame [h, w, 3] uint8 resized to `view`: [rows, columns, d] float32.
 
     Args:
         original: divide red by the reference's 0.228, not by ImageNet's 0.229.
     """
     resized = cv2.resize(image, (view[1], view[0]), interpolation=cv2.INTER_LINEAR)
-    pixels = normalize(torch.from_numpy(resized)[None, None].to(device), model.in_channels)
+    pixels = prepare_image(model, resized)
     if original and model.in_channels == 3:
         pixels[:, 0] *= STD[0] / 0.228
     return model.tokens(pixels)[-1][0, 1:].float().unflatten(0, model.grid(*view))

@@ -102,7 +102,7 @@ def extract_comparable(
         sources = sources | {"whitening": open_source(options.whiten, "none")}
     words, features = "", {}
     for part, source in sources.items():
-        found = cache.load_or_extract(model, source, size, device, pooling, part, resize)
+        found = cache.load_or_extract(model, source, size, pooling, part, resize)
         if found.bad:  # the figures would mean something else without it
             raise ValueError(
                 f"{len(found.bad)} of the {len(source)} images ({part}) cannot be read, first {found.bad[0][0]} "

@@ -24,7 +24,7 @@ from dino.eval.evaluate import locate_result
 from dino.features.extract import report_unreadable
 from dino.machine import count_spare_cores
 from dino.options import required
-from dino.options.evaluate import EvalOptions
+from dino.options.evaluate import EvalOptions, TrainedOptions
 from dino.randomness import Stream, draw_words, seed_augmentation
 from dino.terminal import Terminal
 
@@ -96,7 +96,6 @@ class LabeledBatches(Dataset[LabeledBatch]):
 class Trainee(Protocol):
     # One step of training; returns the loss, for the progress line.
     def step(self, step: int, batch: LabeledBatch) -> Tensor: ...
-    def epoch_end(self, epoch: int) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -107,15 +106,13 @@ def train_supervised(
     epochs: int,
     folder: Path,
     identity: Mapping[str, Any],
-    minutes: float,
+    options: TrainedOptions,
     device: torch.device,
-    num_workers: int | None,
 ) -> None:
     """Train to the end, from the newest checkpoint in `folder` if there is one. A break does not change the result.
 
     Args:
         identity: everything the result depends on; a checkpoint with another identity is refused.
-        minutes: between checkpoints.
 
     Raises:
         ValueError: `folder` holds the checkpoint of another training.
@@ -126,20 +123,20 @@ def train_supervised(
         terminal.say(f"Resuming after step {start} of {total}.")
     distributed.barrier()  # all ranks have read the checkpoint before the main one writes the next
     saved = time.monotonic()
+    on_gpu, num_workers = device.type == "cuda", options.num_workers
     if num_workers is None:
-        num_workers = count_spare_cores(distributed.world_size()) if device.type == "cuda" else 0
+        num_workers = count_spare_cores(distributed.world_size()) if on_gpu else 0
     bad: dict[str, str] = {}
     terminal.start(start, total)
     try:
-        for step, batch in enumerate(iterate(batches, start, total, num_workers, device.type == "cuda"), start):
+        for step, batch in enumerate(iterate(batches, start, total, num_workers, on_gpu), start):
             bad |= dict(batch.bad)
             loss = trainee.step(step, batch._replace(images=batch.images.to(device), labels=batch.labels.to(device)))
             done, epoch = step + 1, step // batches.steps_per_epoch
-            if epoch_ends := done % batches.steps_per_epoch == 0:
-                trainee.epoch_end(epoch)
-            if distributed.is_main() and (done == total or time.monotonic() - saved >= 60 * minutes):
+            if distributed.is_main() and (done == total or time.monotonic() - saved >= 60 * options.checkpoint_minutes):
                 checkpoints.save(done, {"step": done, "trainee": trainee.state_dict(), "identity": identity})
                 saved = time.monotonic()
+            epoch_ends = done % batches.steps_per_epoch == 0
             if epoch_ends or done % 50 == 0:
                 now, status = f"epoch {epoch + 1}/{epochs}", f"loss {loss.item():.4f}"
                 terminal.update(done, now, status)

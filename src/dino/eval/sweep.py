@@ -84,8 +84,9 @@ class Sweep:
         return best
 
     @torch.no_grad()
-    def top1(self, name: Pooling, features: Tensor, labels: Tensor, device: torch.device) -> list[float]:
+    def top1(self, name: Pooling, features: Tensor, labels: Tensor) -> list[float]:
         """Accuracy of each classifier of a pooling, percent."""
+        device = self.rates.device
         hits = torch.zeros(len(self.points), device=device)
         for rows in split_rows(len(features), len(self.points) * self.num_classes):
             predicted = self.scores(name, features[rows].to(device)).argmax(dim=-1)

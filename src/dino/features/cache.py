@@ -41,7 +41,6 @@ def load_or_extract(
     model: Backbone,
     source: Source,
     size: int,
-    device: torch.device,
     pooling: Pooling = "cls",
     progress: str | None = None,
     resize: Resize = "center",
@@ -49,7 +48,7 @@ def load_or_extract(
     """`extract` over all ranks, or its result from the cache. Every rank gets the features of all images."""
 
     def compute() -> Features:
-        return extract(model, source, size, device, pooling=pooling, shared=True, progress=progress, resize=resize)
+        return extract(model, source, size, pooling=pooling, shared=True, progress=progress, resize=resize)
 
     if not _in_use.get():
         return compute()
@@ -74,15 +73,13 @@ class LabeledFeatures(NamedTuple):
     indices: np.ndarray  # [m] positions in the source
 
 
-def load_labeled(
-    model: Backbone, source: Source, size: int, device: torch.device, what: str, pooling: Pooling = "cls"
-) -> LabeledFeatures:
+def load_labeled(model: Backbone, source: Source, size: int, what: str, pooling: Pooling = "cls") -> LabeledFeatures:
     """`load_or_extract` of labeled images. `what` they are ("training") is for the progress bar and for errors.
 
     Raises:
         ValueError: no image can be read.
     """
-    found = load_or_extract(model, source, size, device, pooling, f"{what} images")
+    found = load_or_extract(model, source, size, pooling, f"{what} images")
     return LabeledFeatures(found.values, readable_labels(source, found, what), found.indices)
 
 

@@ -80,7 +80,7 @@ def embed(
     missing = distributed.from_main(lambda: _missing(folder, about))
     mine = missing[distributed.rank() :: distributed.world_size()]
     positions = [i for part in mine for i in range(part * shard, min((part + 1) * shard, len(source)))]
-    batches = extract_batches(network, source, size, blank.device, positions, batch, None, "embed", pooling, fp16=fp16)
+    batches = extract_batches(network, source, size, positions, batch, None, "embed", pooling, fp16=fp16)
     for part in mine:
         # Only the last shard has fewer batches, and it is the last of `mine`.
         table = _table([*islice(batches, shard // batch)], source, shape, about)
@@ -127,8 +127,7 @@ def _missing(folder: Path, about: dict[str, Any]) -> list[int]:
 def _table(found: list[Features], source: Source, shape: Sequence[int], about: dict[str, Any]) -> Any:
     import pyarrow as pa
 
-    positions = np.concatenate([part.indices for part in found])
-    values = torch.cat([part.values for part in found if len(part.values)] or [torch.zeros(0, *shape)])
+    values, positions, bad = Features.concatenate(found, *shape)
     each = shape[0] if len(shape) == 2 else 1  # rows of an image
     names = [os.fsencode(source.name(i)).decode("utf-8", "replace") for i in positions.tolist()]
     columns = {"path": np.repeat(np.array(names, object), each), "index": np.repeat(positions, each)}
@@ -137,7 +136,6 @@ def _table(found: list[Features], source: Source, shape: Sequence[int], about: d
     flat = values.numpy().astype(np.float16 if about["fp16"] else np.float32).reshape(-1)
     arrays = {name: pa.array(column, pa.string() if name == "path" else None) for name, column in columns.items()}
     arrays["feature"] = pa.FixedSizeListArray.from_arrays(pa.array(flat), shape[-1])
-    bad = [entry for part in found for entry in part.bad]
     return pa.table(arrays).replace_schema_metadata({"dino": json.dumps(about | {"bad": bad})})
 
 

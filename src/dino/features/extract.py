@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -62,11 +62,6 @@ Pooling = Literal[
 Pool = Callable[[Backbone, Tensor], Tensor]
 
 
-def gem(patches: Tensor, power: float = 4.0) -> Tensor:
-    """Generalized mean over patches [n, p, d] -> [n, d], as the reference's copy detection takes it."""
-    return patches.clamp(min=1e-6).pow(power).mean(dim=1).pow(1 / power)
-
-
 def _pool_tokens(*parts: Callable[[list[Tensor]], Tensor], layers: int = 1) -> Pool:
     """Each of `parts` makes [n, d] of the tokens of the last `layers` blocks, [n, 1 + p, d] each."""
 
@@ -86,7 +81,8 @@ def _average(tokens: list[Tensor]) -> Tensor:
 
 
 def _gem(tokens: list[Tensor]) -> Tensor:
-    return gem(tokens[-1][:, 1:])
+    """Generalized mean over patches, power 4, as the reference's copy detection takes it."""
+    return tokens[-1][:, 1:].clamp(min=1e-6).pow(4.0).mean(dim=1).pow(0.25)
 
 
 def _whole_patches(model: Backbone, images: Tensor) -> Tensor:
@@ -133,10 +129,10 @@ class Features(NamedTuple):
     bad: Bad
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Features], dim: int) -> Features:
-        """One after the other; `dim` is that of no image at all."""
+    def concatenate(cls, parts: Sequence[Features], *shape: int) -> Features:
+        """One after the other. `shape` is that of a feature, for the case of no image at all."""
         return cls(
-            torch.cat([part.values for part in parts if len(part.values)] or [torch.zeros(0, dim)]),
+            torch.cat([part.values for part in parts if len(part.values)] or [torch.zeros(0, *shape)]),
             np.concatenate([np.zeros(0, np.int64), *(part.indices for part in parts)]),
             [entry for part in parts for entry in part.bad],
         )
@@ -152,7 +148,6 @@ def extract_batches(
     model: Backbone,
     source: Source,
     size: int,
-    device: torch.device | str,
     indices: Sequence[int],
     batch_size: int,
     num_workers: int | None = None,
@@ -166,7 +161,7 @@ def extract_batches(
     Args:
         fp16: compute in half precision on a GPU.
     """
-    device = torch.device(device)
+    device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
     if num_workers is None:  # starting processes costs more than a few hundred small images
         num_workers = count_spare_cores() if on_gpu and len(indices) * size**2 > 2e7 else 0
@@ -189,7 +184,6 @@ def extract(
     model: Backbone,
     source: Source,
     size: int,
-    device: torch.device | str = "cpu",
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
     num_workers: int | None = None,
@@ -210,20 +204,14 @@ def extract(
     """
     batch_size = batch_size or choose_batch_size(size)
     indices = range(len(source)) if indices is None else indices
-    ranks, mine = distributed.world_size() if shared else 1, indices
-    if ranks > 1:  # whole batches, so that each is computed as it would be on one rank
-        starts = range(distributed.rank() * batch_size, len(indices), ranks * batch_size)
+    mine = indices
+    if shared:  # each rank takes whole batches in turn, so that each is computed as it would be on one rank
+        starts = range(distributed.rank() * batch_size, len(indices), distributed.world_size() * batch_size)
         mine = [index for start in starts for index in indices[start : start + batch_size]]
-    parts = extract_batches(model, source, size, device, mine, batch_size, num_workers, progress, pooling, resize)
-    found = Features.concatenate([*parts], model.embed_dim)
-    return _merge(distributed.gather(found), indices, model.embed_dim) if ranks > 1 else found
-
-
-def _merge(parts: list[Features], indices: Sequence[int], dim: int) -> Features:
-    """The ranks' features in the order of `indices`."""
-    whole, place = Features.concatenate(parts, dim), {int(index): i for i, index in enumerate(indices)}
-    order = np.argsort([place[index] for index in whole.indices.tolist()], kind="stable")
-    return whole._replace(values=whole.values[torch.from_numpy(order)], indices=whole.indices[order])
+    batches = extract_batches(model, source, size, mine, batch_size, num_workers, progress, pooling, resize)
+    shares = distributed.gather([*batches]) if shared else [[*batches]]
+    in_order = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
+    return Features.concatenate(in_order, model.embed_dim)
 
 
 def readable_labels(source: Source, found: Features, what: str) -> Tensor:

@@ -93,7 +93,7 @@ class Index:
             ValueError: no image can be read.
         """
         about = self.embedding.folder.about
-        found = extract(model, images, about["size"], next(model.parameters()).device, pooling=about["pooling"])
+        found = extract(model, images, about["size"], pooling=about["pooling"])
         for name, reason in found.bad:
             print(f"Skipped {name}: {reason}", file=sys.stderr)
         if not len(found.indices):

@@ -58,9 +58,8 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return self._extract(_list_images(X))
 
     def _extract(self, images: Sequence[Any]) -> np.ndarray:
-        model = self.model_
-        on, size = next(model.parameters()).device, self.size or model.image_size
-        found = extract(model, Images(images), size, on, None, self.batch_size, pooling=self.pooling)
+        size = self.size or self.model_.image_size
+        found = extract(self.model_, Images(images), size, batch_size=self.batch_size, pooling=self.pooling)
         if found.bad:
             name, reason = found.bad[0]
             raise ValueError(f"{len(found.bad)} of {len(images)} images cannot be read, first {name}: {reason}.")

@@ -101,7 +101,7 @@ class Gallery:
         """Rows of a query and the training images with the most similar features."""
         size, held_out = self.model.image_size, self.shown is not self.source
         squares = [resize_and_crop(picture.pixels, size) for picture in self.pictures]
-        bank = extract(self.model, self.source, size, self.device, self._choose_bank())
+        bank = extract(self.model, self.source, size, self._choose_bank())
         with torch.no_grad():
             batch = torch.from_numpy(np.stack(squares))[None].to(self.device)
             queries = self.model(normalize(batch, self.model.in_channels)).float().cpu()
