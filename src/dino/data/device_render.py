@@ -155,16 +155,17 @@ def _weights(start: Tensor, length: Tensor, size: int, extent: int, widest: floa
     last = torch.minimum((center + reach + 0.5).floor(), length[..., None])
     taps = torch.arange(int(2 * REACH * widest) + 2, device=start.device)
     pixel = first[..., None] + taps  # [..., size, taps]
-    weight = _bicubic((pixel + 0.5 - center[..., None]) * (REACH / reach[..., None])) * (pixel < last[..., None])
+    distance = (pixel + 0.5 - center[..., None]) * (REACH / reach[..., None])
+    weight = compute_cubic(distance, -0.5) * (pixel < last[..., None])
     weight /= weight.sum(-1, keepdim=True)
     place = (start[..., None, None] + pixel).clamp(max=extent - 1).long()  # taps beyond the extent have weight 0
     return weight.new_zeros(*weight.shape[:-1], extent).scatter_add_(-1, place, weight)
 
 
-def _bicubic(x: Tensor) -> Tensor:
-    """Keys' kernel with a = -1/2, Pillow's; 0 from 2 on."""
+def compute_cubic(x: Tensor, a: float) -> Tensor:
+    """Keys' convolution kernel, 0 from 2 on. Pillow's `a` is -1/2."""
     x = x.abs()
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return torch.where(x < 1, near, torch.where(x < 2, far, 0))
 
 

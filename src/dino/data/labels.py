@@ -49,14 +49,10 @@ def _from_table(labels: str, names: list[str], root: str) -> list[str | None]:
     """The label of each image by a CSV file; None where it has none."""
     table = os.path.abspath(os.path.expanduser(labels))
     if not os.path.isfile(table):
-        close = difflib.get_close_matches(labels, ("auto", "folders", "none"), n=1)
-        advice = (
-            f"did you mean '{close[0]}'"
-            if close
-            else "this is a folder"
-            if os.path.isdir(table)
-            else suggest_path(table)
-        )
+        if close := difflib.get_close_matches(labels, ("auto", "folders", "none"), n=1):
+            advice = f"did you mean '{close[0]}'"
+        else:
+            advice = "this is a folder" if os.path.isdir(table) else suggest_path(table)
         raise ValueError(f"labels is '{labels}'; it must be 'auto', 'folders', 'none' or a CSV file: {advice}.")
     rows = read_table(table)
     if not any(label is not None for _, label in rows):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import cv2
 import numpy as np
@@ -146,8 +145,6 @@ def _poses(rng: np.random.Generator) -> Array:
 def _scene(seed: int, index: int, label: int) -> _Scene:
     rng = open_stream(Stream.SCENES, seed, index)
     poses = _poses(rng)
-    texture = TEXTURES[label % len(TEXTURES)]
-
     cells = (BACKGROUND_CELLS, BACKGROUND_CELLS)
     luma = rng.uniform(*BACKGROUND_MEAN)
     background = _color(
@@ -162,7 +159,7 @@ def _scene(seed: int, index: int, label: int) -> _Scene:
     colors = _color(np.stack([first, second]), hue, rng.uniform(0.15, 0.35, 4))
     return _Scene(
         shape=list(SHAPES.values())[label],
-        texture=texture,
+        texture=TEXTURES[label % len(TEXTURES)],
         poses=poses,
         colors=np.clip(colors, 0.02, 0.98).astype(np.float32),
         background=np.clip(background, 0.02, 0.98).astype(np.float32),
@@ -170,35 +167,23 @@ def _scene(seed: int, index: int, label: int) -> _Scene:
     )
 
 
-@cache
-def _grid(size: int) -> Array:
-    """Pixel centers along one edge, float32 [size]."""
-    return ((np.arange(size) + 0.5) / size).astype(np.float32)
-
-
 def _object_coordinates(scene: _Scene, size: int) -> tuple[Array, Array, Array]:
     """x, y float32 [size, size] in the frame of the nearest object, in units of its radius, and which object it is."""
-    found = []
-    for cx, cy, radius, turn in scene.poses:
-        cos, sin = (np.float32(f(2 * np.pi * turn) / radius) for f in (np.cos, np.sin))
-        x = _grid(size)[None, :] - cx
-        y = _grid(size)[:, None] - cy
-        found.append((cos * x + sin * y, cos * y - sin * x))
-    xs, ys = (np.stack(part) for part in zip(*found, strict=True))
+    cx, cy, radius, turn = scene.poses.T[..., None, None]
+    cos, sin = np.cos(2 * np.pi * turn) / radius, np.sin(2 * np.pi * turn) / radius
+    centers = ((np.arange(size) + 0.5) / size).astype(np.float32)  # of the pixels along an edge
+    x, y = centers - cx, centers[:, None] - cy
+    xs, ys = cos * x + sin * y, cos * y - sin * x  # [4, size, size]
     nearest = np.argmin(xs**2 + ys**2, axis=0)[None]
     x, y = np.take_along_axis(xs, nearest, 0)[0], np.take_along_axis(ys, nearest, 0)[0]
     return x, y, nearest[0]
-
-
-def _resize(cells: Array, size: int, interpolation: int) -> Array:
-    return cv2.resize(cells, (size, size), interpolation=interpolation)
 
 
 def _draw(scene: _Scene, size: int) -> Array:
     """The scene as uint8 [size, size, 3]."""
     x, y, nearest = _object_coordinates(scene, size)
     distance = scene.shape(x, y)
-    image = _resize(scene.background, size, cv2.INTER_CUBIC)
+    image = cv2.resize(scene.background, (size, size), interpolation=cv2.INTER_CUBIC)
     # A soft shadow around and a darker rim.
     image *= (1 - 0.3 * np.clip(1 - distance / 0.35, 0, 1) ** 2)[..., None]
     first, second = scene.colors[:, nearest]
@@ -206,8 +191,8 @@ def _draw(scene: _Scene, size: int) -> Array:
     paint *= (0.88 + 0.12 * np.clip(-distance / 0.25, 0, 1))[..., None]
     cover = np.clip(0.5 - distance * scene.poses[nearest, 2] * size, 0, 1)[..., None]
     image += cover * (paint - image)
-    down = size < GRAIN_CELLS
-    image += _resize(scene.grain, size, cv2.INTER_AREA if down else cv2.INTER_LINEAR)[..., None]
+    smooth = cv2.INTER_AREA if size < GRAIN_CELLS else cv2.INTER_LINEAR
+    image += cv2.resize(scene.grain, (size, size), interpolation=smooth)[..., None]
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
@@ -233,9 +218,8 @@ class Scenes:
                 raise ValueError(f"{name} is {value}; it must be in [0, 2**63).")
         self.num_images, self.seed, self.size, self.first = num_images, seed, size, first
         self.labels = _labels(num_images, seed, first)
-        digest = hashlib.sha256(f"scenes 2 {seed} {size} {first}".encode())
-        digest.update(self.labels.astype("<i8").tobytes())
-        self.fingerprint = digest.hexdigest()
+        content = f"scenes 2 {seed} {size} {first}".encode() + self.labels.astype("<i8").tobytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def __len__(self) -> int:
         return self.num_images

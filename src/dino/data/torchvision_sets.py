@@ -30,14 +30,12 @@ class TorchvisionSet:
 
     def __init__(self, name: str, root: str, parts: list[Any], labels_in: str):
         self.images: ConcatDataset[Any] = ConcatDataset(parts)
-        values = [getattr(part, labels_in) for part in parts]
-        flat = [entry[1] if labels_in == "_samples" else entry for value in values for entry in value]
-        self.labels = np.array(flat, np.int64)
+        entries = [entry for part in parts for entry in getattr(part, labels_in)]
+        self.labels = np.array([entry[1] if labels_in == "_samples" else entry for entry in entries], np.int64)
         known = getattr(parts[0], "classes", None) or range(int(self.labels.max()) + 1)
         self.classes = tuple(str(entry) for entry in known)
-        digest = hashlib.sha256(json.dumps([name, *(repr(part).replace(root, "") for part in parts)]).encode())
-        digest.update(self.labels.astype("<i8").tobytes())
-        self.fingerprint = digest.hexdigest()
+        described = json.dumps([name, *(repr(part).replace(root, "") for part in parts)]).encode()
+        self.fingerprint = hashlib.sha256(described + self.labels.astype("<i8").tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.images)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -70,8 +70,8 @@ class Views:
 
     def of(self, images: Sequence[int]) -> Views:
         """The parameters of some images, by position."""
-        drawn = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sizes"}
-        return Views(self.sizes, **{name: values[list(images)] for name, values in drawn.items()})
+        drawn = [field.name for field in fields(self) if field.name != "sizes"]
+        return replace(self, **{name: getattr(self, name)[list(images)] for name in drawn})
 
 
 def draw_views(
@@ -91,27 +91,21 @@ def draw_views(
     kinds = np.minimum(np.arange(num_views), 2)  # first global, second global, local
     large, small = required(options.global_scale), required(options.local_scale)
     scales = np.array([large, large, small])[kinds]
-    jitter = u[..., _JITTER] < options.jitter_prob
     blur = u[..., _BLUR] < np.array(options.blur_prob)[kinds]
     low, high = options.blur_sigma
+    unchanged = np.array([1, 1, 1, 0])
+    reach = np.array([options.brightness, options.contrast, options.saturation, options.hue])
     return Views(
         sizes=options.sizes,
         box=_boxes(u, scales, shapes),
         flip=u[..., _FLIP] < options.flip_prob,
-        jitter=jitter,
+        jitter=u[..., _JITTER] < options.jitter_prob,
         order=_ORDERS[(u[..., _ORDER] * len(_ORDERS)).astype(np.intp)],
-        factors=_factors(u[..., _FACTORS], options),
+        factors=(unchanged + reach * (2 * u[..., _FACTORS] - 1)).astype(np.float32),
         gray=u[..., _GRAY] < options.gray_prob,
         sigma=np.where(blur, low + (high - low) * u[..., _SIGMA], 0).astype(np.float32),
         solarize=u[..., _SOLARIZE] < np.array(options.solarize_prob)[kinds],
     )
-
-
-def _factors(u: np.ndarray, options: ViewOptions) -> np.ndarray:
-    """float32 [n, v, 4] of uniform numbers of that shape."""
-    reach = np.array([options.brightness, options.contrast, options.saturation, options.hue])
-    middle = np.array([1, 1, 1, 0])
-    return (middle + reach * (2 * u - 1)).astype(np.float32)
 
 
 def _boxes(u: np.ndarray, scales: np.ndarray, shapes: np.ndarray) -> np.ndarray:
@@ -140,6 +134,6 @@ def _central(shapes: np.ndarray) -> np.ndarray:
     """[n, 4]: the largest central box of an allowed ratio."""
     height, width = shapes[:, 0].astype(np.float64), shapes[:, 1].astype(np.float64)
     narrow, wide = _RATIO
-    h = np.where(width / height < narrow, np.rint(width / narrow), height)
-    w = np.where(width / height > wide, np.rint(height * wide), width)
+    h = np.minimum(height, np.rint(width / narrow))
+    w = np.minimum(width, np.rint(height * wide))
     return np.stack([(height - h) // 2, (width - w) // 2, h, w], -1)

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from dino.data.device_render import compute_cubic
 from dino.models.positions import PositionInterpolation
 
 
@@ -30,16 +31,8 @@ def _bicubic(size: int, side: int, step: Tensor, antialias: bool) -> Tensor:
     """Weights [size, side] with which `side` cells make `size`, as PyTorch's; `step` cells lie between two targets."""
     cells, targets = torch.arange(side) + 0.5, (torch.arange(size)[:, None] + 0.5) * step
     if antialias:  # the kernel is as wide as a step, and cut off at the border
-        weights = _cubic((cells - targets) / step.clamp(min=1), -0.5)
+        weights = compute_cubic((cells - targets) / step.clamp(min=1), -0.5)
         return weights / weights.sum(dim=1, keepdim=True)
     taps = (targets - 0.5).floor() + torch.arange(-1, 3)
     reached = taps.clamp(0, side - 1)[..., None] == cells - 0.5  # the border is repeated
-    return (_cubic(targets - 0.5 - taps, -0.75)[..., None] * reached).sum(dim=1)
-
-
-def _cubic(x: Tensor, a: float) -> Tensor:
-    """Keys' convolution kernel."""
-    x = x.abs()
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
+    return (compute_cubic(targets - 0.5 - taps, -0.75)[..., None] * reached).sum(dim=1)

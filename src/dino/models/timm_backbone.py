@@ -134,17 +134,28 @@ class TimmBackbone(nn.Module):
                 ) from error
         return self._grids[height, width]
 
-    def attention(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n h t t"]:
+    def attention(self, images: Float[Tensor, "n c height width"], only_cls: bool = False) -> Float[Tensor, "n h q t"]:
         """Softmaxed self-attention of the last block, the p prefix tokens first.
 
         Raises:
             ValueError: the last block has no softmax attention of a [CLS] token over patches.
         """
-        return self._attention(images, slice(None))
+        if not self.has_attention:
+            raise ValueError(f"timm:{self.name}: {NO_ATTENTION}")
+        seen: list[Tensor] = []
+        block: Any = self.model.blocks[-1]
+        hook = block.attn.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        try:
+            self.model.forward_features(images)
+        finally:
+            hook.remove()
+        q, k, _ = block.attn.qkv(seen[0]).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = block.attn.q_norm(q[:, :, :1] if only_cls else q), block.attn.k_norm(k)
+        return (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
 
     def cls_attention(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n h cells"]:
         """Where [CLS] looks: `attention`'s row 0 over the patches. Raises as `attention` does."""
-        return self._attention(images, slice(1))[:, :, 0, self._prefix :]
+        return self.attention(images, only_cls=True)[:, :, 0, self._prefix :]
 
     @functools.cached_property  # in __dict__, so it is not a submodule
     def _meta_copy(self) -> Any:
@@ -180,20 +191,6 @@ class TimmBackbone(nn.Module):
                 single = features.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
             cells = self.model.forward_head(single).unflatten(0, (n, -1))
         return torch.cat([image[:, None], cells], dim=1)
-
-    def _attention(self, images: Tensor, queries: slice) -> Float[Tensor, "n h q t"]:
-        if not self.has_attention:
-            raise ValueError(f"timm:{self.name}: {NO_ATTENTION}")
-        seen: list[Tensor] = []
-        block: Any = self.model.blocks[-1]
-        hook = block.attn.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-        try:
-            self.model.forward_features(images)
-        finally:
-            hook.remove()
-        q, k, _ = block.attn.qkv(seen[0]).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = block.attn.q_norm(q[:, :, queries]), block.attn.k_norm(k)
-        return (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
 
 
 def build_timm(name: str, in_channels: int, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -8,10 +8,10 @@ backward pass.
 Letters: n images, t tokens (1 + patches), q tokens that are asked for (t or 1), d width, h heads.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +209,8 @@ class VisionTransformer(nn.Module):
         autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         # Without its cache: both passes must cast the same weights, and the cache is empty in the second.
         with torch.autocast(device, *autocast, cache_enabled=False):
-            return checkpoint(block, x, only_cls, noise, use_reentrant=False, context_fn=_keep_products)
+            contexts = functools.partial(create_selective_checkpoint_contexts, PRODUCTS)
+            return checkpoint(block, x, only_cls, noise, use_reentrant=False, context_fn=contexts)
 
     def set_recompute(self, what: Recompute) -> None:
         """Choose which activations the backward pass computes again: less memory, more time, same gradients.
@@ -263,13 +264,18 @@ class VisionTransformer(nn.Module):
                 kept.append(self.norm(x))
         return kept
 
-    def attention(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n h t t"]:
+    def attention(self, images: Float[Tensor, "n c height width"], only_cls: bool = False) -> Float[Tensor, "n h q t"]:
         """Softmaxed self-attention of the last block; row 0 is where [CLS] looks (paper Fig. 1)."""
-        return self._attention(images)
+        x = self._embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        return last.attn.weights(last.norm1(x), only_cls)
 
     def cls_attention(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n h p"]:
         """Where [CLS] looks: `attention`'s row 0 over the patches, without computing the other rows."""
-        return self._attention(images, only_cls=True)[:, :, 0, 1:]
+        return self.attention(images, only_cls=True)[:, :, 0, 1:]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches in images of this size, pixels.
@@ -289,23 +295,11 @@ class VisionTransformer(nn.Module):
             )
         return height // p, width // p
 
-    def _attention(self, images: Tensor, only_cls: bool = False) -> Float[Tensor, "n h q t"]:
-        x = self._embed(images)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        last = self.blocks[-1]
-        assert isinstance(last, Block)
-        return last.attn.weights(last.norm1(x), only_cls)
-
     def _embed(self, images: Tensor) -> Float[Tensor, "n t d"]:
         rows, columns = self.grid(*images.shape[-2:])
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return x + self.interpolate(self.pos_embed, rows, columns, self.pos_interp)
-
-
-def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return create_selective_checkpoint_contexts(PRODUCTS)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -26,17 +26,17 @@ TOLERATED = frozenset(
     f"{layer}.{leaf}" for layer in ("fc", "head", "classifier", "pooler.dense") for leaf in ("weight", "bias")
 )
 
-_HF = {
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
+_HF: NameMap = {
+    "patch_embed.proj": ("embeddings.patch_embeddings.projection",),
+    "norm": ("layernorm",),
 }
-_HF_BLOCK = {
-    "norm1": "layernorm_before",
-    "attn.qkv": "attention.attention.{query,key,value}",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
+_HF_BLOCK: NameMap = {
+    "norm1": ("layernorm_before",),
+    "attn.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "attn.proj": ("attention.output.dense",),
+    "norm2": ("layernorm_after",),
+    "mlp.fc1": ("intermediate.dense",),
+    "mlp.fc2": ("output.dense",),
 }
 _XCIT_SIZES = {128: "nano", 192: "tiny", 384: "small", 512: "medium", 768: "large"}
 _RESNETS = {(True, 16): 50, (True, 33): 101, (True, 50): 152, (False, 8): 18, (False, 16): 34}  # (bottleneck, blocks)
@@ -64,31 +64,30 @@ def join_names(state: State, names: NameMap) -> State:
 
 def map_hf_names(depth: int) -> NameMap:
     """Our ViT's names to those of Hugging Face's `ViTModel`."""
-    names: NameMap = {
-        "cls_token": ("embeddings.cls_token",),
-        "pos_embed": ("embeddings.position_embeddings",),
-    }
     layers = dict(_HF)
     for i in range(depth):
-        layers |= {f"blocks.{i}.{ours}": f"encoder.layer.{i}.{theirs}" for ours, theirs in _HF_BLOCK.items()}
-    for ours, theirs in layers.items():
-        stem, _, parts = theirs.partition("{")
-        for leaf in ("weight", "bias"):
-            names[f"{ours}.{leaf}"] = tuple(f"{stem}{part}.{leaf}" for part in parts.rstrip("}").split(","))
-    return names
+        for ours, theirs in _HF_BLOCK.items():
+            layers[f"blocks.{i}.{ours}"] = tuple(f"encoder.layer.{i}.{part}" for part in theirs)
+    embeddings = {"cls_token": ("embeddings.cls_token",), "pos_embed": ("embeddings.position_embeddings",)}
+    return embeddings | _name_parameters(layers)
 
 
 def map_xcit_names(state: State) -> NameMap:
     """The reference's XCiT names to timm's."""
-    leaves = ("weight", "bias")
-    names: NameMap = {
-        f"pos_embeder.token_projection.{leaf}": (f"pos_embed.token_projection.{leaf}",) for leaf in leaves
-    }
+    layers: NameMap = {"pos_embeder.token_projection": ("pos_embed.token_projection",)}
     for i in range(_count(state, r"cls_attn_blocks\.(\d+)\.")):
-        for leaf in leaves:
-            stem = f"cls_attn_blocks.{i}.attn."
-            names[f"{stem}qkv.{leaf}"] = tuple(f"{stem}{part}.{leaf}" for part in "qkv")
-    return names
+        stem = f"cls_attn_blocks.{i}.attn."
+        layers[f"{stem}qkv"] = tuple(f"{stem}{part}" for part in "qkv")
+    return _name_parameters(layers)
+
+
+def _name_parameters(layers: NameMap) -> NameMap:
+    """The names of the layers' weights and biases."""
+    return {
+        f"{ours}.{leaf}": tuple(f"{part}.{leaf}" for part in theirs)
+        for ours, theirs in layers.items()
+        for leaf in ("weight", "bias")
+    }
 
 
 def recognize(state: State, where: str, num_heads: int | None = None) -> tuple[dict[str, Any], State]:
@@ -103,7 +102,7 @@ def recognize(state: State, where: str, num_heads: int | None = None) -> tuple[d
     """
     if "embeddings.cls_token" in state:
         state = join_names(state, map_hf_names(_count(state, r"encoder\.layer\.(\d+)\.")))
-    state = {name.removeprefix("model."): value for name, value in state.items()}  # our timm adapter's prefix
+    state = to_timm(state)
     if {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
         return infer_vit(state, where, num_heads), state
     if "cls_attn_blocks.0.norm1.weight" in state and "cls_token" in state:
@@ -158,6 +157,7 @@ def to_reference(state: State) -> State:
 
 
 def to_timm(state: State) -> State:
+    """Without the prefix of our timm adapter."""
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 

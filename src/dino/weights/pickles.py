@@ -40,16 +40,14 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle formats; a user cannot change the file
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         asked = re.search(r"GLOBAL (\S+)|class (\S+) was not", str(error))
-        if asked is None:
+        if asked is None or not isinstance(error, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged or no PyTorch file; download or save it again.") from error
         raise ValueError(
             f"{path} asks for {asked[1] or asked[2]}, which weights never need and which could run code; it was not "
             "read. Get the weights from a source you trust, saved as tensors only."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or no PyTorch file; download or save it again.") from error
 
 
 _ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {

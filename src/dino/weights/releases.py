@@ -36,9 +36,9 @@ class DownloadError(Exception):
 class Release(NamedTuple):
     arch: str
     megabytes: int  # of the backbone
-    knn: float | None  # ImageNet top-1 accuracies, percent
-    linear: float | None
     files: dict[str, str]  # part -> path below BASE
+    knn: float | None = None  # ImageNet top-1 accuracies, percent
+    linear: float | None = None
 
 
 def _release(model: str, megabytes: int, stem: str, arch: str | None = None) -> Release:
@@ -49,11 +49,7 @@ def _release(model: str, megabytes: int, stem: str, arch: str | None = None) -> 
         "linear": f"{folder}/{stem}_linearweights.pth",
     }
     knn, linear = FIGURES["knn"][model]["knn20_top1"], FIGURES["linear"][model]["linear_top1"]
-    return Release(arch or model, megabytes, knn, linear, files)
-
-
-def _single(arch: str, megabytes: int, part: str, path: str) -> Release:
-    return Release(arch, megabytes, None, None, {part: path})
+    return Release(arch or model, megabytes, files, knn, linear)
 
 
 _S8_300, _S16_LANDMARKS = "dino_deitsmall8_300ep_pretrain", "dino_vitsmall16_googlelandmark_pretrain"
@@ -69,9 +65,9 @@ RELEASES: dict[str, Release] = {
     "dino_xcit_medium_24_p16": _release("xcit_medium_24_p16_224", 336, "dino_xcit_medium_24_p16", "xcit_medium_24/16"),
     "dino_xcit_medium_24_p8": _release("xcit_medium_24_p8_224", 335, "dino_xcit_medium_24_p8", "xcit_medium_24/8"),
     # Of its evaluations and example runs: attention pictures, landmark retrieval, ResNet-50 of 100 epochs.
-    "dino_vits8_300ep": _single("vit_small/8", 87, "backbone", f"{_S8_300}/{_S8_300}.pth"),
-    "dino_vits16_landmarks": _single("vit_small/16", 87, "backbone", f"{_S16_LANDMARKS}/{_S16_LANDMARKS}.pth"),
-    "dino_resnet50_100ep": _single("resnet50", 94, "full", "example_runs_logs/dino_rn50_checkpoint.pth"),
+    "dino_vits8_300ep": Release("vit_small/8", 87, {"backbone": f"{_S8_300}/{_S8_300}.pth"}),
+    "dino_vits16_landmarks": Release("vit_small/16", 87, {"backbone": f"{_S16_LANDMARKS}/{_S16_LANDMARKS}.pth"}),
+    "dino_resnet50_100ep": Release("resnet50", 94, {"full": "example_runs_logs/dino_rn50_checkpoint.pth"}),
 }
 
 
@@ -88,10 +84,9 @@ def find_release(name: str) -> tuple[str, str] | None:
     return release, part
 
 
-def find_cached(release: str, part: str) -> Path | None:
-    """The downloaded file, without checking it; None where there is none."""
-    path = cache_folder() / Path(RELEASES[release].files[part]).name
-    return path if path.is_file() else None
+def _locate_cached(file: str) -> Path:
+    """Where a release's file lies in the cache, whether it has been downloaded or not."""
+    return cache_folder() / Path(file).name
 
 
 def fetch_release(name: str, offline: bool = False) -> Path:
@@ -106,7 +101,7 @@ def fetch_release(name: str, offline: bool = False) -> Path:
         raise errors.unknown("release", name, RELEASES)
     release, part = found
     url = f"{os.environ.get('DINO_RELEASES', BASE).rstrip('/')}/{RELEASES[release].files[part]}"
-    path = cache_folder() / Path(url).name
+    path = _locate_cached(url)
     recorded = path.with_name(path.name + ".sha256")
     if not path.is_file():
         if offline or os.environ.get("DINO_OFFLINE", "0") not in ("", "0"):
@@ -187,7 +182,7 @@ def models_command(options: ModelsOptions) -> None:
     for name in ("name", "architecture", "MB", "k-NN", "linear", "license", "parts (* cached)"):
         table.add_column(name, justify="right" if name in ("MB", "k-NN", "linear") else "left", no_wrap=True)
     for name, release in RELEASES.items():
-        parts = " ".join(part + "*" * (find_cached(name, part) is not None) for part in release.files)
+        parts = " ".join(part + "*" * _locate_cached(file).is_file() for part, file in release.files.items())
         figures = (f"{value:.1f}" if value is not None else "" for value in (release.knn, release.linear))
         table.add_row(name, release.arch, str(release.megabytes), *figures, LICENSE, parts)
     Console(width=None if os.isatty(1) else 120).print(table)
