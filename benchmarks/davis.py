@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import harness
 from dino.bench import measure_matrix_rate
 from dino.engine.fit import measure_peak
-from dino.eval.propagation import TEMPERATURE, neighborhoods, propagate
+from dino.eval.propagation import TEMPERATURE, find_neighborhoods, propagate
 
 RADIUS, TOPK, SOURCES = 12, 5, 8
 
@@ -34,7 +34,7 @@ def plain_mask(height: int, width: int) -> Tensor:
 
 
 def our_neighborhood(height: int, width: int) -> None:
-    for _ in neighborhoods(height, width, RADIUS):
+    for _ in find_neighborhoods(height, width, RADIUS):
         pass
 
 

@@ -135,7 +135,7 @@ def test_recipes_expect_what_is_published():
 
 
 def test_figures_are_of_evaluations_that_exist():
-    assert paper.FIGURES.keys() == EVALUATIONS.keys()
+    assert paper.FIGURES.keys() <= EVALUATIONS.keys()
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])

@@ -18,6 +18,7 @@ from dino.engine.checkpoint import Checkpoints
 from dino.features.embed import Folder
 from dino.options import replace, toml
 from dino.options.train import TrainOptions
+from drawing import draw_images
 from helpers import TINY
 
 
@@ -126,3 +127,29 @@ def test_what_a_spec_means_elsewhere(tmp_path, monkeypatch):
     assert data.make_absolute("torchvision:ImageNet:photos") == f"torchvision:ImageNet:{tmp_path}/photos"
     for spec in ("scenes", "scenes:5", "gone", "torchvision:ImageNet:gone", "~/photos"):
         assert data.make_absolute(spec) == spec
+
+
+def test_training_takes_a_folder_of_train_and_val_as_evaluations_do(tmp_path):
+    draw_images(tmp_path / "data/train", 9)
+    draw_images(tmp_path / "data/val", 6)
+    options = replace(TrainOptions(), {"data.path": str(tmp_path / "data")})
+    train, held_out = data.open_training_pair(options, None)
+    assert held_out is not None
+    assert (len(train), len(held_out)) == (9, 6)
+    assert train.classes == held_out.classes == ("class0", "class1", "class2")
+
+
+def test_a_home_folder_is_found_wherever_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    draw_images(tmp_path / "data/train", 30)
+    draw_images(tmp_path / "data/val", 6)
+    train, test = data.open_labeled_pair("~/data", None)
+    assert (len(train), len(test)) == (30, 6)
+    assert data.make_absolute("~/data") == str(tmp_path / "data")
+    assert data.find_path("~/data") == tmp_path / "data"
+
+
+def test_an_unknown_kind_of_data_is_named_with_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"no kind of data 'torchvison'; known are .*Did you mean 'torchvision'\?"):
+        data.open_images("torchvison:CIFAR10:cifar")

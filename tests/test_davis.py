@@ -73,7 +73,7 @@ def test_labels_by_hand(height, width, sources, radius, top_k, seed):
 def test_a_tile_sees_no_more_the_larger_the_frame():
     most = propagation.TILE**2 * (propagation.TILE + 2 * 12) ** 2
     pairs = 0
-    for _, _, visible in propagation.neighborhoods(200, 300, 12):
+    for _, _, visible in propagation.find_neighborhoods(200, 300, 12):
         assert visible.numel() <= most
         pairs += int(visible.sum())
     along = [sum(min(n - 1, i + 12) - max(0, i - 12) + 1 for i in range(n)) for n in (200, 300)]
@@ -171,7 +171,7 @@ def test_measures_by_hand(height, width, density, seed):
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=300))
 def test_statistics_by_hand(values):
-    assert list(davis.statistics(np.array(values)).values()) == pytest.approx(plain_statistics(values), abs=1e-12)
+    assert list(davis.summarize(np.array(values)).values()) == pytest.approx(plain_statistics(values), abs=1e-12)
 
 
 def test_an_object_that_is_nowhere():

@@ -17,7 +17,7 @@ from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.options import replace
 from dino.options.train import TrainOptions
-from dino.run import view_batches
+from dino.run import build_batches
 from dino.terminal import Terminal
 from helpers import TINY, draw_images
 
@@ -43,7 +43,7 @@ def test_a_step_is_the_plain_one(tmp_path, monkeypatch, device, precision, split
     wanted = {"model.drop_path": drop_path, "batch_size": 6, "precision": precision, "device": device}
     wanted |= {"model.depth": 4, "model.width": 64, "views.num_local": 4}
     options = replace(TrainOptions(), TINY | wanted)
-    trainer = Trainer(options, tmp_path, source, view_batches(options, source, where), where, Terminal(False))
+    trainer = Trainer(options, tmp_path, source, build_batches(options, source, where), where, Terminal(False))
     # The narrow head's gradients are large before its norm: the usual scale is for wide ones.
     trainer.training_step.scaler = torch.amp.GradScaler(device, init_scale=16.0, enabled=precision == "fp16")
     plain = Plain(plain_copy(trainer.method).double(), trainer.training_step.optimizer, where, "fp32")

@@ -80,12 +80,12 @@ def test_rates_are_those_of_deits_schedule():
     theirs = CosineLRScheduler(optimizer, 30, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-6)
     for epoch in range(30):
         theirs.step(epoch)
-        assert finetune.learning_rate(epoch, recipe, 30) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert finetune.compute_rate(epoch, recipe, 30) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
 
 
 def test_small_sets_have_the_published_rate():
     assert FINETUNE_RECIPES["cifar10"].lr * FINETUNE_RECIPES["cifar10"].batch_size / 512 == pytest.approx(7.5e-6)
-    rates = [finetune.learning_rate(epoch, FINETUNE_RECIPES["cifar10"], 1000) for epoch in range(1000)]
+    rates = [finetune.compute_rate(epoch, FINETUNE_RECIPES["cifar10"], 1000) for epoch in range(1000)]
     assert max(rates[6:]) < 7.5e-6  # with DeiT's own least rate of 1e-5 it would rise to that
     assert rates[-1] == pytest.approx(1e-6, rel=1e-3)
 

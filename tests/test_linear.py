@@ -17,7 +17,7 @@ from dino.data.sources import open_source
 from dino.eval import linear
 from dino.eval.supervised import LabeledBatches, compute_accuracies, draw_per_class
 from dino.eval.sweep import Sweep
-from dino.features.extract import POOLINGS, extract, readable_labels
+from dino.features.extract import POOLINGS, extract, select_labels
 from dino.models import create
 from dino.options import replace
 from dino.options.evaluate import LinearOptions
@@ -98,14 +98,14 @@ def test_narrow_poolings_are_columns_of_the_widest(photos):
     for name, (a, b) in linear.COLUMNS["last4+average"].items():
         d = model.embed_dim
         torch.testing.assert_close(wide[:, a * d : b * d], extract(model, source, 32, pooling=name).values)
-    assert linear.widest_pooling(model) == "last4+average"
+    assert linear.find_widest_pooling(model) == "last4+average"
 
 
 def test_the_papers_pooling_of_a_model():
-    assert linear.paper_pooling(create("vit_nano", 8, 32, depth=4).eval()) == "last4"
-    assert linear.paper_pooling(create("vit_base", 16, 32, depth=4).eval()) == "cls+average"
-    assert linear.paper_pooling(create("vit_nano", 8, 32, depth=2).eval()) == "cls"
-    assert linear.paper_pooling(create("timm:resnet18", image_size=32).eval()) == "cls"
+    assert linear.find_paper_pooling(create("vit_nano", 8, 32, depth=4).eval()) == "last4"
+    assert linear.find_paper_pooling(create("vit_base", 16, 32, depth=4).eval()) == "cls+average"
+    assert linear.find_paper_pooling(create("vit_nano", 8, 32, depth=2).eval()) == "cls"
+    assert linear.find_paper_pooling(create("timm:resnet18", image_size=32).eval()) == "cls"
 
 
 # --- batches, splits, accuracies -------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_fast_mode(trained, tmp_path, capsys):
     _, test = linear.open_labeled_pair(str(photos), None)
     found = extract(model, test, 32, pooling=best["pooling"])
     predicted = (found.values @ head["weight"].T + head["bias"]).argmax(dim=1)
-    top1 = 100 * (predicted == readable_labels(test, found, "test")).double().mean().item()
+    top1 = 100 * (predicted == select_labels(test, found, "test")).double().mean().item()
     assert result["figures"]["linear_top1"] == pytest.approx(top1)
     two = run_dino("eval", "linear", run, *flags, "--json", tmp_path / "two.json", ranks=2)
     assert two.returncode == 0, two.stderr
@@ -239,7 +239,7 @@ def test_paper_mode_is_the_plain_protocol(trained, tmp_path):
     model = dino.load(run)
     found = linear.evaluate(model, options, CPU)
     train_on = linear.open_labeled_pair(str(photos), None)[0]
-    batches = LabeledBatches(train_on, linear.training_crops(32), 32, 20, 0)
+    batches = LabeledBatches(train_on, linear.build_crops(32), 32, 20, 0)
     layer = nn.Linear(4 * model.embed_dim, 3)
     layer.load_state_dict(Sweep({"last4": (0, 128)}, [1.0], [0.0], 3, 0, CPU).head("last4", 0))
     optimizer = torch.optim.SGD(layer.parameters(), 0.5 * 20 / 256, momentum=0.9, weight_decay=0)

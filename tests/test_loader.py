@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dino.data.device_render import DeviceRenderer
-from dino.data.loader import ViewBatches, epoch_order, iterate
+from dino.data.loader import ViewBatches, iterate, order_epoch
 from dino.data.render import CpuRenderer
 from dino.data.sources import open_source
 from dino.engine.step import draw_drop_path_noise
@@ -69,9 +69,9 @@ def test_an_epoch_visits_every_image_at_most_once_in_its_own_order(source):
     assert data.steps_per_epoch == 3
     seen = np.concatenate([data.indices(step) for step in range(3)])
     assert len(set(seen)) == 18
-    assert sorted(epoch_order(5, 0, 20)) == list(range(20))
-    assert list(epoch_order(5, 0, 20)) != list(epoch_order(5, 1, 20))
-    assert list(epoch_order(5, 0, 20)) != list(epoch_order(6, 0, 20))
+    assert sorted(order_epoch(5, 0, 20)) == list(range(20))
+    assert list(order_epoch(5, 0, 20)) != list(order_epoch(5, 1, 20))
+    assert list(order_epoch(5, 0, 20)) != list(order_epoch(6, 0, 20))
 
 
 def test_an_unreadable_image_gets_the_same_stand_in_everywhere(tmp_path):

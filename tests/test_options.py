@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import dino
-from dino import cli
+from dino import cli, distributed
 from dino.options import commands, evaluate, replace, train
 from dino.options.flags import parse_flags
 from dino.options.rules import Options, get_types
@@ -102,7 +102,7 @@ def test_wrong_types_and_words_are_refused_with_the_name_of_the_option(kind):
         ("optim.lr", "ten", "it must be a number."),
         ("optim.lr", math.nan, "it must be a finite number."),
         ("head.activation", "swish", "gelu, relu."),
-        ("method.loss", "hinge", "cross-entropy, mse, infonce"),
+        ("method.loss", "hinge", "choose one of cross-entropy, mse, "),
         ("views.global_scale", 0.5, "give 2 values."),
         ("views.blur_prob", (0.5, 2), "give 3 values."),
         ("views.blur_prob", (0.5, 2, 0), "a probability or share lies between 0 and 1."),
@@ -234,3 +234,22 @@ def test_the_list_of_options_is_the_reviewed_one():
 
 if __name__ == "__main__":
     LIST.write_text(list_options())
+
+
+def test_python_callers_are_told_the_choices(tmp_path):
+    """Public functions that take no options class: the value, and what there is."""
+    for call, said in (
+        (lambda: dino.embed("m", "d", tmp_path / "e", pooling="mean"), "no pooling 'mean'; known are cls, average"),
+        (lambda: distributed.start("gpu"), "no device 'gpu'; known are auto, cpu, cuda"),
+        (
+            lambda: dino.export("m", "onx", str(tmp_path / "m.onnx")),
+            "no format 'onx'; known are .* Did you mean 'onnx'",
+        ),
+        (lambda: dino.evaluate("knn", "m", data="d", kk=(5,)), "no option of `dino eval knn` 'kk'"),
+        (
+            lambda: dino.create("vit_small", pos_interp="of"),
+            "pos_interp is 'of'; choose one of offset, size, antialias",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()

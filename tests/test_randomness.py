@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dino import randomness
-from dino.data.loader import epoch_order
+from dino.data.loader import order_epoch
 from dino.data.scenes import Scenes
 from dino.eval.lowshot import deal_folds
 from dino.eval.supervised import draw_per_class
@@ -43,7 +43,7 @@ def test_the_first_numbers_of_each_stream():
 
 
 def test_what_is_made_of_them():
-    assert epoch_order(7, 3, 10).tolist() == [9, 4, 8, 7, 1, 5, 3, 2, 6, 0]
+    assert order_epoch(7, 3, 10).tolist() == [9, 4, 8, 7, 1, 5, 3, 2, 6, 0]
     assert Scenes(20, seed=3).labels.tolist() == [3, 4, 8, 2, 7, 5, 0, 1, 6, 9, 0, 7, 1, 2, 8, 6, 3, 9, 4, 5]
     assert deal_folds(np.arange(10) % 2, 3, 7).tolist() == [2, 2, 0, 0, 1, 0, 1, 2, 0, 1]
     assert draw_per_class(np.arange(20) % 2, 0.3, 7).tolist() == [1, 2, 5, 6, 14, 17]

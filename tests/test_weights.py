@@ -34,7 +34,7 @@ from dino.models import Head, create
 from dino.models.positions import interpolate_positions
 from dino.options import replace
 from dino.options.train import TrainOptions
-from dino.run import view_batches
+from dino.run import build_batches
 from dino.terminal import Terminal
 from dino.weights import Weights, formats, read, releases
 from helpers import GOLDEN, TINY, assert_same_bits, draw_images, final_state
@@ -449,7 +449,7 @@ def test_continued_training_starts_at_the_old_loss(photos, tmp_path, capsys):
 def test_a_missing_center_is_the_mean_of_the_teachers_outputs(photos, tmp_path):
     options = replace(TrainOptions(), TINY | {"data.path": str(photos), "method.teacher_temp_epochs": 0})
     source = open_source(str(photos))
-    batches = view_batches(replace(options, {"views.num_local": 0}), source, torch.device("cpu"))
+    batches = build_batches(replace(options, {"views.num_local": 0}), source, torch.device("cpu"))
     options = replace(options, {"optim.warmup_epochs": 0})
     trainer = Trainer(options, tmp_path / "run", source, batches, torch.device("cpu"), Terminal(False))
     trainer.method.center.value.fill_(7)

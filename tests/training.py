@@ -11,7 +11,7 @@ from dino.data.sources import open_source
 from dino.engine.train import Trainer
 from dino.options import replace
 from dino.options.train import TrainOptions
-from dino.run import view_batches
+from dino.run import build_batches
 from dino.terminal import Terminal
 from helpers import TINY
 
@@ -22,7 +22,7 @@ def build_trainer(images: Path, folder: Path, **changes: Any) -> Trainer:
         TrainOptions(), TINY | {"data.path": str(images), "batch_size": 6, "model.drop_path": 0.3} | named
     )
     source = open_source(str(images), "none")
-    batches = view_batches(options, source, torch.device("cpu"))
+    batches = build_batches(options, source, torch.device("cpu"))
     return Trainer(options, folder / "run", source, batches, torch.device("cpu"), Terminal(False))
 
 

@@ -88,7 +88,7 @@ class Ablation:
 
     def _is_as_wanted(self, name: str, result: dict[str, Any] | None) -> bool:
         """Whether row `name`, if it is finished (with `result`) or begun, has the options that are wanted now."""
-        wanted, run = _flatten(self.runs[name]) if name in self.runs else None, self.folder / slug(name)
+        wanted, run = _flatten(self.runs[name]) if name in self.runs else None, self.folder / make_slug(name)
         if result is not None or wanted is None:
             return result is not None and result["options"] == wanted
         if not (run / "config.toml").exists():
@@ -139,7 +139,11 @@ class Ablation:
 
     def _run_row(self, name: str, place: str) -> dict[str, Any] | None:
         """Train row `name` to its end and evaluate it; None when it did not get there."""
-        options, run, file = self.runs[name], self.folder / slug(name), self.folder / "rows" / f"{slug(name)}.toml"
+        options, run, file = (
+            self.runs[name],
+            self.folder / make_slug(name),
+            self.folder / "rows" / f"{make_slug(name)}.toml",
+        )
         file.write_text(tomli_w.dumps(toml.to_dict(options)))
         flags = ["--resume", str(run)] if (run / "config.toml").exists() else [str(file), "--out", str(run)]
         flags += [] if self.options.report else ["--no-report"]
@@ -175,7 +179,7 @@ class Ablation:
         }
 
 
-def slug(name: str) -> str:
+def make_slug(name: str) -> str:
     """A row's name as the name of its files."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 

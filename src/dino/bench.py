@@ -36,7 +36,7 @@ from dino.terminal import Terminal
 from dino.version import __version__
 
 DATA, LOADER, STEPS = 0.1, 0.2, 0.6  # shares of the seconds asked for; the rest is getting ready
-LONGEST_STEP = 0.08  # of them too: a step that would take longer is measured on fewer images
+LONGEST_STEP = 0.08  # share of the seconds; a longer step is measured on fewer images
 STEP = ("transfer, render", "normalize", "teacher", "student", "backward", "optimizer", "EMA", "other")
 ONCE = ("optimizer", "EMA")  # cost the same however many images a step has
 
@@ -214,7 +214,7 @@ def _workers(count: int) -> str:
     return f"{count} worker" + "s" * (count != 1)
 
 
-def shares(parts: dict[str, float]) -> dict[str, dict[str, float]]:
+def compute_shares(parts: dict[str, float]) -> dict[str, dict[str, float]]:
     total = sum(parts.values())
     return {name: {"ms_per_image": ms, "share": ms / total} for name, ms in parts.items()}
 
@@ -271,8 +271,8 @@ def bench(options: BenchOptions) -> None:
         "precision": trainer.training_step.precision,
         "batch_size": batches.batch_size,
         "workers": workers,
-        "data": shares(data),
-        "step": shares(step.pop("parts")),
+        "data": compute_shares(data),
+        "step": compute_shares(step.pop("parts")),
         "loader_images_per_second": loader,
         "step_images_per_second": step.pop("images_per_second"),
         **step,

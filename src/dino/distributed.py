@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dino import errors
+
 T = TypeVar("T")
 
 # How long ranks wait for one that lists millions of files or follows a long video.
@@ -34,8 +36,10 @@ def start(device: str) -> torch.device:
     """Join the process group that `torchrun` describes, if there is one, and return this rank's device.
 
     Raises:
-        ValueError: `device` is 'cuda' and there is no GPU.
+        ValueError: there is no such device, or `device` is 'cuda' and there is no GPU.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise errors.unknown("device", device, ("auto", "cpu", "cuda"))
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ValueError("device is cuda but PyTorch sees no NVIDIA GPU; use --device cpu or --device auto.")

@@ -58,7 +58,8 @@ def cache_folder() -> Path:
 
 def absolute_if_exists(name: str) -> str:
     """`name` as an absolute path if such a file exists, so that it holds in another working directory; else unchanged."""
-    return os.path.abspath(name) if name and os.path.exists(name) else name
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if name and os.path.exists(path) else name
 
 
 def _flush(path: Path) -> None:

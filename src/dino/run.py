@@ -154,7 +154,7 @@ def build_trainer(
     """The trainer with fresh weights, its evaluations, and its steps cut to the memory of `options.fit`."""
     more = [evaluate.EvaluationCallback.parse(text, folder) for text in options.log.evaluate]
     callback = OnlineEvaluation(*data, required(options.views.global_size), device, more)
-    batches = view_batches(options, data[0], device)
+    batches = build_batches(options, data[0], device)
     trainer = Trainer(options, folder, data[0], batches, device, terminal, callback)
     if options.fit is not None:
         step, images = trainer.training_step, batches.batch_size // batches.world_size
@@ -169,7 +169,7 @@ def initialize_trainer(trainer: Trainer, start: weights.Weights) -> None:
     trainer.terminal.say(init.initialize(trainer.method, start))
     if init.needs_center(trainer.method, start):
         global_views = replace(trainer.options, {"views.num_local": 0, "data.decode": "workers"})
-        count = init.estimate_center(trainer, view_batches(global_views, trainer.source, trainer.device))
+        count = init.estimate_center(trainer, build_batches(global_views, trainer.source, trainer.device))
         trainer.terminal.say(f"The center is the mean over {count} global views.")
 
 
@@ -213,7 +213,7 @@ def prepare(options: TrainOptions, folder: Path) -> None:
     (folder / "config.toml").write_text(tomli_w.dumps(to_dict(recorded)))
 
 
-def view_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:
+def build_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:
     renderer = choose_renderer(device, options.data.decode == "device")
     ranks = (distributed.rank(), distributed.world_size())
     return ViewBatches(source, options.views, renderer, required(options.batch_size), options.seed, *ranks)

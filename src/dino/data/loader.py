@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+def order_epoch(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """The order in which epoch `epoch` visits the images: a permutation of 0..num_images-1."""
     return open_stream(Stream.ORDER, seed, epoch).permutation(num_images)
 
@@ -66,7 +66,7 @@ class ViewBatches(Dataset[Batch]):
     def indices(self, step: int) -> np.ndarray:
         """Positions in the source of this rank's samples at `step`."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, len(self.source))
+        order = order_epoch(self.seed, epoch, len(self.source))
         return order[batch * self.batch_size : (batch + 1) * self.batch_size][self.share]
 
     @property

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dino import distributed, files
+from dino import distributed, errors, files
 from dino.data.decode import BadImage
 from dino.data.scenes import open_scenes
 from dino.data.sources import Source, Subset, evenly_spaced, hold_out, open_source
@@ -65,7 +65,7 @@ def make_absolute(spec: str) -> str:
 def find_path(spec: str) -> Path | None:
     """The folder or list file of a spec; None where its images are made and not stored."""
     path = _split_path(spec)[1]
-    return Path(path) if path else None
+    return Path(path).expanduser() if path else None
 
 
 def get_name(spec: str) -> str:
@@ -77,7 +77,7 @@ def get_name(spec: str) -> str:
 
 def split_folders(data: str, val: str | None) -> tuple[str, str | None]:
     """Training and test folders of `data` where it holds train/ and val/; else itself and what was given."""
-    root = Path(data)
+    root = Path(data).expanduser()
     if val is None and (root / "train").is_dir() and (root / "val").is_dir():
         return str(root / "train"), str(root / "val")
     return data, val
@@ -90,7 +90,9 @@ def _open_parts(
     spec: str, labels: str = "auto", record: Path | None = None, trust: bool = False
 ) -> tuple[Source, Source | None]:
     """The training and the test images of a spec; a folder or list (see `open_source`) has no test images."""
-    kind = find_kind(spec)
+    kind, prefix = find_kind(spec), spec.partition(":")[0]
+    if kind is None and prefix.isalpha() and prefix != spec and not os.path.exists(spec):
+        raise errors.unknown("kind of data", prefix, KINDS)
     return (open_source(spec, labels, record, trust), None) if kind is None else kind.open(spec)
 
 
@@ -107,9 +109,10 @@ def open_images(spec: str) -> Source:
 def open_training_pair(options: TrainOptions, folder: Path | None, trust: bool = False) -> tuple[Source, Source | None]:
     """Training and held-out images. The run directory `folder` records the files, and with `trust` it is just those."""
     data, record = options.data, None if folder is None else folder / "files.jsonl"
-    train, test = _open_parts(data.path, data.labels, record, trust)
-    if data.val is not None:
-        return _require_same_classes(train, _get_test(*_open_parts(data.val, data.labels)))
+    path, val = split_folders(data.path, data.val)
+    train, test = _open_parts(path, data.labels, record, trust)
+    if val is not None:
+        return _require_same_classes(train, _get_test(*_open_parts(val, data.labels)))
     return hold_out(train, data.val_fraction, MOST_HELD_OUT, options.seed) if test is None else (train, test)
 
 

@@ -91,7 +91,7 @@ def fit_memory(step: TrainingStep, options: TrainOptions, images: int, limit: in
     try:
         for p in trained:
             p.grad = torch.zeros_like(p)  # there throughout, so that they do not count as a part's
-        # Two counts give a line for each way: what a part costs however small, and what an image adds.
+        # Memory is linear in the images of a part: two measurements give the line.
         lines: dict[Recompute, tuple[float, float]] = {}
         for recompute in step.backbone.recomputable:
             low, high = measure_part(few, recompute), measure_part(2 * few, recompute)

@@ -91,7 +91,7 @@ class CollapseMonitor:
 
 @torch.no_grad()
 def feature_health(features: Tensor) -> dict[str, float]:
-    """Label-free signs of life of features [m, d].
+    """Label-free health of features [m, d].
 
     `feature_std`: see `dino.variants.spread`. `effective_rank`: exp of the entropy of the normalized singular values
     (Roy & Vetterli 2007), between 1 and d.

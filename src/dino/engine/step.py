@@ -120,7 +120,7 @@ class TrainingStep:
 
 
 def split_images(images: int, parts: int) -> list[slice]:
-    """`images` in at most `parts` runs whose lengths differ by one at most."""
+    """At most `parts` slices of `images`, in order, of nearly equal length."""
     bounds = [images * i // parts for i in range(parts + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a]
 

@@ -48,7 +48,7 @@ def score_ranks(ranks: np.ndarray, blocks: Sequence[str], top: int | None) -> di
 
 
 def find_original(name: str, stems: dict[str, int]) -> int | None:
-    """The original with the same stem as the copy, or with the longest stem that an '_' follows in the copy's."""
+    """The original of a copy, by name: it has the stem of the copy, or the longest part of it that ends before an '_'."""
     words = Path(name).stem.split("_")
     candidates = ("_".join(words[:n]) for n in range(len(words), 0, -1))
     return next((stems[stem] for stem in candidates if stem in stems), None)

@@ -63,7 +63,7 @@ def boundary(mask: np.ndarray, truth: np.ndarray) -> float:
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
-def statistics(values: np.ndarray) -> dict[str, float]:
+def summarize(values: np.ndarray) -> dict[str, float]:
     """Mean, recall (share above 0.5) and decay (mean of the first quarter minus the last) of values [frames]."""
     second, _, last = np.floor(np.linspace(0, len(values) - 1, 5)[1:4] + 0.5).astype(int)
     decay = values[: second + 1].mean() - values[last:].mean()
@@ -245,7 +245,7 @@ def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Re
     if distributed.is_main():
         print(f"Masks: {out}")
     objects = {
-        name: [{"j": statistics(j), "f": statistics(f)} for j, f in zip(*(np.array(r[m]) for m in "jf"), strict=True)]
+        name: [{"j": summarize(j), "f": summarize(f)} for j, f in zip(*(np.array(r[m]) for m in "jf"), strict=True)]
         for name, r in found.items()
     }
     every = list(itertools.chain.from_iterable(objects.values()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from dino.features import cache
 from dino.models import Backbone
 from dino.options.evaluate import EVALUATIONS, EvalOptions
 from dino.options.flags import parse_flags
+from dino.options.rules import get_types
 from dino.terminal import track
 from dino.version import __version__
 from dino.weights import fingerprint
@@ -51,8 +53,11 @@ def evaluate(name: str, model: str | Backbone, **options: Any) -> Result:
     Raises:
         ValueError: no such evaluation, or its data or options are unusable.
     """
-    wanted = find_options(name)(model=model if isinstance(model, str) else "model", **options)
-    if isinstance(model, str):
+    kind = find_options(name)
+    if unknown := sorted(options.keys() - get_types(kind).keys()):
+        raise errors.unknown(f"option of `dino eval {name}`", unknown[0], get_types(kind))
+    wanted = kind(model=os.fspath(model) if isinstance(model, str | os.PathLike) else "model", **options)
+    if isinstance(model, str | os.PathLike):
         model = weights.load(model).to(distributed.start(wanted.device))
     return _measure(name, model, wanted)
 

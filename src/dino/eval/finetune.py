@@ -25,7 +25,7 @@ from dino.data.open import open_labeled_pair
 from dino.engine import parallel
 from dino.eval.evaluate import Result, locate_work
 from dino.eval.supervised import LabeledBatch, LabeledBatches, compute_accuracies, save_weights, train_supervised
-from dino.features.extract import extract, readable_labels
+from dino.features.extract import extract, select_labels
 from dino.models import Backbone
 from dino.options.evaluate import FinetuneOptions
 from dino.randomness import open_weights, seed_finetuning_step, seed_mixing
@@ -120,7 +120,7 @@ def group_by_layer(model: Classifier, weight_decay: float, layer_decay: float) -
     return param_groups_layer_decay(model, weight_decay, undecayed, layer_decay=layer_decay)
 
 
-def learning_rate(epoch: int, recipe: FinetuneRecipe, epochs: int) -> float:
+def compute_rate(epoch: int, recipe: FinetuneRecipe, epochs: int) -> float:
     """The rate of an epoch at the recipe's batch size: a linear warm-up, then the cosine as timm computes it."""
     peak = recipe.lr * recipe.batch_size / 512
     least = min(recipe.min_lr, peak)  # DeiT's own minimum, 1e-5, lies above the peak for CIFAR
@@ -144,7 +144,7 @@ class Finetuning:
         self.mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
 
     def step(self, step: int, batch: LabeledBatch) -> Tensor:
-        rate = learning_rate(step // self.per_epoch, self.recipe, self.recipe.epochs)
+        rate = compute_rate(step // self.per_epoch, self.recipe, self.recipe.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         images, targets = self._mix(batch, step)
@@ -238,7 +238,7 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
     tuned.eval().requires_grad_(False)
     classifier: Any = tuned  # its scores are features of the test images like any others
     scores = extract(classifier, test, size, shared=True, progress="test images")
-    wanted = readable_labels(test, scores, "test")
+    wanted = select_labels(test, scores, "test")
     save_weights(options, "finetune", tuned.state_dict(), train_on.classes)
     found = compute_accuracies(scores.values, wanted)
     return Result(

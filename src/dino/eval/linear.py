@@ -50,7 +50,7 @@ COLUMNS: dict[Pooling, dict[Pooling, tuple[int, int]]] = {
 
 def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Source, device: torch.device) -> Result:
     """Train many classifiers on a part of the training features, choose one on the rest, and train it again on all."""
-    size, widest = options.size or model.image_size, widest_pooling(model)
+    size, widest = options.size or model.image_size, find_widest_pooling(model)
     bank = cache.load_labeled(model, train, size, "training", widest)
     asked = cache.load_labeled(model, test, size, "test", widest)
     width = model.embed_dim
@@ -138,7 +138,7 @@ def run_paper(model: Backbone, options: LinearOptions, train: Source, test: Sour
     """The paper's protocol. Of several learning rates and decays, the one best on held-out training images counts."""
     folder = locate_work(options, "linear")
     size, original = options.size or model.image_size, options.protocol == "original"
-    pooling: Pooling = options.pooling[0] if options.pooling else paper_pooling(model)
+    pooling: Pooling = options.pooling[0] if options.pooling else find_paper_pooling(model)
     rates, decays = options.lr or (0.001,), options.weight_decay or (0.0,)
     asked = cache.load_labeled(model, test, size, "test", pooling)
     choice, chosen_on = asked, "the only one"
@@ -147,7 +147,7 @@ def run_paper(model: Backbone, options: LinearOptions, train: Source, test: Sour
         choice = cache.load_labeled(model, Subset(train, held), size, "held-out", pooling)
         chosen_on = f"best on {len(held)} held-out training images"
         train = Subset(train, np.setdiff1d(np.arange(len(train)), held))
-    batches = LabeledBatches(train, training_crops(size), size, options.batch_size, options.seed)
+    batches = LabeledBatches(train, build_crops(size), size, options.batch_size, options.seed)
     scaled = [rate * batches.batch_size / 256 for rate in rates]
     columns: Columns = {pooling: (0, asked.values.shape[1])}
     sweep = Sweep(columns, scaled, decays, len(train.classes), options.seed, device, sum_=distributed.sum_)
@@ -174,12 +174,12 @@ def run_paper(model: Backbone, options: LinearOptions, train: Source, test: Sour
     )
 
 
-def training_crops(size: int) -> v2.Transform:
+def build_crops(size: int) -> v2.Transform:
     """A random crop (8 to 100 % of the area, resized bilinearly as in the reference) and flip: uint8 [3, size, size]."""
     return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
-def widest_pooling(model: Backbone) -> Pooling:
+def find_widest_pooling(model: Backbone) -> Pooling:
     """The pooling that contains all others of a model: [CLS] of four blocks and the patches, or of the last block only."""
     edge = model.image_size
     parameter = next(iter(model.parameters()))
@@ -191,9 +191,9 @@ def widest_pooling(model: Backbone) -> Pooling:
     return "last4+average"
 
 
-def paper_pooling(model: Backbone) -> Pooling:
+def find_paper_pooling(model: Backbone) -> Pooling:
     """The pooling that the paper uses: four [CLS] for ViT-S and smaller, [CLS] and the mean patch for ViT-B and larger."""
-    if widest_pooling(model) != "last4+average" or not model.has_attention:
+    if find_widest_pooling(model) != "last4+average" or not model.has_attention:
         return "cls"
     return "cls+average" if model.embed_dim >= 768 else "last4"
 

@@ -21,7 +21,7 @@ TEMPERATURE = 0.1
 TILE = 12
 
 
-def neighborhoods(
+def find_neighborhoods(
     height: int, width: int, radius: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice], Tensor]]:
     """Cut a grid of patches into tiles. Each patch sees the patches within `radius` rows and columns.
@@ -57,7 +57,7 @@ def propagate(target: Tensor, sources: Tensor, labels: Tensor, radius: int, top_
     """
     height, width, dim = target.shape
     out = labels.new_empty(height, width, labels.shape[-1])
-    for tile, seen, visible in neighborhoods(height, width, radius, target.device):
+    for tile, seen, visible in find_neighborhoods(height, width, radius, target.device):
         similarity = target[tile].reshape(-1, dim) @ sources[:, *seen].reshape(-1, dim).T
         similarity = similarity.view(len(visible), len(sources), -1).masked_fill_(~visible[:, None], -torch.inf)
         similarity = similarity.flatten(1)

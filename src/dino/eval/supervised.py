@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino import distributed
-from dino.data.loader import Bad, epoch_order, iterate, read_with_stand_in
+from dino.data.loader import Bad, iterate, order_epoch, read_with_stand_in
 from dino.data.sources import Source
 from dino.engine.checkpoint import Checkpoints
 from dino.eval.evaluate import locate_result
@@ -69,7 +69,7 @@ class LabeledBatches(Dataset[LabeledBatch]):
     def samples(self, step: int) -> tuple[list[tuple[int, int]], int]:
         """(image, copy) of this rank's samples at `step`, and how many all ranks have."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, len(self.source))
+        order = order_epoch(self.seed, epoch, len(self.source))
         start = batch * self.batch_size
         positions = np.arange(start, min(start + self.batch_size, len(order)))
         # Copies of one image are moved apart, so that they are not mixed with each other.

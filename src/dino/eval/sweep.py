@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dino import schedules
-from dino.data.loader import epoch_order
+from dino.data.loader import order_epoch
 from dino.features.extract import Pooling
 from dino.features.neighbors import split_rows
 from dino.options.evaluate import LinearOptions
@@ -112,7 +112,7 @@ def train_sweep(
     terminal.start(0, options.epochs)
     try:
         for epoch in range(options.epochs):
-            order = torch.from_numpy(epoch_order(options.seed, epoch, len(features)))
+            order = torch.from_numpy(order_epoch(options.seed, epoch, len(features)))
             scale = schedules.cosine(epoch, options.epochs, 1.0, 0.0)
             loss = None
             for rows in order.split(batch):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dino import weights
+from dino import errors, weights
 from dino.exports import formats
 from dino.models.positions import PositionInterpolation
 from dino.weights import Weights
@@ -36,7 +36,7 @@ class Difference(NamedTuple):
 
     size: str
     largest: float
-    alike: float  # the largest where the model interpolates positions as the other library does
+    alike: float  # as `largest`, with the model interpolating positions as the other library does
     scale: float  # the largest output of the model
 
 
@@ -44,8 +44,10 @@ def check_format(to: str, out: Path) -> None:
     """Refuse a format or a name that cannot be written and checked.
 
     Raises:
-        ValueError: a package that format `to` needs is not installed, or the name of `out` has another ending.
+        ValueError: no such format, a package that it needs is missing, or the name of `out` has another ending.
     """
+    if to not in FORMATS:
+        raise errors.unknown("format", to, FORMATS)
     ending, needs = FORMATS[to].ending, FORMATS[to].needs
     if not out.name.endswith(ending):
         raise ValueError(f"--out {out}: readers of {to} want the ending {ending}; write --out {out}{ending}.")

@@ -19,7 +19,7 @@ from torch import Tensor
 from dino import distributed, files
 from dino.data.evaluation_views import Resize
 from dino.data.sources import Source
-from dino.features.extract import Features, Pooling, extract, readable_labels
+from dino.features.extract import Features, Pooling, extract, select_labels
 from dino.models import Backbone
 from dino.options import required
 from dino.weights import fingerprint
@@ -66,7 +66,7 @@ def load_or_extract(
 
 
 class LabeledFeatures(NamedTuple):
-    """Of the images of a source that could be read."""
+    """Features and labels of the readable images of a source."""
 
     values: Tensor  # [m, d] float32, on the CPU
     labels: Tensor  # [m] int64
@@ -80,7 +80,7 @@ def load_labeled(model: Backbone, source: Source, size: int, what: str, pooling:
         ValueError: no image can be read.
     """
     found = load_or_extract(model, source, size, pooling, f"{what} images")
-    return LabeledFeatures(found.values, readable_labels(source, found, what), found.indices)
+    return LabeledFeatures(found.values, select_labels(source, found, what), found.indices)
 
 
 def _load(path: Path) -> Features | None:

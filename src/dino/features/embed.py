@@ -61,6 +61,8 @@ def embed(
         ValueError: `out` holds another embedding or something else, or no image can be read.
     """
     pq = import_parquet()
+    if pooling not in POOLINGS:
+        raise errors.unknown("pooling", pooling, POOLINGS)
     if shard is not None and shard < 1:
         raise ValueError(f"--shard is {shard}; write at least 1 image to a shard.")
     network = weights.load(model).to(distributed.start(device)) if isinstance(model, str) else model

@@ -214,7 +214,7 @@ def extract(
     return Features.concatenate(in_order, model.embed_dim)
 
 
-def readable_labels(source: Source, found: Features, what: str) -> Tensor:
+def select_labels(source: Source, found: Features, what: str) -> Tensor:
     """[m] int64, of the images that could be read; the others are counted and one is named.
 
     Raises:

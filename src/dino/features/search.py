@@ -25,7 +25,7 @@ from dino.weights import fingerprint
 IndexKind = Literal["flat", "ivf", "hnsw"]
 FEW = 4  # queries; so few are faster one by one
 HALF_ERROR = 2e-3  # bound on the error of a cosine in half precision, which rounds three times by 2^-11
-SAMPLE = 100  # queries at a time, and those that recall is measured with
+SAMPLE = 100  # queries at a time; also the number of queries that recall is measured on
 LINKS = 32  # nearest rows among which near-copies are looked for, except by an exact search with a threshold
 COPY_RATIO = 0.05  # two rows are near-copies below this fraction of the distance to their LINKS-th neighbor
 MIN_DISTANCE = 1e-6  # shorter distances are rounding errors

@@ -1,7 +1,7 @@
 """Learned positions of patches for images of other sizes."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,13 @@ def interpolate_positions(
     if (rows, columns) == (side, side):
         return positions
     grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if how == "offset":
-        # The reference adds 0.1 patch before dividing, and PyTorch then samples at exactly that scale.
-        scale = ((rows + 0.1) / side, (columns + 0.1) / side)
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-    else:
-        grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=how == "antialias")
+    # The reference adds 0.1 patch before dividing, and PyTorch then samples at exactly that scale.
+    offset = ((rows + 0.1) / side, (columns + 0.1) / side)
+    arguments: dict[str, Any] = {
+        "offset": {"scale_factor": offset},
+        "size": {"size": (rows, columns)},
+        "antialias": {"size": (rows, columns), "antialias": True},
+    }[how]
+    grid = F.interpolate(grid, mode="bicubic", **arguments)
     assert grid.shape[-2:] == (rows, columns)
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)

@@ -11,7 +11,7 @@ Letters: n images, t tokens (1 + patches), q tokens that are asked for (t or 1),
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +163,9 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"width {dim} is not a multiple of num_heads {num_heads}; change one of them.")
+        if pos_interp not in get_args(PositionInterpolation):
+            choices = ", ".join(get_args(PositionInterpolation))
+            raise ValueError(f"pos_interp is '{pos_interp}'; choose one of {choices}.")
         self.embed_dim, self.patch_size, self.num_heads, self.depth = dim, patch_size, num_heads, depth
         self.image_size, self.in_channels = image_size, in_channels
         self.pos_interp: PositionInterpolation = pos_interp

@@ -150,11 +150,11 @@ class LowshotOptions(LabeledOptions):
     c: PositiveFloat | None = None
     """Inverse strength of the L2 penalty, sum of losses + |W|^2 / 2C. None: chosen by cross-validation."""
     folds: Annotated[int, at_least(2, "it must be at least 2")] = 5
-    """Of the cross-validation."""
+    """Parts of the cross-validation."""
     k: PositiveInt = 20
     """Neighbors of the k-NN beside it."""
     seed: Seed = 0
-    """Of the drawn shares."""
+    """Seed of the drawn shares."""
 
     def contradictions(self) -> Iterator[str]:
         if not self.list and not self.percent:
@@ -177,10 +177,10 @@ class FinetuneOptions(TrainedOptions):
     drop_path: BelowOne | None = None
     """Stochastic depth of the last block, of our own ViTs."""
     mixup: NonNegativeFloat | None = None
-    """Of its Beta distribution; 0: none. With CutMix, each step takes one of them at random."""
+    """Parameter of the Beta distribution of MixUp; 0: no MixUp. With CutMix, each step takes one of them at random."""
     cutmix: NonNegativeFloat | None = None
     smoothing: BelowOne | None = None
-    """Of labels."""
+    """Label smoothing."""
     rand_augment: str | None = None
     """timm's name of an augmentation policy, '' for none."""
     erasing: BelowOne | None = None

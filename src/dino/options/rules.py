@@ -35,6 +35,9 @@ class Rule(NamedTuple):
     accepts: Callable[[Any], object]
     text: str
 
+    def __repr__(self) -> str:  # the parser of flags shows types in its errors
+        return self.text
+
 
 def at_least(least: int, text: str) -> Rule:
     return Rule(lambda value: value >= least, text)
@@ -117,7 +120,7 @@ def get_types(kind: type[Options]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-CHECKED = ContextVar("CHECKED", default=True)  # False while a parser builds options that it checks at the end
+CHECKED = ContextVar("CHECKED", default=True)  # False while a parser builds options; it checks them at the end
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

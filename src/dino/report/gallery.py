@@ -112,8 +112,8 @@ class Gallery:
             others = [pair for pair in found if held_out or pair[1] != picture.position]  # not the image itself
             label = get_label(self.shown, picture.position)
             rows.append(read_row(square, self._caption(picture), label, self.source, others[:NUM_NEIGHBORS]))
-        judged = [found.same for row in rows for found in row.neighbors if found.same is not None]
-        return render("neighbors", rows=rows, held_out=held_out, num_images=len(bank.indices), judged=judged)
+        same = [found.same for row in rows for found in row.neighbors if found.same is not None]
+        return render("neighbors", rows=rows, held_out=held_out, num_images=len(bank.indices), same=same)
 
     def render_views(self) -> Markup:
         """Views that the first epoch of the run drew, rendered by the training pipeline itself."""

@@ -39,7 +39,9 @@ def write_report(folder: Path, source: Source, held_out: Source | None, device: 
         **Gallery.open(run, model, source, held_out, device).render_sections(),
         "Training": render("training", run=run, charts=[(c, *draw_chart(c, run)) for c in list_charts(run)]),
         "Options and environment": render(
-            "details", environment=environment(device), config=(folder / "config.toml").read_text(encoding="utf-8")
+            "details",
+            environment=describe_environment(device),
+            config=(folder / "config.toml").read_text(encoding="utf-8"),
         ),
     }
     path = folder / "report.html"
@@ -72,14 +74,14 @@ def render_result(run: Run, model: Backbone, source: Source, shown: Source) -> M
     return render("result", run=run, model=model, source=source, shown=shown, values=values, pixels=pixels)
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def describe_environment(device: torch.device) -> dict[str, str]:
     try:
         own = version("dino")
     except PackageNotFoundError:  # run from a checkout
         own = "not installed"
     values = {
         "dino": own,
-        "commit": commit(),
+        "commit": find_commit(),
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads",
@@ -89,7 +91,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return {name: value for name, value in values.items() if value}
 
 
-def commit() -> str:
+def find_commit() -> str:
     """The commit of the checkout that this package runs from; empty where git does not know this very file."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dino.models.vit import SIZES
 
 State = dict[str, Tensor]
-NameMap = dict[str, tuple[str, ...]]  # a name to its counterpart, or to several of which it is the concatenation
+NameMap = dict[str, tuple[str, ...]]  # name -> the same tensor's name elsewhere, or the names of its parts there
 
 # The only names that may be left out: classifiers and poolers on top of a backbone. `Weights.left_out` lists them.
 TOLERATED = frozenset(
