@@ -1,7 +1,7 @@
-"""A tour: train on drawn scenes for a minute, then look, judge, compare and export. Run it whole (`python examples/tour.py`)
-or cell by cell in an editor that knows `# %%`. Pictures and models go to tour/."""
+"""A tour: train on drawn scenes for a minute, then look, measure, search and export. Run it whole (`python examples/tour.py`),
+or cell by cell in an editor that knows `# %%`. Pictures and models are written to tour/."""
 
-# %% Train. Drawn scenes need no download; for yours give data="photos/".
+# %% Train. Drawn scenes need no download. For your own images give data="photos/" in place of "demo".
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ out = Path("tour")
 run = dino.train("demo", out=str(out / "run"), overwrite=True, epochs=2)
 model = dino.load(str(run))
 
-# %% Attention: where each head of the last block looks, on scenes that training has not seen.
+# %% Attention: where each head of the last block looks. Training has not seen these scenes.
 scenes = Scenes(200, first=10_000)
 looks = [dino.attention_maps(model, scenes.at(96).read(i)) for i in range(3)]
 for i, look in enumerate(looks):
@@ -26,11 +26,11 @@ print("attention [heads + 1, rows, columns]:", looks[0].attention.shape)
 for i, shown in enumerate(dino.pca_colors(model, [scenes.at(96).read(i) for i in range(3)])):
     shown.figure().save(out / f"pca-{i}.png")
 
-# %% k-NN: is the class of a scene that of its neighbors? Ten classes, so chance is 10 %.
+# %% k-NN: does a scene have the class of its neighbors? There are ten classes, so chance is 10 %.
 figures = dino.evaluate("knn", model, data="scenes:1000", k=(20,)).figures
 print("k-NN:", figures)
 
-# %% Embed, and find each scene's nearest other one by cosine.
+# %% Features of all scenes, and the nearest other scene of each by cosine.
 features = extract(model, scenes, model.image_size).values.numpy()
 features /= np.linalg.norm(features, axis=1, keepdims=True)
 cosine = features @ features.T
@@ -40,6 +40,6 @@ print(f"the nearest scene is of the same class for {np.mean(scenes.labels[neares
 pairs = [np.hstack([scenes.read(i), scenes.read(nearest[i])]) for i in range(5)]
 Image.fromarray(np.vstack(pairs)).save(out / "neighbors.png")
 
-# %% Export: what is written is opened again and compared with the model. Others: hf, timm, onnx, torch-export.
+# %% Export: the file is opened again and compared with the model. Other formats: hf, timm, onnx, torch-export, ...
 for difference in dino.export(str(run), "safetensors", str(out / "tour.safetensors")):
     print("exported, largest difference", difference)
