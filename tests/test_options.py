@@ -246,10 +246,6 @@ def test_python_callers_are_told_the_choices(tmp_path):
             "no format 'onx'; known are .* Did you mean 'onnx'",
         ),
         (lambda: dino.evaluate("knn", "m", data="d", kk=(5,)), "no option of `dino eval knn` 'kk'"),
-        (
-            lambda: dino.create("vit_small", pos_interp="of"),
-            "pos_interp is 'of'; choose one of offset, size, antialias",
-        ),
     ):
         with pytest.raises(ValueError, match=said):
             call()
