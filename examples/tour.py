@@ -1,4 +1,4 @@
-"""A tour: train on drawn scenes for a minute, then look, measure, search and export. Run it whole (`python examples/tour.py`),
+"""A tour: train on drawn scenes for a minute, then look, measure, search and export. Run it whole (`python examples/tour.py`)
 or cell by cell in an editor that knows `# %%`. Pictures and models are written to tour/."""
 
 # %% Train. Drawn scenes need no download. For your own images give data="photos/" in place of "demo".
