@@ -245,6 +245,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipes_build_the_models_they_name(name):
     recipe = find_recipe(name)

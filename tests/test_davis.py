@@ -155,6 +155,7 @@ def plain_statistics(values: list[float]) -> list[float]:
     return [mean(values), mean([v > 0.5 for v in values]), mean(first) - mean(last)]
 
 
+@pytest.mark.slow
 @settings(**SECONDS)
 @given(st.integers(2, 60), st.integers(2, 160), st.sampled_from([0.0, 0.02, 0.4, 1.0]), st.integers(0, 999))
 def test_measures_by_hand(height, width, density, seed):

@@ -55,6 +55,7 @@ def backbones():
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_gives_features_and_cells(backbones, name):
     width, side, other = FAMILIES[name]

@@ -86,6 +86,7 @@ def test_workers_change_nothing(photos, tmp_path):
     assert_same_bits(final_state(tmp_path / "w0"), final_state(tmp_path / "w2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 5, 7])
 def test_resume_is_exact_also_within_an_epoch(photos, tmp_path, at):
     chosen = options(model__drop_path=0.2)  # its randomness must resume too

@@ -95,6 +95,7 @@ def test_a_vit_comes_back_bit_for_bit_from_every_format(kind, sizes, tmp_path):
     assert found.left_out == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "xcit_nano_12_p8_224", "xcit_nano_12_p16_224"])
 @pytest.mark.parametrize("kind", ["reference", "timm", "safetensors"])
 def test_resnet_and_xcit_come_back_bit_for_bit(name, kind, tmp_path):
@@ -388,6 +389,7 @@ def test_models_are_listed(server, capsys):
 # --------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_a_run_is_converted_and_used_everywhere(photos, tmp_path, capsys):
     run = dino.train(replace(TrainOptions(), TINY | {"report": False}), data=str(photos), out=str(tmp_path / "run"))
     expected = dino.load(run).state_dict()
