@@ -181,6 +181,10 @@ def test_what_cannot_be_searched_is_one_sentence(embedded, album, saved_model, t
     assert "different lengths (varying" in complaint("duplicates", single)
     pq.write_table(table.replace_schema_metadata(None), single)
     assert "is no embedding that `dino embed` wrote" in complaint("duplicates", single)
+    about = json.loads(table.schema.metadata[b"dino"])
+    about["readout"] = about.pop("pooling")  # as it was called before
+    pq.write_table(table.replace_schema_metadata({"dino": json.dumps(about)}), single)
+    assert "was written by another version of dino; embed anew" in complaint("duplicates", single)
 
     cut = shutil.copytree(embedded, tmp_path / "cut.parquet")
     (cut / "part-000001.parquet").write_bytes((embedded / "part-000001.parquet").read_bytes()[:2000])

@@ -260,7 +260,7 @@ def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Re
     return Result(
         {prefix + name: value for name, value in figures.items()},
         f"{options.protocol} protocol: labels propagated from the first and {options.queue} previous frames, "
-        f"{options.top_k} likest patches within {options.neighborhood} rows and columns",
+        f"{options.top_k} most similar patches within {options.neighborhood} rows and columns",
         {"frames": frames, "annotations": masks},
         {"videos": len(videos), "frames": sum(len(v.frames) for v in videos.values()), "objects": len(every)},
         {"objects": objects},

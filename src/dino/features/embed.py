@@ -164,8 +164,10 @@ def _about(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path} is damaged or cut short; the same `dino embed` again makes it anew.") from error
     if b"dino" not in (schema.metadata or {}) or "feature" not in schema.names:
         raise ValueError(f"{path} is no embedding that `dino embed` wrote; give one.")
-    kind = schema.field("feature").type
-    return json.loads(schema.metadata[b"dino"]) | {"rows": rows, "dim": getattr(kind, "list_size", None)}
+    about, kind = json.loads(schema.metadata[b"dino"]), schema.field("feature").type
+    if not about.keys() >= set(IDENTITY):
+        raise ValueError(f"{path} was written by another version of dino; embed anew.")
+    return about | {"rows": rows, "dim": getattr(kind, "list_size", None)}
 
 
 @dataclass(frozen=True)
