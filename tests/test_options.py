@@ -240,6 +240,12 @@ def test_python_callers_are_told_the_choices(tmp_path):
     """Public functions that take no options class: the value, and what there is."""
     for call, said in (
         (lambda: dino.embed("m", "d", tmp_path / "e", pooling="mean"), "no pooling 'mean'; known are cls, average"),
+        (
+            lambda: dino.DinoFeatures(dino.create("vit_nano", 8, 16), pooling="mean").fit(
+                [np.zeros((9, 9, 3), np.uint8)]
+            ),
+            "no pooling 'mean'",
+        ),
         (lambda: distributed.start("gpu"), "no device 'gpu'; known are auto, cpu, cuda"),
         (
             lambda: dino.export("m", "onx", str(tmp_path / "m.onnx")),

@@ -44,7 +44,6 @@ class TrainingStep:
 
     Args:
         clip_grad: largest norm of each parameter's gradient; 0: not clipped.
-        time: a context manager for the part of the step that has the given name, e.g. to measure it.
     """
 
     def __init__(
@@ -54,10 +53,11 @@ class TrainingStep:
         device: torch.device,
         precision: str = "fp32",
         clip_grad: float = 3.0,
-        time: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ):
         self.method, self.optimizer, self.device = method, optimizer, device
-        self.precision, self.clip_grad, self.time = precision, clip_grad, time
+        self.precision, self.clip_grad = precision, clip_grad
+        # Entered with the name of each part of a step; `dino bench` sets one that measures.
+        self.time: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
         self.student: nn.Module = method.student
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.split = Split()
@@ -67,13 +67,13 @@ class TrainingStep:
         return cast(Backbone, self.method.student.backbone)
 
     def set_split(self, split: Split) -> None:
-        """Compute steps so from now on."""
+        """Choose how the following steps are computed."""
         assert split.parts == 1 or not parallel.has_batch_norm(self.method)
         self.split = split
         self.backbone.set_recompute(split.recompute)
 
     def distribute(self) -> None:
-        """Average gradients over ranks from now on."""
+        """Average the gradients of the following steps over ranks."""
         self.student = parallel.distribute(self.method.student, self.device)
 
     def __call__(self, groups: list[Tensor], rates: Rates, drop_path_noise: list[Tensor] | None = None) -> Metrics:

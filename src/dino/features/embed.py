@@ -22,7 +22,7 @@ from dino import distributed, errors, files, weights
 from dino.data.normalize import normalize
 from dino.data.open import make_absolute, open_images
 from dino.data.sources import Source
-from dino.features.extract import POOLINGS, Features, Pooling, choose_batch_size, extract_batches
+from dino.features.extract import Features, Pooling, choose_batch_size, extract_batches, find_pooling
 from dino.models import Backbone
 from dino.version import __version__
 from dino.weights import fingerprint
@@ -61,15 +61,14 @@ def embed(
         ValueError: `out` holds another embedding or something else, or no image can be read.
     """
     pq = import_parquet()
-    if pooling not in POOLINGS:
-        raise errors.unknown("pooling", pooling, POOLINGS)
+    pool = find_pooling(pooling)
     if shard is not None and shard < 1:
         raise ValueError(f"--shard is {shard}; write at least 1 image to a shard.")
     network = weights.load(model).to(distributed.start(device)) if isinstance(model, str) else model
     source, size = open_images(data) if isinstance(data, str) else data, size or network.image_size
     blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(network.parameters()).device)
     with torch.no_grad():
-        shape = POOLINGS[pooling](network, normalize(blank, network.in_channels)).shape[1:]  # [d] or [p, d]
+        shape = pool(network, normalize(blank, network.in_channels)).shape[1:]  # [d] or [p, d]
     shard = shard or max(1, min(SHARD, MOST_VALUES // shape.numel()))
     batch = min(choose_batch_size(size), shard)
     shard = -(-shard // batch) * batch

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino import distributed
+from dino import distributed, errors
 from dino.data.decode import BadImage
 from dino.data.evaluation_views import RESIZES, Resize
 from dino.data.loader import Bad, iterate
@@ -123,6 +123,12 @@ POOLINGS: dict[Pooling, Pool] = {
 }
 
 
+def find_pooling(name: str) -> Pool:
+    if name not in POOLINGS:
+        raise errors.unknown("pooling", name, POOLINGS)
+    return POOLINGS[name]
+
+
 class Features(NamedTuple):
     values: Tensor  # [m, d] float32, on the CPU
     indices: np.ndarray  # [m] positions in the source; fewer than asked for when images were unreadable
@@ -168,11 +174,12 @@ def extract_batches(
     threads = 1 if num_workers else torch.get_num_threads()
     views = EvaluationViews(source, indices, size, batch_size, resize, threads)
     batches = iterate(views, 0, len(views), num_workers, on_gpu)
+    pool = find_pooling(pooling)
     late: list[Features] = []  # on the device
     for runs, positions, bad in track(batches, len(views), progress) if progress else batches:
         with torch.autocast(device.type, torch.float16, enabled=fp16 and on_gpu):
             images = (normalize(run.to(device, non_blocking=True), model.in_channels) for run in runs)
-            values = [POOLINGS[pooling](model, run).float() for run in images]
+            values = [pool(model, run).float() for run in images]
         found = torch.cat(values) if values else torch.zeros(0, model.embed_dim)
         late.append(Features(found, np.array(positions, dtype=np.int64), bad))
         if len(late) > on_gpu:  # features leave a GPU one batch late, so that it never waits for the copy
