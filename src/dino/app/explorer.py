@@ -20,13 +20,13 @@ from dino import weights
 from dino.data.decode import BadImage, decode
 from dino.data.open import open_images
 from dino.data.sources import Images, Source, WithPlaceholders, evenly_spaced
-from dino.engine.checkpoint import Checkpoints
 from dino.features.embed import Folder, embed
 from dino.features.search import Index, check_same_model, duplicates
 from dino.look import pictures
 from dino.look.patches import extract_patches, fit_axes
 from dino.models import Backbone
 from dino.weights import fingerprint
+from dino.weights.checkpoints import list_checkpoints
 
 UPLOAD_PIXELS = 50_000_000  # of an image that a browser sends
 MAX_SIZE = 1024  # pixels of the shorter side that the model is given
@@ -126,7 +126,7 @@ class Explorer:
 
     @cached_property
     def checkpoints(self) -> list[Path]:
-        found = Checkpoints(self.run / "checkpoints").complete() if self.run is not None else []
+        found = list_checkpoints(self.run / "checkpoints") if self.run is not None else []
         return [found[i] for i in evenly_spaced(len(found), MAX_CHECKPOINTS)]
 
     def draw_checkpoints(self, shown: ShownImage, size: int) -> np.ndarray:

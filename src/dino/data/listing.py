@@ -134,31 +134,40 @@ def _read_list(path: str) -> list[str]:
 
 
 def list_names(path: str, record: Path | None, trust: bool) -> Names:
-    """Names of the images at `path`, written to the file `record`; with `trust`, the names recorded there before."""
-    if trust and record is not None and (names := _load(record, path)) is not None:
-        return names
-    names = Names(_scan(path, record and record.parent) if os.path.isdir(path) else _read_list(path))
-    if record is not None:
-        _save(record, path, names)
+    """Names of the images at `path`; with `trust`, those that the file `record` holds.
+
+    Raises:
+        ValueError: the recorded images lay elsewhere and are not at `path`.
+    """
+    recorded = _load(record) if trust and record is not None else None
+    if recorded is None:
+        return Names(_scan(path, record and record.parent) if os.path.isdir(path) else _read_list(path))
+    root, names = recorded
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    some = {names[round(i)] for i in np.linspace(0, len(names) - 1, 1000)} if root != path else ()
+    if missing := [name for name in some if not os.path.exists(os.path.join(folder, name))]:
+        raise ValueError(
+            f"the images at {path} are not those of {root}, which this run was started with: {missing[0]} is missing; "
+            "restore them, or start a new run."
+        )
     return names
 
 
-def _save(record: Path, path: str, names: Names) -> None:
-    """Write a line about the listing and a line with its names, both JSON; all or nothing."""
+def save_names(record: Path, path: str, names: Names) -> None:
+    """Write a line about the listing of `path` and a line with its names, both JSON; all or nothing."""
     digest = hashlib.sha256(names.blob).hexdigest()
     header = {"version": _VERSION, "root": path, "number": len(names), "sha256": digest}
-    record.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(record) as temporary:
         temporary.write_text(f"{json.dumps(header)}\n{json.dumps(names.split())}\n", encoding="ascii")
 
 
-def _load(record: Path, path: str) -> Names | None:
-    """The names that `record` holds of `path`; None if it is missing, damaged or of another path."""
+def _load(record: Path) -> tuple[str, Names] | None:
+    """The path and the names that `record` holds; None if it is missing or damaged."""
     try:
         first, _, second = record.read_bytes().partition(b"\n")
         header = json.loads(first)
         names = Names(json.loads(second))
-        said = [header[key] for key in ("version", "root", "sha256")]
-        return names if said == [_VERSION, path, hashlib.sha256(names.blob).hexdigest()] else None
+        said = [header[key] for key in ("version", "sha256")]
+        return (header["root"], names) if said == [_VERSION, hashlib.sha256(names.blob).hexdigest()] else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
 
 import cv2
@@ -118,13 +119,22 @@ def read_with_stand_in(
 
 def _start_worker(_: int) -> None:
     """Workers leave signals to the training process and run one thread each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A signal to the whole group, as of Slurm or torchrun, must not end them: their batches are needed for the last steps.
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
 
 
+class WorkerDied(Exception):
+    """A data worker has ended; the message says how, and what may help."""
+
+
 def iterate(batches: Dataset[T], start: int, stop: int, num_workers: int, pin_memory: bool) -> Iterator[T]:
-    """Items `start` to `stop` - 1 of `batches`, in order, prepared ahead by `num_workers` processes."""
+    """Items `start` to `stop` - 1 of `batches`, in order, prepared ahead by `num_workers` processes.
+
+    Raises:
+        WorkerDied: one of these processes has ended.
+    """
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -133,4 +143,30 @@ def iterate(batches: Dataset[T], start: int, stop: int, num_workers: int, pin_me
         worker_init_fn=_start_worker if num_workers else None,
         pin_memory=pin_memory,
     )
-    return iter(loader)
+    items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except Exception as error:
+            if reason := _find_dead_worker(getattr(items, "_workers", ()), error):
+                raise WorkerDied(reason) from error
+            raise
+        yield item
+
+
+def _find_dead_worker(workers: Iterable[BaseProcess], error: Exception) -> str:
+    """How a worker has ended, if `error` comes from that; else ""."""
+    how = ""
+    for worker in workers:
+        worker.join(0.1)
+        if worker.exitcode:
+            code = worker.exitcode
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    if "shared memory" in str(error) or "No space left" in str(error):
+        how = how or "found no space in shared memory"
+    return how and (
+        f"a data worker {how}; most likely memory ran out, or /dev/shm is too small (docker run --shm-size=8g): use fewer "
+        "--data.num-workers, or 0"
+    )

@@ -15,13 +15,15 @@ import numpy as np
 
 from dino import distributed, errors, files
 from dino.data.decode import BadImage
+from dino.data.listing import save_names
 from dino.data.scenes import open_scenes
-from dino.data.sources import Source, Subset, evenly_spaced, hold_out, open_source
+from dino.data.sources import Files, Source, Subset, evenly_spaced, hold_out, open_source
 from dino.data.torchvision_sets import open_torchvision
 from dino.options import required
 from dino.options.train import TrainOptions
 
 MOST_HELD_OUT = 1000  # images
+RECORD = "files.jsonl"  # in a run directory: the names of its images
 
 
 class Kind(NamedTuple):
@@ -69,10 +71,13 @@ def find_path(spec: str) -> Path | None:
 
 
 def get_name(spec: str) -> str:
-    """A short name of the data, for a folder: its prefix, the NAME after it, or the last part of its path."""
+    """A short name of the data, for a folder: its prefix, the NAME after it, or the name of its folder or list."""
     kind = find_kind(spec)
     words = spec.split(":")[: 2 if kind is not None and kind.in_folder else 1]
-    return Path(words[-1].rstrip("/") or "run").stem
+    if kind is not None:
+        return words[-1]
+    path = Path(spec).expanduser().resolve()
+    return (path.name if path.is_dir() else path.stem) or "run"
 
 
 def split_folders(data: str, val: str | None) -> tuple[str, str | None]:
@@ -107,13 +112,21 @@ def open_images(spec: str) -> Source:
 
 
 def open_training_pair(options: TrainOptions, folder: Path | None, trust: bool = False) -> tuple[Source, Source | None]:
-    """Training and held-out images. The run directory `folder` records the files, and with `trust` it is just those."""
-    data, record = options.data, None if folder is None else folder / "files.jsonl"
+    """Training and held-out images; with `trust`, those of a folder or list are the files recorded in the run's `folder`."""
+    data, record = options.data, None if folder is None else folder / RECORD
     path, val = split_folders(data.path, data.val)
     train, test = _open_parts(path, data.labels, record, trust)
     if val is not None:
         return _require_same_classes(train, _get_test(*_open_parts(val, data.labels)))
     return hold_out(train, data.val_fraction, MOST_HELD_OUT, options.seed) if test is None else (train, test)
+
+
+def record_files(source: Source, folder: Path) -> None:
+    """Write the names of the files of `source` into the run directory `folder`, for its resume."""
+    while isinstance(source, Subset):
+        source = source.source
+    if isinstance(source, Files):
+        save_names(folder / RECORD, source.path, source.names)
 
 
 # --- labeled images ------------------------------------------------------------------------------------------------

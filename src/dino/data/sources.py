@@ -55,36 +55,46 @@ class Source(Protocol):
 
 
 class Files:
-    """A `Source` of image files. `name(i)` is relative to `root` (or as written in the list file)."""
+    """A `Source` of image files. `name(i)` is relative to `root` (or as written in the list file).
 
-    def __init__(self, root: str, names: Names, classes: tuple[str, ...] = (), labels: np.ndarray | None = None):
-        self.root, self._names, self.classes, self.labels = root, names, classes, labels
+    `path` is the folder or the list that names them.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        names: Names,
+        classes: tuple[str, ...] = (),
+        labels: np.ndarray | None = None,
+        path: str | None = None,
+    ):
+        self.root, self.names, self.classes, self.labels, self.path = root, names, classes, labels, path or root
         digest = hashlib.sha256(names.blob)
         if labels is not None:
             digest.update(json.dumps(classes).encode() + labels.astype("<i8").tobytes())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def name(self, index: int) -> str:
-        return self._names[index]
+        return self.names[index]
 
     def stamp(self) -> str:
         digest = hashlib.sha256()
         for index in range(len(self)):
             try:
-                status = os.stat(os.path.join(self.root, self._names[index]))
+                status = os.stat(os.path.join(self.root, self.names[index]))
                 digest.update(b"%d %d;" % (status.st_size, status.st_mtime_ns))
             except OSError:
                 digest.update(b"gone;")
         return digest.hexdigest()
 
     def read(self, index: int) -> np.ndarray:
-        return decode(os.path.join(self.root, self._names[index]))
+        return decode(os.path.join(self.root, self.names[index]))
 
     def read_bytes(self, index: int) -> bytes | None:
-        with open_file(os.path.join(self.root, self._names[index])) as stream:
+        with open_file(os.path.join(self.root, self.names[index])) as stream:
             return stream.getvalue() if isinstance(stream, io.BytesIO) else None
 
 
@@ -143,8 +153,8 @@ def open_source(spec: str, labels: str = "auto", record: Path | None = None, tru
 
     labels: 'auto' (the list's labels; else the first folder level if it looks like classes), 'folders' (the first
     folder level), 'none', or a CSV file of path,label with paths relative to the images' folder or to the CSV.
-    record: a file to write the names to. Its folder, the run directory, is not searched: a run's own images are not data.
-    trust: take the names from `record` if it holds them, even if the files have changed, as a resumed run must.
+    record: the file of a run with the names. Its folder, the run directory, is not searched: a run's images are not data.
+    trust: take the names from `record`, even if the files have changed, as a resumed run must.
 
     Raises ValueError, in one sentence, when the spec or the labels cannot be what was meant.
     """
@@ -152,7 +162,7 @@ def open_source(spec: str, labels: str = "auto", record: Path | None = None, tru
     root = path if os.path.isdir(path) else os.path.dirname(path)
     names = list_names(path, record, trust)
     classes, indices = assign_labels(labels, names.split(), path, root)
-    return Files(root, names, classes, indices)
+    return Files(root, names, classes, indices, path)
 
 
 def open_listed(folder: Path, names: Sequence[str], by: str, layout: str) -> Files:

@@ -18,10 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dino import files
+from dino import errors, files
 from dino.models import Backbone, create
 from dino.models.vit import VisionTransformer
+from dino.options import required
+from dino.terminal import say
 from dino.weights import formats, pickles, releases
+from dino.weights.checkpoints import get_step, list_checkpoints, read_newest
 from dino.weights.formats import State
 
 if TYPE_CHECKING:
@@ -59,12 +62,13 @@ class Weights:
         return self.part(f"{role}.backbone.")
 
 
-def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any]) -> None:
-    """Write `backbone` to `folder` as safetensors beside the arguments of `create` that rebuild it."""
+def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any], step: int = 0) -> None:
+    """Write `backbone` after `step` steps to `folder` as safetensors beside the arguments of `create` that rebuild it."""
+    with files.replacing(folder / CONFIG) as temporary:
+        temporary.write_text(json.dumps({"model": arguments}, indent=2) + "\n")
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    with files.replacing(folder / WEIGHTS) as temporary:
-        save_file(state, temporary)
-    (folder / CONFIG).write_text(json.dumps({"model": arguments}, indent=2) + "\n")
+    with files.replacing(folder / WEIGHTS, flush=True) as temporary:
+        save_file(state, temporary, {"step": str(step), "sha256": _hash(state)})
 
 
 def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) -> VisionTransformer | TimmBackbone:
@@ -107,10 +111,10 @@ def read(
     """
     path = file = _locate(name, offline)
     try:
-        pointer = path / "checkpoints" / "latest"
-        if not only_backbone and pointer.is_file():
-            file = pointer.with_name(pointer.read_text().strip())
-        content, config = _open_folder(file) if file.is_dir() else _open_file(file)
+        if list_checkpoints(path / "checkpoints"):
+            file, content, config = _open_run(path, only_backbone)
+        else:
+            content, config = _open_folder(path) if path.is_dir() else _open_file(path)
         return _recognize(content, config, str(file), num_heads)
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
@@ -130,11 +134,33 @@ def _locate(name: str | os.PathLike[str], offline: bool) -> Path:
     return releases.fetch_release(str(name), offline)
 
 
+def _open_run(run: Path, only_backbone: bool) -> tuple[Path, State, dict[str, Any]]:
+    """The file that was read, tensors and configuration of a run directory with checkpoints.
+
+    The newest checkpoint stands in for the file of the teacher where that is missing, damaged, or of an earlier step: the
+    run was killed, or its disk was full, between writing the one and the other.
+    """
+    reason = ""
+    if only_backbone:
+        newest = get_step(list_checkpoints(run / "checkpoints")[-1])
+        try:
+            content, step = _open_teacher(run)
+            if step >= newest:
+                return run, content, {"model": json.loads((run / CONFIG).read_text())["model"]}
+            reason = f"is of step {step:g} and not of step {newest}"
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            reason = f"cannot be used ({errors.find_reason(error)})"
+    found = required(read_newest(run / "checkpoints"))
+    if reason:
+        say(f"{run / WEIGHTS} {reason}; taking {found.path.name}. `dino train --resume {run}` writes it anew.")
+    return found.path, found.state, {}
+
+
 def _open_folder(folder: Path) -> tuple[State, dict[str, Any]]:
     """Tensors and configuration of a run directory, or of a folder that timm or Hugging Face saved."""
     config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
     if "model" in config and (folder / WEIGHTS).is_file():
-        return load_file(folder / WEIGHTS), {"model": config["model"]}
+        return _open_teacher(folder)[0], {"model": config["model"]}
     if not config or not (folder / "model.safetensors").is_file():
         raise ValueError(
             f"{folder} holds no {WEIGHTS} or model.safetensors with its {CONFIG}; give the --out folder of a training "
@@ -144,6 +170,16 @@ def _open_folder(folder: Path) -> tuple[State, dict[str, Any]]:
         if config.get(key, rule) != rule:
             raise ValueError(f"{folder / CONFIG} says {key} {config[key]}; only {key} {rule} can be read.")
     return load_file(folder / "model.safetensors"), {name: config[name] for name in config if name != "model"}
+
+
+def _open_teacher(folder: Path) -> tuple[State, float]:
+    """The teacher's backbone of a run, whose checksum must be right, and the step it is of; infinity if it does not say."""
+    state = load_file(folder / WEIGHTS)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        header = file.metadata() or {}
+    if "sha256" in header and header["sha256"] != _hash(state):
+        raise ValueError(f"{folder / WEIGHTS} is damaged: its checksum is another than when it was written.")
+    return state, float(header.get("step", "inf"))
 
 
 def _open_file(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -235,8 +271,12 @@ def load_strictly(module: nn.Module, state: State, where: str) -> None:
 def fingerprint(model: Backbone) -> str:
     """Hex digest of a model's weights."""
     assert isinstance(model, nn.Module)
+    return _hash(model.state_dict())
+
+
+def _hash(state: State) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
