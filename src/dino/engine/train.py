@@ -228,13 +228,19 @@ class Trainer:
                 return
 
     def _iterate(self, stop: int) -> Iterator[Batch]:
-        """The batches from here on. Where a worker has died, this process reads the few until all ranks have saved."""
+        """The batches from here on. This process reads the last ones, until all ranks have saved, after a worker has died.
+
+        A signal to all processes of a job, as of Slurm or torchrun, ends the workers too. That is no failure.
+        """
+        workers = required(self.options.data.num_workers)
         try:
-            workers = required(self.options.data.num_workers)
-            yield from iterate(self.batches, self.step, stop, workers, pin_memory=self.device.type == "cuda")
+            for batch in iterate(self.batches, self.step, stop, workers, pin_memory=self.device.type == "cuda"):
+                yield batch
+                if self.signals.received is not None:
+                    break
         except WorkerDied as error:
-            self.failure = error
-            yield from (self.batches[step] for step in range(self.step, stop))
+            self.failure = error if self.signals.received is None else None
+        yield from (self.batches[step] for step in range(self.step, stop))
 
     def _asked_to_end(self) -> bool:
         """Whether a signal or a failure asks to end now. Ranks on GPUs agree on it only when they log: it needs a sync."""
