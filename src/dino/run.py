@@ -67,6 +67,7 @@ def run_training(options: TrainOptions) -> Path:
         folder = distributed.from_main(lambda: choose_folder(options))
         fresh = distributed.is_main() and not folder.exists()
         distributed.from_main(lambda: held.enter_context(lock_folder(folder)))
+        distributed.from_main(lambda: files.sweep(folder))
         with files.writing(folder, leave=not fresh):
             trainer, held_out = set_up(options, folder, device, terminal)
         terminal.say(
@@ -223,7 +224,10 @@ def record(options: TrainOptions, folder: Path, source: Source) -> None:
 
 def renew(trainer: Trainer, source: Source) -> None:
     """Write what a kill may have kept a run from writing, and where its images are now if they were moved."""
+    trainer.checkpoints.point()
     trainer.save_teacher()
+    if isinstance(trainer.callback, OnlineEvaluation):
+        trainer.callback.pixels_done = True  # before the first step
     before, now = toml.read_recorded(str(trainer.run)), trainer.options
     if before.data != now.data:
         moved = {f"data.{name}": getattr(now.data, name) for name in ("path", "val", "labels")}

@@ -57,7 +57,7 @@ class Checkpoints:
             with files.replacing(path, flush=True) as temporary, open(temporary, "wb") as file:
                 torch.save(state, file)  # a path would stay open after a failure and keep its space
             self.good = [*(old for old in self.good if old != path), path]
-            self.point(path)
+            self.point()
         except (OSError, RuntimeError) as error:  # PyTorch reports a failed write as a RuntimeError
             reason = errors.find_reason(error)
             raise CheckpointError(
@@ -69,10 +69,10 @@ class Checkpoints:
         self.good = self.good[-self.keep :]
         return path
 
-    def point(self, path: Path) -> None:
-        """Name `path` in the file `latest`."""
+    def point(self) -> None:
+        """Name the last good checkpoint in the file `latest`."""
         with files.replacing(self.folder / "latest", flush=True) as temporary:
-            temporary.write_text(path.name)
+            temporary.write_text(self.good[-1].name)
 
     def describe_good(self) -> str:
         """The checkpoint to go on from, as the end of a sentence."""

@@ -52,7 +52,8 @@ class MetricsLog:
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool):
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
+        # A run that starts measures its untrained network, also where it was killed before the first checkpoint.
+        kept = [line for line in read_metrics(self.path) if 0 < first_step >= line["step"]]
         with files.replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run

@@ -68,7 +68,8 @@ def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any], step: int
         temporary.write_text(json.dumps({"model": arguments}, indent=2) + "\n")
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
     with files.replacing(folder / WEIGHTS, flush=True) as temporary:
-        save_file(state, temporary, {"step": str(step), "sha256": _hash(state)})
+        # One entry, because the order of several would differ from file to file.
+        save_file(state, temporary, {"dino": json.dumps({"step": step, "sha256": _hash(state)})})
 
 
 def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) -> VisionTransformer | TimmBackbone:
@@ -176,7 +177,7 @@ def _open_teacher(folder: Path) -> tuple[State, float]:
     """The teacher's backbone of a run, whose checksum must be right, and the step it is of; infinity if it does not say."""
     state = load_file(folder / WEIGHTS)
     with safe_open(folder / WEIGHTS, "pt") as file:
-        header = file.metadata() or {}
+        header = json.loads((file.metadata() or {}).get("dino", "{}"))
     if "sha256" in header and header["sha256"] != _hash(state):
         raise ValueError(f"{folder / WEIGHTS} is damaged: its checksum is another than when it was written.")
     return state, float(header.get("step", "inf"))
