@@ -58,7 +58,7 @@ def train(
 def run_training(options: TrainOptions) -> Path:
     """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
     if options.resume is not None:
-        check_resumable(flatten(toml.read_recorded(options.resume)), options, "its config.toml")
+        check_resumable(flatten(toml.read_recorded(options.resume)), options)
     with contextlib.ExitStack() as held:
         device = distributed.start(options.device)
         held.callback(distributed.stop)
@@ -103,8 +103,9 @@ def set_up(
         initialize_trainer(trainer, start)
     if options.resume is None:
         distributed.from_main(lambda: prepare(resolved, folder, source))
-    elif trainer.resume():
-        terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
+    else:
+        if trainer.resume():
+            terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
         distributed.from_main(lambda: renew(trainer, source))
     return trainer, held_out
 
@@ -224,10 +225,12 @@ def record(options: TrainOptions, folder: Path, source: Source) -> None:
 
 def renew(trainer: Trainer, source: Source) -> None:
     """Write what a kill may have kept a run from writing, and where its images are now if they were moved."""
-    trainer.checkpoints.point()
-    trainer.save_teacher()
-    if isinstance(trainer.callback, OnlineEvaluation):
-        trainer.callback.pixels_done = True  # before the first step
+    if trainer.step:
+        trainer.checkpoints.point()
+        trainer.save_teacher()
+        if isinstance(trainer.callback, OnlineEvaluation):
+            trainer.callback.pixels_done = True  # before the first step
+    trainer.quarantine.reread(source)
     before, now = toml.read_recorded(str(trainer.run)), trainer.options
     if before.data != now.data:
         moved = {f"data.{name}": getattr(now.data, name) for name in ("path", "val", "labels")}

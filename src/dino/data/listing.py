@@ -147,8 +147,8 @@ def list_names(path: str, record: Path | None, trust: bool) -> Names:
     some = {names[round(i)] for i in np.linspace(0, len(names) - 1, 1000)} if root != path else ()
     if missing := [name for name in some if not os.path.exists(os.path.join(folder, name))]:
         raise ValueError(
-            f"the images at {path} are not those of {root}, which this run was started with: {missing[0]} is missing; "
-            "restore them, or start a new run."
+            f"--resume continues a run with the images it was started with, those of {root}, but {missing[0]} is not in "
+            f"{folder}; give the place where they are now, or start a new run with another --out."
         )
     return names
 

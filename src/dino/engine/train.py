@@ -135,14 +135,12 @@ class Trainer:
                 f"{self.source.fingerprint[:12]}, was {trained[:12]}); restore them or start a new run."
             )
         of_no_more_use = {name: getattr(self.options, name) for name in ("init", "out", "overwrite")}
-        check_resumable(flatten_names(state["options"]) | of_no_more_use, self.options, found.path.name)
+        check_resumable(flatten_names(state["options"]) | of_no_more_use, self.options)
         weights.load_strictly(self.method, state["method"], str(found.path))
         self.training_step.optimizer.load_state_dict(state["optimizer"])
         self.training_step.scaler.load_state_dict(state["scaler"])
         self.monitor.load_state_dict(state["monitor"])
         self.step = state["step"]
-        if distributed.is_main():
-            self.quarantine.reread(self.source)
         return True
 
     def save(self) -> None:

@@ -16,18 +16,17 @@ FREE_ON_RESUME = {
 MOVABLE = {"data.path", "data.val", "data.labels"}  # may be elsewhere: images are compared by their names and labels
 
 
-def check_resumable(before: Mapping[str, Any], wanted: TrainOptions, where: str) -> None:
+def check_resumable(before: Mapping[str, Any], wanted: TrainOptions) -> None:
     """Refuse to continue a run with other mathematics than it was started with.
 
     Args:
         before: options by dotted name as they were then; one that was not set may be missing.
-        where: what says so, for the error.
     """
     for name, value in flatten(wanted).items():
         free = name in FREE_ON_RESUME | MOVABLE or name.startswith("log.")
         if value != before.get(name) and not free:
             raise ValueError(
-                f"--resume continues a run with the options it was started with, but {name} is {value} where {where} "
-                f"says {before.get(name)}; leave it out, or start a new run: from these weights with --init "
-                f"{wanted.resume}, and with another --out."
+                f"--resume continues a run with the options it was started with, but {name} is {value} where it was "
+                f"{before.get(name)}; leave it out, or start a new run with another --out, from these weights with --init "
+                f"{wanted.resume}."
             )

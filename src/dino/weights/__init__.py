@@ -125,8 +125,8 @@ def read(
 
 def _locate(name: str | os.PathLike[str], offline: bool) -> Path:
     """The path of `name`, downloaded if it is a release."""
-    if Path(name).exists():
-        return Path(name)
+    if (path := Path(name).expanduser()).exists():
+        return path
     if releases.find_release(str(name)) is None:
         raise ValueError(
             f"there is no run, weight file or release '{name}'; give the --out folder of a training run, a .pth or "
