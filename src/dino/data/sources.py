@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -178,20 +178,12 @@ def evenly_spaced(total: int, most: int) -> Sequence[int]:
     return range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
 
 
-class WithPlaceholders:
-    """A source with a gray square in place of each unreadable image."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def read(self, index: int) -> np.ndarray:
-        try:
-            return self.source.read(index)
-        except BadImage:
-            return np.full((64, 64, 3), 160, np.uint8)
+def read_or_gray(source: Source, index: int) -> np.ndarray:
+    """[h, w, 3] uint8: an image, or a gray square where it cannot be read."""
+    try:
+        return source.read(index)
+    except BadImage:
+        return np.full((64, 64, 3), 160, np.uint8)
 
 
 class Images:
