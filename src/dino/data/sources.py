@@ -135,11 +135,14 @@ def hold_out(source: Source, fraction: float, maximum: int, seed: int) -> tuple[
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 
-def open_source(spec: str, labels: str = "auto", record: Path | None = None, trust: bool = False) -> Files:
+def open_source(
+    spec: str | os.PathLike[str], labels: str = "auto", record: Path | None = None, trust: bool = False
+) -> Files:
     """The images of a folder (searched at any depth, sorted by path) or of a list file (in the order of the list).
 
     A list is a .txt file (one path per line; '#' starts a comment line) or a .csv file (columns path and, if known,
-    label); its paths are relative to it. Hidden files and folders are skipped, links to folders are followed once.
+    label); its paths are relative to it, and each counts once. Hidden files and folders, and those in which systems keep
+    thumbnails or deleted files, are skipped. Links to folders are followed once, but not to a folder above this one.
 
     labels: 'auto' (the list's labels; else the first folder level if it looks like classes), 'folders' (the first
     folder level), 'none', or a CSV file of path,label with paths relative to the images' folder or to the CSV.
