@@ -199,6 +199,15 @@ def test_a_home_folder_is_found_wherever_it_is_named(tmp_path, monkeypatch):
     assert data.find_path("~nobody-of-this-name/data") == Path("~nobody-of-this-name/data")
 
 
+@pytest.mark.parametrize("evaluation", ["masks", "copydetect", "retrieval", "davis"])
+def test_evaluations_with_folders_of_their_own_know_the_home_folder(
+    tmp_path, monkeypatch, saved_model, evaluation, capsys
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["eval", evaluation, str(saved_model), "--data=~/set", "--device", "cpu"]) == 2
+    assert f"--data {tmp_path}/set" in capsys.readouterr().err
+
+
 def test_an_unknown_kind_of_data_is_named_with_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"no kind of data 'torchvison'; known are .*Did you mean 'torchvision'\?"):

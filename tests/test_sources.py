@@ -100,7 +100,7 @@ def test_links_lead_neither_to_the_system_nor_above_the_folder(tmp_path: Path, c
     assert names(open_source(str(root))) == ["a/y.png", "b/z.png", "x.png"]
     said = capsys.readouterr().err
     assert said == (
-        f"{root}: 4 other files left out (4 links to the system or to a folder above); 1 images come from linked folders, "
+        f"{root}: 4 other files left out (4 links to the system or to a folder above); images in linked folders: 1, "
         "first b/z.png.\n"
     )
 

@@ -13,6 +13,7 @@ converted, is converted in bands of rows.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import os
@@ -162,8 +163,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
         convert = _stretch(image)
     elif image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(258)  # of a TIFF
-        white = 4095 if bits == (12,) else 65535
-        convert = lambda band: _gray(band, white)  # noqa: E731
+        convert = functools.partial(_gray, white=4095 if bits == (12,) else 65535)
     for rows, band in _bands(image):
         pixels[rows] = convert(band)
     return pixels

@@ -123,24 +123,18 @@ def _scan(root: str, skip: Path | None) -> list[bytes]:
     if others:
         said.append(f"{others.total():,} other files left out ({_count_kinds(others)})")
     if direct is not None and len(names) > direct:
-        said.append(
-            f"{len(names) - direct:,} images come from linked folders, first {os.fsdecode(min(names[direct:]))}"
-        )
+        said.append(f"images in linked folders: {len(names) - direct:,}, first {os.fsdecode(min(names[direct:]))}")
     if closed:
         said.append(f"folders that may not be read: {len(closed)}, first {closed[0]}")
-    _say_once(root, said)
+    _say_once(root, *said)
     return sorted(names)
 
 
 @functools.cache
-def _say_line(line: str) -> None:
-    say(line)
-
-
-def _say_once(path: str, said: list[str]) -> None:
-    """Say what is remarkable of the data, once in a process: several parts of a command may open the same."""
+def _say_once(path: str, *said: str) -> None:
+    """Say what is remarkable about the data, once in a process: several parts of a command may open the same."""
     if said:
-        _say_line(f"{path}: {'; '.join(said)}.")
+        say(f"{path}: {'; '.join(said)}.")
 
 
 def _count_kinds(others: Counter[str]) -> str:
@@ -196,7 +190,7 @@ def _read_list(path: str) -> list[str]:
         said.append(f"repeated entries left out: {repeated:,}")
     if missing:
         said.append(f"missing images: {len(missing):,} of {len(checked):,} looked for, first {missing[0]}")
-    _say_once(path, said)
+    _say_once(path, *said)
     return list(unique.values())
 
 
