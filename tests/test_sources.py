@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dino.data import listing
 from dino.data.decode import BadImage
 from dino.data.open import record_files
 from dino.data.sources import Files, Source, Subset, hold_out, open_source
@@ -88,6 +89,48 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
         os.symlink(tmp_path / "elsewhere/deep", root / f"s{index:02d}")
         os.symlink(tmp_path / "elsewhere", root / f"o{19 - index:02d}")
     assert names(open_source(str(root))) == ["b/y.png", "o00/deep/z.png", "real/x.png"]
+
+
+def test_links_lead_neither_to_the_system_nor_above_the_folder(tmp_path: Path, capsys) -> None:
+    root = make(tmp_path / "up/root", "x.png", "a/y.png")
+    make(tmp_path / "up", "mine.png")
+    make(tmp_path / "elsewhere", "z.png")
+    for name, target in {"proc": "/proc/self", "sys": "/sys", "all": "/", "a/up": "../..", "here": "."}.items():
+        os.symlink(target, root / name)
+    os.symlink(tmp_path / "elsewhere", root / "b")
+    assert names(open_source(str(root))) == ["a/y.png", "b/z.png", "x.png"]
+    said = capsys.readouterr().err
+    assert said == (
+        f"{root}: 4 other files left out (4 links to the system or to a folder above); images in linked folders: 1, "
+        "first b/z.png.\n"
+    )
+
+
+def test_what_is_left_out_is_counted_in_one_line(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make(tmp_path / "mix", "a.JFIF", "b.jpe", "c.png")
+    assert names(open_source(str(root))) == ["a.JFIF", "b.jpe", "c.png"]
+    assert capsys.readouterr().err == ""  # nothing was left out
+    for name in (*(f"{i}.HEIC" for i in range(30)), *(f"{i}.avif" for i in range(5)), "a.nef", "c.json", "d.json", "e"):
+        (root / name).touch()
+    os.symlink("gone.png", root / "gone.png")
+    monkeypatch.setattr(listing, "_SUFFIXES", (b".png", b".jpe", b".jfif"))  # as without pillow-heif and libavif
+    assert len(open_source(str(root))) == 3
+    assert capsys.readouterr().err == (
+        f"{root}: 40 other files left out (30 .heic, 5 .avif, 1 .nef, 2 .json, 1 broken links or special files, ...; HEIC "
+        "is read after: pip install 'dino[heif]'; AVIF is read after: pip install -U pillow; export camera raw as JPEG).\n"
+    )
+    open_source(str(root))
+    assert capsys.readouterr().err == ""  # said once: a command may open the same folder again
+    for path in root.iterdir():
+        if path.suffix in (".JFIF", ".jpe", ".png"):
+            path.unlink()
+    assert "only 30 .heic, 5 .avif, 1 .nef, 2 .json, 1 without a suffix; HEIC is read after" in message(root)
+
+
+def test_thumbnails_of_file_servers_and_deleted_files_are_not_data(tmp_path: Path) -> None:
+    folders = ("@eaDir/x.png", "a/@eaDir/x.png", "#recycle", "$RECYCLE.BIN", "__MACOSX/a", ".@__thumb", "@Recycle")
+    root = make(tmp_path, "x.png", "a/y.png", *(f"{folder}/z.png" for folder in folders))
+    assert names(open_source(str(root))) == ["a/y.png", "x.png"]
 
 
 def test_the_run_folder_is_not_data(tmp_path: Path) -> None:
@@ -191,14 +234,16 @@ def test_bad_labels(tmp_path: Path) -> None:
 # ---- lists
 
 
-def test_text_list(tmp_path: Path) -> None:
+def test_text_list(tmp_path: Path, capsys) -> None:
     make(tmp_path / "data", "b.png", "a 1.png", "#c.png")
     table = tmp_path / "data" / "list.TXT"
     away = make(tmp_path / "away", "x.png") / "x.png"
-    table.write_text(f"# mine\n\nb.png\r\n  a 1.png  \ngone.png\n{away}\n./#c.png\n../away/x.png")
+    table.write_text(f"# mine\n\nb.png\r\n  a 1.png  \ngone.png\n{away}\n./#c.png\n../away/x.png\nx/../b.png\n.//b.png")
     source = open_source(str(table))
-    assert names(source) == ["b.png", "a 1.png", "gone.png", str(away), "#c.png", "../away/x.png"]  # the list's order
-    assert [int(source.read(index).max()) for index in (0, 1, 3, 4, 5)] == [0, 1, 0, 2, 0]
+    assert names(source) == ["b.png", "a 1.png", "gone.png", str(away), "#c.png"]  # in the list's order, each once
+    assert [int(source.read(index).max()) for index in (0, 1, 3, 4)] == [0, 1, 0, 2]
+    said = "repeated entries left out: 3; missing images: 1 of 5 looked for, first gone.png"
+    assert capsys.readouterr().err == f"{table}: {said}.\n"
     with pytest.raises(BadImage, match="no such file"):
         source.read(2)
     assert source.labels is None
@@ -221,8 +266,8 @@ def test_bad_lists(tmp_path: Path) -> None:
     table = tmp_path / "list.txt"
     table.write_text("# nothing\n")
     assert "names no image" in message(table)
-    table.write_text("gone.png\n" * 200)
-    assert "None of the first 100 images" in message(table)
+    table.write_text("".join(f"gone{i}.png\n" for i in range(200)))
+    assert "None of the 200 images" in message(table)
     table.write_text("gone.png\n", encoding="utf-16")
     assert "UTF-8" in message(table)
 

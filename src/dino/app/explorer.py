@@ -19,7 +19,7 @@ from torch import Tensor
 from dino import weights
 from dino.data.decode import BadImage, decode
 from dino.data.open import open_images
-from dino.data.sources import Images, Source, WithPlaceholders, evenly_spaced
+from dino.data.sources import Images, Source, evenly_spaced, read_or_gray
 from dino.features.embed import Folder, embed
 from dino.features.search import Index, check_same_model, duplicates
 from dino.look import pictures
@@ -32,6 +32,7 @@ UPLOAD_PIXELS = 50_000_000  # of an image that a browser sends
 MAX_SIZE = 1024  # pixels of the shorter side that the model is given
 THUMBNAIL = 240  # pixels of the longer side
 MIN_LEGIBLE = 360  # pixels of the shorter side; a smaller picture is enlarged, so that its patches can be clicked on
+MAX_LENGTH = 4096  # pixels of the longer side of an enlarged picture
 NUM_OFFERED = 24  # images of the data to pick from
 MAX_CHECKPOINTS = 8  # of a run, evenly spaced
 MAX_GROUPS, MAX_OF_GROUP = 20, 6  # groups of near-copies, and images of each
@@ -52,8 +53,9 @@ class ShownImage:
 
     @property
     def zoom(self) -> int:
-        """How many times larger the page shows it."""
-        return -(-MIN_LEGIBLE // min(self.pixels.shape[:2]))
+        """How many times larger the page shows it, a very long one not beyond MAX_LENGTH."""
+        shorter, longer = sorted(self.pixels.shape[:2])
+        return min(-(-MIN_LEGIBLE // shorter), max(1, MAX_LENGTH // longer))
 
     def enlarge(self, picture: np.ndarray | None = None) -> np.ndarray:
         """A picture of the size of `pixels`, by default `pixels`, `zoom` times larger."""
@@ -238,7 +240,7 @@ def _caption_heads(maps: list[np.ndarray]) -> list[Captioned]:
 
 def draw_thumbnail(source: Source, position: int) -> np.ndarray:
     """A gray square where the image cannot be read."""
-    picture = Image.fromarray(WithPlaceholders(source).read(position))
+    picture = Image.fromarray(read_or_gray(source, position))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return np.asarray(picture)
 

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -145,11 +145,14 @@ def hold_out(source: Source, fraction: float, maximum: int, seed: int) -> tuple[
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 
-def open_source(spec: str, labels: str = "auto", record: Path | None = None, trust: bool = False) -> Files:
+def open_source(
+    spec: str | os.PathLike[str], labels: str = "auto", record: Path | None = None, trust: bool = False
+) -> Files:
     """The images of a folder (searched at any depth, sorted by path) or of a list file (in the order of the list).
 
     A list is a .txt file (one path per line; '#' starts a comment line) or a .csv file (columns path and, if known,
-    label); its paths are relative to it. Hidden files and folders are skipped, links to folders are followed once.
+    label); its paths are relative to it, and each counts once. Hidden files and folders, and those in which systems keep
+    thumbnails or deleted files, are skipped. Links to folders are followed once, but not to a folder above this one.
 
     labels: 'auto' (the list's labels; else the first folder level if it looks like classes), 'folders' (the first
     folder level), 'none', or a CSV file of path,label with paths relative to the images' folder or to the CSV.
@@ -188,20 +191,12 @@ def evenly_spaced(total: int, most: int) -> Sequence[int]:
     return range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
 
 
-class WithPlaceholders:
-    """A source with a gray square in place of each unreadable image."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def read(self, index: int) -> np.ndarray:
-        try:
-            return self.source.read(index)
-        except BadImage:
-            return np.full((64, 64, 3), 160, np.uint8)
+def read_or_gray(source: Source, index: int) -> np.ndarray:
+    """[h, w, 3] uint8: an image, or a gray square where it cannot be read."""
+    try:
+        return source.read(index)
+    except BadImage:
+        return np.full((64, 64, 3), 160, np.uint8)
 
 
 class Images:

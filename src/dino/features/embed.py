@@ -36,8 +36,8 @@ def import_parquet() -> Any:
 
 
 def embed(
-    model: str | Backbone,
-    data: str | Source,
+    model: str | os.PathLike[str] | Backbone,
+    data: str | os.PathLike[str] | Source,
     out: str | Path,
     pooling: Pooling = "cls",
     size: int | None = None,
@@ -61,6 +61,8 @@ def embed(
         ValueError: `out` holds another embedding or something else, or no image can be read.
     """
     pq = import_parquet()
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
+    data = os.fspath(data) if isinstance(data, os.PathLike) else data
     pool = find_pooling(pooling)
     if shard is not None and shard < 1:
         raise ValueError(f"--shard is {shard}; write at least 1 image to a shard.")
