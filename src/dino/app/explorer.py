@@ -1,10 +1,12 @@
 """What the explorer shows, as pictures: one model, one embedding, any image.
 
-Visitors of the page share the model; it runs under a lock. Every error is a `ValueError` of one sentence.
+Visitors of the page share the model; it runs under a lock. Every error is a `ValueError` of one sentence. Numbers that
+come from the page (a position, a size, a point, a share) are whatever its visitor has sent, and are checked here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +33,7 @@ from dino.weights.checkpoints import list_checkpoints
 UPLOAD_PIXELS = 50_000_000  # of an image that a browser sends
 MAX_SIZE = 1024  # pixels of the shorter side that the model is given
 THUMBNAIL = 240  # pixels of the longer side
+MAX_PATCHES = 2**13  # of an image as the model gets it; the work grows with their square
 MIN_LEGIBLE = 360  # pixels of the shorter side; a smaller picture is enlarged, so that its patches can be clicked on
 MAX_LENGTH = 4096  # pixels of the longer side of an enlarged picture
 NUM_OFFERED = 24  # images of the data to pick from
@@ -79,6 +82,8 @@ class ShownImage:
     def draw_masks(self, mass: float) -> list[Captioned]:
         """The image within the patches that hold `mass` of each head's attention."""
         assert self.look is not None
+        if not isinstance(mass, int | float) or not 0 < mass <= 1:
+            raise ValueError("The share of the attention must be a number above 0 and up to 1.")
         return _caption_heads(replace(self.look, mass=mass).overlays)
 
 
@@ -96,17 +101,26 @@ class Explorer:
 
     # --- one image -------------------------------------------------------------------------------------------------
 
-    def open_image(self, file: str | int, size: int) -> ShownImage:
-        """An image file, or one of `thumbnails` by position, `size` pixels on its shorter side."""
-        try:
-            if isinstance(file, str):
-                return self.show_pixels(decode(Path(file), UPLOAD_PIXELS), size)
-            assert self.source is not None
-            return self.show_pixels(self.source.read(self._offered[file]), size)
-        except BadImage as error:
-            raise ValueError(f"This cannot be shown: {error.reason}.") from error
+    def open_file(self, file: Path, size: int) -> ShownImage:
+        """An image file, `size` pixels on its shorter side."""
+        with _explain():
+            return self.show_pixels(decode(file, UPLOAD_PIXELS), size)
+
+    def open_offered(self, position: int, size: int) -> ShownImage:
+        """One of `thumbnails`, `size` pixels on its shorter side."""
+        check_whole(position, 0, len(self._offered) - 1, "The position of an image")
+        assert self.source is not None
+        with _explain():
+            return self.show_pixels(self.source.read(self._offered[position]), size)
 
     def show_pixels(self, original: np.ndarray, size: int) -> ShownImage:
+        check_whole(size, *self.sizes[:2], "The shorter side")
+        short, long = sorted(original.shape[:2])
+        if (size / self.model.patch_size) ** 2 * long / short > MAX_PATCHES:  # before it is enlarged to them
+            raise ValueError(
+                f"This cannot be shown: {long} x {short} pixels are too long and narrow for this size; choose a smaller "
+                "shorter side, or crop the image."
+            )
         with self.lock:
             pixels = pictures.fit_image(self.model, original, size)
             features = extract_patches(self.model, pixels)
@@ -131,7 +145,7 @@ class Explorer:
         found = list_checkpoints(self.run / "checkpoints") if self.run is not None else []
         return [found[i] for i in evenly_spaced(len(found), MAX_CHECKPOINTS)]
 
-    def draw_checkpoints(self, shown: ShownImage, size: int) -> np.ndarray:
+    def draw_checkpoints(self, shown: ShownImage) -> np.ndarray:
         """The image as each checkpoint's teacher sees it: attention above, features of patches below."""
         if not self.checkpoints:
             raise ValueError("There are no checkpoints: start the explorer with a run directory.")
@@ -140,7 +154,7 @@ class Explorer:
         for path in self.checkpoints:
             model = weights.load(path).to(next(self.model.parameters()).device)
             if model.has_attention:
-                attention.append(pictures.attention_maps(model, shown.pixels, size).maps[-1])
+                attention.append(pictures.attention_maps(model, shown.pixels, min(shown.pixels.shape[:2])).maps[-1])
             features.append(self._color_features(shown.pixels, extract_patches(model, shown.pixels)))
         titles = ["image", *(f"step {int(path.stem.removeprefix('step-')):,}" for path in self.checkpoints)]
         return np.asarray(
@@ -219,11 +233,33 @@ class Explorer:
         return self.neighbors
 
 
-def draw_alike(a: ShownImage, b: ShownImage | None, point: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+def check_whole(value: object, least: int, most: int, what: str) -> int:
+    """`value`, if it is a whole number in this range.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{what} must be a whole number from {least} to {most}.")
+    return value
+
+
+@contextlib.contextmanager
+def _explain() -> Iterator[None]:
+    """Around the reading of an image."""
+    try:
+        yield
+    except BadImage as error:
+        raise ValueError(f"This cannot be shown: {error.reason}.") from error
+
+
+def draw_alike(a: ShownImage, b: ShownImage | None, point: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
     """How similar each patch of `a` and of `b` is to the patch of `a` at `point` (x, y; pixels of `a` enlarged)."""
     (rows, columns, _), (height, width, _) = a.features.shape, a.pixels.shape
-    row = min(point[1] * rows // (a.zoom * height), rows - 1)
-    column = min(point[0] * columns // (a.zoom * width), columns - 1)
+    if not isinstance(point, list | tuple) or len(point) != 2:
+        raise ValueError("A point must be two numbers, x and y.")
+    x, y = (check_whole(at, 0, a.zoom * edge, "A point") for at, edge in zip(point, (width, height), strict=True))
+    row, column = min(y * rows // (a.zoom * height), rows - 1), min(x * columns // (a.zoom * width), columns - 1)
     wanted = a.features[row, column]
     first = a.draw_cosines(a.features @ wanted, row, column)
     if b is None:
