@@ -155,9 +155,7 @@ def iterate(batches: Dataset[T], start: int, stop: int, num_workers: int, pin_me
     before = on_death and signal.getsignal(on_death)
     items = iter(loader)
     if on_death and threading.current_thread() is threading.main_thread():
-        signal.signal(
-            on_death, before
-        )  # PyTorch's handler would raise an error wherever this process is, within a step too
+        signal.signal(on_death, before)  # PyTorch's handler raises an error wherever this process is, within a step too
     while True:
         try:
             item = next(items)
