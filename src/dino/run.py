@@ -16,13 +16,13 @@ from dino.data.device_render import choose_renderer
 from dino.data.loader import ViewBatches
 from dino.data.open import find_path, get_name, make_absolute, open_training_pair, probe
 from dino.data.sources import Source
-from dino.engine import fit, init, log, parallel
+from dino.engine import build, fit, init, log, parallel
 from dino.engine.checkpoint import LOCK, Checkpoints, lock_folder
 from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.eval import evaluate
 from dino.eval.online import OnlineEvaluation
-from dino.machine import count_spare_cores, describe_device
+from dino.machine import check_cores, check_memory, check_workers, count_spare_cores, describe_device
 from dino.options import auto, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base
@@ -98,6 +98,7 @@ def check_resumable(recorded: TrainOptions, wanted: TrainOptions) -> None:
 
 def set_threads(options: TrainOptions, device: torch.device) -> None:
     if options.threads is not None:
+        check_cores("threads", options.threads, 1)
         torch.set_num_threads(options.threads)
     elif device.type == "cpu" and distributed.world_size() == 1 and count_spare_cores() > 2:
         # One core stays free for the data worker and other programs: a thread that waits for a busy core slows all others.
@@ -225,6 +226,7 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
         device_decode.check_device(device)
     if options.compile:
         parallel.check_compiler(device)
+    check_workers(required(options.data.num_workers))
     batch, ranks = required(options.batch_size), distributed.world_size()
     if batch > len(source):
         raise ValueError(
@@ -238,6 +240,9 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
             f"accumulate is {options.accumulate} but a step has only {batch // ranks} images (of a process); "
             f"use --accumulate {batch // ranks} or less."
         )
+    build.check_size(options, device.type == "cuda")
+    pixels = batch // ranks * sum(size**2 for size in options.views.sizes)
+    check_memory(12 * pixels, f"the views of {batch // ranks} images")  # as floats; their features take more still
     if options.method.loss == "infonce" and options.method.queue_size < 2 * batch:
         raise ValueError(
             f"method.queue_size is {options.method.queue_size}, but each step adds two views of {batch} images; "
@@ -282,6 +287,6 @@ def report_command(options: ReportOptions) -> None:
     from dino.report.page import write_report
 
     recorded, folder, device = toml.read_recorded(options.run), Path(options.run), distributed.start("auto")
-    set_threads(recorded, device)
+    set_threads(replace(recorded, {"threads": None}), device)  # which may be more than this machine has
     source, held_out = open_training_pair(recorded, folder, trust=True)
     print(write_report(folder, source, held_out, device))

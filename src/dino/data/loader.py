@@ -20,6 +20,7 @@ from dino.data.decode import BadImage
 from dino.data.render import Renderer
 from dino.data.sources import Source
 from dino.data.views import Views, draw_views
+from dino.machine import check_workers
 from dino.options.train import ViewOptions
 from dino.randomness import Stream, open_stream
 
@@ -125,6 +126,7 @@ def _start_worker(_: int) -> None:
 
 def iterate(batches: Dataset[T], start: int, stop: int, num_workers: int, pin_memory: bool) -> Iterator[T]:
     """Items `start` to `stop` - 1 of `batches`, in order, prepared ahead by `num_workers` processes."""
+    check_workers(num_workers)
     loader = DataLoader(
         batches,
         batch_size=None,

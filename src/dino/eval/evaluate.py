@@ -97,8 +97,6 @@ class EvaluationCallback(NamedTuple):
             options = parse_flags(kind, [str(run), *flags], f"--log.evaluate '{name} ...'")
         except ValueError as error:
             raise ValueError(f"--log.evaluate '{text}': {error}") from error
-        except SystemExit as stop:  # the parser has said why
-            raise ValueError(f"--log.evaluate '{text}' is not understood; see `dino eval {name} --help`.") from stop
         return cls(name, options)
 
     def __call__(self, model: Backbone, step: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dino.errors import first_line
 from dino.options import flatten_names, replace
 from dino.options.train import TrainOptions
 
@@ -31,11 +32,13 @@ def read_toml(path: Path) -> TrainOptions:
     if not path.is_file():
         raise ValueError(f"there is no options file '{path}'.")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a valid TOML file: {error}.") from error
+        values = flatten_names(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a valid TOML file: {first_line(error)}.") from error
     try:
-        return replace(TrainOptions(), flatten_names(values))
+        return replace(TrainOptions(), values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
