@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
@@ -14,7 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from dino.errors import did_you_mean
 from dino.options import AnyOptions, flatten
-from dino.options.rules import CHECKED, allows_none, get_plain
+from dino.options.rules import CHECKED, allows_none, get_plain, get_types
 
 _REGISTRY = ConstructorRegistry()
 
@@ -67,7 +68,11 @@ def parse_flags(
         if default is None and not {"-h", "--help"} & {*arguments}:
             default = kind(**dict.fromkeys(needed))
         given: dict[str, Any] = {} if default is None else {"default": default}
-        with _REGISTRY, contextlib.redirect_stderr(io.StringIO()) as said:
+        with (
+            _REGISTRY,
+            contextlib.redirect_stderr(io.StringIO()) as said,
+            warnings.catch_warnings(action="ignore"),  # None stands for what must be given
+        ):
             options, unknown = tyro.cli(kind, args=arguments, prog=prog, return_unknown_args=True, **given)
     except SystemExit as stop:
         if not stop.code:
@@ -81,6 +86,7 @@ def parse_flags(
         near = did_you_mean(unknown[0], [f"--{name.replace('_', '-')}" for name in flatten(options)])
         raise ValueError(f"there is no option '{unknown[0]}'; --help lists them.{near}")
     if missing := [name for name in needed if getattr(options, name) is None]:
-        raise ValueError(f"{missing[0]} is missing; --help explains it.")
+        dashes = "" if "Positional" in repr(get_types(kind)[missing[0]]) else "--"
+        raise ValueError(f"{dashes}{missing[0]} is missing; --help explains it.")
     options.check()
     return options

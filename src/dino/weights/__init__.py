@@ -18,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dino import files
-from dino.models import Backbone, create
+from dino import errors, files
+from dino.models import SIZES, Backbone, create
 from dino.models.vit import VisionTransformer
+from dino.options.rules import Pixels, PositiveInt, conform, get_types
+from dino.options.train import ModelOptions
 from dino.weights import formats, pickles, releases
 from dino.weights.formats import State
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
 
 WEIGHTS, CONFIG = "teacher.safetensors", "config.json"
+# What a file that holds other things than its kind should raises on the way.
+_MISSHAPED = (LookupError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,8 @@ def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any]) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
     with files.replacing(folder / WEIGHTS) as temporary:
         save_file(state, temporary)
-    (folder / CONFIG).write_text(json.dumps({"model": arguments}, indent=2) + "\n")
+    with files.replacing(folder / CONFIG) as temporary:
+        temporary.write_text(json.dumps({"model": arguments}, indent=2) + "\n")
 
 
 def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) -> VisionTransformer | TimmBackbone:
@@ -88,11 +93,18 @@ def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) ->
 
 def build_backbone(weights: Weights, **changes: Any) -> VisionTransformer | TimmBackbone:
     """The (teacher's) backbone that `weights` hold; arguments and errors as for `load`."""
+    where, arguments = weights.where, check_arguments(weights.arguments | changes, weights.where)
+    state = weights.backbone()
     try:
-        model = create(**weights.arguments | changes)
-    except TypeError as error:
-        raise ValueError(f"{weights.where} cannot be built: {error}; its options are of another version.") from error
-    load_strictly(model, weights.backbone(), weights.where)
+        if (
+            arguments["arch"] in SIZES
+        ):  # a file that says larger sizes than it holds is refused before they are allocated
+            with torch.device("meta"):
+                check_fit(create(**arguments), state, where)
+        model = create(**arguments)
+    except ValueError as error:
+        raise error if str(error).startswith(where) else ValueError(f"{where} cannot be built: {error}") from error
+    load_strictly(model, state, where)
     return model.eval().requires_grad_(False)
 
 
@@ -111,10 +123,16 @@ def read(
         if not only_backbone and pointer.is_file():
             file = pointer.with_name(pointer.read_text().strip())
         content, config = _open_folder(file) if file.is_dir() else _open_file(file)
-        return _recognize(content, config, str(file), num_heads)
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        found = _recognize(content, config, str(file), num_heads)
+        check_arguments(found.arguments, str(file))
+        if not all(isinstance(value, Tensor) for value in found.state.values()):
+            raise TypeError("what should be a tensor is none")
+        return found
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({errors.first_line(error)}); check its permissions.") from error
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, *_MISSHAPED) as error:
         raise ValueError(
-            f"{path} holds damaged weights: {error}. Resume or repeat the run, or copy it again."
+            f"{path} holds damaged weights ({errors.first_line(error)}); resume or repeat the run, or copy it again."
         ) from error
 
 
@@ -214,12 +232,33 @@ def _read_networks(networks: dict[str, Any], where: str, num_heads: int | None) 
     return Weights(where, arguments, out, tuple(left_out))
 
 
+def check_arguments(arguments: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of `create`, held to the rules of the options of these names.
+
+    Raises:
+        ValueError: `where` says an argument that there is not, or one that breaks its rule.
+    """
+    rules = get_types(ModelOptions) | {"arch": str, "image_size": Pixels | None, "in_channels": PositiveInt}
+    if unknown := sorted(arguments.keys() - rules.keys()):
+        raise ValueError(f"{where} cannot be built: it says {unknown[0]}, which is of another version.")
+    try:
+        return {name: conform(value, rules[(key := name)]) for name, value in arguments.items()}
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be built: {key} is {error}") from error
+
+
 def load_strictly(module: nn.Module, state: State, where: str) -> None:
     """Load `state` into `module`; every key and shape must agree.
 
     Raises:
         ValueError: names what is missing, unknown, or of another shape.
     """
+    check_fit(module, state, where)
+    module.load_state_dict(state)
+
+
+def check_fit(module: nn.Module, state: State, where: str) -> None:
+    """Refuse a state whose keys and shapes are not those of `module`; errors as for `load_strictly`."""
     own = module.state_dict()
     reshaped = [
         f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
@@ -229,7 +268,6 @@ def load_strictly(module: nn.Module, state: State, where: str) -> None:
     kinds = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(), "of another shape": reshaped}
     if wrong := [f"{len(names)} {kind} ({formats.list_first(names)})" for kind, names in kinds.items() if names]:
         raise ValueError(f"{where} does not fit this model: {'; '.join(wrong)}. Use the options it was trained with.")
-    module.load_state_dict(state)
 
 
 def fingerprint(model: Backbone) -> str:
