@@ -202,7 +202,7 @@ def test_one_channel_is_luma_with_luminous_statistics():
         (lambda: dino.create("timm:convnext_atto", stem="small"), "stem 'small' replaces a ResNet's"),
         (lambda: dino.create("timm:resnet50d", stem="small"), "stem 'small' replaces a ResNet's"),
         (lambda: dino.create("vit_small", stem="small"), "stem 'small' is for ResNets"),
-        (lambda: dino.create("vit_small", in_channels=0), "at least 1 channel"),
+        (lambda: dino.create("vit_small", in_channels=0), "in_channels is 0; it must be"),
     ],
 )
 def test_errors_say_value_rule_and_fix(call, words):

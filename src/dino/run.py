@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ from dino.terminal import Terminal
 
 
 def train(
-    recipe: str | TrainOptions | None = None, data: str | None = None, out: str | None = None, **changes: Any
+    recipe: str | os.PathLike[str] | TrainOptions | None = None,
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **changes: Any,
 ) -> Path:
     """Train, and return the run directory. ``dino.train(resume="runs/a")`` continues run a with its own options.
 

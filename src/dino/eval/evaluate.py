@@ -44,7 +44,7 @@ class Result(NamedTuple):
     details: Mapping[str, Any] = MappingProxyType({})  # what the result file holds beside the figures
 
 
-def evaluate(name: str, model: str | Backbone, **options: Any) -> Result:
+def evaluate(name: str, model: str | os.PathLike[str] | Backbone, **options: Any) -> Result:
     """Evaluate a model from Python: ``dino.evaluate("knn", "runs/a", data="photos", k=(20,))``.
 
     Args:
@@ -58,10 +58,11 @@ def evaluate(name: str, model: str | Backbone, **options: Any) -> Result:
     kind = find_options(name)
     if unknown := sorted(options.keys() - get_types(kind).keys()):
         raise errors.unknown(f"option of `dino eval {name}`", unknown[0], get_types(kind))
-    wanted = kind(model=os.fspath(model) if isinstance(model, str | os.PathLike) else "model", **options)
-    if isinstance(model, str | os.PathLike):
-        model = weights.load(model).to(distributed.start(wanted.device))
-    return _measure(name, model, wanted)
+    named = not isinstance(model, torch.nn.Module)
+    given: dict[str, Any] = options | {"model": model if named else "model"}
+    wanted = kind(**given)
+    backbone: Any = weights.load(wanted.model).to(distributed.start(wanted.device)) if named else model
+    return _measure(name, backbone, wanted)
 
 
 def find_options(name: str) -> type[EvalOptions]:

@@ -63,14 +63,14 @@ def parse_flags(
         ValueError: an option does not exist, is missing, has no value, or breaks its rule.
     """
     needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
-    token = CHECKED.set(False)
+    token, said = CHECKED.set(False), io.StringIO()
     try:
         if default is None and not {"-h", "--help"} & {*arguments}:
             default = kind(**dict.fromkeys(needed))
         given: dict[str, Any] = {} if default is None else {"default": default}
         with (
             _REGISTRY,
-            contextlib.redirect_stderr(io.StringIO()) as said,
+            contextlib.redirect_stderr(said),
             warnings.catch_warnings(action="ignore"),  # None stands for what must be given
         ):
             options, unknown = tyro.cli(kind, args=arguments, prog=prog, return_unknown_args=True, **given)

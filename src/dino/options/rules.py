@@ -200,6 +200,7 @@ class Options:
         yield from ()
 
 
+_NAMES = (str, bytes, os.PathLike, Real, tuple, list, dict, NoneType)  # what is no model, data or embedding itself
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -207,7 +208,7 @@ R = TypeVar("R")
 def checked(kind: type[Options], *names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Hold the arguments `names` of a function to the rules of the options of these names in `kind`.
 
-    A model or an embedding in place of its name passes as it is.
+    A model, data or an embedding in place of its name passes as it is.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -218,7 +219,7 @@ def checked(kind: type[Options], *names: str) -> Callable[[Callable[P, R]], Call
             given = signature.bind(*args, **kwargs)
             for name in given.arguments.keys() & set(names):
                 value = given.arguments[name]
-                if name in ("model", "embedding") and not isinstance(value, str | os.PathLike):
+                if name in ("model", "data", "embedding") and not isinstance(value, _NAMES):
                     continue
                 try:
                     given.arguments[name] = conform(value, types[name])

@@ -238,13 +238,16 @@ def check_arguments(arguments: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ValueError: `where` says an argument that there is not, or one that breaks its rule.
     """
-    rules = get_types(ModelOptions) | {"arch": str, "image_size": Pixels | None, "in_channels": PositiveInt}
-    if unknown := sorted(arguments.keys() - rules.keys()):
-        raise ValueError(f"{where} cannot be built: it says {unknown[0]}, which is of another version.")
-    try:
-        return {name: conform(value, rules[(key := name)]) for name, value in arguments.items()}
-    except ValueError as error:
-        raise ValueError(f"{where} cannot be built: {key} is {error}") from error
+    types = get_types(ModelOptions) | {"arch": str, "image_size": Pixels, "in_channels": PositiveInt}
+    held = {}
+    for name, value in arguments.items():
+        if name not in types:
+            raise ValueError(f"{where} cannot be built: it says {name}, which is of another version.")
+        try:
+            held[name] = conform(value, types[name])
+        except ValueError as error:
+            raise ValueError(f"{where} cannot be built: {name} is {error}") from error
+    return held
 
 
 def load_strictly(module: nn.Module, state: State, where: str) -> None:
