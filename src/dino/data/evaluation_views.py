@@ -9,6 +9,11 @@ import numpy as np
 from PIL import Image
 
 
+def choose_edge(size: int) -> int:
+    """Shorter side to which an image is resized before its central square of `size` is taken, pixels."""
+    return size * 256 // 224 if size >= 128 else size
+
+
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     """The reference's evaluation view: shorter side to size * 256 / 224 by bicubic, then the central square.
 
@@ -21,7 +26,7 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
         [size, size, 3] uint8.
     """
     height, width = image.shape[:2]
-    edge = size * 256 // 224 if size >= 128 else size
+    edge = choose_edge(size)
     scale = edge / min(height, width)
     # torchvision's Resize truncates the longer side, too.
     new_width, new_height = (edge, int(height * scale)) if width <= height else (int(width * scale), edge)

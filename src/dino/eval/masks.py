@@ -76,7 +76,8 @@ def read_objects(path: Path) -> np.ndarray:
             "0, or number them in a palette PNG"
         )
     between = (gray >= MARGIN) & (gray <= 255 - MARGIN)
-    if np.ptp(pixels.astype(np.int16), axis=2).max() > MARGIN or (brightest > 1 and between.mean() > 0.5):
+    shaded = between.mean() > 0.5 and len(np.unique(gray[between])) > MARGIN
+    if shaded or np.ptp(pixels.astype(np.int16), axis=2).max() > MARGIN:
         raise BadImage(
             f"its mask {path.name} is a picture, not black and white; exchange --images and --masks, or write masks so"
         )

@@ -52,7 +52,7 @@ def export(
             "parameters": f"{sum(p.numel() for p in backbone.parameters()):,}",
             "largest difference from the model that was exported": compare.describe_differences(differences, to),
         }
-        text = card.render_card(os.fspath(model), to, path, facts, fingerprint(backbone))
+        text = card.render_card(os.fspath(model), to, path, facts, fingerprint(backbone), backbone.image_size)
         (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
     return differences
 
