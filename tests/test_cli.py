@@ -147,41 +147,6 @@ def test_a_run_has_one_writer(photos, tmp_path):
         process.wait()
 
 
-def test_resume_with_other_mathematics_or_images_is_refused(photos, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert cli.main(["train", "--data", str(photos), "--out", str(run), *tiny_flags(stop_after=3)]) == 0
-    assert cli.main(["train", "--resume", str(run), "--optim.lr", "1"]) == 2
-    said = capsys.readouterr().err
-    assert "optim.lr is 1.0 where it was 0.0005" in said
-    for changes in ({"optim.lr": 1}, {"data": str(photos / "class0")}, {"recipe": "cifar10"}):  # the same from Python
-        with pytest.raises(ValueError, match="--resume continues a run with") as refused:
-            dino.train(resume=str(run), **changes)
-        assert ("optim.lr" not in changes) or said.endswith(f"dino: {refused.value}\n")
-    (run / "files.jsonl").unlink()
-    next(photos.rglob("*.jpg")).unlink()
-    assert cli.main(["train", "--resume", str(run)]) == 2
-    assert "not the ones this run was started with" in capsys.readouterr().err
-
-
-def test_resume_of_a_checkpoint_of_another_shape_is_refused(photos, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert cli.main(["train", "--data", str(photos), "--out", str(run), *tiny_flags(stop_after=3)]) == 0
-    text = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(text.replace("width = 32", "width = 64"))
-    assert cli.main(["train", "--resume", str(run)]) == 2
-    assert "of another shape" in capsys.readouterr().err
-
-
-def test_a_run_resumes_from_another_folder(photos, tmp_path, monkeypatch, capsys):
-    draw_images(tmp_path / "val", 6)
-    monkeypatch.chdir(tmp_path)
-    flags = ["--data", "photos", "--data.val", "val", "--out", "run", *tiny_flags(stop_after=2)]
-    assert cli.main(["train", *flags]) == 0
-    monkeypatch.chdir("/")
-    code = cli.main(["train", "--resume", str(tmp_path / "run"), "--stop-after", "4"])
-    assert code == 0, capsys.readouterr().err
-
-
 def test_unknown_command_names_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert "Did you mean 'train'?" in capsys.readouterr().err
@@ -325,25 +290,6 @@ def test_no_command_shows_help(command):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "usage: dino COMMAND" in done.stdout
-
-
-def test_overwrite_spares_a_folder_that_holds_no_run(photos, capsys):
-    """Photos given as --out by mistake must survive --overwrite."""
-    before = sorted(photos.rglob("*"))
-    code = cli.main(["train", "--data", str(photos), "--out", str(photos), "--overwrite", *tiny_flags(stop_after=1)])
-    assert code == 2
-    assert "holds no run" in capsys.readouterr().err
-    assert sorted(photos.rglob("*")) == before
-
-
-def test_overwrite_spares_the_images_it_is_to_train_on(photos, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert cli.main(["train", "--data", str(photos), "--out", str(run), *tiny_flags(stop_after=1)]) == 0
-    photos.rename(run / "photos")
-    code = cli.main(["train", "--data", str(run / "photos"), "--out", str(run), "--overwrite", *tiny_flags()])
-    assert code == 2
-    assert "inside" in capsys.readouterr().err
-    assert len(list((run / "photos").rglob("*.jpg"))) == 24
 
 
 def test_held_out_images_of_other_classes_are_refused(photos, tmp_path, capsys):

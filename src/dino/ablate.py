@@ -34,9 +34,9 @@ from dino.options import flatten, replace, required, toml
 from dino.options.commands import AblateOptions
 from dino.options.evaluate import KnnOptions
 from dino.options.recipes import choose_base
+from dino.options.resume import FREE_ON_RESUME
 from dino.options.train import TrainOptions
 from dino.paper import Row, Table
-from dino.run import FREE_ON_RESUME
 from dino.terminal import Terminal
 
 K = 20

@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, ValueError):
             # All ranks fail alike; one of them says it.
             return _complain(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
-        if name in ("TrainingError", "CheckpointError", "DownloadError"):
+        if name in ("TrainingError", "CheckpointError", "DownloadError", "WorkerDied"):
             return _complain(str(error), 1)
         return _complain(f"{name}: {error} (add --debug to see where)", 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -90,3 +91,10 @@ def check_writable(out: str, kinds: str, inputs: Iterable[str] = ()) -> Path:
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written ({error.strerror or error}); choose another --out.") from error
     return path
+
+
+def sweep(folder: Path) -> None:
+    """Delete what `replacing` left in `folder` when its process was killed. Nobody else may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from dino import distributed, files, weights
 from dino.data import device_decode
 from dino.data.device_render import choose_renderer
 from dino.data.loader import ViewBatches
-from dino.data.open import find_path, get_name, make_absolute, open_training_pair, probe
+from dino.data.open import find_path, get_name, make_absolute, open_training_pair, probe, record_files
 from dino.data.sources import Source
 from dino.engine import build, fit, init, log, parallel
-from dino.engine.checkpoint import LOCK, Checkpoints, lock_folder
+from dino.engine.checkpoint import lock_folder
+from dino.engine.folder import clear, list_written
 from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.eval import evaluate
@@ -27,10 +27,12 @@ from dino.machine import check_cores, check_memory, check_workers, count_spare_c
 from dino.options import auto, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base
+from dino.options.resume import check_resumable
 from dino.options.rules import parse_bytes
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
 from dino.terminal import Terminal
+from dino.weights.checkpoints import list_checkpoints
 
 
 def train(
@@ -60,7 +62,7 @@ def train(
 def run_training(options: TrainOptions) -> Path:
     """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
     if options.resume is not None:
-        check_resumable(toml.read_recorded(options.resume), options)
+        check_resumable(flatten(toml.read_recorded(options.resume)), options)
     with contextlib.ExitStack() as held:
         device = distributed.start(options.device)
         held.callback(distributed.stop)
@@ -69,6 +71,7 @@ def run_training(options: TrainOptions) -> Path:
         folder = distributed.from_main(lambda: choose_folder(options))
         fresh = distributed.is_main() and not folder.exists()
         distributed.from_main(lambda: held.enter_context(lock_folder(folder)))
+        distributed.from_main(lambda: files.sweep(folder))
         with files.writing(folder, leave=not fresh):
             trainer, held_out = set_up(options, folder, device, terminal)
         terminal.say(
@@ -80,24 +83,6 @@ def run_training(options: TrainOptions) -> Path:
         if distributed.is_main():
             finish(trainer, complete, held_out)
     return folder
-
-
-# A resumed run may change these options and those of `log`: they change neither the mathematics nor the data.
-FREE_ON_RESUME = {
-    *("resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"),
-    *("fit", "accumulate", "recompute", "compile", "data.decode"),
-}
-
-
-def check_resumable(recorded: TrainOptions, wanted: TrainOptions) -> None:
-    """Refuse to continue a run with other mathematics or data than it was started with."""
-    before = flatten(recorded)
-    for name, value in flatten(wanted).items():
-        if value != before[name] and name not in FREE_ON_RESUME and not name.startswith("log."):
-            raise ValueError(
-                f"--resume continues a run with the options it was started with, but {name} is {value} where it was "
-                f"{before[name]}; leave it out, or start a new run with another --out."
-            )
 
 
 def set_threads(options: TrainOptions, device: torch.device) -> None:
@@ -114,22 +99,36 @@ def set_up(
     options: TrainOptions, folder: Path, device: torch.device, terminal: Terminal
 ) -> tuple[Trainer, Source | None]:
     """Open the data, fill in the options, check everything, and build the trainer of a new or a resumed run."""
-    source, held_out = distributed.from_main(lambda: open_training_pair(options, folder, options.resume is not None))
+    source, held_out = distributed.from_main(lambda: open_data(options, folder))
     terminal.say(describe(source, options.data.path))
     start = distributed.from_main(lambda: read_start(options, folder))
     resolved = resolve_options(options, source, start, device, terminal)
     trainer = build_trainer(resolved, folder, (source, held_out), device, terminal)
     if start is not None:
         initialize_trainer(trainer, start)
-    distributed.from_main(lambda: prepare(resolved, folder))
-    if options.resume is not None and trainer.resume():
-        terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
+    if options.resume is None:
+        distributed.from_main(lambda: prepare(resolved, folder, source))
+    else:
+        if trainer.resume():
+            terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
+        distributed.from_main(lambda: renew(trainer, source))
     return trainer, held_out
+
+
+def open_data(options: TrainOptions, folder: Path) -> tuple[Source, Source | None]:
+    """Training and held-out images; those of a resumed run may be elsewhere now."""
+    resumed = options.resume is not None
+    if resumed and (path := find_path(options.data.path)) is not None and not path.exists():
+        raise ValueError(
+            f"--resume {folder}: its images {options.data.path} are not there; if they were moved, say where they are "
+            "with --data, and if they have --data.val, with that."
+        )
+    return open_training_pair(options, folder, trust=resumed)
 
 
 def read_start(options: TrainOptions, folder: Path) -> weights.Weights | None:
     """The weights of `options.init`; None without it, and for a resumed run that has a checkpoint."""
-    if options.init is None or (options.resume is not None and Checkpoints(folder / "checkpoints").latest()):
+    if options.init is None or (options.resume is not None and list_checkpoints(folder / "checkpoints")):
         return None
     return weights.read(options.init, num_heads=options.model.num_heads)
 
@@ -181,13 +180,12 @@ def initialize_trainer(trainer: Trainer, start: weights.Weights) -> None:
 def choose_folder(options: TrainOptions) -> Path:
     """The run directory. Refuses a folder that holds anything but a run, and a run without `overwrite`."""
     if options.resume is not None:
-        return Path(options.resume)
-    folder = Path(options.out) if options.out is not None else Path("runs") / get_name(options.data.path)
+        return Path(options.resume).expanduser()
+    folder = Path(options.out or f"runs/{get_name(options.data.path)}").expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give a folder to write the run to.")
     # A run that was killed as it started leaves at most its lock and its file list.
-    if folder.is_dir() and any(child.name not in ("files.jsonl", LOCK) for child in folder.iterdir()):
-        # --overwrite deletes the content, so it must be a run and not, for example, the photos.
+    if folder.is_dir() and any(child.name[0] != "." and child.name != "files.jsonl" for child in folder.iterdir()):
         if not (folder / "config.toml").exists():
             raise ValueError(f"{folder} is not empty and holds no run; choose another --out.")
         if not options.overwrite:
@@ -195,27 +193,53 @@ def choose_folder(options: TrainOptions) -> Path:
                 f"{folder} already holds a run; continue it with --resume {folder}, replace it with --overwrite, "
                 "or choose another --out."
             )
-        for spec in filter(None, (options.data.path, options.data.val)):
-            if (path := find_path(spec)) is not None and folder.resolve() in path.resolve().parents:
-                raise ValueError(f"the images {spec} lie inside {folder}, which --overwrite would delete; move them.")
+        toml.read_recorded(str(folder))  # else it is another program's config.toml
+        written = {path.resolve() for path in list_written(folder)} | {folder.resolve()}
+        inputs = {
+            "data": find_path(options.data.path),
+            "data.val": options.data.val,
+            "data.labels": options.data.labels,
+        }
+        for name, given in (inputs | {"init": options.init}).items():
+            if given is not None and Path(given).expanduser().resolve() in written:
+                raise ValueError(
+                    f"--{name} {given} is part of the run that --overwrite would delete; choose another --out."
+                )
     return folder
 
 
-def prepare(options: TrainOptions, folder: Path) -> None:
-    """Make the run directory and record the resolved options; called last, when all checks have passed."""
-    if options.resume is not None:
-        return
-    if options.overwrite and folder.exists():
-        for child in folder.iterdir():
-            if child.name not in ("files.jsonl", LOCK):  # this process has just written one and holds the other
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
+def prepare(options: TrainOptions, folder: Path, source: Source) -> None:
+    """Make the run directory and record the run in it; called last, when all checks have passed."""
+    if options.overwrite:
+        clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    record(options, folder, source)
+
+
+def record(options: TrainOptions, folder: Path, source: Source) -> None:
+    """Write the resolved options and the names of the images, which a resume reads."""
     given, words = flatten(options), (None, "auto", "folders", "none")
     absolute = dict.fromkeys(("data.path", "data.val"), make_absolute)
     absolute |= dict.fromkeys(("data.labels", "init"), files.absolute_if_exists)
     paths = {name: function(given[name]) for name, function in absolute.items() if given[name] not in words}
-    recorded = replace(options, paths | {"out": None, "overwrite": False})
-    (folder / "config.toml").write_text(tomli_w.dumps(to_dict(recorded)))
+    recorded = replace(options, paths | {"out": None, "overwrite": False, "stop_after": None})
+    record_files(source, folder)
+    with files.replacing(folder / "config.toml") as temporary:
+        temporary.write_text(tomli_w.dumps(to_dict(recorded)))
+
+
+def renew(trainer: Trainer, source: Source) -> None:
+    """Write what a kill may have kept a run from writing, and where its images are now if they were moved."""
+    if trainer.step:
+        trainer.checkpoints.point()
+        trainer.save_teacher()
+        if isinstance(trainer.callback, OnlineEvaluation):
+            trainer.callback.pixels_done = True  # before the first step
+    trainer.quarantine.reread(source)
+    before, now = toml.read_recorded(str(trainer.run)), trainer.options
+    if before.data != now.data:
+        moved = {f"data.{name}": getattr(now.data, name) for name in ("path", "val", "labels")}
+        record(replace(before, moved), trainer.run, source)
 
 
 def build_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:

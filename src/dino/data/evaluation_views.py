@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+LONGEST = 64  # times the shorter side. What lies beyond is cut off before an image is resized
+
 
 def choose_edge(size: int) -> int:
     """Shorter side to which an image is resized before its central square of `size` is taken, pixels."""
@@ -25,6 +27,10 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     Returns:
         [size, size, 3] uint8.
     """
+    height, width = image.shape[:2]
+    # The square is far from the ends of a very long image, which would take much memory when enlarged.
+    top, left = max(0, (height - LONGEST * width) // 2), max(0, (width - LONGEST * height) // 2)
+    image = image[top : height - top, left : width - left]
     height, width = image.shape[:2]
     edge = choose_edge(size)
     scale = edge / min(height, width)

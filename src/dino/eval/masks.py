@@ -46,7 +46,7 @@ def open_masks(options: MasksOptions) -> tuple[Files, Files]:
         return images, open_listed(
             Path(others.root), [by_stem[stem] for stem in stems], options.masks, "a mask to an image"
         )
-    root = Path(options.data)
+    root = Path(options.data).expanduser()
     split = root / "ImageSets" / "Segmentation" / "val.txt"
     folder = next((root / kind for kind in ("SegmentationObject", "SegmentationClass") if (root / kind).is_dir()), None)
     if folder is None or not split.is_file():

@@ -9,11 +9,11 @@ from typing import Any
 
 from dino.data.evaluation_views import choose_edge
 from dino.data.normalize import MEAN, STD
-from dino.engine.checkpoint import Checkpoints, read_checkpoint
 from dino.engine.log import read_metrics
 from dino.html import ENVIRONMENT
 from dino.version import __version__
 from dino.weights import releases
+from dino.weights.checkpoints import CheckpointError, read_newest
 
 
 def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: str, edge: int) -> str:
@@ -58,8 +58,9 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
 def _describe_run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple[str, ...]]]:
     """Facts of a run's data and training, and figures of its training and evaluations."""
     facts: dict[str, str] = {}
-    if (latest := Checkpoints(folder / "checkpoints").latest()) is not None:
-        facts["fingerprint of the training data"] = f"`{read_checkpoint(latest)['data']}`"
+    with contextlib.suppress(CheckpointError):
+        if (found := read_newest(folder / "checkpoints")) is not None:
+            facts["fingerprint of the training data"] = f"`{found.state['data']}`"
     last: dict[str, Any] = {}
     for line in read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []:
         last |= line

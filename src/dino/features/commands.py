@@ -7,18 +7,17 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from markupsafe import Markup
 
 from dino import distributed
-from dino.data.evaluation_views import resize_and_crop
 from dino.data.open import expand_images
-from dino.data.sources import Source, WithPlaceholders
+from dino.data.sources import Source
 from dino.features import embed as embeddings
 from dino.features import search as finding
 from dino.files import check_writable
-from dino.html import EDGE, NUM_NEIGHBORS, NeighborRow, read_row, render, write_page
+from dino.html import NUM_NEIGHBORS, NeighborRow, read_row, read_square, render, write_page
 from dino.options.commands import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
 
 MOST_ROWS = 50  # of a page
@@ -100,7 +99,7 @@ def print_outliers(options: OutliersOptions) -> None:
     result = {"k": options.k, "outliers": _print_rows(embedding, rows)}
 
     def draw(images: Source) -> Markup:
-        pixels = (resize_and_crop(images.read(int(embedding.positions[row])), EDGE) for _, row in rows)
+        pixels = (read_square(images, int(embedding.positions[row])) for _, row in rows)
         return render(
             "outliers", images=((p, embedding.names[row], v) for p, (v, row) in zip(pixels, rows, strict=True))
         )
@@ -137,7 +136,7 @@ def _read_row(
     rows: list[tuple[float, int]],
 ) -> NeighborRow:
     found = [(value, int(embedding.positions[row])) for value, row in rows[:NUM_NEIGHBORS]]
-    return read_row(resize_and_crop(source.read(at), EDGE), caption, None, images, found)
+    return read_row(read_square(source, at), caption, None, images, found)
 
 
 def _write(
@@ -157,5 +156,5 @@ def _write(
         }
         Path(options.json).write_text(json.dumps(about | result, indent=2) + "\n")
     if options.html is not None:
-        body = draw(cast("Source", WithPlaceholders(embedding.images())))
+        body = draw(embedding.images())
         write_page(Path(options.html), embedding.folder.path.name, kicker, render("text", text=top), {kicker: body})

@@ -64,6 +64,8 @@ def embed(
         ValueError: `out` holds another embedding or something else, or no image can be read.
     """
     pq = import_parquet()
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
+    data = os.fspath(data) if isinstance(data, os.PathLike) else data
     pool = find_pooling(pooling)
     network = weights.load(model).to(distributed.start(device)) if isinstance(model, str | os.PathLike) else model
     source, size = (

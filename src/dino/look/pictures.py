@@ -22,14 +22,13 @@ from torch import Tensor
 
 from dino.data.decode import BadImage, decode
 from dino.data.sources import evenly_spaced
-from dino.look.attention import enlarge, fit_to_patches, map_attention, mass_mask
+from dino.look.attention import check_number, enlarge, fit_to_patches, map_attention, mass_mask
 from dino.look.patches import BASIS_IMAGES, Basis, extract_patches, fit_axes, match_mutual, prepare_image
 from dino.look.video import Clip, Frame, thin_out
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.commands import AttentionOptions, MatchOptions, PcaOptions, VideoOptions
 from dino.options.rules import checked
 
-MOST_PATCHES = 2**15  # of one image; the work grows with their square, and for so many a CPU needs minutes
 GUTTER = 6  # pixels between the pictures of a figure
 AnyImage = str | Path | np.ndarray  # a file, or pixels [h, w, 3] uint8
 
@@ -58,11 +57,7 @@ def fit_image(model: Backbone, image: AnyImage, size: int | None = None) -> np.n
     try:
         pixels = fit_to_patches(image if isinstance(image, np.ndarray) else decode(image), size, model.patch_size)
         height, width = pixels.shape[:2]
-        if (patches := math.prod(model.grid(height, width))) > MOST_PATCHES:
-            raise ValueError(
-                f"at {width} x {height} pixels it has {patches:,} patches, more than {MOST_PATCHES:,}, which would take "
-                "very long; use a smaller --size."
-            )
+        check_number(math.prod(model.grid(height, width)), height, width)  # patches may overlap
     except (BadImage, ValueError) as error:
         what = "an image" if isinstance(image, np.ndarray) else image
         raise ValueError(f"{what} cannot be shown: {error}") from error

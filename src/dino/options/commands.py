@@ -165,7 +165,10 @@ class AppOptions(Options):
     embedding: str | None = None
     """What `dino embed` wrote with this model. None: a button on the page embeds the data."""
     port: Annotated[int, Rule(lambda value: 0 <= value < 2**16, "a port lies between 0 and 65535")] | None = None
-    """Port of the page, on this machine alone. None: the first free one from 7860."""
+    """Port of the page. None: the first free one from 7860."""
+    host: str = "127.0.0.1"
+    """Address of the page: this machine alone, or another of its addresses, or 0.0.0.0 for all. The printed address holds
+    a token, without which nobody can use the page; but what is sent over a network is not encrypted."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 

@@ -53,7 +53,7 @@ class DataOptions(Options, section="data."):
     labels: str = "auto"
     """Labels for the k-NN monitor: 'auto' or 'folders' (first folder level), 'none', or a CSV file of path,label."""
     max_bad_fraction: Share = 0.01
-    """The run ends when more than this share of the images cannot be read."""
+    """The run ends when more than this share of the images, and more than five, cannot be read. 0: when any cannot."""
     num_workers: NoneOrFew | None = None
     """Processes that read, decode and render images. 0: the training process itself. None: one per spare core."""
     decode: Literal["workers", "device"] = "workers"
@@ -206,11 +206,11 @@ class TrainOptions(Options):
     out: str | None = None
     """Run directory to write. None: runs/<data name>."""
     resume: str | None = None
-    """Run directory to continue; all other options come from its config.toml."""
+    """Run directory to continue; all other options come from its config.toml. Moved images: with --data, their new place."""
     init: str | None = None
     """Weights to start from: a run directory, a release ('vits16:full', see `dino models`) or a weight file. None: fresh."""
     overwrite: bool = False
-    """Delete what is in the run directory first."""
+    """Replace the run that is in the run directory: what a run writes is deleted, all else stays."""
     epochs: PositiveInt | None = None
     """Passes over the images. None: chosen from the number of images."""
     batch_size: PositiveInt | None = None
@@ -234,7 +234,7 @@ class TrainOptions(Options):
     threads: PositiveInt | None = None
     """CPU threads for the arithmetic. None: all cores but one, from four cores on."""
     stop_after: PositiveInt | None = None
-    """Stop (and save) after this many steps; schedules still span all epochs."""
+    """Stop (and save) after this many steps of the run; schedules still span all epochs. A resume goes on to the end."""
     report: bool = True
     """Write report.html at the end."""
     data: DataOptions = DataOptions()
