@@ -29,7 +29,7 @@ from dino.data.open import make_absolute, split_folders
 from dino.engine.checkpoint import LOCK, lock_folder
 from dino.engine.log import read_metrics
 from dino.eval import knn
-from dino.machine import count_spare_cores
+from dino.machine import check_cores, count_spare_cores
 from dino.options import flatten, replace, required, toml
 from dino.options.commands import AblateOptions
 from dino.options.evaluate import KnnOptions
@@ -47,6 +47,7 @@ class Ablation:
     """One table, at one scale, on one data set, in one folder."""
 
     def __init__(self, options: AblateOptions):
+        check_cores("jobs", options.jobs, 4)
         self.options, self.table = options, paper.find_table(options.table)
         self.folder = Path(options.out or f"runs/ablate-{options.table}")
         self.data = split_folders(make_absolute(required(options.data)), options.val and make_absolute(options.val))

@@ -147,8 +147,8 @@ def parse_train(flags: list[str], kind: type[TrainOptions] = TrainOptions, name:
     if flags and not flags[0].startswith("-"):
         recipe, *flags = flags
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
-    first.add_argument("--resume")
-    first.add_argument("--data", "--data.path")
+    first.add_argument("--resume", nargs="?")
+    first.add_argument("--data", "--data.path", nargs="?")
     given, _ = first.parse_known_args(flags)
     has_data = given.data is not None or "--help" in flags or "-h" in flags  # help is not about the demo
     base = choose_base(recipe, has_data, given.resume, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from dino.data.device_render import choose_renderer
 from dino.data.loader import ViewBatches
 from dino.data.open import find_path, get_name, make_absolute, open_training_pair, probe, record_files
 from dino.data.sources import Source
-from dino.engine import fit, init, log, parallel
+from dino.engine import build, fit, init, log, parallel
 from dino.engine.checkpoint import lock_folder
 from dino.engine.folder import clear, list_written
 from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.eval import evaluate
 from dino.eval.online import OnlineEvaluation
-from dino.machine import count_spare_cores, describe_device
+from dino.machine import check_cores, check_memory, check_workers, count_spare_cores, describe_device
 from dino.options import auto, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base
@@ -35,7 +36,10 @@ from dino.weights.checkpoints import list_checkpoints
 
 
 def train(
-    recipe: str | TrainOptions | None = None, data: str | None = None, out: str | None = None, **changes: Any
+    recipe: str | os.PathLike[str] | TrainOptions | None = None,
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **changes: Any,
 ) -> Path:
     """Train, and return the run directory. ``dino.train(resume="runs/a")`` continues run a with its own options.
 
@@ -83,6 +87,7 @@ def run_training(options: TrainOptions) -> Path:
 
 def set_threads(options: TrainOptions, device: torch.device) -> None:
     if options.threads is not None:
+        check_cores("threads", options.threads, 1)
         torch.set_num_threads(options.threads)
     elif device.type == "cpu" and distributed.world_size() == 1 and count_spare_cores() > 2:
         # One core stays free for the data worker and other programs: a thread that waits for a busy core slows all others.
@@ -249,6 +254,7 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
         device_decode.check_device(device)
     if options.compile:
         parallel.check_compiler(device)
+    check_workers(required(options.data.num_workers))
     batch, ranks = required(options.batch_size), distributed.world_size()
     if batch > len(source):
         raise ValueError(
@@ -262,6 +268,9 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
             f"accumulate is {options.accumulate} but a step has only {batch // ranks} images (of a process); "
             f"use --accumulate {batch // ranks} or less."
         )
+    build.check_size(options, device.type == "cuda")
+    pixels = batch // ranks * sum(size**2 for size in options.views.sizes)
+    check_memory(12 * pixels, f"the views of {batch // ranks} images")  # as floats; their features take more still
     if options.method.loss == "infonce" and options.method.queue_size < 2 * batch:
         raise ValueError(
             f"method.queue_size is {options.method.queue_size}, but each step adds two views of {batch} images; "
@@ -306,6 +315,6 @@ def report_command(options: ReportOptions) -> None:
     from dino.report.page import write_report
 
     recorded, folder, device = toml.read_recorded(options.run), Path(options.run), distributed.start("auto")
-    set_threads(recorded, device)
+    set_threads(replace(recorded, {"threads": None}), device)  # which may be more than this machine has
     source, held_out = open_training_pair(recorded, folder, trust=True)
     print(write_report(folder, source, held_out, device))

@@ -23,6 +23,7 @@ from dino.data.decode import BadImage
 from dino.data.render import Renderer
 from dino.data.sources import Source
 from dino.data.views import Views, draw_views
+from dino.machine import check_workers
 from dino.options.train import ViewOptions
 from dino.randomness import Stream, open_stream
 
@@ -141,7 +142,9 @@ def iterate(batches: Dataset[T], start: int, stop: int, num_workers: int, pin_me
 
     Raises:
         WorkerDied: one of these processes has ended.
+        ValueError: they would be too many, or run this script again.
     """
+    check_workers(num_workers)
     loader = DataLoader(
         batches,
         batch_size=None,

@@ -18,6 +18,7 @@ from dino.look.patches import prepare_image
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.evaluate import MasksOptions
 
+MARGIN = 32  # by which JPEG may change a mask's black and white
 SIZE = 480  # pixels, for a model trained at 224
 LAYOUT = (
     "expected are DATA/JPEGImages/NAME.jpg, DATA/SegmentationObject/NAME.png (or SegmentationClass) and "
@@ -59,13 +60,13 @@ def read_objects(path: Path) -> np.ndarray:
     """Read the object that each pixel of a mask file belongs to, uint8 [h, w]; 0: none, 255: unknown.
 
     Raises:
-        BadImage: it cannot be read, or is a gray image that is no mask.
+        BadImage: it cannot be read, or is a picture and no mask.
     """
     try:
         with Image.open(path, formats=("PNG", "BMP", "GIF", "TIFF", "JPEG", "WEBP")) as image:
             if image.mode == "P":
                 return np.array(image)
-            gray = np.array(image.convert("L"))
+            pixels, gray = np.array(image.convert("RGB")), np.array(image.convert("L"))
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         raise BadImage(f"its mask {path.name} cannot be read ({type(error).__name__})") from error
     brightest = int(gray.max())
@@ -73,6 +74,12 @@ def read_objects(path: Path) -> np.ndarray:
         raise BadImage(
             f"its mask {path.name} is a gray image of values up to {brightest}; write objects as 255 and the rest as "
             "0, or number them in a palette PNG"
+        )
+    between = (gray >= MARGIN) & (gray <= 255 - MARGIN)
+    shaded = between.mean() > 0.5 and len(np.unique(gray[between])) > MARGIN
+    if shaded or np.ptp(pixels.astype(np.int16), axis=2).max() > MARGIN:
+        raise BadImage(
+            f"its mask {path.name} is a picture, not black and white; exchange --images and --masks, or write masks so"
         )
     return (gray > (127 if brightest > 1 else 0)).astype(np.uint8)
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino import distributed
+from dino import distributed, files
 from dino.data.loader import Bad, iterate, order_epoch, read_with_stand_in
 from dino.data.sources import Source
 from dino.engine.checkpoint import Checkpoints
@@ -200,6 +200,7 @@ def save_weights(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.cpu().contiguous() for key, value in state.items()}
-        save_file(tensors, file, about | {"classes": "\n".join(classes)})
+        with files.replacing(file) as temporary:
+            save_file(tensors, temporary, about | {"classes": "\n".join(classes)})
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the weights cannot be written to {file} ({error}); choose another --json.") from error

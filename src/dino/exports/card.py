@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dino.data.evaluation_views import choose_edge
 from dino.data.normalize import MEAN, STD
 from dino.engine.log import read_metrics
 from dino.html import ENVIRONMENT
@@ -15,7 +16,7 @@ from dino.weights import releases
 from dino.weights.checkpoints import CheckpointError, read_newest
 
 
-def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: str) -> str:
+def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: str, edge: int) -> str:
     """The Markdown text.
 
     Args:
@@ -23,6 +24,7 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
         to: the format of `out`.
         facts: about the model and the check, by name.
         digest: SHA-256 of the model's weights; only evaluations of these weights are listed.
+        edge: of the images that the model was made for, pixels.
     """
     release = releases.find_release(name) if not Path(name).exists() else None
     license = options = None
@@ -44,6 +46,8 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
         version=__version__,
         facts=facts,
         digest=digest,
+        edge=edge,
+        resized=choose_edge(edge),
         mean=MEAN,
         std=STD,
         figures=figures,
@@ -66,8 +70,9 @@ def _describe_run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple
         ("training", name, f"{value:.4g}", "") for name, value in last.items() if name.startswith(measured)
     ]
     for path in sorted((folder / "eval").glob("*.json")):
-        found = json.loads(path.read_text())
-        if found.get("model", {}).get("sha256") == digest:
-            data = ", ".join(f"{part} `{value[:12]}`" for part, value in found["data"].items())
-            figures += [(found["evaluation"], name, f"{value:.4g}", data) for name, value in found["figures"].items()]
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):  # a damaged one
+            found = json.loads(path.read_text())
+            if found["model"]["sha256"] == digest:
+                data = ", ".join(f"{part} `{value[:12]}`" for part, value in found["data"].items())
+                figures += [(found["evaluation"], name, f"{v:.4g}", data) for name, v in found["figures"].items()]
     return facts, figures

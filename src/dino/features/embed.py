@@ -24,6 +24,8 @@ from dino.data.open import make_absolute, open_images
 from dino.data.sources import Source
 from dino.features.extract import Features, Pooling, choose_batch_size, extract_batches, find_pooling
 from dino.models import Backbone
+from dino.options.commands import EmbedOptions
+from dino.options.rules import checked
 from dino.version import __version__
 from dino.weights import fingerprint
 
@@ -35,6 +37,7 @@ def import_parquet() -> Any:
     return errors.import_optional("pyarrow.parquet", "embeddings need PyArrow", "search")
 
 
+@checked(EmbedOptions, "model", "data", "out", "size", "fp16", "shard", "device")
 def embed(
     model: str | os.PathLike[str] | Backbone,
     data: str | os.PathLike[str] | Source,
@@ -64,18 +67,19 @@ def embed(
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
     pool = find_pooling(pooling)
-    if shard is not None and shard < 1:
-        raise ValueError(f"--shard is {shard}; write at least 1 image to a shard.")
-    network = weights.load(model).to(distributed.start(device)) if isinstance(model, str) else model
-    source, size = open_images(data) if isinstance(data, str) else data, size or network.image_size
+    network = weights.load(model).to(distributed.start(device)) if isinstance(model, str | os.PathLike) else model
+    source, size = (
+        open_images(os.fspath(data)) if isinstance(data, str | os.PathLike) else data,
+        size or network.image_size,
+    )
     blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(network.parameters()).device)
     with torch.no_grad():
         shape = pool(network, normalize(blank, network.in_channels)).shape[1:]  # [d] or [p, d]
     shard = shard or max(1, min(SHARD, MOST_VALUES // shape.numel()))
     batch = min(choose_batch_size(size), shard)
     shard = -(-shard // batch) * batch
-    name = files.absolute_if_exists(model) if isinstance(model, str) else ""
-    place = make_absolute(data) if isinstance(data, str) else ""
+    name = files.absolute_if_exists(os.fspath(model)) if isinstance(model, str | os.PathLike) else ""
+    place = make_absolute(os.fspath(data)) if isinstance(data, str | os.PathLike) else ""
     folder = Path(out)
     about = {"model": name, "model_sha256": fingerprint(network), "data": place, "data_sha256": source.fingerprint}
     about |= {"stamp": source.stamp(), "images": len(source), "pooling": pooling, "size": size, "fp16": fp16}

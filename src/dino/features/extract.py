@@ -22,6 +22,8 @@ from dino.data.sources import Source
 from dino.machine import count_spare_cores
 from dino.models import Backbone
 from dino.options import required
+from dino.options.commands import EmbedOptions
+from dino.options.rules import checked
 from dino.terminal import track
 
 
@@ -189,6 +191,7 @@ def extract_batches(
     yield from (part._replace(values=part.values.cpu()) for part in late)
 
 
+@checked(EmbedOptions, "size")
 def extract(
     model: Backbone,
     source: Source,

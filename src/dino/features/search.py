@@ -20,6 +20,8 @@ from dino.features.embed import Embedding, Folder
 from dino.features.extract import extract
 from dino.features.neighbors import find_neighbors, split_rows
 from dino.models import Backbone
+from dino.options.commands import DuplicatesOptions, OutliersOptions, SearchOptions
+from dino.options.rules import checked
 from dino.weights import fingerprint
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
@@ -169,12 +171,13 @@ class Found(NamedTuple):
         return [[self.embedding.names[row] for row in rows if row >= 0] for rows in self.rows.tolist()]
 
 
+@checked(SearchOptions, "embedding", "k", "index", "model", "device", "rebuild")
 def search(
     embedding: str | Path | Embedding,
     images: Sequence[str | os.PathLike[str] | np.ndarray],
     k: int = 10,
     index: IndexKind = "flat",
-    model: str | Backbone | None = None,
+    model: str | os.PathLike[str] | Backbone | None = None,
     device: str = "auto",
     rebuild: bool = False,
 ) -> Found:
@@ -188,13 +191,11 @@ def search(
     Raises:
         ValueError: the model is another than the embedding's, or no image can be read.
     """
-    if k < 1:
-        raise ValueError(f"k is {k}; ask for at least 1 neighbor.")
     embedding = open_embedding(embedding)
     wanted = embedding.folder.about["model"] if model is None else model
     if wanted == "":
         raise ValueError(f"{embedding.folder.path} does not say where its model lies; give it with --model.")
-    asked = weights.load(wanted).to(distributed.start(device)) if isinstance(wanted, str) else wanted
+    asked = weights.load(wanted).to(distributed.start(device)) if isinstance(wanted, str | os.PathLike) else wanted
     check_same_model(embedding.folder, asked)
     return Index(embedding, index, rebuild).search(asked, Images(images), k)
 
@@ -208,6 +209,7 @@ def check_same_model(folder: Folder, model: Backbone) -> None:
         )
 
 
+@checked(DuplicatesOptions, "embedding", "threshold", "index", "rebuild")
 def duplicates(
     embedding: str | Path | Embedding, threshold: float | None = None, index: IndexKind = "flat", rebuild: bool = False
 ) -> list[list[int]]:
@@ -221,8 +223,6 @@ def duplicates(
             1 - cosine is at most COPY_RATIO times the distance from either row to the last of its LINKS. This measure
             adapts to models and kinds of images, whose cosines of like images differ.
     """
-    if threshold is not None and not -1 <= threshold <= 1:
-        raise ValueError(f"the threshold is {threshold}; a cosine lies between -1 and 1.")
     used, groups = Index(embedding, index, rebuild), []
     taken = torch.zeros(len(used.values), dtype=torch.bool)
     for row, alike in used.find_pairs(threshold):
@@ -233,6 +233,7 @@ def duplicates(
     return sorted(groups, key=len, reverse=True)
 
 
+@checked(OutliersOptions, "embedding", "k", "index", "rebuild")
 def outliers(
     embedding: str | Path | Embedding, k: int = 10, index: IndexKind = "flat", rebuild: bool = False
 ) -> Tensor:

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from dino.models import Backbone
+from dino.options.commands import LookOptions
+from dino.options.rules import checked
 
 MOST_PATCHES = 2**15  # of one image; the work grows with their square, and for so many a CPU needs minutes
 
@@ -77,6 +79,7 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps.float(), size, mode="nearest")
 
 
+@checked(LookOptions, "stride")
 def finer_patches(model: Backbone, stride: int) -> Backbone:
     """A copy that cuts a patch every `stride` pixels; see `VisionTransformer.overlap_patches`."""
     finer = copy.deepcopy(model)

@@ -26,6 +26,8 @@ from dino.look.attention import check_number, enlarge, fit_to_patches, map_atten
 from dino.look.patches import BASIS_IMAGES, Basis, extract_patches, fit_axes, match_mutual, prepare_image
 from dino.look.video import Clip, Frame, thin_out
 from dino.models import NO_ATTENTION, Backbone
+from dino.options.commands import AttentionOptions, MatchOptions, PcaOptions, VideoOptions
+from dino.options.rules import checked
 
 GUTTER = 6  # pixels between the pictures of a figure
 AnyImage = str | Path | np.ndarray  # a file, or pixels [h, w, 3] uint8
@@ -101,6 +103,7 @@ class Look:
         return draw_mosaic([[self.image, *self.maps], [f"{100 * self.mass:g} % of the\nattention", *self.overlays]])
 
 
+@checked(AttentionOptions, "size", "mass")
 def attention_maps(model: Backbone, image: AnyImage, size: int | None = None, mass: float = 0.6) -> Look:
     """Attention of [CLS] over `image` in the last block, head by head (paper Figs. 1, 3 and 8-10).
 
@@ -141,6 +144,7 @@ class ColoredPatches:
         return draw_mosaic([[self.image, self.picture]], ["image", "patch features"])
 
 
+@checked(PcaOptions, "size")
 def pca_colors(model: Backbone, images: Sequence[AnyImage], size: int | None = None) -> Iterator[ColoredPatches]:
     """Yield each image with the colors of its patch features. The colors are three main axes that all images share.
 
@@ -186,6 +190,7 @@ class Matches:
         return page
 
 
+@checked(MatchOptions, "size")
 def match_patches(model: Backbone, a: AnyImage, b: AnyImage, size: int | None = None) -> Matches:
     """Find the patches of `a` and `b` that correspond: each has the most similar feature to the other's (cosine)."""
     images = fit_image(model, a, size), fit_image(model, b, size)
@@ -201,6 +206,7 @@ def match_patches(model: Backbone, a: AnyImage, b: AnyImage, size: int | None = 
 # --- video ---------------------------------------------------------------------------------------------------------
 
 
+@checked(VideoOptions, "show", "size", "head", "mass")
 def video_frames(
     model: Backbone,
     clip: str | Path | Clip,

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dino.errors import first_line
 from dino.options import flatten_names, replace
 from dino.options.train import TrainOptions
 
@@ -28,8 +29,10 @@ def _read_values(path: Path) -> dict[str, Any]:
         raise ValueError(f"there is no options file '{path}'.")
     try:
         return flatten_names(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a valid TOML file: {error}.") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a valid TOML file: {first_line(error)}.") from error
 
 
 def _apply(path: Path, base: TrainOptions, values: dict[str, Any]) -> TrainOptions:

@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dino import errors, files
-from dino.models import Backbone, create
+from dino.models import SIZES, Backbone, create
 from dino.models.vit import VisionTransformer
 from dino.options import required
+from dino.options.rules import Pixels, PositiveInt, conform, get_types
+from dino.options.train import ModelOptions
 from dino.terminal import say
 from dino.weights import formats, pickles, releases
 from dino.weights.checkpoints import get_step, list_checkpoints, read_newest
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
 
 WEIGHTS, CONFIG = "teacher.safetensors", "config.json"
+# What a file that holds other things than its kind should raises on the way.
+_MISSHAPED = (LookupError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +97,16 @@ def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) ->
 
 def build_backbone(weights: Weights, **changes: Any) -> VisionTransformer | TimmBackbone:
     """The (teacher's) backbone that `weights` hold; arguments and errors as for `load`."""
+    where, arguments = weights.where, check_arguments(weights.arguments | changes, weights.where)
+    state = weights.backbone()
     try:
-        model = create(**weights.arguments | changes)
-    except TypeError as error:
-        raise ValueError(f"{weights.where} cannot be built: {error}; its options are of another version.") from error
-    load_strictly(model, weights.backbone(), weights.where)
+        if arguments["arch"] in SIZES:  # sizes that the file only says, and does not hold, are never allocated
+            with torch.device("meta"):
+                check_fit(create(**arguments), state, where)
+        model = create(**arguments)
+    except ValueError as error:
+        raise error if str(error).startswith(where) else ValueError(f"{where} cannot be built: {error}") from error
+    load_strictly(model, state, where)
     return model.eval().requires_grad_(False)
 
 
@@ -116,10 +125,16 @@ def read(
             file, content, config = _open_run(path, only_backbone)
         else:
             content, config = _open_folder(path) if path.is_dir() else _open_file(path)
-        return _recognize(content, config, str(file), num_heads)
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        found = _recognize(content, config, str(file), num_heads)
+        check_arguments(found.arguments, str(file))
+        if not all(isinstance(value, Tensor) for value in found.state.values()):
+            raise TypeError("what should be a tensor is none")
+        return found
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({errors.first_line(error)}); check its permissions.") from error
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, *_MISSHAPED) as error:
         raise ValueError(
-            f"{path} holds damaged weights: {error}. Resume or repeat the run, or copy it again."
+            f"{path} holds damaged weights ({errors.first_line(error)}); resume or repeat the run, or copy it again."
         ) from error
 
 
@@ -251,12 +266,36 @@ def _read_networks(networks: dict[str, Any], where: str, num_heads: int | None) 
     return Weights(where, arguments, out, tuple(left_out))
 
 
+def check_arguments(arguments: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of `create`, held to the rules of the options of these names.
+
+    Raises:
+        ValueError: `where` says an argument that there is not, or one that breaks its rule.
+    """
+    types = get_types(ModelOptions) | {"arch": str, "image_size": Pixels, "in_channels": PositiveInt}
+    held = {}
+    for name, value in arguments.items():
+        if name not in types:
+            raise ValueError(f"{where} cannot be built: it says {name}, which is of another version.")
+        try:
+            held[name] = conform(value, types[name])
+        except ValueError as error:
+            raise ValueError(f"{where} cannot be built: {name} is {error}") from error
+    return held
+
+
 def load_strictly(module: nn.Module, state: State, where: str) -> None:
     """Load `state` into `module`; every key and shape must agree.
 
     Raises:
         ValueError: names what is missing, unknown, or of another shape.
     """
+    check_fit(module, state, where)
+    module.load_state_dict(state)
+
+
+def check_fit(module: nn.Module, state: State, where: str) -> None:
+    """Refuse a state whose keys and shapes are not those of `module`; errors as for `load_strictly`."""
     own = module.state_dict()
     reshaped = [
         f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
@@ -266,7 +305,6 @@ def load_strictly(module: nn.Module, state: State, where: str) -> None:
     kinds = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(), "of another shape": reshaped}
     if wrong := [f"{len(names)} {kind} ({formats.list_first(names)})" for kind, names in kinds.items() if names]:
         raise ValueError(f"{where} does not fit this model: {'; '.join(wrong)}. Use the options it was trained with.")
-    module.load_state_dict(state)
 
 
 def fingerprint(model: Backbone) -> str:
