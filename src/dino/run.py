@@ -7,18 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 
 from dino import distributed, files, weights
 from dino.data import device_decode
 from dino.data.device_render import choose_renderer
 from dino.data.loader import ViewBatches
-from dino.data.open import find_path, get_name, make_absolute, open_training_pair, probe, record_files
+from dino.data.open import find_path, open_training_pair, probe
 from dino.data.sources import Source
 from dino.engine import build, fit, init, log, parallel
 from dino.engine.checkpoint import lock_folder
-from dino.engine.folder import clear, list_written
+from dino.engine.folder import choose_folder, prepare, record
 from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.eval import evaluate
@@ -29,7 +28,6 @@ from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base
 from dino.options.resume import check_resumable
 from dino.options.rules import parse_bytes
-from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
 from dino.terminal import Terminal
 from dino.weights.checkpoints import list_checkpoints
@@ -175,57 +173,6 @@ def initialize_trainer(trainer: Trainer, start: weights.Weights) -> None:
         global_views = replace(trainer.options, {"views.num_local": 0, "data.decode": "workers"})
         count = init.estimate_center(trainer, build_batches(global_views, trainer.source, trainer.device))
         trainer.terminal.say(f"The center is the mean over {count} global views.")
-
-
-def choose_folder(options: TrainOptions) -> Path:
-    """The run directory. Refuses a folder that holds anything but a run, and a run without `overwrite`."""
-    if options.resume is not None:
-        return Path(options.resume).expanduser()
-    folder = Path(options.out or f"runs/{get_name(options.data.path)}").expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file; give a folder to write the run to.")
-    # A run that was killed as it started leaves at most its lock and its file list.
-    if folder.is_dir() and any(child.name[0] != "." and child.name != "files.jsonl" for child in folder.iterdir()):
-        if not (folder / "config.toml").exists():
-            raise ValueError(f"{folder} is not empty and holds no run; choose another --out.")
-        if not options.overwrite:
-            raise ValueError(
-                f"{folder} already holds a run; continue it with --resume {folder}, replace it with --overwrite, "
-                "or choose another --out."
-            )
-        toml.read_recorded(str(folder))  # else it is another program's config.toml
-        written = {path.resolve() for path in list_written(folder)} | {folder.resolve()}
-        inputs = {
-            "data": find_path(options.data.path),
-            "data.val": options.data.val,
-            "data.labels": options.data.labels,
-        }
-        for name, given in (inputs | {"init": options.init}).items():
-            if given is not None and Path(given).expanduser().resolve() in written:
-                raise ValueError(
-                    f"--{name} {given} is part of the run that --overwrite would delete; choose another --out."
-                )
-    return folder
-
-
-def prepare(options: TrainOptions, folder: Path, source: Source) -> None:
-    """Make the run directory and record the run in it; called last, when all checks have passed."""
-    if options.overwrite:
-        clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    record(options, folder, source)
-
-
-def record(options: TrainOptions, folder: Path, source: Source) -> None:
-    """Write the resolved options and the names of the images, which a resume reads."""
-    given, words = flatten(options), (None, "auto", "folders", "none")
-    absolute = dict.fromkeys(("data.path", "data.val"), make_absolute)
-    absolute |= dict.fromkeys(("data.labels", "init"), files.absolute_if_exists)
-    paths = {name: function(given[name]) for name, function in absolute.items() if given[name] not in words}
-    recorded = replace(options, paths | {"out": None, "overwrite": False, "stop_after": None})
-    record_files(source, folder)
-    with files.replacing(folder / "config.toml") as temporary:
-        temporary.write_text(tomli_w.dumps(to_dict(recorded)))
 
 
 def renew(trainer: Trainer, source: Source) -> None:
