@@ -105,7 +105,8 @@ def conform(value: Any, kind: Any) -> Any:
         value = conform(value, parts[0])
         for rule in parts[1:]:
             if isinstance(rule, Rule) and not rule.accepts(value):
-                raise ValueError(f"{_short.repr(value)}; {rule.text}.")
+                given = value if isinstance(value, str) and len(value) < 100 else _short.repr(value)
+                raise ValueError(f"{given}; {rule.text}.")
         return value
     if allows_none(kind):
         return None if value is None else conform(value, parts[0])
