@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dino import distributed, files, paper, weights
-from dino.data.open import make_absolute, split_folders
+from dino.data.open import make_absolute, open_labeled_pair, split_folders
 from dino.engine.checkpoint import LOCK, lock_folder
 from dino.engine.log import read_metrics
 from dino.eval import knn
@@ -51,6 +51,7 @@ class Ablation:
         self.options, self.table = options, paper.find_table(options.table)
         self.folder = Path(options.out or f"runs/ablate-{options.table}")
         self.data = split_folders(make_absolute(required(options.data)), options.val and make_absolute(options.val))
+        open_labeled_pair(*self.data)  # refuses what every row would fail with
         self.results_file = self.folder / "results.json"
         self.terminal = Terminal(keep=False)
         self.runs = {row.name: self._row_options(row) for row in self.table.rows}
@@ -245,6 +246,7 @@ def ablate_command(options: AblateOptions) -> int:
         for name, table in paper.TABLES.items():
             print(f"{name:<12} {table.title}: {'; '.join(row.name for row in table.rows)}")
         return 0
+    paper.find_table(options.table)
     if options.data is None:
         raise ValueError("dino ablate needs images with labels for the k-NN; give them with --data.")
     ablation = Ablation(options)

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,24 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; [] if there is none. A last line that a kill cut short is left out."""
+    """The lines of a metrics file; [] if there is none. A step is a whole number, and all values are numbers."""
+    lines = _read_lines(path, {"step"}, lambda value: isinstance(value, int | float) and -1e300 < value < 1e300)
+    return [line for line in lines if isinstance(line["step"], int)]
+
+
+def read_quarantine(path: Path) -> list[dict[str, str]]:
+    """The `image` and the `reason` of each line; [] if there is no such file."""
+    return _read_lines(path, {"image", "reason"}, lambda value: isinstance(value, str))
+
+
+def _read_lines(path: Path, names: set[str], accepts: Callable[[Any], bool]) -> list[dict[str, Any]]:
+    """Lines that have `names` and only values that are accepted. Others are left out: a kill cuts lines short."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and line.keys() >= names and all(map(accepts, line.values())):
+                lines.append(line)
     return lines
 
 
@@ -96,7 +108,7 @@ class Quarantine:
 
     def reread(self, source: Source) -> None:
         """Take up the images that the file names and that still cannot be read; forget those that were repaired."""
-        lines = {line["image"]: line for line in read_metrics(self.path)}
+        lines = {line["image"]: line for line in read_quarantine(self.path)}
         known = [i for i in range(len(source)) if source.name(i) in lines] if lines else []
         self.names = {source.name(i) for i in known if not is_readable(source, i)}
         if self.names != lines.keys():

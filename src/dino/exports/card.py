@@ -62,7 +62,7 @@ def _describe_run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple
         if (found := read_newest(folder / "checkpoints")) is not None:
             facts["fingerprint of the training data"] = f"`{found.state['data']}`"
     last: dict[str, Any] = {}
-    for line in read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []:
+    for line in read_metrics(folder / "metrics.jsonl"):
         last |= line
     facts |= {"steps": f"{last['step']:,}", "epochs": f"{last['epoch']:g}"} if last.keys() >= {"step", "epoch"} else {}
     measured = ("loss", "feature_std", "effective_rank", "knn", "jaccard")
