@@ -5,10 +5,11 @@ More of it, e.g. before a release: DINO_FUZZ=500 python -m pytest tests/test_fuz
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 
 import dino
 from dino import cli
-from dino.options import replace
+from dino.options import flatten, replace
+from dino.options.rules import Options, get_plain, get_types
 from dino.options.train import TrainOptions
 from helpers import TINY, draw_images
 
@@ -173,3 +175,98 @@ def test_a_damaged_embedding(made, tmp_path, capsys, seed):
         command = commands[int(rng.integers(len(commands)))]
         print(what, command)
         run(capsys, *command)
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_a_damaged_weight_file(made, tmp_path, capsys, seed):
+    rng, formats = np.random.default_rng(seed), ("safetensors", "reference", "hf", "timm", "reference-checkpoint")
+    kept = made / "weights"
+    if not kept.exists():
+        kept.mkdir()
+        for to in formats:
+            dino.export(made / "run", to, kept / f"{to}.{'safetensors' if to == 'safetensors' else 'pth'}")
+        shutil.copytree(made / "run", kept / "bare", ignore=shutil.ignore_patterns("checkpoints"))  # nothing stands in
+    for turn in range(3):
+        shutil.copytree(kept, copy := tmp_path / f"{turn}")
+        name = str(rng.choice([*(f"{to}.pth" for to in formats[1:]), "safetensors.safetensors", "bare"]))
+        weak = {"hf.pth": "config.json", "timm.pth": "config.json", "bare": "config.json"} if rng.integers(2) else {}
+        folder = copy / name if (copy / name).is_dir() else copy
+        what = harm(folder, rng, weak.get(name, None if folder != copy else name))
+        print(what, name)
+        run(capsys, "export", copy / name, "--to", "safetensors", "--out", tmp_path / f"{turn}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"model": {"arch": ["vit_nano"]}}', "arch is ['vit_nano']; it must be text"),
+        ('{"model": {"arch": null}}', "arch is None; it must be text"),
+        ('{"model": {"arch": "vit_nano", "depth": 1000000000}}', "depth is 1000000000; it must lie between"),
+        ('{"model": {"arch": "vit_nano", "width": -96}}', "width is -96; it must be at least 1"),
+        ('{"model": {"arch": "vit_large", "width": 65536, "depth": 999, "num_heads": 1}}', " GB, but this machine has"),
+        ('{"model": {"arch": "vit_large", "patch_size": 8, "image_size": 32}}', "does not fit this model"),
+        ('{"model": {"arch": "vit_nano", "mood": 1}}', "it says mood, which is of another version"),
+        ('{"model": ' + DEEP + "}", "holds damaged weights"),
+        ("[]", "holds no teacher.safetensors"),
+    ],
+)
+def test_what_a_file_says_of_its_model_is_checked_before_the_model_is_built(
+    saved_model, tmp_path, capsys, content, said
+):
+    shutil.copytree(saved_model, tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(content)
+    run(capsys, "export", tmp_path / "m", "--to", "safetensors", "--out", tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        dino.load(tmp_path / "m")
+
+
+CHOSEN = {"eval masks": ["--data", "d"], "eval copydetect": ["--data", "d"]}
+WORDS = [
+    "nan",
+    "inf",
+    "-inf",
+    "1e308",
+    "-1e308",
+    "1e-320",
+    "-1",
+    "0",
+    "9" * 25,
+    "x",
+    "",
+    "None",
+    "é\n\udcff",
+    "9" * 5000,
+]
+
+
+def list_numbers_and_words(kind: type[Options], prefix: str = "") -> Iterator[str]:
+    """Flags that take a number or one of several words."""
+    for name, hint in get_types(kind).items():
+        plain = get_plain(hint)
+        if isinstance(plain, type) and issubclass(plain, Options):
+            yield from list_numbers_and_words(plain, f"{name}.")
+        elif plain not in (str, bool, tuple[str, ...]) and "Positional" not in repr(hint):
+            yield f"{prefix}{name}"
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_impossible_values_of_every_option(command):
+    """Each is refused in a short sentence that begins with its name, or is a number that a machine can count to."""
+    kind, needed = cli.COMMANDS[command].options, list(CHOSEN.get(command, ()))
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and f"--{field.name}" not in needed:
+            positional = "Positional" in repr(get_types(kind)[field.name])
+            needed += ["m"] if positional else [f"--{field.name}", "onnx"]
+    rng, own = np.random.default_rng(0), {"bench": ["seconds"]}  # the others are those of `train`
+    for name in own.get(command) or list_numbers_and_words(kind):
+        for word in rng.choice(WORDS, min(ROUNDS // 6, len(WORDS)), replace=False) if command == "train" else WORDS:
+            said, values = "", ()
+            try:
+                values = flatten(cli.parse([*command.split(), *needed, f"--{name.replace('_', '-')}={word}"])[1])[name]
+            except ValueError as error:
+                said = str(error)
+            assert not said or (
+                len(said) < 500 and re.match(rf"{name} is |[\w.]+ is \S+ but |--{name} is missing", said)
+            ), said
+            for value in values if isinstance(values, tuple) else (values,):
+                assert not isinstance(value, int | float) or abs(value) <= 2**32

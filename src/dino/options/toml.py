@@ -12,7 +12,6 @@ from dino.errors import first_line
 from dino.options import flatten_names, replace
 from dino.options.train import TrainOptions
 
-
 # A run has always recorded these: the first, and one of each later section that it needs.
 COMPLETE = ("epochs", "model.arch", "head.hidden_dim", "views.global_size", "optim.lr", "log.keep")
 
