@@ -11,12 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino import distributed
+from dino import distributed, files
 from dino.data.loader import Bad, iterate, order_epoch, read_with_stand_in
 from dino.data.sources import Source
 from dino.engine.checkpoint import Checkpoints
@@ -196,9 +195,8 @@ def save_weights(
     if path is None or not distributed.is_main():
         return
     file = path.with_suffix(".safetensors")
-    try:
+    tensors = {key: value.cpu().contiguous() for key, value in state.items()}
+    with files.naming(file, "choose another --json"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {key: value.cpu().contiguous() for key, value in state.items()}
-        save_file(tensors, file, about | {"classes": "\n".join(classes)})
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the weights cannot be written to {file} ({error}); choose another --json.") from error
+        with files.replacing(file) as temporary:
+            save_file(tensors, temporary, about | {"classes": "\n".join(classes)})

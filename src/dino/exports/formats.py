@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from dino import errors
+from dino import errors, files
 from dino.data.normalize import MEAN, STD
 from dino.exports.positions import interpolate_symbolically
 from dino.models.vit import SIZES
@@ -134,7 +135,8 @@ def _save_folder(state: State, out: Path, files: dict[str, dict[str, Any]]) -> N
 
 def _save(state: State, path: Path, metadata: dict[str, str]) -> None:
     # Parts of one tensor share its memory, which safetensors refuses.
-    save_file({name: value.clone().contiguous() for name, value in state.items()}, path, metadata)
+    with files.replacing(path) as temporary:
+        save_file({name: value.clone().contiguous() for name, value in state.items()}, temporary, metadata)
 
 
 class Outputs(nn.Module):
@@ -151,7 +153,9 @@ class Outputs(nn.Module):
 
 def write_torch_export(weights: Weights, out: Path) -> None:
     """A program for `torch.export.load`, of any number of images of any size that the model takes."""
-    torch.export.save(_trace(weights), out)
+    content = io.BytesIO()  # where its file cannot be written, PyTorch ends the process
+    torch.export.save(_trace(weights), content)
+    out.write_bytes(content.getbuffer())
 
 
 def write_onnx(weights: Weights, out: Path) -> None:
