@@ -64,7 +64,8 @@ def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any]) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
     with files.replacing(folder / WEIGHTS) as temporary:
         save_file(state, temporary)
-    (folder / CONFIG).write_text(json.dumps({"model": arguments}, indent=2) + "\n")
+    with files.replacing(folder / CONFIG) as temporary:
+        temporary.write_text(json.dumps({"model": arguments}, indent=2) + "\n")
 
 
 def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) -> VisionTransformer | TimmBackbone:
@@ -93,6 +94,7 @@ def build_backbone(weights: Weights, **changes: Any) -> VisionTransformer | Timm
     except TypeError as error:
         raise ValueError(f"{weights.where} cannot be built: {error}; its options are of another version.") from error
     load_strictly(model, weights.backbone(), weights.where)
+    vars(model)["where"] = weights.where  # for messages
     return model.eval().requires_grad_(False)
 
 
@@ -215,10 +217,10 @@ def _read_networks(networks: dict[str, Any], where: str, num_heads: int | None) 
 
 
 def load_strictly(module: nn.Module, state: State, where: str) -> None:
-    """Load `state` into `module`; every key and shape must agree.
+    """Load `state` into `module`; every key and shape must agree, and every number must be finite.
 
     Raises:
-        ValueError: names what is missing, unknown, or of another shape.
+        ValueError: names what is missing, unknown, of another shape, or not finite.
     """
     own = module.state_dict()
     reshaped = [
@@ -229,7 +231,18 @@ def load_strictly(module: nn.Module, state: State, where: str) -> None:
     kinds = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(), "of another shape": reshaped}
     if wrong := [f"{len(names)} {kind} ({formats.list_first(names)})" for kind, names in kinds.items() if names]:
         raise ValueError(f"{where} does not fit this model: {'; '.join(wrong)}. Use the options it was trained with.")
+    refuse_broken(state, where)
     module.load_state_dict(state)
+
+
+def refuse_broken(state: State, where: str) -> None:
+    """Refuse weights that are not finite; `where` is their name, for the message."""
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"{where} holds numbers that are not finite (NaN or infinity) in {len(broken)} of {len(state)} tensors "
+            f"({formats.list_first(broken)}), because its training diverged; use an earlier checkpoint, or train again "
+            "with a lower --optim.lr."
+        )
 
 
 def fingerprint(model: Backbone) -> str:
