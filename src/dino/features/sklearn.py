@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def __init__(
         self,
-        model: str | Backbone = "vits16",
+        model: str | os.PathLike[str] | Backbone = "vits16",
         pooling: Pooling = "cls",
         size: int | None = None,
         batch_size: int | None = None,
@@ -44,7 +45,8 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     def fit(self, X: Any, y: Any = None) -> DinoFeatures:
         """Load the model and find out how long its features are."""
         model = self.model
-        self.model_ = weights.load(model).to(distributed.start(self.device)) if isinstance(model, str) else model
+        named = isinstance(model, str | os.PathLike)
+        self.model_ = weights.load(model).to(distributed.start(self.device)) if named else model
         self._n_features_out = self._extract(_list_images(X)[:1]).shape[1]
         return self
 
