@@ -129,10 +129,11 @@ def ranks_agree(*arguments: object) -> dict[str, Any]:
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
     """All weights, the center and the optimizer of a run's last checkpoint, by name."""
-    from dino.engine.checkpoint import Checkpoints
+    from dino.weights.checkpoints import read_newest
 
-    state = Checkpoints(run / "checkpoints").load()
-    assert state is not None
+    found = read_newest(run / "checkpoints")
+    assert found is not None
+    state = found.state
     flat = dict(state["method"])
     for index, values in state["optimizer"]["state"].items():
         flat |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in values.items()}

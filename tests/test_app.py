@@ -1,7 +1,9 @@
-"""The explorer: its pictures as arrays, and the page itself in a real browser, through the real command."""
+"""The explorer: its pictures as arrays; the page itself in a real browser, through the real command; and who may use it."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
 import shutil
@@ -9,9 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +27,10 @@ from dino import weights
 from dino.cli import main
 from helpers import TINY, dino_command, draw_images
 
-gradio = pytest.importorskip("gradio")
+gradio, httpx = pytest.importorskip("gradio"), pytest.importorskip("httpx")
+from dino.app import guard  # noqa: E402
 from dino.app.explorer import (  # noqa: E402
+    MAX_PATCHES,
     Explorer,
     draw_alike,
     find_newest_run,
@@ -54,7 +60,7 @@ def explorer(trained, album) -> Explorer:
 
 
 def test_pictures_of_an_image(explorer, album):
-    shown = explorer.open_image(str(album / "class0" / "000.jpg"), 64)
+    shown = explorer.open_file(album / "class0" / "000.jpg", 64)
     assert min(shown.pixels.shape[:2]) == 64
     heads = shown.draw_heads()
     assert [name for _, name in heads] == ["the image", "mean of all heads", "head 0", "head 1"]
@@ -65,7 +71,7 @@ def test_pictures_of_an_image(explorer, album):
 
 
 def test_a_patch_is_most_like_itself(explorer, album):
-    shown, other = (explorer.open_image(str(album / f"class{i}" / f"00{i}.jpg"), 64) for i in (0, 1))
+    shown, other = (explorer.open_file(album / f"class{i}" / f"00{i}.jpg", 64) for i in (0, 1))
     (height, width), patch, cells = shown.pixels.shape[:2], 8, shown.features.flatten(0, 1)
     for x, y in ((0, 0), (width - 1, height - 1), (20, 35)):
         cell = y // patch * (width // patch) + x // patch
@@ -83,10 +89,10 @@ def test_a_patch_is_most_like_itself(explorer, album):
 
 def test_neighbors_and_copies(explorer, album, tmp_path):
     with pytest.raises(ValueError, match="press the button first"):
-        explorer.find_nearest(explorer.open_image(0, 32), 3)
+        explorer.find_nearest(explorer.open_offered(0, 32), 3)
     progress = list(explorer.index_images(tmp_path / "embeddings"))
     assert progress[-1] == (41, 41)
-    found = explorer.find_nearest(explorer.open_image(str(album / "class1" / "001.jpg"), 32), 4)
+    found = explorer.find_nearest(explorer.open_file(album / "class1" / "001.jpg", 32), 4)
     assert {caption for _, caption in found[:2]} == {"1.000  class1/001.jpg", "1.000  class1/copy.jpg"}
     said, groups = explorer.find_copies()
     assert re.match(r"\d+ of 41 images are near-copies, in groups: \d+\.", said)
@@ -99,19 +105,19 @@ def test_neighbors_and_copies(explorer, album, tmp_path):
 
 def test_checkpoints_are_shown_in_their_order(explorer, trained):
     assert len(explorer.checkpoints) == 3
-    shown = explorer.open_image(0, 32)
-    picture = explorer.draw_checkpoints(shown, 32)
+    shown = explorer.open_offered(0, 32)
+    picture = explorer.draw_checkpoints(shown)
     assert picture.shape[1] >= 4 * shown.pixels.shape[1]
     last = weights.load(explorer.checkpoints[-1]).state_dict()
     assert all(torch.equal(value, last[name]) for name, value in weights.load(trained).state_dict().items())
     with pytest.raises(ValueError, match="start the explorer with a run directory"):
-        Explorer(weights.load(trained), None, None, None).draw_checkpoints(shown, 32)
+        Explorer(weights.load(trained), None, None, None).draw_checkpoints(shown)
 
 
 def test_a_model_without_attention(album):
     model = dino.create("timm:resnet10t", image_size=64).eval()
     explorer = Explorer(model, None, str(album), None)
-    shown = explorer.open_image(0, 64)
+    shown = explorer.open_offered(0, 128)
     assert not explorer.model.has_attention
     assert shown.look is None
     assert draw_alike(shown, shown, (5, 5))[1] is not None
@@ -122,13 +128,22 @@ def test_a_model_without_attention(album):
 def test_what_is_no_image_is_one_sentence(explorer, content, tmp_path):
     (file := tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=r"^This cannot be shown: .*\.$"):
-        explorer.open_image(str(file), 32)
+        explorer.open_file(file, 32)
 
 
 def test_huge_images_are_refused_before_they_are_decoded(explorer, tmp_path):
     Image.new("1", (10_000, 6_000)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match="too many pixels"):
-        explorer.open_image(str(tmp_path / "huge.png"), 32)
+        explorer.open_file(tmp_path / "huge.png", 32)
+
+
+def test_narrow_images_are_refused_before_they_are_enlarged(explorer):
+    height = 8 * MAX_PATCHES // 4
+    assert explorer.show_pixels(np.zeros((height // 4, 8, 3), np.uint8), 32).features.shape[:2] == (MAX_PATCHES // 4, 4)
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=r"too long and narrow for this size; .* crop the image\.$"):
+        explorer.show_pixels(np.zeros((height * 4, 8, 3), np.uint8), 512)
+    assert time.perf_counter() - began < 1
 
 
 def test_an_embedding_of_another_model_is_refused(album, trained, saved_model, tmp_path, capsys):
@@ -139,7 +154,7 @@ def test_an_embedding_of_another_model_is_refused(album, trained, saved_model, t
     assert said.count("\n") == 1
     good = dino.embed(str(trained), str(album), tmp_path / "y.parquet", device="cpu").path
     explorer = Explorer(weights.load(trained), None, None, str(good))
-    assert len(explorer.find_nearest(explorer.open_image(0, 32), 3)) == 3
+    assert len(explorer.find_nearest(explorer.open_offered(0, 32), 3)) == 3
 
 
 def test_bad_ways_to_start(trained, tmp_path, monkeypatch, capsys):
@@ -154,6 +169,10 @@ def test_bad_ways_to_start(trained, tmp_path, monkeypatch, capsys):
     assert f"--port {port} is taken" in capsys.readouterr().err
     assert main(["app", str(trained), "--data", "nowhere", "--device", "cpu"]) == 2
     assert "nowhere" in capsys.readouterr().err
+    assert main(["app", str(trained), "--host", "203.0.113.7", "--device", "cpu"]) == 2
+    assert (
+        "--host 203.0.113.7 is no address of this machine (Cannot assign requested address" in capsys.readouterr().err
+    )
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app", str(trained)]) == 2
     assert "pip install 'dino[app]'" in capsys.readouterr().err
@@ -164,22 +183,23 @@ def test_bad_ways_to_start(trained, tmp_path, monkeypatch, capsys):
 
 @contextmanager
 def served(*arguments: object, cwd: Path) -> Iterator[str]:
-    """The page's address; Ctrl-C ends it in order."""
+    """The printed address; Ctrl-C ends the command in order, and its temporary files are gone."""
     command = dino_command("app", *arguments, "--device", "cpu")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # Tests that run in the background would hand down that interrupts are ignored.
     heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    process = subprocess.Popen(command, cwd=cwd, preexec_fn=heed, **pipes)
+    (scratch := cwd / "scratch").mkdir()
+    environment = os.environ | {"TMPDIR": str(scratch)}
+    process = subprocess.Popen(command, cwd=cwd, preexec_fn=heed, env=environment, **pipes)
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        address = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert address, process.communicate()
-        yield address[0]
+        assert process.stdout.readline().endswith("Ctrl-C ends it.\n"), process.communicate()
+        yield process.stdout.readline().rstrip()
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
         assert process.returncode == 0
         assert "Traceback" not in said
+        assert not list(scratch.glob("dino*"))
     finally:
         process.kill()
 
@@ -250,18 +270,264 @@ def test_the_page_in_a_browser(trained, album, tmp_path):
         assert pictures("#heads") == before  # nothing is lost
         browser.close()
     assert asked
-    assert all(url.startswith((address, "data:", "blob:")) for url in asked)
+    origin = address.partition("?")[0]
+    assert all(url.startswith((origin, "data:", "blob:")) for url in asked)
 
 
-def test_the_page_answers_this_machine_alone(trained, tmp_path):
-    with served(trained, cwd=tmp_path) as address:
-        port = int(address.rpartition(":")[2])
-        others = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)} - {
-            "127.0.0.1"
-        }
-        for host in others:
-            with pytest.raises(OSError), socket.create_connection((host, port), timeout=2):  # noqa: PT011
-                pass
-        with socket.create_connection(("127.0.0.1", port), timeout=5):
+# ---------------------------------------------------------------------------------------------- who may use it
+
+
+class Visitor:
+    """Speaks HTTP with the page as a browser does, or as somebody who has read how a browser does."""
+
+    def __init__(self, address: str):
+        self.origin, _, self.token = address.partition("/?token=")
+        self.http = httpx.Client(base_url=self.origin, timeout=60, follow_redirects=True)
+        text = self.http.get("/", params={"token": self.token}).text  # leaves the cookie
+        config = json.loads(re.findall(r"window\.gradio_config = (\{.*?\});", text)[0])
+        self.functions = {one["api_name"]: one["id"] for one in config["dependencies"]}
+        self.thumbnail = re.findall(r'"path": ?"([^"]*\.webp)"', text)[0]
+        self.folder = Path(self.thumbnail).parents[1]
+
+    def join(self, function: str, data: Any, event: Any = None, **options: Any) -> httpx.Response:
+        call = {"fn_index": self.functions[function], "data": data, "event_data": event, "session_hash": "mine"}
+        return self.http.post("/gradio_api/queue/join", content=json.dumps(call), headers=JSON | options)
+
+    def call(self, function: str, data: Any, event: Any = None) -> Any:
+        """What the function returned, or its error as a text."""
+        assert self.join(function, data, event).status_code == 200
+        with self.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "mine"}) as lines:
+            messages = (json.loads(line.removeprefix("data: ")) for line in lines.iter_lines() if line)
+            done = next(message for message in messages if message["msg"] == "process_completed")
+        return done["output"]["data"] if done["success"] else str(done["output"]["error"])
+
+    def upload(self, content: bytes) -> httpx.Response:
+        return self.http.post("/gradio_api/upload", files={"files": ("mine.png", content)})
+
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def visitor(trained, album, tmp_path_factory) -> Iterator[Visitor]:
+    with served(trained, "--data", album, cwd=tmp_path_factory.mktemp("served")) as address:
+        yield (visitor := Visitor(address))
+        visitor.http.close()
+
+
+def test_the_page_answers_this_machine_alone(visitor):
+    port = int(visitor.origin.rpartition(":")[2])
+    others = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)} - {"127.0.0.1"}
+    for host in others:
+        with pytest.raises(OSError), socket.create_connection((host, port), timeout=2):  # noqa: PT011
             pass
-        assert os.environ.get("GRADIO_SHARE") is None
+    with socket.create_connection(("127.0.0.1", port), timeout=5):
+        pass
+    assert os.environ.get("GRADIO_SHARE") is None
+
+
+def test_the_printed_address_leaves_a_cookie(visitor):
+    first = httpx.get(visitor.origin, params={"token": visitor.token})
+    assert (first.status_code, first.headers["location"]) == (303, "/")
+    assert re.fullmatch(rf"dino-\d+={visitor.token}; HttpOnly; Path=/; SameSite=strict", first.headers["set-cookie"])
+    link = httpx.get(visitor.origin, params={"token": visitor.token}, headers={"sec-fetch-site": "cross-site"})
+    assert (link.status_code, link.headers["refresh"]) == (200, "0; url=/")  # no redirect, which would lack the cookie
+    assert visitor.http.get("/").status_code == 200
+    assert visitor.http.get("/", headers={"origin": visitor.origin}).status_code == 200
+    other_port = {"host": "localhost:8000", "origin": "http://localhost:8000"}  # ssh -L 8000:127.0.0.1:7860
+    assert visitor.http.get("/", headers=other_port).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"cookie": ""},
+        {"cookie": "dino-{port}=wrong"},
+        {"cookie": "dino-{port}=\u00e4".encode()},
+        {"host": "evil.example:{port}"},
+        {"host": "evil.example:{port}", "origin": "http://evil.example:{port}"},
+        {"host": "127.0.0.1.evil.example"},
+        {"origin": "http://evil.example"},
+        {"origin": "http://127.0.0.1:1"},
+        {"origin": "null"},
+    ],
+)
+def test_strangers_and_pages_of_other_sites_are_refused(visitor, headers):
+    port = visitor.origin.rpartition(":")[2]
+    sent = {name: value if isinstance(value, bytes) else value.format(port=port) for name, value in headers.items()}
+    for asked in (
+        "GET /",
+        "GET /?token=wrong",
+        "GET /theme.css",
+        "GET /assets/index.js",
+        f"GET /gradio_api/file={visitor.thumbnail}",
+        "GET /gradio_api/queue/data?session_hash=mine",
+        "GET /gradio_api/heartbeat/mine",
+        "POST /gradio_api/queue/join",
+        "POST /gradio_api/upload",
+        "OPTIONS /gradio_api/upload",
+    ):
+        answer = visitor.http.request(*asked.split(), headers=sent)
+        assert answer.status_code == 403
+        assert re.fullmatch(r"[^.]+\.", answer.text)
+        assert not [name for name in answer.headers if name.startswith(("access-control", "set-cookie"))]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/gradio_api/file=/etc/passwd"),
+        ("GET", "/gradio_api/file=/etc/there-is-no-such-file"),
+        ("GET", "/gradio_api/file={folder}/../../../../../../etc/passwd"),
+        ("GET", "/gradio_api/file={folder}/%2e%2e/%2e%2e/etc/passwd"),
+        ("GET", "/gradio_api/file={folder}"),
+        ("GET", "/gradio_api/file=pyproject.toml"),
+        ("GET", "/gradio_api/file=http://127.0.0.1/"),
+        ("GET", "/gradio_api/file/etc/passwd"),
+        ("GET", "/gradio_api/proxy=http://127.0.0.1/"),
+        ("GET", "/gradio_api/deep_link?session_hash=mine"),
+        ("GET", "/gradio_api/info"),
+        ("GET", "/gradio_api/openapi.json"),
+        ("GET", "/gradio_api/run-history/buckets"),
+        ("GET", "/gradio_api/startup-events"),
+        ("GET", "/gradio_api/stream/mine/1/1/playlist-file"),
+        ("GET", "/config"),
+        ("GET", "/monitoring"),
+        ("GET", "/docs"),
+        ("POST", "/gradio_api/call/_open_pick"),
+        ("POST", "/gradio_api/run/_open_pick"),
+        ("POST", "/gradio_api/component_server"),
+        ("POST", "/gradio_api/process_recording"),
+        ("POST", "/login"),
+        ("DELETE", "/"),
+    ],
+)
+def test_only_what_the_page_needs_is_served(visitor, method, path):
+    answer = visitor.http.request(method, path.format(folder=visitor.folder))
+    assert (answer.status_code, answer.text) == (403, "The explorer does not serve this.")
+    assert visitor.http.get(f"/gradio_api/file={visitor.thumbnail}").headers["content-type"] == "image/webp"
+
+
+OUTSIDE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [OUTSIDE, 64],
+        [64, OUTSIDE],
+        [{"inner": [OUTSIDE]}, 64],
+        [OUTSIDE | {"path": "http://127.0.0.1/x.png"}, 64],
+        [OUTSIDE | {"path": None}, 64],
+        [OUTSIDE | {"path": "{folder}/../x.png"}, 64],
+    ],
+)
+def test_a_path_outside_the_folder_goes_no_further(visitor, data):
+    data = json.loads(json.dumps(data).replace("{folder}", str(visitor.folder)))
+    answer = visitor.join("_open_upload", data)
+    assert (answer.status_code, answer.text) == (400, "The page does not send such a request.")
+
+
+def test_what_is_no_call_is_refused(visitor):
+    for content in (b"", b"no json", b"[" * 30_000, b'{"data": ' + b"9" * 5000 + b"}"):
+        assert visitor.http.post("/gradio_api/queue/join", content=content, headers=JSON).status_code == 400
+    assert visitor.http.post("/gradio_api/queue/join", content=b" " * 2**17, headers=JSON).status_code == 413
+
+
+PICTURE = "/usr/share/pixmaps/picture.png"
+
+
+def test_a_pick_is_a_position(visitor, album):
+    """The control first: such a request reaches the function, and a position is served."""
+    assert visitor.call("_open_pick", [64], {"index": 1, "value": None}) == [None]
+    heads, *_ = visitor.call("_draw_first", [None, 0.6])
+    assert len(heads) == 4
+    own = str(album / "class0" / "000.jpg")  # exists, and can be read
+    for index in (own, PICTURE, "/etc/passwd", "1", -1, 24, 10**40, 1.0, float("nan"), True, None, [0], {"0": 0}):
+        said = visitor.call("_open_pick", [64], {"index": index, "value": None})
+        assert said == "The position of an image must be a whole number from 0 to 23."
+    for event in (None, [], "index", {}, 5):
+        assert "must be a whole number" in visitor.call("_open_pick", [64], event)
+
+
+@pytest.mark.parametrize("size", [31, 513, 1e9, -64, 64.0, float("nan"), "64", [64], True, None, {"x": 1}])
+def test_a_size_is_one_of_the_slider(visitor, size):
+    assert visitor.call("_open_pick", [size], {"index": 0}) == "The shorter side must be a whole number from 32 to 512."
+
+
+def test_points_and_shares_are_checked(visitor):
+    visitor.call("_open_pick", [64], {"index": 0})
+    assert len(visitor.call("_compare_to_first", [None, None], {"index": [9, 9]})) == 2
+    for index in (PICTURE, 3, None, [], [9], [9, 9, 9], [-1, 9], [9, 10**9], [9.5, 9], ["9", 9], [[9], 9], {"x": 9}):
+        said = visitor.call("_compare_to_first", [None, None], {"index": index})
+        assert re.match(r"A point must be (two numbers, x and y|a whole number from 0 to \d+)\.$", said)
+    assert visitor.call("_draw_masks", [None, 0.5])[0]
+    for mass in (0, -1, 1.5, 1e9, float("nan"), float("inf"), "0.5", [0.5], None):
+        assert "must be a number above 0 and up to 1" in visitor.call("_draw_masks", [None, mass])
+    assert visitor.call("_resize", [{"original": PICTURE}, 64]) == [None]  # a state is the server's, whatever is sent
+
+
+def test_an_upload_is_read_once_and_deleted(visitor, album):
+    content = (album / "class0" / "000.jpg").read_bytes()
+    (path,) = visitor.upload(content).json()
+    assert Path(path).read_bytes() == content
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    assert visitor.call("_open_upload", [file, 64]) == [None]
+    assert not Path(path).exists()
+    others = [file, file | {"path": visitor.thumbnail}, file | {"path": f"{visitor.folder}/missing.png"}, None]
+    assert {visitor.call("_open_upload", [other, 64]) for other in others} == {"Choose a file first."}
+    assert Path(visitor.thumbnail).exists()
+    assert visitor.upload(bytes(guard.LARGEST_UPLOAD + 2**17)).status_code == 413
+
+
+def test_the_oldest_files_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "MOST_KEPT", 350)
+    for age, name in enumerate(("new", "later", "early", "old", "thumbnail")):
+        (tmp_path / name).write_bytes(bytes(100))
+        os.utime(tmp_path / name, (0, 1000 - age))
+    guard.delete_oldest(str(tmp_path), {str(tmp_path / "thumbnail")})
+    assert {file.name for file in tmp_path.iterdir()} == {"new", "later", "early", "thumbnail"}
+    monkeypatch.setattr(guard, "MOST_FILES", 1)
+    guard.delete_oldest(str(tmp_path), {str(tmp_path / "thumbnail")})
+    assert {file.name for file in tmp_path.iterdir()} == {"new", "thumbnail"}
+
+
+def ask(keeper: guard.Guard, headers: dict[str, str], parts: list[bytes], path: str = "/gradio_api/upload") -> int:
+    """The status that is answered to a POST of which only `parts` arrive."""
+    sent: list[Any] = []
+    waiting = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+
+    async def receive() -> Any:
+        return waiting.pop(0) if waiting else await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": raw}
+    asyncio.run(keeper(scope, receive, send))
+    return sent[0]["status"]
+
+
+def test_a_body_that_does_not_arrive_is_given_up(tmp_path):
+    with guard.listen("127.0.0.1", 0) as listening:
+        keeper = guard.Guard(lambda *_: pytest.fail("nothing arrived"), str(tmp_path), "127.0.0.1", listening)
+    keeper.seconds = 0.1
+    cookie = {"cookie": f"{keeper.cookie}={keeper.token}", "host": "127.0.0.1"}
+    assert ask(keeper, cookie, [b"some"]) == 408
+    assert ask(keeper, cookie | {"cookie": ""}, []) == 403  # nothing is received from strangers
+    assert ask(keeper, cookie, [bytes(2**20)] * 41) == 413
+
+
+@pytest.mark.parametrize(("host", "name"), [("0.0.0.0", socket.gethostname()), ("127.0.0.2", "127.0.0.2")])
+def test_other_machines_need_the_token_as_well(tmp_path, host, name):
+    with guard.listen(host, None) as listening:
+        keeper = guard.Guard(lambda *_: pytest.fail("never"), str(tmp_path), host, listening)
+        port = listening.getsockname()[1]
+    assert keeper.address == f"http://{name}:{port}/?token={keeper.token}"
+    cookie = {"cookie": f"{keeper.cookie}={keeper.token}", "host": f"{name}:{port}"}
+    assert ask(keeper, cookie, [], "/x") == 403
+    assert ask(keeper, cookie | {"origin": "http://evil.example"}, []) == 403
+    assert ask(keeper, cookie | {"cookie": ""}, []) == 403
+    status = ask(keeper, cookie | {"host": "evil.example"}, [bytes(2**20)] * 41)
+    assert status == (413 if host == "0.0.0.0" else 403)  # 0.0.0.0 has names that only others know

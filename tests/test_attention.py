@@ -71,3 +71,8 @@ def test_a_picture_is_what_the_model_attends_to(model):
         assert np.array_equal(overlay[mask], image[mask])
         assert overlay[~mask].max() <= 255 * 0.25 + 12
         assert 0 < mask.mean() < 1
+
+
+def test_an_image_of_too_many_patches_is_refused_before_it_is_enlarged():
+    with pytest.raises(ValueError, match=r"at 64000000 x 64 pixels it has 64,000,000 patches, more than 32,768"):
+        fit_to_patches(np.zeros((8, 8 * 10**6, 3), np.uint8), 64, 8)  # would take 16 GB

@@ -72,7 +72,7 @@ BAD = {
     "unknown option": (["--data", "{photos}", "--optim.lrr", "1"], "--optim.lr"),
     "unknown recipe": (["cifar", "--data", "{photos}"], "Did you mean 'cifar10'?"),
     "folder as recipe": (["{photos}"], "dino train --data"),
-    "wrong type": (["--data", "{photos}", "--epochs", "many"], "--epochs"),
+    "wrong type": (["--data", "{photos}", "--epochs", "many"], "epochs is 'many'; it must be a whole number."),
     "negative": (["--data", "{photos}", "--optim.lr", "-1"], "cannot be negative"),
     "contradiction": (["--data", "{photos}", "--device", "cpu", "--precision", "fp16"], "needs a GPU"),
     "warm-up beyond the run": (["--data", "{photos}", "--optim.warmup-epochs", "9"], "only 3 epochs"),
@@ -106,14 +106,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(case, tmp_path, capsys, mo
     out = [] if "--out" in given or "--resume" in given else ["--out", "run"]
     first = flags if not flags[0].startswith("--") else []
     options = [] if "--resume" in given else rest
-    try:
-        code = cli.main(["train", *first, *out, *options, *([] if first else flags)])
-    except SystemExit as stop:
-        code = stop.code
+    code = cli.main(["train", *first, *out, *options, *([] if first else flags)])
     said = capsys.readouterr().err
     assert code == 2, said
-    assert words in " ".join(said.replace("│", " ").split())
-    assert "Traceback" not in said
+    last = said.splitlines()[-1]  # what came before it says how the images were found
+    assert last.startswith("dino: ")
+    assert words in last
+    assert "(add --debug" not in said
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
 
 
@@ -146,41 +145,6 @@ def test_a_run_has_one_writer(photos, tmp_path):
     finally:
         process.kill()
         process.wait()
-
-
-def test_resume_with_other_mathematics_or_images_is_refused(photos, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert cli.main(["train", "--data", str(photos), "--out", str(run), *tiny_flags(stop_after=3)]) == 0
-    assert cli.main(["train", "--resume", str(run), "--optim.lr", "1"]) == 2
-    said = capsys.readouterr().err
-    assert "optim.lr is 1.0 where it was 0.0005" in said
-    for changes in ({"optim.lr": 1}, {"data": str(photos / "class0")}, {"recipe": "cifar10"}):  # the same from Python
-        with pytest.raises(ValueError, match="--resume continues a run with") as refused:
-            dino.train(resume=str(run), **changes)
-        assert ("optim.lr" not in changes) or said.endswith(f"dino: {refused.value}\n")
-    (run / "files.jsonl").unlink()
-    next(photos.rglob("*.jpg")).unlink()
-    assert cli.main(["train", "--resume", str(run)]) == 2
-    assert "not the ones this run was started with" in capsys.readouterr().err
-
-
-def test_resume_of_a_checkpoint_of_another_shape_is_refused(photos, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert cli.main(["train", "--data", str(photos), "--out", str(run), *tiny_flags(stop_after=3)]) == 0
-    text = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(text.replace("width = 32", "width = 64"))
-    assert cli.main(["train", "--resume", str(run)]) == 2
-    assert "of another shape" in capsys.readouterr().err
-
-
-def test_a_run_resumes_from_another_folder(photos, tmp_path, monkeypatch, capsys):
-    draw_images(tmp_path / "val", 6)
-    monkeypatch.chdir(tmp_path)
-    flags = ["--data", "photos", "--data.val", "val", "--out", "run", *tiny_flags(stop_after=2)]
-    assert cli.main(["train", *flags]) == 0
-    monkeypatch.chdir("/")
-    code = cli.main(["train", "--resume", str(tmp_path / "run"), "--stop-after", "4"])
-    assert code == 0, capsys.readouterr().err
 
 
 def test_unknown_command_names_the_nearest(capsys):
@@ -326,25 +290,6 @@ def test_no_command_shows_help(command):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "usage: dino COMMAND" in done.stdout
-
-
-def test_overwrite_spares_a_folder_that_holds_no_run(photos, capsys):
-    """Photos given as --out by mistake must survive --overwrite."""
-    before = sorted(photos.rglob("*"))
-    code = cli.main(["train", "--data", str(photos), "--out", str(photos), "--overwrite", *tiny_flags(stop_after=1)])
-    assert code == 2
-    assert "holds no run" in capsys.readouterr().err
-    assert sorted(photos.rglob("*")) == before
-
-
-def test_overwrite_spares_the_images_it_is_to_train_on(photos, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert cli.main(["train", "--data", str(photos), "--out", str(run), *tiny_flags(stop_after=1)]) == 0
-    photos.rename(run / "photos")
-    code = cli.main(["train", "--data", str(run / "photos"), "--out", str(run), "--overwrite", *tiny_flags()])
-    assert code == 2
-    assert "inside" in capsys.readouterr().err
-    assert len(list((run / "photos").rglob("*.jpg"))) == 24
 
 
 def test_held_out_images_of_other_classes_are_refused(photos, tmp_path, capsys):

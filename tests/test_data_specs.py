@@ -14,7 +14,6 @@ from torchvision.datasets import CIFAR10
 import dino
 from dino.cli import main
 from dino.data import open as data
-from dino.engine.checkpoint import Checkpoints
 from dino.features.embed import Folder
 from dino.options import replace, toml
 from dino.options.train import TrainOptions
@@ -59,9 +58,7 @@ def test_a_set_of_torchvisions_goes_through_every_command(cifar, tmp_path, monke
     assert main(["figure", "tsne", str(tmp_path / run), "--data", recorded.data.path, "--out", str(drawn)]) == 0
     assert drawn.exists()
     assert main(["train", "--resume", str(tmp_path / run), "--stop-after", "5"]) == 0
-    latest = Checkpoints(tmp_path / run / "checkpoints").latest()
-    assert latest is not None
-    assert latest.name == "step-00000005.pt"
+    assert (tmp_path / run / "checkpoints" / "latest").read_text() == "step-00000005.pt"
 
 
 def test_the_explorer_finds_the_data_of_a_run(cifar, tmp_path):
@@ -139,6 +136,55 @@ def test_training_takes_a_folder_of_train_and_val_as_evaluations_do(tmp_path):
     assert train.classes == held_out.classes == ("class0", "class1", "class2")
 
 
+@pytest.mark.parametrize("test", ["valid", "validation", "Test"])
+def test_folders_of_training_and_test_images_are_found_by_their_usual_names(tmp_path, capsys, test):
+    root = tmp_path / f"data {test}"
+    draw_images(root / "Training", 30)
+    draw_images(root / test, 6)
+    draw_images(root / "extra", 3)
+    train, held_out = data.open_training_pair(replace(TrainOptions(), {"data.path": str(root)}), None)
+    assert held_out is not None
+    assert (len(train), len(held_out)) == (30, 6)
+    said = f"{root}: training images are in Training/, test images in {test}/; not used: extra/.\n"
+    assert capsys.readouterr().err == said
+    train, held_out = data.open_labeled_pair(root, None)
+    assert (len(train), len(held_out)) == (30, 6)
+    assert data.split_folders(str(root), "other") == (str(root), "other")
+    assert data.split_folders(root / "Training", None) == (str(root / "Training"), None)
+
+
+def test_a_test_folder_without_classes_measures_nothing(tmp_path, capsys):
+    """As competitions publish them: images of training are held out in its place."""
+    draw_images(tmp_path / "train", 30)
+    draw_images(tmp_path / "test/unknown", 6, classes=1)
+    train, held_out = data.open_training_pair(replace(TrainOptions(), {"data.path": str(tmp_path)}), None)
+    assert held_out is not None
+    assert (len(train), len(held_out), len(held_out.classes)) == (27, 3, 3)
+    assert "has no class folders" in capsys.readouterr().err
+
+
+def test_the_folders_of_images_without_classes_are_named(tmp_path, capsys):
+    draw_images(tmp_path, 4)
+    draw_images(tmp_path / "attention", 2, classes=1)
+    for path in tmp_path.glob("class?/*"):
+        path.rename(tmp_path / path.name)
+    data.open_training_pair(replace(TrainOptions(), {"data.path": str(tmp_path)}), None)
+    said = capsys.readouterr().err
+    assert said == f"{tmp_path}: the images come from the folder itself (4), attention/ (2).\n"
+
+
+def test_paths_are_taken_as_text_is(tmp_path):
+    folder = draw_images(tmp_path / "photos", 30)
+    assert len(data.open_images(folder)) == 30
+    assert data.get_name(folder) == "photos"
+    assert data.make_absolute(folder) == str(folder)
+    assert data.find_path(folder) == folder
+    assert data.split_folders(folder, folder) == (str(folder), str(folder))
+    assert len(data.open_labeled_test(folder)) == 30
+    assert len([*data.expand_images([folder])]) == 30
+    assert dino.embed(dino.create("vit_nano", patch_size=8, image_size=32), folder, tmp_path / "out").rows == 30
+
+
 def test_a_home_folder_is_found_wherever_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     draw_images(tmp_path / "data/train", 30)
@@ -147,6 +193,16 @@ def test_a_home_folder_is_found_wherever_it_is_named(tmp_path, monkeypatch):
     assert (len(train), len(test)) == (30, 6)
     assert data.make_absolute("~/data") == str(tmp_path / "data")
     assert data.find_path("~/data") == tmp_path / "data"
+    assert data.find_path("~nobody-of-this-name/data") == Path("~nobody-of-this-name/data")
+
+
+@pytest.mark.parametrize("evaluation", ["masks", "copydetect", "retrieval", "davis"])
+def test_evaluations_with_folders_of_their_own_know_the_home_folder(
+    tmp_path, monkeypatch, saved_model, evaluation, capsys
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["eval", evaluation, str(saved_model), "--data=~/set", "--device", "cpu"]) == 2
+    assert f"--data {tmp_path}/set" in capsys.readouterr().err
 
 
 def test_an_unknown_kind_of_data_is_named_with_the_nearest(tmp_path, monkeypatch):

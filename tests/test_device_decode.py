@@ -21,10 +21,10 @@ from dino.data.loader import ViewBatches, iterate
 from dino.data.sources import Source, Subset, open_source
 from dino.engine.log import read_metrics
 from dino.engine.train import Trainer, TrainingError
-from dino.options import replace, toml
+from dino.options import flatten, replace, toml
 from dino.options.auto import resolve
+from dino.options.resume import check_resumable
 from dino.options.train import TrainOptions, ViewOptions
-from dino.run import check_resumable
 from dino.terminal import Terminal
 from drawing import TO_DEVICE, as_bytes, draw_picture, encode_picture, encode_turned, without_tables
 from helpers import TINY, draw_images, run_dino, tiny_flags
@@ -196,4 +196,4 @@ def test_refused_on_a_cpu_before_anything_is_written(photos, tmp_path):
 def test_who_decodes_may_change_on_resume(photos, tmp_path):
     run = dino.train(replace(TrainOptions(), TINY), data=str(photos), out=str(tmp_path / "run"), stop_after=3)
     recorded = toml.read_recorded(str(run))
-    check_resumable(recorded, replace(recorded, {"data.decode": "device"}))
+    check_resumable(flatten(recorded), replace(recorded, {"data.decode": "device"}))

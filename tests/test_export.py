@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 
 import dino
 from dino import cli, weights
@@ -108,6 +110,30 @@ def test_the_hugging_face_folder_gives_the_same_features_from_a_picture(run, tmp
     assert torch.cosine_similarity(found, expected).item() > 0.999
 
 
+@pytest.mark.parametrize("to", ["timm", "hf"])
+@pytest.mark.parametrize("edge", [32, 96, 144, 224])
+def test_other_libraries_make_the_same_pixels_of_a_photograph(edge, to, tmp_path):
+    """By what the exported folder tells them; small images keep their border, as in `dino eval`."""
+    model = weights.read(save(tmp_path / "model", arch="vit_nano", patch_size=16, image_size=edge))
+    out = tmp_path / "out"
+    compare.FORMATS[to].write(model, out)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 12, 3), np.uint8)).resize(
+        (494, 247)
+    )  # no odd margin, which each cuts its own way
+    if to == "timm":
+        config = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{out}", pretrained=True))
+        pixels = timm.data.create_transform(**config)(photo)[None]
+    else:
+        import transformers
+
+        pixels = transformers.AutoImageProcessor.from_pretrained(out)(photo, return_tensors="pt")["pixel_values"]
+    expected = normalize(torch.from_numpy(resize_and_crop(np.asarray(photo), edge).copy())[None, None])
+    assert pixels.shape == expected.shape
+    # Pillow and torchvision round pixels otherwise now and then; another crop or size differs by far more.
+    assert (pixels - expected).abs().mean() < (1e-6 if to == "timm" else 0.02)
+    assert (pixels - expected).abs().max() < (1e-5 if to == "timm" else 0.04)
+
+
 def test_the_card_says_how_the_run_was_trained_and_what_was_found(run, tmp_path, capsys):
     assert cli.main(["eval", "knn", str(run), "--data", str(run.parent / "photos"), "--k", "1", "--device", "cpu"]) == 0
     other = json.loads((run / "eval" / "knn.json").read_text())
@@ -130,7 +156,7 @@ def test_the_card_says_how_the_run_was_trained_and_what_was_found(run, tmp_path,
 
 
 def test_the_card_of_a_release_has_the_published_figures_and_the_license():
-    text = card.render_card("vits16", "hf", Path("a-hf"), {}, "0")
+    text = card.render_card("vits16", "hf", Path("a-hf"), {}, "0", 224)
     assert "license: apache-2.0" in text
     assert "| published | k-NN, ImageNet top-1 | 74.5 |" in text
     assert "## Training options" not in text

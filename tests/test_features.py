@@ -16,8 +16,9 @@ from dino.data.normalize import normalize
 from dino.data.open import probe
 from dino.data.scenes import Scenes
 from dino.data.sources import evenly_spaced, open_source
-from dino.eval.online import OnlineEvaluation, measure_scene_masks
-from dino.features.extract import extract
+from dino.eval.online import OnlineEvaluation, flatten_pixels, measure_scene_masks
+from dino.features.extract import Features, extract
+from dino.html import read_row
 from dino.method import DINO, Network
 from dino.models import Head
 from helpers import draw_images
@@ -28,12 +29,21 @@ def noise(height: int, width: int) -> np.ndarray:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 400), st.integers(2, 400))
+@given(st.integers(7, 400), st.integers(7, 400))
 def test_preprocess_is_the_references_resize_and_crop(height, width):
     image = noise(height, width)
     bicubic = transforms.InterpolationMode.BICUBIC
     expected = transforms.Compose([transforms.Resize(256, bicubic), transforms.CenterCrop(224)])(Image.fromarray(image))
     assert np.array_equal(resize_and_crop(image, 224), np.asarray(expected))
+
+
+@pytest.mark.parametrize("shape", [(3, 400), (400, 3), (1, 301), (5, 2001)])
+def test_a_very_long_image_is_cut_before_it_is_resized(shape):
+    image, bicubic = noise(*shape), transforms.InterpolationMode.BICUBIC
+    plain = transforms.Compose([transforms.Resize(256, bicubic), transforms.CenterCrop(224)])(Image.fromarray(image))
+    assert np.abs(resize_and_crop(image, 224).astype(int) - np.asarray(plain)).max() <= 3
+    longer = np.zeros([10**8 if edge == max(shape) else 1 for edge in shape] + [3], np.uint8)  # would take 10 TB
+    assert resize_and_crop(longer, 224).shape == (224, 224, 3)
 
 
 def test_small_models_keep_the_border():
@@ -109,3 +119,31 @@ def test_scene_masks_of_a_perfect_model_is_one_hundred():
     # Keeping 60 % of an even mass keeps 60 % of the object.
     assert result["jaccard_best_head"] == pytest.approx(60, abs=1)
     assert result["jaccard_mean_head"] == pytest.approx(60, abs=1)
+
+
+def test_images_that_vanish_after_their_features_were_computed_end_nothing(photos):
+    source = open_source(str(photos))
+    found = Features(torch.zeros(5, 1), np.arange(5), [])
+    whole = flatten_pixels(source, found, 32)
+    assert whole.values.shape == (5, 3 * 32 * 32)
+    (photos / source.name(1)).unlink()
+    (photos / source.name(2)).write_bytes(b"")
+    left = flatten_pixels(source, found, 32)
+    assert left.indices.tolist() == [0, 3, 4]
+    assert torch.equal(left.values, whole.values[[0, 3, 4]])
+    assert [name for name, _ in left.bad] == [source.name(1), source.name(2)]
+    row = read_row(np.zeros((8, 8, 3), np.uint8), "", None, source, [(1.0, 1), (0.5, 0)])  # of a page
+    assert np.ptp(row.neighbors[0].pixels) == 0
+    assert np.ptp(row.neighbors[1].pixels) > 0
+    for path in photos.rglob("*.jpg"):
+        path.unlink()
+    assert flatten_pixels(source, found, 32).values.shape == (0, 3 * 32 * 32)
+
+
+def test_narrow_images_at_several_scales(tmp_path, saved_model):
+    Image.new("RGB", (1, 3000), "red").save(tmp_path / "line.png")
+    found = extract(
+        dino.load(str(saved_model)), open_source(str(tmp_path)), 32, pooling="three scales", resize="shrunk"
+    )
+    assert found.values.isfinite().all()
+    assert len(found.values) == 1

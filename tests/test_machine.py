@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 import dino
 from dino import machine
+from dino.models import Head
 from dino.terminal import Terminal, say, track
 
 SOURCES = sorted(Path(dino.__file__).parent.rglob("*.py"))
@@ -114,3 +116,45 @@ def test_only_the_main_rank_speaks(rank, monkeypatch):
         say("a line")
     Terminal().say("another")
     assert bool(screen.getvalue()) == (rank == 0)
+
+
+SCRIPT = """
+import multiprocessing, sys
+import dino
+from helpers import TINY
+{guard}
+    multiprocessing.set_start_method(sys.argv[1])
+    dino.train(data="photos", out="run", **TINY | {{"epochs": 1, "data.num_workers": 1}})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "guarded"), [("spawn", False), ("forkserver", False), ("forkserver", True)])
+def test_a_script_that_workers_would_run_again_is_told_how_to_be_written(photos, tmp_path, method, guarded):
+    guard = 'if __name__ == "__main__":' if guarded else "if True:"
+    (script := tmp_path / "script.py").write_text(SCRIPT.format(guard=guard))
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command, environment = [sys.executable, str(script), method], os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if guarded:
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "run" / "teacher.safetensors").is_file()
+    else:
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith(
+            f"ValueError: {script} would run again in each worker process; put its work under `if __name_"
+        )
+        assert done.stderr.count("Traceback") == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_what_the_machine_has_not_is_refused_before_it_is_taken():
+    cores = machine.count_cores()
+    for call, said in (
+        (lambda: machine.check_cores("threads", cores + 1, 1), f"threads is {cores + 1}, .* use at most {cores}"),
+        (lambda: machine.check_workers(10**6), "num_workers is 1000000"),
+        (lambda: dino.create("vit_small", width=60_000, depth=900), r"would take [\d,]{6,} GB"),
+        (lambda: Head(96, out_dim=10**9, bottleneck_dim=60_000), r"would take [\d,]{6,} GB"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()

@@ -132,6 +132,16 @@ def test_gray_numbers_are_no_mask(tmp_path):
         masks.read_objects(tmp_path / "m.png")
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_photograph_is_no_mask(tmp_path, mode):
+    """Else images and masks that were exchanged would give figures."""
+    Image.fromarray(Scenes(1).at(64).read(0)).convert(mode).save(tmp_path / "m.jpg")
+    with pytest.raises(BadImage, match="a picture, not black and white; exchange"):
+        masks.read_objects(tmp_path / "m.jpg")
+    Image.fromarray(Scenes(1).at(64).mask(0).astype(np.uint8) * 255).convert("RGB").save(tmp_path / "m.jpg")
+    assert 0 < masks.read_objects(tmp_path / "m.jpg").mean() < 1
+
+
 def test_bad_input_is_refused(saved_model, voc, tmp_path, capsys):
     def said(*arguments) -> str:
         assert main(["eval", "masks", str(saved_model), *map(str, arguments)]) == 2

@@ -25,18 +25,18 @@ import torch
 from matplotlib.figure import Figure
 
 from dino import distributed, files, paper, weights
-from dino.data.open import make_absolute, split_folders
+from dino.data.open import make_absolute, open_labeled_pair, split_folders
 from dino.engine.checkpoint import LOCK, lock_folder
 from dino.engine.log import read_metrics
 from dino.eval import knn
-from dino.machine import count_spare_cores
+from dino.machine import check_cores, count_spare_cores
 from dino.options import flatten, replace, required, toml
 from dino.options.commands import AblateOptions
 from dino.options.evaluate import KnnOptions
 from dino.options.recipes import choose_base
+from dino.options.resume import FREE_ON_RESUME
 from dino.options.train import TrainOptions
 from dino.paper import Row, Table
-from dino.run import FREE_ON_RESUME
 from dino.terminal import Terminal
 
 K = 20
@@ -47,9 +47,11 @@ class Ablation:
     """One table, at one scale, on one data set, in one folder."""
 
     def __init__(self, options: AblateOptions):
+        check_cores("jobs", options.jobs, 4)
         self.options, self.table = options, paper.find_table(options.table)
         self.folder = Path(options.out or f"runs/ablate-{options.table}")
         self.data = split_folders(make_absolute(required(options.data)), options.val and make_absolute(options.val))
+        open_labeled_pair(*self.data)  # refuses what every row would fail with
         self.results_file = self.folder / "results.json"
         self.terminal = Terminal(keep=False)
         self.runs = {row.name: self._row_options(row) for row in self.table.rows}
@@ -244,6 +246,7 @@ def ablate_command(options: AblateOptions) -> int:
         for name, table in paper.TABLES.items():
             print(f"{name:<12} {table.title}: {'; '.join(row.name for row in table.rows)}")
         return 0
+    paper.find_table(options.table)
     if options.data is None:
         raise ValueError("dino ablate needs images with labels for the k-NN; give them with --data.")
     ablation = Ablation(options)

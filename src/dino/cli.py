@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from typing import NamedTuple
@@ -91,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 when the work failed, 2 for misuse, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = [a for a in arguments if a != "--debug"]
     try:
         code = _dispatch(arguments)
@@ -105,11 +108,23 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         name = type(error).__name__
+        if isinstance(error, UnicodeEncodeError):
+            return _complain(
+                f"{error.object[max(0, error.start - 60) : error.end + 20]!r} holds a name that is no UTF-8 text; rename it.",
+                2,
+            )
         if isinstance(error, ValueError):
             # All ranks fail alike; one of them says it.
             return _complain(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
-        if name in ("TrainingError", "CheckpointError", "DownloadError"):
+        if name in ("TrainingError", "CheckpointError", "DownloadError", "WorkerDied"):
             return _complain(str(error), 1)
+        if isinstance(error, OSError) and error.strerror:
+            place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
+            return _complain(f"{error.strerror}{place}; free space, choose another place, or mend its permissions.", 1)
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+            return _complain(
+                "the memory is full; use a smaller --size, --batch-size or model, or --fit in training.", 1
+            )
         return _complain(f"{name}: {error} (add --debug to see where)", 1)
 
 
@@ -147,8 +162,8 @@ def parse_train(flags: list[str], kind: type[TrainOptions] = TrainOptions, name:
     if flags and not flags[0].startswith("-"):
         recipe, *flags = flags
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
-    first.add_argument("--resume")
-    first.add_argument("--data", "--data.path")
+    first.add_argument("--resume", nargs="?")
+    first.add_argument("--data", "--data.path", nargs="?")
     given, _ = first.parse_known_args(flags)
     has_data = given.data is not None or "--help" in flags or "-h" in flags  # help is not about the demo
     base = choose_base(recipe, has_data, given.resume, name)
@@ -166,5 +181,5 @@ def show_recipes(options: commands.RecipesOptions) -> None:
 
 
 def _complain(text: str, code: int) -> int:
-    print(f"dino: {text}", file=sys.stderr)
+    print("dino: " + text.replace("\n", "\\n"), file=sys.stderr)  # names may hold line breaks
     return code

@@ -26,6 +26,16 @@ def unwritable(path: Path, error: OSError) -> ValueError:
     return ValueError(f"--out {path} cannot be written ({error.strerror or error}); choose another.")
 
 
+def find_reason(error: BaseException) -> str:
+    """What the operating system said of the first failure behind `error`; else the first line of `error` itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error, for a sentence of ours."""
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -130,3 +130,10 @@ def check_writable(out: str | os.PathLike[str], kinds: str, inputs: Iterable[str
         reason = error.strerror or error
         raise ValueError(f"{option} {out} cannot be written ({reason}); choose another {option}.") from error
     return path
+
+
+def sweep(folder: Path) -> None:
+    """Delete what `replacing` left in `folder` when its process was killed. Nobody else may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dino import files
 from dino.data.evaluation_views import resize_and_crop
-from dino.data.sources import Source
+from dino.data.sources import Source, read_or_gray
 
 NUM_NEIGHBORS = 6  # shown of a query
 EDGE = 224  # longest side of an embedded picture, pixels
@@ -52,9 +52,15 @@ def read_row(
     for cosine, position in found:
         label = get_label(source, position)
         same = None if wanted is None or label is None else label == wanted
-        pixels = resize_and_crop(source.read(position), len(query))
-        neighbors.append(Neighbor(pixels, source.name(position), label, cosine, same))
+        neighbors.append(
+            Neighbor(read_square(source, position, len(query)), source.name(position), label, cosine, same)
+        )
     return NeighborRow(query, caption, neighbors)
+
+
+def read_square(source: Source, position: int, size: int = EDGE) -> np.ndarray:
+    """The central square [size, size, 3] uint8 of an image, of a gray one if it can no longer be read."""
+    return resize_and_crop(read_or_gray(source, position), size)
 
 
 def get_label(source: Source, index: int) -> str | None:

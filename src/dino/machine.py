@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import psutil
 import torch
 
 from dino import distributed
+
+WORKERS_PER_CORE = 8  # at most; they read and decode, which may wait for a disk
 
 
 def count_cores() -> int:
@@ -21,6 +25,49 @@ def count_cores() -> int:
 def count_spare_cores(share: int = 1) -> int:
     """Worker processes for one of `share` ranks on this machine: its part of the cores, less one for the rank itself."""
     return max(1, count_cores() // share - 1)
+
+
+def check_memory(needed: float, what: str) -> None:
+    """Refuse what would take more bytes than this machine has, before any is allocated.
+
+    Raises:
+        ValueError: `what` with the size.
+    """
+    if needed > (there := psutil.virtual_memory().total):
+        raise ValueError(
+            f"{what} would take {needed / 1e9:,.0f} GB, but this machine has {there / 1e9:,.0f} GB; choose smaller sizes."
+        )
+
+
+def check_cores(name: str, wanted: int, each: int) -> None:
+    """Refuse more than `each` threads or processes for every core, before any is started.
+
+    Raises:
+        ValueError: `name` with the number, and the most that are taken.
+    """
+    if wanted > each * count_cores():
+        raise ValueError(
+            f"{name} is {wanted}, but there are {count_cores()} cores; use at most {each * count_cores()}."
+        )
+
+
+def check_workers(wanted: int) -> None:
+    """Refuse worker processes that are too many, or that would run the script of this process again.
+
+    Where processes are spawned and not forked, each first imports that script.
+
+    Raises:
+        ValueError: says how many are taken, or how the script must be written.
+    """
+    check_cores("num_workers", wanted, WORKERS_PER_CORE)
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    text = script.read_text(errors="replace") if wanted and method != "fork" and script.is_file() else "__name__ =="
+    if not re.search(r"__name__\s*==|parent_process", text):
+        raise ValueError(
+            f'{script} would run again in each worker process; put its work under `if __name__ == "__main__":`, or '
+            "use no workers (num_workers 0)."
+        )
 
 
 def measure_memory_in_use(device: torch.device) -> int:

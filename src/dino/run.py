@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 
 from dino import distributed, files, weights
 from dino.data import device_decode
 from dino.data.device_render import choose_renderer
 from dino.data.loader import ViewBatches
-from dino.data.open import find_path, get_name, make_absolute, open_training_pair, probe
+from dino.data.open import find_path, open_training_pair, probe
 from dino.data.sources import Source
-from dino.engine import fit, init, log, parallel
-from dino.engine.checkpoint import LOCK, Checkpoints, lock_folder
+from dino.engine import build, fit, init, log, parallel
+from dino.engine.checkpoint import lock_folder
+from dino.engine.folder import choose_folder, prepare, record
 from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.eval import evaluate
 from dino.eval.online import OnlineEvaluation
-from dino.machine import count_spare_cores, describe_device
+from dino.machine import check_cores, check_memory, check_workers, count_spare_cores, describe_device
 from dino.options import auto, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base
+from dino.options.resume import check_resumable
 from dino.options.rules import parse_bytes
-from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
 from dino.terminal import Terminal
+from dino.weights.checkpoints import list_checkpoints
 
 
 def train(
-    recipe: str | TrainOptions | None = None, data: str | None = None, out: str | None = None, **changes: Any
+    recipe: str | os.PathLike[str] | TrainOptions | None = None,
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **changes: Any,
 ) -> Path:
     """Train, and return the run directory. ``dino.train(resume="runs/a")`` continues run a with its own options.
 
@@ -56,7 +60,7 @@ def train(
 def run_training(options: TrainOptions) -> Path:
     """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
     if options.resume is not None:
-        check_resumable(toml.read_recorded(options.resume), options)
+        check_resumable(flatten(toml.read_recorded(options.resume)), options)
     with contextlib.ExitStack() as held:
         device = distributed.start(options.device)
         held.callback(distributed.stop)
@@ -65,6 +69,7 @@ def run_training(options: TrainOptions) -> Path:
         folder = distributed.from_main(lambda: choose_folder(options))
         fresh = distributed.is_main() and not folder.exists()
         distributed.from_main(lambda: held.enter_context(lock_folder(folder)))
+        distributed.from_main(lambda: files.sweep(folder))
         with files.writing(folder, leave=not fresh):
             trainer, held_out = set_up(options, folder, device, terminal)
         terminal.say(
@@ -78,26 +83,9 @@ def run_training(options: TrainOptions) -> Path:
     return folder
 
 
-# A resumed run may change these options and those of `log`: they change neither the mathematics nor the data.
-FREE_ON_RESUME = {
-    *("resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"),
-    *("fit", "accumulate", "recompute", "compile", "data.decode"),
-}
-
-
-def check_resumable(recorded: TrainOptions, wanted: TrainOptions) -> None:
-    """Refuse to continue a run with other mathematics or data than it was started with."""
-    before = flatten(recorded)
-    for name, value in flatten(wanted).items():
-        if value != before[name] and name not in FREE_ON_RESUME and not name.startswith("log."):
-            raise ValueError(
-                f"--resume continues a run with the options it was started with, but {name} is {value} where it was "
-                f"{before[name]}; leave it out, or start a new run with another --out."
-            )
-
-
 def set_threads(options: TrainOptions, device: torch.device) -> None:
     if options.threads is not None:
+        check_cores("threads", options.threads, 1)
         torch.set_num_threads(options.threads)
     elif device.type == "cpu" and distributed.world_size() == 1 and count_spare_cores() > 2:
         # One core stays free for the data worker and other programs: a thread that waits for a busy core slows all others.
@@ -109,22 +97,36 @@ def set_up(
     options: TrainOptions, folder: Path, device: torch.device, terminal: Terminal
 ) -> tuple[Trainer, Source | None]:
     """Open the data, fill in the options, check everything, and build the trainer of a new or a resumed run."""
-    source, held_out = distributed.from_main(lambda: open_training_pair(options, folder, options.resume is not None))
+    source, held_out = distributed.from_main(lambda: open_data(options, folder))
     terminal.say(describe(source, options.data.path))
     start = distributed.from_main(lambda: read_start(options, folder))
     resolved = resolve_options(options, source, start, device, terminal)
     trainer = build_trainer(resolved, folder, (source, held_out), device, terminal)
     if start is not None:
         initialize_trainer(trainer, start)
-    distributed.from_main(lambda: prepare(resolved, folder))
-    if options.resume is not None and trainer.resume():
-        terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
+    if options.resume is None:
+        distributed.from_main(lambda: prepare(resolved, folder, source))
+    else:
+        if trainer.resume():
+            terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
+        distributed.from_main(lambda: renew(trainer, source))
     return trainer, held_out
+
+
+def open_data(options: TrainOptions, folder: Path) -> tuple[Source, Source | None]:
+    """Training and held-out images; those of a resumed run may be elsewhere now."""
+    resumed = options.resume is not None
+    if resumed and (path := find_path(options.data.path)) is not None and not path.exists():
+        raise ValueError(
+            f"--resume {folder}: its images {options.data.path} are not there; if they were moved, say where they are "
+            "with --data, and if they have --data.val, with that."
+        )
+    return open_training_pair(options, folder, trust=resumed)
 
 
 def read_start(options: TrainOptions, folder: Path) -> weights.Weights | None:
     """The weights of `options.init`; None without it, and for a resumed run that has a checkpoint."""
-    if options.init is None or (options.resume is not None and Checkpoints(folder / "checkpoints").latest()):
+    if options.init is None or (options.resume is not None and list_checkpoints(folder / "checkpoints")):
         return None
     return weights.read(options.init, num_heads=options.model.num_heads)
 
@@ -173,44 +175,18 @@ def initialize_trainer(trainer: Trainer, start: weights.Weights) -> None:
         trainer.terminal.say(f"The center is the mean over {count} global views.")
 
 
-def choose_folder(options: TrainOptions) -> Path:
-    """The run directory. Refuses a folder that holds anything but a run, and a run without `overwrite`."""
-    if options.resume is not None:
-        return Path(options.resume)
-    folder = Path(options.out) if options.out is not None else Path("runs") / get_name(options.data.path)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file; give a folder to write the run to.")
-    # A run that was killed as it started leaves at most its lock and its file list.
-    if folder.is_dir() and any(child.name not in ("files.jsonl", LOCK) for child in folder.iterdir()):
-        # --overwrite deletes the content, so it must be a run and not, for example, the photos.
-        if not (folder / "config.toml").exists():
-            raise ValueError(f"{folder} is not empty and holds no run; choose another --out.")
-        if not options.overwrite:
-            raise ValueError(
-                f"{folder} already holds a run; continue it with --resume {folder}, replace it with --overwrite, "
-                "or choose another --out."
-            )
-        for spec in filter(None, (options.data.path, options.data.val)):
-            if (path := find_path(spec)) is not None and folder.resolve() in path.resolve().parents:
-                raise ValueError(f"the images {spec} lie inside {folder}, which --overwrite would delete; move them.")
-    return folder
-
-
-def prepare(options: TrainOptions, folder: Path) -> None:
-    """Make the run directory and record the resolved options; called last, when all checks have passed."""
-    if options.resume is not None:
-        return
-    if options.overwrite and folder.exists():
-        for child in folder.iterdir():
-            if child.name not in ("files.jsonl", LOCK):  # this process has just written one and holds the other
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    given, words = flatten(options), (None, "auto", "folders", "none")
-    absolute = dict.fromkeys(("data.path", "data.val"), make_absolute)
-    absolute |= dict.fromkeys(("data.labels", "init"), files.absolute_if_exists)
-    paths = {name: function(given[name]) for name, function in absolute.items() if given[name] not in words}
-    recorded = replace(options, paths | {"out": None, "overwrite": False})
-    (folder / "config.toml").write_text(tomli_w.dumps(to_dict(recorded)))
+def renew(trainer: Trainer, source: Source) -> None:
+    """Write what a kill may have kept a run from writing, and where its images are now if they were moved."""
+    if trainer.step:
+        trainer.checkpoints.point()
+        trainer.save_teacher()
+        if isinstance(trainer.callback, OnlineEvaluation):
+            trainer.callback.pixels_done = True  # before the first step
+    trainer.quarantine.reread(source)
+    before, now = toml.read_recorded(str(trainer.run)), trainer.options
+    if before.data != now.data:
+        moved = {f"data.{name}": getattr(now.data, name) for name in ("path", "val", "labels")}
+        record(replace(before, moved), trainer.run, source)
 
 
 def build_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:
@@ -225,6 +201,7 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
         device_decode.check_device(device)
     if options.compile:
         parallel.check_compiler(device)
+    check_workers(required(options.data.num_workers))
     batch, ranks = required(options.batch_size), distributed.world_size()
     if batch > len(source):
         raise ValueError(
@@ -238,6 +215,9 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
             f"accumulate is {options.accumulate} but a step has only {batch // ranks} images (of a process); "
             f"use --accumulate {batch // ranks} or less."
         )
+    build.check_size(options, device.type == "cuda")
+    pixels = batch // ranks * sum(size**2 for size in options.views.sizes)
+    check_memory(12 * pixels, f"the views of {batch // ranks} images")  # as floats; their features take more still
     if options.method.loss == "infonce" and options.method.queue_size < 2 * batch:
         raise ValueError(
             f"method.queue_size is {options.method.queue_size}, but each step adds two views of {batch} images; "
@@ -282,6 +262,6 @@ def report_command(options: ReportOptions) -> None:
     from dino.report.page import write_report
 
     recorded, folder, device = toml.read_recorded(options.run), Path(options.run), distributed.start("auto")
-    set_threads(recorded, device)
+    set_threads(replace(recorded, {"threads": None}), device)  # which may be more than this machine has
     source, held_out = open_training_pair(recorded, folder, trust=True)
     print(write_report(folder, source, held_out, device))

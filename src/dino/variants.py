@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dino import distributed
+from dino.machine import check_memory
 from dino.method import (
     CENTERING,
     DINO,
@@ -117,6 +118,7 @@ class InfoNce(SquaredDistance):
     def __init__(self, temp: float, size: int, dim: int):
         super().__init__()
         self.temp = temp
+        check_memory(4 * size * dim, f"a queue of {size} projections")
         self.register_buffer("values", F.normalize(torch.randn(size, dim), dim=-1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
         self.negatives = self.values  # of this step

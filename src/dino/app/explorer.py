@@ -1,10 +1,12 @@
 """What the explorer shows, as pictures: one model, one embedding, any image.
 
-Visitors of the page share the model; it runs under a lock. Every error is a `ValueError` of one sentence.
+Visitors of the page share the model; it runs under a lock. Every error is a `ValueError` of one sentence. Numbers that
+come from the page (a position, a size, a point, a share) are whatever its visitor has sent, and are checked here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +21,7 @@ from torch import Tensor
 from dino import weights
 from dino.data.decode import BadImage, decode
 from dino.data.open import open_images
-from dino.data.sources import Images, Source, WithPlaceholders, evenly_spaced
-from dino.engine.checkpoint import Checkpoints
+from dino.data.sources import Images, Source, evenly_spaced, read_or_gray
 from dino.features.copies import find_copies
 from dino.features.embed import Folder, embed
 from dino.features.search import Index, check_same_model
@@ -28,11 +29,14 @@ from dino.look import pictures
 from dino.look.patches import extract_patches, fit_axes
 from dino.models import Backbone
 from dino.weights import fingerprint
+from dino.weights.checkpoints import list_checkpoints
 
 UPLOAD_PIXELS = 50_000_000  # of an image that a browser sends
 MAX_SIZE = 1024  # pixels of the shorter side that the model is given
 THUMBNAIL = 240  # pixels of the longer side
+MAX_PATCHES = 2**13  # of an image as the model gets it; the work grows with their square
 MIN_LEGIBLE = 360  # pixels of the shorter side; a smaller picture is enlarged, so that its patches can be clicked on
+MAX_LENGTH = 4096  # pixels of the longer side of an enlarged picture
 NUM_OFFERED = 24  # images of the data to pick from
 MAX_CHECKPOINTS = 8  # of a run, evenly spaced
 MAX_GROUPS, MAX_OF_GROUP = 20, 6  # groups of near-copies, and images of each
@@ -53,8 +57,9 @@ class ShownImage:
 
     @property
     def zoom(self) -> int:
-        """How many times larger the page shows it."""
-        return -(-MIN_LEGIBLE // min(self.pixels.shape[:2]))
+        """How many times larger the page shows it, a very long one not beyond MAX_LENGTH."""
+        shorter, longer = sorted(self.pixels.shape[:2])
+        return min(-(-MIN_LEGIBLE // shorter), max(1, MAX_LENGTH // longer))
 
     def enlarge(self, picture: np.ndarray | None = None) -> np.ndarray:
         """A picture of the size of `pixels`, by default `pixels`, `zoom` times larger."""
@@ -78,6 +83,8 @@ class ShownImage:
     def draw_masks(self, mass: float) -> list[Captioned]:
         """The image within the patches that hold `mass` of each head's attention."""
         assert self.look is not None
+        if not isinstance(mass, int | float) or not 0 < mass <= 1:
+            raise ValueError("The share of the attention must be a number above 0 and up to 1.")
         return _caption_heads(replace(self.look, mass=mass).overlays)
 
 
@@ -95,17 +102,26 @@ class Explorer:
 
     # --- one image -------------------------------------------------------------------------------------------------
 
-    def open_image(self, file: str | int, size: int) -> ShownImage:
-        """An image file, or one of `thumbnails` by position, `size` pixels on its shorter side."""
-        try:
-            if isinstance(file, str):
-                return self.show_pixels(decode(Path(file), UPLOAD_PIXELS), size)
-            assert self.source is not None
-            return self.show_pixels(self.source.read(self._offered[file]), size)
-        except BadImage as error:
-            raise ValueError(f"This cannot be shown: {error.reason}.") from error
+    def open_file(self, file: Path, size: int) -> ShownImage:
+        """An image file, `size` pixels on its shorter side."""
+        with _explain():
+            return self.show_pixels(decode(file, UPLOAD_PIXELS), size)
+
+    def open_offered(self, position: int, size: int) -> ShownImage:
+        """One of `thumbnails`, `size` pixels on its shorter side."""
+        check_whole(position, 0, len(self._offered) - 1, "The position of an image")
+        assert self.source is not None
+        with _explain():
+            return self.show_pixels(self.source.read(self._offered[position]), size)
 
     def show_pixels(self, original: np.ndarray, size: int) -> ShownImage:
+        check_whole(size, *self.sizes[:2], "The shorter side")
+        short, long = sorted(original.shape[:2])
+        if (size / self.model.patch_size) ** 2 * long / short > MAX_PATCHES:  # before it is enlarged to them
+            raise ValueError(
+                f"This cannot be shown: {long} x {short} pixels are too long and narrow for this size; choose a smaller "
+                "shorter side, or crop the image."
+            )
         with self.lock:
             pixels = pictures.fit_image(self.model, original, size)
             features = extract_patches(self.model, pixels)
@@ -127,10 +143,10 @@ class Explorer:
 
     @cached_property
     def checkpoints(self) -> list[Path]:
-        found = Checkpoints(self.run / "checkpoints").complete() if self.run is not None else []
+        found = list_checkpoints(self.run / "checkpoints") if self.run is not None else []
         return [found[i] for i in evenly_spaced(len(found), MAX_CHECKPOINTS)]
 
-    def draw_checkpoints(self, shown: ShownImage, size: int) -> np.ndarray:
+    def draw_checkpoints(self, shown: ShownImage) -> np.ndarray:
         """The image as each checkpoint's teacher sees it: attention above, features of patches below."""
         if not self.checkpoints:
             raise ValueError("There are no checkpoints: start the explorer with a run directory.")
@@ -139,7 +155,7 @@ class Explorer:
         for path in self.checkpoints:
             model = weights.load(path).to(next(self.model.parameters()).device)
             if model.has_attention:
-                attention.append(pictures.attention_maps(model, shown.pixels, size).maps[-1])
+                attention.append(pictures.attention_maps(model, shown.pixels, min(shown.pixels.shape[:2])).maps[-1])
             features.append(self._color_features(shown.pixels, extract_patches(model, shown.pixels)))
         titles = ["image", *(f"step {int(path.stem.removeprefix('step-')):,}" for path in self.checkpoints)]
         return np.asarray(
@@ -220,11 +236,33 @@ class Explorer:
         return self.neighbors
 
 
-def draw_alike(a: ShownImage, b: ShownImage | None, point: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+def check_whole(value: object, least: int, most: int, what: str) -> int:
+    """`value`, if it is a whole number in this range.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{what} must be a whole number from {least} to {most}.")
+    return value
+
+
+@contextlib.contextmanager
+def _explain() -> Iterator[None]:
+    """Around the reading of an image."""
+    try:
+        yield
+    except BadImage as error:
+        raise ValueError(f"This cannot be shown: {error.reason}.") from error
+
+
+def draw_alike(a: ShownImage, b: ShownImage | None, point: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
     """How similar each patch of `a` and of `b` is to the patch of `a` at `point` (x, y; pixels of `a` enlarged)."""
     (rows, columns, _), (height, width, _) = a.features.shape, a.pixels.shape
-    row = min(point[1] * rows // (a.zoom * height), rows - 1)
-    column = min(point[0] * columns // (a.zoom * width), columns - 1)
+    if not isinstance(point, list | tuple) or len(point) != 2:
+        raise ValueError("A point must be two numbers, x and y.")
+    x, y = (check_whole(at, 0, a.zoom * edge, "A point") for at, edge in zip(point, (width, height), strict=True))
+    row, column = min(y * rows // (a.zoom * height), rows - 1), min(x * columns // (a.zoom * width), columns - 1)
     wanted = a.features[row, column]
     first = a.draw_cosines(a.features @ wanted, row, column)
     if b is None:
@@ -241,7 +279,7 @@ def _caption_heads(maps: list[np.ndarray]) -> list[Captioned]:
 
 def draw_thumbnail(source: Source, position: int) -> np.ndarray:
     """A gray square where the image cannot be read."""
-    picture = Image.fromarray(WithPlaceholders(source).read(position))
+    picture = Image.fromarray(read_or_gray(source, position))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return np.asarray(picture)
 

@@ -1,26 +1,34 @@
-"""The explorer's page: layout, what happens on a click, and the command that serves it to this machine alone."""
+"""The explorer's page: layout, what happens on a click, and the command that serves it.
+
+Gradio passes on what a request says: any JSON value, not only what the page would send. So sliders are read raw
+(`preprocess=False`) and `Explorer` checks all numbers; `guard` has made sure that files lie in the server's own folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import socket
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import uvicorn
+from fastapi import FastAPI
 from gradio import themes
 
 from dino import distributed, files, weights
 from dino.app.explorer import Explorer, ShownImage, draw_alike, find_newest_run
+from dino.app.guard import LARGEST_UPLOAD, LOOPBACK, Guard, listen
 from dino.data.open import find_path
 from dino.models import NO_ATTENTION
 from dino.options import toml
 from dino.options.commands import AppOptions
 
-HOST = "127.0.0.1"
-LARGEST_UPLOAD = "40mb"
+MOST_SESSIONS = 16  # browser tabs whose images are kept; the one not used for longest loses them
+MOST_WAITING = 32  # clicks that wait for the model
 CSS = """footer {display: none !important} .gradio-container {max-width: 1280px !important; margin: auto}
 .tight .grid-wrap {min-height: 0 !important; height: auto !important; max-height: none !important}
 .tight .thumbnail-item {aspect-ratio: auto !important; height: auto !important}"""
@@ -38,6 +46,7 @@ COPIES = """### Near-copies
 Images that are all but the same: resized, recompressed, slightly cropped, or taken a moment later."""
 TIME = """The same image through the checkpoints of the run: attention (mean of all heads), and features of patches as
 colors. A run keeps its last two checkpoints; train with `--log.keep 20` to see more of its way."""
+RAW: Any = {"preprocess": False}
 PLAIN: Any = {"show_label": False, "interactive": False, "buttons": []}  # of pictures
 NOTHING = "There are no images to search: start the explorer with `--data FOLDER` or `--embedding FILE`."
 
@@ -56,7 +65,7 @@ class Page:
 
     def __init__(self, explorer: Explorer, name: str):
         self.explorer = explorer
-        with gr.Blocks(analytics_enabled=False, title=f"dino · {name}", delete_cache=(3600, 3600)) as self.blocks:
+        with gr.Blocks(analytics_enabled=False, title=f"dino · {name}", delete_cache=(60, 3600)) as self.blocks:
             gr.Markdown(ABOUT.format(name=name))
             self.first, self.second = gr.State(), gr.State()
             with gr.Row():
@@ -76,6 +85,9 @@ class Page:
                         self.go = gr.Button("Show", elem_id="go")
                         self.time = self._add_image("over", "")
             self._connect()
+        self.blocks.queue(max_size=MOST_WAITING, api_open=False).state_session_capacity = MOST_SESSIONS
+        for function in self.blocks.fns.values():
+            function.api_visibility = "private"  # nothing is offered to other programs
 
     # --- components --------------------------------------------------------------------------------------------------
 
@@ -127,39 +139,52 @@ class Page:
     # --- events ------------------------------------------------------------------------------------------------------
 
     def _connect(self) -> None:
-        size, both, open_image = self.size, [self.first, self.second], show_errors()(self.explorer.open_image)
+        size, both, open_offered = self.size, [self.first, self.second], show_errors()(self.explorer.open_offered)
         if self.explorer.thumbnails:
-            self._then_show_first(self.blocks.load(lambda size: open_image(0, size), size, self.first))
+            self._then_show_first(self.blocks.load(lambda size: open_offered(0, size), size, self.first, **RAW))
         for place, file, picks, then_show in (
             (self.first, self.file, self.picks, self._then_show_first),
             (self.second, self.other_file, self.other_picks, self._then_show_second),
         ):
-            uploaded = file.upload(open_image, [file, size], place)
+            uploaded = file.upload(self._open_upload, [file, size], place, **RAW)
             uploaded.failure(lambda: None, None, file)
             then_show(uploaded)
-            then_show(picks.select(self._open_pick, size, place))
-            then_show(size.release(self._resize, [place, size], place))
+            then_show(picks.select(self._open_pick, size, place, **RAW))
+            then_show(size.release(self._resize, [place, size], place, **RAW))
         quiet: Any = {"show_progress": "hidden"}
-        self.mass.input(self._draw_masks, [self.first, self.mass], self.masks, trigger_mode="always_last", **quiet)
+        mass: Any = {"trigger_mode": "always_last"} | quiet | RAW
+        self.mass.input(self._draw_masks, [self.first, self.mass], self.masks, **mass)
         self.a.select(self._compare_to_first, both, [self.a, self.b], **quiet)
         self.b.select(self._compare_to_second, both, [self.a, self.b], **quiet)
         indexed = self.index.click(self._index_images, None, [self.index, self.progress])
         indexed.success(self._find_nearest, self.first, self.found)
         indexed.failure(lambda: (gr.update(interactive=True), ""), None, [self.index, self.progress])
         self.look.click(show_errors()(self.explorer.find_copies), None, [self.said, self.groups])
-        self.go.click(self._draw_checkpoints, [self.first, size], self.time)
+        self.go.click(self._draw_checkpoints, self.first, self.time)
 
     def _then_show_first(self, event: Any) -> None:
         pictures = [self.heads, self.masks, self.a, self.pca]
-        done = event.success(self._draw_first, [self.first, self.mass], pictures)
+        done = event.success(self._draw_first, [self.first, self.mass], pictures, **RAW)
         done.success(self._find_nearest, self.first, self.found)
 
     def _then_show_second(self, event: Any) -> None:
         event.success(lambda shown: None if shown is None else shown.enlarge(), self.second, self.b)
 
     @show_errors()
-    def _open_pick(self, size: int, event: gr.SelectData) -> ShownImage:
-        return self.explorer.open_image(event.index, size)
+    def _open_upload(self, file: dict[str, Any] | None, size: int) -> ShownImage:
+        """The file is read once, and deleted."""
+        uploads, path = self.blocks.upload_file_set, (file or {}).get("path", "")
+        if path not in uploads:
+            raise ValueError("Choose a file first.")
+        uploads.discard(path)
+        try:
+            return self.explorer.open_file(Path(path), size)
+        finally:
+            Path(path).unlink(missing_ok=True)
+
+    @show_errors()
+    def _open_pick(self, size: int, event: gr.EventData) -> ShownImage:
+        return self.explorer.open_offered(get_index(event), size)
 
     @show_errors()
     def _resize(self, shown: ShownImage | None, size: int) -> ShownImage | None:
@@ -181,14 +206,14 @@ class Page:
         return None if shown is None or self.explorer.neighbors is None else self.explorer.find_nearest(shown, 10)
 
     @show_errors()
-    def _compare_to_first(self, first: ShownImage | None, second: ShownImage | None, event: gr.SelectData) -> Any:
-        return (None, None) if first is None else draw_alike(first, second, event.index)
+    def _compare_to_first(self, first: ShownImage | None, second: ShownImage | None, event: gr.EventData) -> Any:
+        return (None, None) if first is None else draw_alike(first, second, get_index(event))
 
     @show_errors()
-    def _compare_to_second(self, first: ShownImage | None, second: ShownImage | None, event: gr.SelectData) -> Any:
+    def _compare_to_second(self, first: ShownImage | None, second: ShownImage | None, event: gr.EventData) -> Any:
         if second is None:
             return gr.skip(), gr.skip()
-        b, a = draw_alike(second, first, event.index)
+        b, a = draw_alike(second, first, get_index(event))
         return a, b
 
     def _index_images(self) -> Any:
@@ -199,44 +224,51 @@ class Page:
         yield gr.update(visible=False), "The images are indexed."
 
     @show_errors()
-    def _draw_checkpoints(self, shown: ShownImage | None, size: int) -> Any:
+    def _draw_checkpoints(self, shown: ShownImage | None) -> Any:
         if shown is None:
             raise ValueError("Choose an image first.")
-        return self.explorer.draw_checkpoints(shown, size)
+        return self.explorer.draw_checkpoints(shown)
 
 
-def serve(options: AppOptions) -> None:
-    """Serve the page to this machine until Ctrl-C."""
+def get_index(event: gr.EventData) -> Any:
+    """What was clicked, as the request says; `gr.SelectData` would fail if it says nothing."""
+    return event._data.get("index") if isinstance(event._data, dict) else None
+
+
+def serve(options: AppOptions, folder: str) -> None:
+    """Serve the page until Ctrl-C or SIGTERM; `folder` is for Gradio's files, which are those it may serve."""
     name = options.model or find_newest_run()
-    if options.port is not None:
-        check_port(options.port)
-    model = weights.load(name).to(distributed.start(options.device))
-    run = Path(name) if Path(name).is_dir() else None
-    page = Page(Explorer(model, run, options.data or find_data(run), options.embedding), Path(name).name)
-    with contextlib.suppress(KeyboardInterrupt):
-        _, address, _ = page.blocks.launch(
-            server_name=HOST,
-            server_port=options.port,
-            share=False,
-            quiet=True,
+    with listen(options.host, options.port) as listening:
+        model = weights.load(name).to(distributed.start(options.device))
+        run = Path(name) if Path(name).is_dir() else None
+        page = Page(Explorer(model, run, options.data or find_data(run), options.embedding), Path(name).name)
+        app = gr.mount_gradio_app(
+            FastAPI(),
+            page.blocks,
+            "/",
             theme=themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css=CSS,
             max_file_size=LARGEST_UPLOAD,
-            prevent_thread_lock=True,
+            show_error=False,
+            ssr_mode=False,
+            mcp_server=False,
         )
-        print(f"Exploring {name}: open {address} in a browser of this machine. Ctrl-C ends it.", flush=True)
-        threading.Event().wait()
-    page.blocks.close(verbose=False)
-
-
-def check_port(port: int) -> None:
-    """Refuse a port that is taken or not allowed."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except (OSError, OverflowError) as error:
-            raise ValueError(f"--port {port} is taken, or none that you may use; choose another.") from error
+        page.blocks.has_launched = True  # only then Gradio checks that the files of a request lie in its folder
+        guard = Guard(app, folder, options.host, listening)
+        quiet: Any = {"log_level": "critical", "ws": "none", "timeout_graceful_shutdown": 1}
+        server = uvicorn.Server(uvicorn.Config(guard, **quiet))
+        work = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        work.start()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
+        where = "of this machine" if options.host in LOOPBACK else "(whoever has it can use the page)"
+        with contextlib.suppress(KeyboardInterrupt):
+            print(f"Exploring {name}: open this address in a browser {where}. Ctrl-C ends it.", flush=True)
+            print(guard.address, flush=True)
+            while work.is_alive():
+                time.sleep(1)  # an interrupted join() would call the thread ended
+        server.should_exit = True
+        work.join(5)
 
 
 def find_data(run: Path | None) -> str | None:

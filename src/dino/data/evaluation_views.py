@@ -8,6 +8,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+LONGEST = 64  # times the shorter side. What lies beyond is cut off before an image is resized
+
+
+def choose_edge(size: int) -> int:
+    """Shorter side to which an image is resized before its central square of `size` is taken, pixels."""
+    return size * 256 // 224 if size >= 128 else size
+
 
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     """The reference's evaluation view: shorter side to size * 256 / 224 by bicubic, then the central square.
@@ -21,7 +28,11 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
         [size, size, 3] uint8.
     """
     height, width = image.shape[:2]
-    edge = size * 256 // 224 if size >= 128 else size
+    # The square is far from the ends of a very long image, which would take much memory when enlarged.
+    top, left = max(0, (height - LONGEST * width) // 2), max(0, (width - LONGEST * height) // 2)
+    image = image[top : height - top, left : width - left]
+    height, width = image.shape[:2]
+    edge = choose_edge(size)
     scale = edge / min(height, width)
     # torchvision's Resize truncates the longer side, too.
     new_width, new_height = (edge, int(height * scale)) if width <= height else (int(width * scale), edge)

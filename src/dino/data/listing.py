@@ -1,27 +1,44 @@
 """The names of image files: of a folder searched at any depth, or of a list file. A run records them for its resume.
 
+What is left out is counted and said in one line.
+
 The names of a million files are kept in two arrays rather than a million strings, so that forked workers share them.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from posixpath import normpath
 
 import numpy as np
 
 from dino import files
-from dino.data.decode import IMAGE_SUFFIXES
+from dino.data.decode import AVIF_SUFFIXES, HEIF_SUFFIXES, IMAGE_SUFFIXES
 from dino.data.labels import read_table, read_text, suggest_path
+from dino.terminal import say
 
 _VERSION = 1  # of the record's format
 _SUFFIXES = tuple(suffix.encode() for suffix in sorted(IMAGE_SUFFIXES))
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-_JUNK = (b"thumbs.db", b"desktop.ini")  # of file managers; left out of messages
+_RAW_SUFFIXES = frozenset([".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"])
+# How to use pictures of kinds that are left out.
+_ADVICE = {
+    HEIF_SUFFIXES: "HEIC is read after: pip install 'dino[heif]'",
+    AVIF_SUFFIXES: "AVIF is read after: pip install -U pillow",
+    _RAW_SUFFIXES: "export camera raw as JPEG",
+}
+# Of file managers, network drives and archives: thumbnails, deleted files, and the like. Left out without a word.
+_JUNK = (
+    *(b"thumbs.db", b"desktop.ini", b"@eadir", b"@recycle", b"@recently-snapshot", b"#recycle", b"#snapshot"),
+    *(b"$recycle.bin", b"system volume information", b"lost+found", b"__macosx"),
+)
+_CHECKED = 10_000  # files of a list that are looked for
 
 
 class Names:
@@ -45,8 +62,9 @@ class Names:
         return os.fsdecode(self.blob).split("\0")[:-1]
 
 
-def locate(spec: str) -> str:
+def locate(spec: str | os.PathLike[str]) -> str:
     """Absolute path of the folder or list file that `spec` names."""
+    spec = os.fspath(spec)
     if not spec or "\0" in spec:
         raise ValueError(f"The data path is {spec!r}, which is no path; give a folder of images or a list file.")
     path = os.path.abspath(os.path.expanduser(spec))
@@ -68,11 +86,12 @@ def _scan(root: str, skip: Path | None) -> list[bytes]:
     closed: list[str] = []
     others: Counter[str] = Counter()
     seen = set() if skip is None or not skip.exists() or skip.samefile(root) else {_identity(skip)}
-    folders, links = [b""], []
+    folders, links, direct = [b""], [], None
     while folders or links:
         if not folders:  # links last: a folder that is also below the root itself keeps its real name
             links.sort(reverse=True)
             folders.append(links.pop())
+            direct = len(names) if direct is None else direct
         folder = folders.pop()
         where, prefix = os.path.join(os.fsencode(root), folder), folder and folder + b"/"
         try:
@@ -86,7 +105,10 @@ def _scan(root: str, skip: Path | None) -> list[bytes]:
                         continue
                     linked = entry.is_symlink()  # only links need another look at the disk
                     if os.path.isdir(entry.path) if linked else entry.is_dir():
-                        (links if linked else folders).append(name)
+                        if linked and _leads_astray(entry.path, root):
+                            others["links to the system or to a folder above"] += 1
+                        else:
+                            (links if linked else folders).append(name)
                     elif not lower.endswith(_SUFFIXES):
                         others[os.fsdecode(os.path.splitext(lower)[1]) or "without a suffix"] += 1
                     elif os.path.isfile(entry.path) if linked else entry.is_file():
@@ -97,7 +119,37 @@ def _scan(root: str, skip: Path | None) -> list[bytes]:
             closed.append(os.fsdecode(folder) or ".")
     if not names:
         raise ValueError(_no_images(root, others, closed))
+    said = []
+    if others:
+        said.append(f"{others.total():,} other files left out ({_count_kinds(others)})")
+    if direct is not None and len(names) > direct:
+        said.append(f"images in linked folders: {len(names) - direct:,}, first {os.fsdecode(min(names[direct:]))}")
+    if closed:
+        said.append(f"folders that may not be read: {len(closed)}, first {closed[0]}")
+    _say_once(root, *said)
     return sorted(names)
+
+
+@functools.cache
+def _say_once(path: str, *said: str) -> None:
+    """Say what is remarkable about the data, once in a process: several parts of a command may open the same."""
+    if said:
+        say(f"{path}: {'; '.join(said)}.")
+
+
+def _count_kinds(others: Counter[str]) -> str:
+    """The counts, pictures first, and advice about them."""
+    advice = [text for suffixes, text in _ADVICE.items() if suffixes & others.keys()]
+    pictures = frozenset().union(*_ADVICE)
+    kinds = sorted(others, key=lambda kind: (kind not in pictures, -others[kind], kind))
+    counts = [f"{others[kind]:,} {kind}" for kind in kinds[:5]] + ["..."] * (len(kinds) > 5)
+    return "; ".join([", ".join(counts), *advice])
+
+
+def _leads_astray(link: bytes, root: str) -> bool:
+    """Whether a link leads to a folder above `root`, which holds all else, or to the state of the system."""
+    target, inside = (os.path.join(os.path.realpath(path), "") for path in (os.fsdecode(link), root))
+    return (inside != target and inside.startswith(target)) or target.startswith(("/proc/", "/sys/"))
 
 
 def _identity(path: bytes | Path) -> tuple[int, int]:
@@ -112,8 +164,7 @@ def _no_images(root: str, others: Counter[str], closed: list[str]) -> str:
         return f"No image was found in '{root}', where '{closed[0]}' may not be read; change its permissions."
     if not others:
         return f"The folder '{root}' holds no files; give a folder of images ({kinds})."
-    found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-    return f"The folder '{root}' holds no images ({kinds}), only {found}; give a folder of images."
+    return f"The folder '{root}' holds no images ({kinds}), only {_count_kinds(others)}; give a folder of images."
 
 
 def _read_list(path: str) -> list[str]:
@@ -124,41 +175,60 @@ def _read_list(path: str) -> list[str]:
         names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise ValueError(f"The list '{path}' names no image; write one path per line.")
-    folder = os.path.dirname(path)
-    if not any(os.path.exists(os.path.join(folder, name)) for name in names[:100]):
+    folder, unique = os.path.dirname(path), {}
+    for name in names:
+        unique.setdefault(normpath(os.path.join(folder, name)), name.removeprefix("./"))
+    checked = list(unique)[:: -(-len(unique) // _CHECKED)]
+    missing = [unique[file] for file in checked if not os.path.exists(file)]
+    if len(missing) == len(checked):
         raise ValueError(
-            f"None of the first {min(100, len(names))} images of the list '{path}' exists, e.g. '{names[0]}'; "
+            f"None of the {len(checked)} images of the list '{path}' that were looked for exists, e.g. '{missing[0]}'; "
             f"write absolute paths or paths relative to '{folder}'."
         )
-    return [name.removeprefix("./") for name in names]
+    said = []
+    if repeated := len(names) - len(unique):
+        said.append(f"repeated entries left out: {repeated:,}")
+    if missing:
+        said.append(f"missing images: {len(missing):,} of {len(checked):,} looked for, first {missing[0]}")
+    _say_once(path, *said)
+    return list(unique.values())
 
 
 def list_names(path: str, record: Path | None, trust: bool) -> Names:
-    """Names of the images at `path`, written to the file `record`; with `trust`, the names recorded there before."""
-    if trust and record is not None and (names := _load(record, path)) is not None:
-        return names
-    names = Names(_scan(path, record and record.parent) if os.path.isdir(path) else _read_list(path))
-    if record is not None:
-        _save(record, path, names)
+    """Names of the images at `path`; with `trust`, those that the file `record` holds.
+
+    Raises:
+        ValueError: the recorded images lay elsewhere and are not at `path`.
+    """
+    recorded = _load(record) if trust and record is not None else None
+    if recorded is None:
+        return Names(_scan(path, record and record.parent) if os.path.isdir(path) else _read_list(path))
+    root, names = recorded
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    some = {names[round(i)] for i in np.linspace(0, len(names) - 1, 1000)} if root != path else ()
+    if missing := [name for name in some if not os.path.exists(os.path.join(folder, name))]:
+        raise ValueError(
+            f"--resume continues a run with the images it was started with, those of {root}, but {missing[0]} is not in "
+            f"{folder}; give the place where they are now, or start a new run with another --out."
+        )
     return names
 
 
-def _save(record: Path, path: str, names: Names) -> None:
-    """Write a line about the listing and a line with its names, both JSON; all or nothing."""
+def save_names(record: Path, path: str, names: Names) -> None:
+    """Write a line about the listing of `path` and a line with its names, both JSON; all or nothing."""
     digest = hashlib.sha256(names.blob).hexdigest()
     header = {"version": _VERSION, "root": path, "number": len(names), "sha256": digest}
-    record.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(record) as temporary:
         temporary.write_text(f"{json.dumps(header)}\n{json.dumps(names.split())}\n", encoding="ascii")
 
 
-def _load(record: Path, path: str) -> Names | None:
-    """The names that `record` holds of `path`; None if it is missing, damaged or of another path."""
+def _load(record: Path) -> tuple[str, Names] | None:
+    """The path and the names that `record` holds; None if it is missing or damaged."""
     try:
         first, _, second = record.read_bytes().partition(b"\n")
         header = json.loads(first)
         names = Names(json.loads(second))
-        said = [header[key] for key in ("version", "root", "sha256")]
-        return names if said == [_VERSION, path, hashlib.sha256(names.blob).hexdigest()] else None
+        said = [header[key] for key in ("version", "sha256")]
+        return (header["root"], names) if said == [_VERSION, hashlib.sha256(names.blob).hexdigest()] else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, default_convert
 
 from dino.data.decode import BadImage
 from dino.data.render import Renderer
 from dino.data.sources import Source
 from dino.data.views import Views, draw_views
+from dino.machine import check_workers
 from dino.options.train import ViewOptions
 from dino.randomness import Stream, open_stream
 
@@ -119,18 +123,65 @@ def read_with_stand_in(
 def _start_worker(_: int) -> None:
     """Workers leave signals to the training process and run one thread each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, signal.SIG_DFL)
     cv2.setNumThreads(0)
 
 
+def _share(item: T) -> T:
+    """Put the tensors of `item` into shared memory here, where a lack of it is an error; sent later, they would be lost."""
+    return tree_map_only(Tensor, Tensor.share_memory_, default_convert(item))
+
+
+class WorkerDied(Exception):
+    """A data worker has ended; the message says how, and what may help."""
+
+
 def iterate(batches: Dataset[T], start: int, stop: int, num_workers: int, pin_memory: bool) -> Iterator[T]:
-    """Items `start` to `stop` - 1 of `batches`, in order, prepared ahead by `num_workers` processes."""
+    """Items `start` to `stop` - 1 of `batches`, in order, prepared ahead by `num_workers` processes.
+
+    Raises:
+        WorkerDied: one of these processes has ended.
+        ValueError: they would be too many, or run this script again.
+    """
+    check_workers(num_workers)
     loader = DataLoader(
         batches,
         batch_size=None,
         sampler=range(start, stop),
         num_workers=num_workers,
+        collate_fn=_share if num_workers else default_convert,
         worker_init_fn=_start_worker if num_workers else None,
         pin_memory=pin_memory,
     )
-    return iter(loader)
+    on_death = getattr(signal, "SIGCHLD", None)  # Windows has none
+    before = on_death and signal.getsignal(on_death)
+    items = iter(loader)
+    if on_death and threading.current_thread() is threading.main_thread():
+        signal.signal(on_death, before)  # PyTorch's handler raises an error wherever this process is, within a step too
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except Exception as error:
+            if reason := _find_dead_worker(getattr(items, "_workers", ()), error):
+                raise WorkerDied(reason) from error
+            raise
+        yield item
+
+
+def _find_dead_worker(workers: Iterable[BaseProcess], error: Exception) -> str:
+    """How a worker has ended, if `error` comes from that; else ""."""
+    how = ""
+    for worker in workers:
+        worker.join(0.1)
+        if worker.exitcode:
+            code = worker.exitcode
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    if "shared memory" in str(error):
+        how = how or "found no space in shared memory"
+    return how and (
+        f"a data worker {how}; most likely memory ran out, or /dev/shm is too small (docker run --shm-size=8g): use fewer "
+        "--data.num-workers, or 0"
+    )

@@ -7,21 +7,29 @@ No other module reads such a spec. A new kind of data is a class (a `Source`), a
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dino import distributed, errors, files
+from dino import errors, files
 from dino.data.decode import BadImage
+from dino.data.listing import save_names
 from dino.data.scenes import open_scenes
-from dino.data.sources import Source, Subset, evenly_spaced, hold_out, open_source
+from dino.data.sources import Files, Source, Subset, evenly_spaced, hold_out, open_source
 from dino.data.torchvision_sets import open_torchvision
 from dino.options import required
 from dino.options.train import TrainOptions
+from dino.terminal import say
 
 MOST_HELD_OUT = 1000  # images
+RECORD = "files.jsonl"  # in a run directory: the names of its images
+# Folders of training and of test images in one folder, by their usual names, small or capital.
+TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("val", "valid", "validation", "test", "testing")
+
+AnyPath = str | os.PathLike[str]
 
 
 class Kind(NamedTuple):
@@ -40,14 +48,14 @@ KINDS = {
 # --- what a spec says ----------------------------------------------------------------------------------------------
 
 
-def find_kind(spec: str) -> Kind | None:
+def find_kind(spec: AnyPath) -> Kind | None:
     """The kind of data that `spec` names; None: a folder or a list file."""
-    return KINDS.get(spec.partition(":")[0])
+    return KINDS.get(os.fspath(spec).partition(":")[0])
 
 
-def _split_path(spec: str) -> tuple[str, str]:
+def _split_path(spec: AnyPath) -> tuple[str, str]:
     """The spec up to the path in it, and that path; either may be empty."""
-    kind = find_kind(spec)
+    kind, spec = find_kind(spec), os.fspath(spec)
     if kind is None:
         return "", spec
     if not kind.in_folder:
@@ -56,41 +64,54 @@ def _split_path(spec: str) -> tuple[str, str]:
     return f"{prefix}:{name}:", path
 
 
-def make_absolute(spec: str) -> str:
+def make_absolute(spec: AnyPath) -> str:
     """`spec` such that it means the same from another working directory."""
     head, path = _split_path(spec)
     return head + files.absolute_if_exists(path)
 
 
-def find_path(spec: str) -> Path | None:
+def find_path(spec: AnyPath) -> Path | None:
     """The folder or list file of a spec; None where its images are made and not stored."""
     path = _split_path(spec)[1]
-    return Path(path).expanduser() if path else None
+    return Path(os.path.expanduser(path)) if path else None
 
 
-def get_name(spec: str) -> str:
-    """A short name of the data, for a folder: its prefix, the NAME after it, or the last part of its path."""
-    kind = find_kind(spec)
+def get_name(spec: AnyPath) -> str:
+    """A short name of the data, for a folder: its prefix, the NAME after it, or the name of its folder or list."""
+    kind, spec = find_kind(spec), os.fspath(spec)
     words = spec.split(":")[: 2 if kind is not None and kind.in_folder else 1]
-    return Path(words[-1].rstrip("/") or "run").stem
+    if kind is not None:
+        return words[-1]
+    path = Path(spec).expanduser().resolve()
+    return (path.name if path.is_dir() else path.stem) or "run"
 
 
-def split_folders(data: str, val: str | None) -> tuple[str, str | None]:
-    """Training and test folders of `data` where it holds train/ and val/; else itself and what was given."""
-    root = Path(data).expanduser()
-    if val is None and (root / "train").is_dir() and (root / "val").is_dir():
-        return str(root / "train"), str(root / "val")
-    return data, val
+def split_folders(data: AnyPath, val: AnyPath | None) -> tuple[str, str | None]:
+    """Training and test folders of `data` where it holds both (`TRAIN_FOLDERS`); else itself and what was given."""
+    data, root = os.fspath(data), Path(os.path.expanduser(data))
+    if val is not None or not os.access(root, os.R_OK) or not root.is_dir():
+        return data, None if val is None else os.fspath(val)
+    folders = {name.lower(): name for name in sorted(os.listdir(root)) if (root / name).is_dir()}
+    train, test = (next((n for n in names if n in folders), None) for names in (TRAIN_FOLDERS, TEST_FOLDERS))
+    if train is None or test is None:
+        return data, None
+    unused = [f"{name}/" for key, name in folders.items() if key not in (train, test) and not name.startswith(".")]
+    say(
+        f"{data}: training images are in {folders[train]}/, test images in {folders[test]}/"
+        + (f"; not used: {', '.join(unused[:5])}." if unused else ".")
+    )
+    return str(root / folders[train]), str(root / folders[test])
 
 
 # --- images --------------------------------------------------------------------------------------------------------
 
 
 def _open_parts(
-    spec: str, labels: str = "auto", record: Path | None = None, trust: bool = False
+    spec: AnyPath, labels: str = "auto", record: Path | None = None, trust: bool = False
 ) -> tuple[Source, Source | None]:
     """The training and the test images of a spec; a folder or list (see `open_source`) has no test images."""
-    kind, prefix = find_kind(spec), spec.partition(":")[0]
+    kind, spec = find_kind(spec), os.fspath(spec)
+    prefix = spec.partition(":")[0]
     if kind is None and prefix.isalpha() and prefix != spec and not os.path.exists(spec):
         raise errors.unknown("kind of data", prefix, KINDS)
     return (open_source(spec, labels, record, trust), None) if kind is None else kind.open(spec)
@@ -101,19 +122,41 @@ def _get_test(train: Source, test: Source | None) -> Source:
     return train if test is None else test
 
 
-def open_images(spec: str) -> Source:
+def open_images(spec: AnyPath) -> Source:
     """The images of a folder or list, or the training images of a kind of data."""
     return _open_parts(spec)[0]
 
 
 def open_training_pair(options: TrainOptions, folder: Path | None, trust: bool = False) -> tuple[Source, Source | None]:
-    """Training and held-out images. The run directory `folder` records the files, and with `trust` it is just those."""
-    data, record = options.data, None if folder is None else folder / "files.jsonl"
+    """Training and held-out images; with `trust`, those of a folder or list are the files recorded in the run's `folder`."""
+    data, record = options.data, None if folder is None else folder / RECORD
     path, val = split_folders(data.path, data.val)
     train, test = _open_parts(path, data.labels, record, trust)
+    if isinstance(train, Files) and not train.classes:
+        _say_places(path, train)
     if val is not None:
-        return _require_same_classes(train, _get_test(*_open_parts(val, data.labels)))
+        held_out = _get_test(*_open_parts(val, data.labels))
+        if data.val is not None or held_out.classes or not train.classes:
+            return _require_same_classes(train, held_out)
+        say(f"{val} has no class folders, so some images of {path} are held out in its place.")
     return hold_out(train, data.val_fraction, MOST_HELD_OUT, options.seed) if test is None else (train, test)
+
+
+def record_files(source: Source, folder: Path) -> None:
+    """Write the names of the files of `source` into the run directory `folder`, for its resume."""
+    while isinstance(source, Subset):
+        source = source.source
+    if isinstance(source, Files):
+        save_names(folder / RECORD, source.path, source.names)
+
+
+def _say_places(spec: str, source: Source) -> None:
+    """Name the folders that unlabeled images come from: some may hold pictures that are no data."""
+    heads = (source.name(i).partition("/") for i in range(len(source)))
+    places = Counter(f"{head}/" if slash else "the folder itself" for head, slash, _ in heads)
+    if len(places) > 1:
+        named = ", ".join(f"{place} ({count:,})" for place, count in places.most_common(5))
+        say(f"{spec}: the images come from {named}{', ...' if len(places) > 5 else ''}.")
 
 
 # --- labeled images ------------------------------------------------------------------------------------------------
@@ -125,18 +168,17 @@ def _open_labeled_parts(spec: str) -> tuple[Source, Source | None]:
     labels = required(source.labels)
     if (labels >= 0).all():
         return source, test
-    if distributed.is_main():
-        print(f"{(labels < 0).sum()} images of {spec} lie in no class folder and are left out.")
+    say(f"{(labels < 0).sum()} images of {spec} lie in no class folder and are left out.")
     return Subset(source, np.flatnonzero(labels >= 0)), test
 
 
-def open_labeled_test(data: str) -> Source:
+def open_labeled_test(data: AnyPath) -> Source:
     """Labeled images to show: the test images where `data` has such, else all of it."""
     train, val = split_folders(data, None)
     return _get_test(*_open_labeled_parts(val or train))
 
 
-def open_labeled_pair(data: str, val: str | None) -> tuple[Source, Source]:
+def open_labeled_pair(data: AnyPath, val: AnyPath | None) -> tuple[Source, Source]:
     """Labeled training and test images that agree on their classes.
 
     Raises:
@@ -191,7 +233,7 @@ def probe(source: Source, most: int = 16) -> int:
     return int(np.median(edges))
 
 
-def expand_images(images: Sequence[str]) -> Iterator[tuple[str, bool]]:
+def expand_images(images: Sequence[AnyPath]) -> Iterator[tuple[str, bool]]:
     """Each image once, as an absolute path, and whether it was named itself rather than found in a folder."""
     found: dict[str, bool] = {}
     for spec in images:

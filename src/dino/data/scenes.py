@@ -266,10 +266,12 @@ def open_scenes(spec: str) -> tuple[Scenes, Scenes]:
     """Training and held-out scenes of 'scenes' or 'scenes:NUMBER'.
 
     Raises:
-        ValueError: NUMBER is no number.
+        ValueError: NUMBER is no number from 1 to 10 million.
     """
     count = spec.partition(":")[2] or "3000"
-    if not count.isdigit() or int(count) < 1:
-        raise ValueError(f"--data {spec}: write scenes:NUMBER with the number of images to draw, e.g. scenes:3000.")
+    if not (count.isdecimal() and len(count) < 9 and 1 <= int(count) <= 10**7):
+        raise ValueError(
+            f"--data {spec[:99]}: write scenes:NUMBER with 1 to 10,000,000 images to draw, e.g. scenes:3000."
+        )
     train = Scenes(int(count))
     return train, Scenes(HELD_OUT, first=len(train))

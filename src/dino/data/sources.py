@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -55,36 +55,46 @@ class Source(Protocol):
 
 
 class Files:
-    """A `Source` of image files. `name(i)` is relative to `root` (or as written in the list file)."""
+    """A `Source` of image files. `name(i)` is relative to `root` (or as written in the list file).
 
-    def __init__(self, root: str, names: Names, classes: tuple[str, ...] = (), labels: np.ndarray | None = None):
-        self.root, self._names, self.classes, self.labels = root, names, classes, labels
+    `path` is the folder or the list that names them.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        names: Names,
+        classes: tuple[str, ...] = (),
+        labels: np.ndarray | None = None,
+        path: str | None = None,
+    ):
+        self.root, self.names, self.classes, self.labels, self.path = root, names, classes, labels, path or root
         digest = hashlib.sha256(names.blob)
         if labels is not None:
             digest.update(json.dumps(classes).encode() + labels.astype("<i8").tobytes())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def name(self, index: int) -> str:
-        return self._names[index]
+        return self.names[index]
 
     def stamp(self) -> str:
         digest = hashlib.sha256()
         for index in range(len(self)):
             try:
-                status = os.stat(os.path.join(self.root, self._names[index]))
+                status = os.stat(os.path.join(self.root, self.names[index]))
                 digest.update(b"%d %d;" % (status.st_size, status.st_mtime_ns))
             except OSError:
                 digest.update(b"gone;")
         return digest.hexdigest()
 
     def read(self, index: int) -> np.ndarray:
-        return decode(os.path.join(self.root, self._names[index]))
+        return decode(os.path.join(self.root, self.names[index]))
 
     def read_bytes(self, index: int) -> bytes | None:
-        with open_file(os.path.join(self.root, self._names[index])) as stream:
+        with open_file(os.path.join(self.root, self.names[index])) as stream:
             return stream.getvalue() if isinstance(stream, io.BytesIO) else None
 
 
@@ -135,16 +145,19 @@ def hold_out(source: Source, fraction: float, maximum: int, seed: int) -> tuple[
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 
-def open_source(spec: str, labels: str = "auto", record: Path | None = None, trust: bool = False) -> Files:
+def open_source(
+    spec: str | os.PathLike[str], labels: str = "auto", record: Path | None = None, trust: bool = False
+) -> Files:
     """The images of a folder (searched at any depth, sorted by path) or of a list file (in the order of the list).
 
     A list is a .txt file (one path per line; '#' starts a comment line) or a .csv file (columns path and, if known,
-    label); its paths are relative to it. Hidden files and folders are skipped, links to folders are followed once.
+    label); its paths are relative to it, and each counts once. Hidden files and folders, and those in which systems keep
+    thumbnails or deleted files, are skipped. Links to folders are followed once, but not to a folder above this one.
 
     labels: 'auto' (the list's labels; else the first folder level if it looks like classes), 'folders' (the first
     folder level), 'none', or a CSV file of path,label with paths relative to the images' folder or to the CSV.
-    record: a file to write the names to. Its folder, the run directory, is not searched: a run's own images are not data.
-    trust: take the names from `record` if it holds them, even if the files have changed, as a resumed run must.
+    record: the file of a run with the names. Its folder, the run directory, is not searched: a run's images are not data.
+    trust: take the names from `record`, even if the files have changed, as a resumed run must.
 
     Raises ValueError, in one sentence, when the spec or the labels cannot be what was meant.
     """
@@ -152,7 +165,7 @@ def open_source(spec: str, labels: str = "auto", record: Path | None = None, tru
     root = path if os.path.isdir(path) else os.path.dirname(path)
     names = list_names(path, record, trust)
     classes, indices = assign_labels(labels, names.split(), path, root)
-    return Files(root, names, classes, indices)
+    return Files(root, names, classes, indices, path)
 
 
 def open_listed(folder: Path, names: Sequence[str], by: str, layout: str) -> Files:
@@ -178,20 +191,12 @@ def evenly_spaced(total: int, most: int) -> Sequence[int]:
     return range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
 
 
-class WithPlaceholders:
-    """A source with a gray square in place of each unreadable image."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def read(self, index: int) -> np.ndarray:
-        try:
-            return self.source.read(index)
-        except BadImage:
-            return np.full((64, 64, 3), 160, np.uint8)
+def read_or_gray(source: Source, index: int) -> np.ndarray:
+    """[h, w, 3] uint8: an image, or a gray square where it cannot be read."""
+    try:
+        return source.read(index)
+    except BadImage:
+        return np.full((64, 64, 3), 160, np.uint8)
 
 
 class Images:

@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dino import schedules
 from dino.engine.step import Rates
+from dino.machine import check_memory
 from dino.method import DINO, Network
 from dino.models import Backbone, Head, ImageSizeError, create
 from dino.options import required
@@ -95,6 +98,20 @@ def build_method(options: TrainOptions) -> DINO:
     student, teacher = network(options.model.drop_path, h.norm_last_layer, h.predictor), network(0.0, True, False)
     rules = (m.targets, m.loss, m.teacher)
     return combine(student, teacher, *rules, m.student_temp, m.center_momentum, m.queue_size)
+
+
+def check_size(options: TrainOptions, on_gpu: bool) -> None:
+    """Refuse networks that do not fit this machine's memory, before it is taken.
+
+    They are student and teacher; on a CPU also the student's gradients and the optimizer's two moments.
+    """
+    try:
+        with torch.device("meta"):
+            method = build_method(options)
+    except (RuntimeError, NotImplementedError):  # some of timm's architectures cannot be built without memory
+        return
+    copies = 1 if on_gpu else 2.5
+    check_memory(4 * copies * sum(p.numel() for p in method.parameters()), "training this model")
 
 
 def check_views(backbone: Backbone, views: ViewOptions) -> None:

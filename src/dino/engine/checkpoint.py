@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment and a full disk.
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed. Then the file `latest`, which holds its
-name, is replaced in the same way, and then old checkpoints are deleted. Files are read with ``weights_only=True``.
+A checkpoint is written under a temporary name, flushed to the disk and renamed. Then the file `latest`, which tells people
+its name, is replaced in the same way, and then old checkpoints are deleted. `dino.weights.checkpoints` reads them.
 """
 
 from __future__ import annotations
@@ -16,35 +16,34 @@ import torch
 from filelock import lock_descriptor
 
 from dino import errors, files
+from dino.weights.checkpoints import Checkpoint, CheckpointError, list_checkpoints, read_newest
 
 LOCK = ".lock"
-
-
-class CheckpointError(Exception):
-    """A checkpoint could not be written or read; the message says which one is still good."""
 
 
 class Checkpoints:
     """The checkpoints of a run, in one folder.
 
     Args:
-        keep: the number of newest checkpoints that are not deleted.
+        keep: the number of checkpoints written last that are not deleted.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder, self.keep = folder, keep
+        self.good: list[Path] = []  # in the order in which they were written
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        pointer = self.folder / "latest"
-        if not pointer.is_file():
-            return None
-        path = self.folder / pointer.read_text().strip()
-        return path if path.is_file() else None
+    def load(self) -> Checkpoint | None:
+        """The newest whole checkpoint, or None when there is none. Files that a killed writer left are deleted.
 
-    def complete(self) -> list[Path]:
-        """All complete checkpoints, the oldest first."""
-        return sorted(self.folder.glob("step-*.pt"))
+        Raises:
+            CheckpointError: there are checkpoints, but none is whole.
+        """
+        files.sweep(self.folder)
+        found = read_newest(self.folder)
+        if found is not None:
+            paths = list_checkpoints(self.folder)
+            self.good = paths[: paths.index(found.path) + 1]
+        return found
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write `state` as the checkpoint of `step`.
@@ -57,26 +56,27 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             with files.replacing(path, flush=True) as temporary, open(temporary, "wb") as file:
                 torch.save(state, file)  # a path would stay open after a failure and keep its space
-            with files.replacing(self.folder / "latest", flush=True) as temporary:
-                temporary.write_text(path.name)
+            self.good = [*(old for old in self.good if old != path), path]
+            self.point()
         except (OSError, RuntimeError) as error:  # PyTorch reports a failed write as a RuntimeError
-            good = self.latest()
-            kept = f"the previous checkpoint {good} is still good" if good else "there is no earlier checkpoint"
-            raise CheckpointError(f"the checkpoint of step {step} could not be written ({error}); {kept}.") from error
-        for old in self.complete()[: -self.keep]:
-            old.unlink()
+            reason = errors.find_reason(error)
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written ({reason}); {self.describe_good()}. Free some space, "
+                "then go on from there."
+            ) from error
+        for old in self.good[: -self.keep]:
+            old.unlink(missing_ok=True)
+        self.good = self.good[-self.keep :]
         return path
 
-    def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint's state on the CPU, or None when there is none.
+    def point(self) -> None:
+        """Name the last good checkpoint in the file `latest`."""
+        with files.replacing(self.folder / "latest", flush=True) as temporary:
+            temporary.write_text(self.good[-1].name)
 
-        Raises:
-            CheckpointError: the file is damaged.
-        """
-        for leftover in self.folder.glob("*.tmp"):  # of a writer that was killed
-            leftover.unlink()
-        path = self.latest()
-        return None if path is None else read_checkpoint(path)
+    def describe_good(self) -> str:
+        """The checkpoint to go on from, as the end of a sentence."""
+        return f"the last good checkpoint is {self.good[-1]}" if self.good else "there is no checkpoint yet"
 
 
 _held: set[int] = set()  # descriptors of the locks of this process
@@ -94,7 +94,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise errors.unwritable(folder, error) from error
     _held.add(descriptor)
@@ -119,11 +119,3 @@ def _drop_inherited() -> None:
 
 if hasattr(os, "register_at_fork"):  # Windows does not fork
     os.register_at_fork(after_in_child=_drop_inherited)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint file. Only tensors and plain values are read, so that no code in the file can run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint: {errors.first_line(error)}.") from error

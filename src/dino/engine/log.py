@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar
+
+from dino import files
+from dino.data.decode import BadImage
+from dino.data.sources import Source
+
+A_FEW = 5  # unreadable images that any folder may have
+
+
+class Events:
+    """Scalars as a file of TensorBoard. Written in this thread, where a full disk can be told; SummaryWriter has its own."""
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        self.file = open(folder / name, "wb")  # noqa: SIM115 - lives as long as the run
+        self.records = RecordWriter(self.file)
+        self._write(file_version="brain.Event:2")
+        # Events of steps beyond the checkpoint are marked as superseded.
+        self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._write(step=step, summary=scalar(name, value))
+        self.file.flush()
+
+    def _write(self, **what: Any) -> None:
+        self.records.write(Event(wall_time=time.time(), **what).SerializeToString())
 
 
 class MetricsLog:
@@ -19,42 +53,67 @@ class MetricsLog:
 
     def __init__(self, folder: Path, first_step: int, tensorboard: bool):
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        # A run that starts measures its untrained network, also where it was killed before the first checkpoint.
+        kept = [line for line in read_metrics(self.path) if 0 < first_step >= line["step"]]
+        with files.replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
-        # Events of steps beyond the checkpoint are marked as superseded.
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1) if tensorboard else None
+        self.events = Events(folder / "tensorboard", first_step + 1) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no other numbers
         self.file.write(json.dumps({"step": step} | values) + "\n")
         if self.events is not None:
-            for name, value in values.items():
-                self.events.add_scalar(name, value, step)
+            self.events.write(step, values)
 
     def close(self) -> None:
-        self.file.close()
-        if self.events is not None:
-            self.events.close()
+        for file in [self.file, *([] if self.events is None else [self.events.file])]:
+            with contextlib.suppress(OSError):  # each write was flushed: an error has been told already
+                file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; [] if there is none. A last line that a kill cut short is left out."""
+    """The lines of a metrics file; [] if there is none. A step is a whole number, and all values are numbers."""
+    lines = _read_lines(path, {"step"}, lambda value: isinstance(value, int | float) and -1e300 < value < 1e300)
+    return [line for line in lines if isinstance(line["step"], int)]
+
+
+def read_quarantine(path: Path) -> list[dict[str, str]]:
+    """The `image` and the `reason` of each line; [] if there is no such file."""
+    return _read_lines(path, {"image", "reason"}, lambda value: isinstance(value, str))
+
+
+def _read_lines(path: Path, names: set[str], accepts: Callable[[Any], bool]) -> list[dict[str, Any]]:
+    """Lines that have `names` and only values that are accepted. Others are left out: a kill cuts lines short."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and line.keys() >= names and all(map(accepts, line.values())):
+                lines.append(line)
     return lines
 
 
 class Quarantine:
-    """Images that could not be read: `quarantine.jsonl` names each once, with the reason."""
+    """Images that could not be read: `quarantine.jsonl` names each once, with the reason.
+
+    Args:
+        max_fraction: the largest share of the images that may be unreadable. Above 0 it allows a few of any folder.
+    """
 
     def __init__(self, path: Path, total: int, max_fraction: float):
-        self.path, self.total, self.max_fraction = path, total, max_fraction
-        self.names = {line["image"] for line in read_metrics(path)}
+        self.path = path
+        self.limit = max(max_fraction * total, min(A_FEW, total / 4)) if max_fraction else 0
+        self.names: set[str] = set()
+
+    def reread(self, source: Source) -> None:
+        """Take up the images that the file names and that still cannot be read; forget those that were repaired."""
+        lines = {line["image"]: line for line in read_quarantine(self.path)}
+        known = [i for i in range(len(source)) if source.name(i) in lines] if lines else []
+        self.names = {source.name(i) for i in known if not is_readable(source, i)}
+        if self.names != lines.keys():
+            with files.replacing(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(lines[name]) + "\n" for name in lines if name in self.names))
 
     def add(self, bad: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """Write down the names and reasons that are new, and return them."""
@@ -67,4 +126,12 @@ class Quarantine:
 
     def too_many(self) -> bool:
         """Whether the share of unreadable images is above the limit."""
-        return len(self.names) > self.max_fraction * self.total
+        return len(self.names) > self.limit
+
+
+def is_readable(source: Source, index: int) -> bool:
+    try:
+        source.read(index)
+    except BadImage:
+        return False
+    return True

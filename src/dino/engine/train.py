@@ -6,35 +6,38 @@ state, and continuing from it is bit for bit the run that was never interrupted.
 
 from __future__ import annotations
 
+import errno
 import math
-import signal
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dino import distributed, weights
+from dino import distributed, errors, weights
 from dino.data.device_decode import Undecodable
-from dino.data.loader import Batch, ViewBatches, iterate
+from dino.data.loader import Batch, ViewBatches, WorkerDied, iterate
 from dino.data.normalize import normalize
 from dino.data.sources import Source
 from dino.engine import optim, parallel
 from dino.engine.build import Plan, build_method, model_arguments
-from dino.engine.checkpoint import CheckpointError, Checkpoints
+from dino.engine.checkpoint import Checkpoints
 from dino.engine.log import MetricsLog, Quarantine
 from dino.engine.monitor import CollapseMonitor
+from dino.engine.signals import Signals
 from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
 from dino.machine import measure_peak_memory
 from dino.method import DINO
-from dino.options import required
+from dino.options import flatten_names, required
+from dino.options.resume import check_resumable
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
 from dino.randomness import seed_step
 from dino.terminal import Terminal
+from dino.weights.checkpoints import are_finite, find_tensors
 
 Callback = Callable[[DINO, int], dict[str, float]]  # measures the method after so many steps; all ranks call it
 
@@ -71,7 +74,9 @@ class Trainer:
         self.checkpoints = Checkpoints(run / "checkpoints", options.log.keep)
         self.quarantine = Quarantine(run / "quarantine.jsonl", len(source), options.data.max_bad_fraction)
         self.step = 0  # steps done
-        self.signal: int | None = None
+        self.signals = Signals(terminal)
+        self.failure: Exception | None = None  # a reason to save and end
+        self.metrics: MetricsLog | None = None
         self.knn: dict[str, float] = {}
         self.status = ""
         self._pending: list[dict[str, Tensor]] = []
@@ -113,20 +118,25 @@ class Trainer:
         }
 
     def resume(self) -> bool:
-        """Load the newest checkpoint of the run directory, if there is one.
+        """Load the newest whole checkpoint of the run directory, if there is one.
 
         Raises:
-            ValueError: it was trained on other images.
+            ValueError: it was trained on other images or with other options.
         """
-        state = self.checkpoints.load()
-        if state is None:
+        found = self.checkpoints.load()
+        if found is None:
             return False
+        for reason in found.refused:
+            self.terminal.say(f"{reason} Taking {found.path.name}.", style="yellow")
+        state = found.state
         if (trained := state["data"]) != self.source.fingerprint:
             raise ValueError(
                 f"--resume {self.run}: the images are not the ones this run was started with (fingerprint "
                 f"{self.source.fingerprint[:12]}, was {trained[:12]}); restore them or start a new run."
             )
-        weights.load_strictly(self.method, state["method"], str(self.checkpoints.latest()))
+        of_no_more_use = {name: getattr(self.options, name) for name in ("init", "out", "overwrite")}
+        check_resumable(flatten_names(state["options"]) | of_no_more_use, self.options)
+        weights.load_strictly(self.method, state["method"], str(found.path))
         self.training_step.optimizer.load_state_dict(state["optimizer"])
         self.training_step.scaler.load_state_dict(state["scaler"])
         self.monitor.load_state_dict(state["monitor"])
@@ -137,41 +147,56 @@ class Trainer:
         """Checkpoint, and the teacher's backbone as a file of its own."""
         if distributed.is_main():
             self.checkpoints.save(self.step, self.state_dict())
-            weights.save(self.run, self.method.teacher.backbone, model_arguments(self.options))
+            self.save_teacher()
+
+    def save_teacher(self) -> None:
+        weights.save(self.run, self.method.teacher.backbone, model_arguments(self.options), self.step)
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
     def fit(self) -> bool:
-        """Train to the end, `stop_after`, or a signal; True when the run is complete."""
+        """Train to the end, `stop_after`, or a signal; True when the run is complete.
+
+        Raises:
+            TrainingError: the run cannot go on; says why, and from which checkpoint it can be continued.
+        """
         total = self.plan.total
         stop = min(total, self.options.stop_after or total)
         if self.options.compile:
             self.terminal.say("Compiling: the first step takes a minute or more.")
             parallel.compile_networks(self.method)
         self.training_step.distribute()
-        self.metrics = MetricsLog(self.run, self.step, self.options.log.tensorboard) if distributed.is_main() else None
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.terminal.start(self.step, total)
-        try:
-            if self.step == 0:
-                self._measure()
-            self._run(stop)
-        except OSError as error:
-            raise CheckpointError(
-                f"writing to {self.run} failed ({error}); the last good checkpoint is {self.checkpoints.latest()}. "
-                f"Free some space, then continue with: dino train --resume {self.run}"
-            ) from error
-        finally:
-            self.terminal.stop()
-            for s, handler in previous.items():
-                signal.signal(s, handler)
-            if self.metrics is not None:
-                self.metrics.close()
+        with self.signals:
+            try:
+                self.metrics = self._open_log()
+                if self.step == 0:
+                    self._measure()
+                self._run(stop)
+            except OSError as error:
+                raise self._end(
+                    errors.find_reason(error) + (f": {error.filename}" if error.filename else "")
+                ) from error
+            finally:
+                self.terminal.stop()
+                if self.metrics is not None:
+                    self.metrics.close()
+        if self.failure is not None:
+            raise self._end(str(self.failure)) from self.failure
         return self.step >= total
 
+    def _open_log(self) -> MetricsLog | None:
+        return MetricsLog(self.run, self.step, self.options.log.tensorboard) if distributed.is_main() else None
+
+    def _end(self, reason: str) -> TrainingError:
+        space = "free some space, then " if reason.startswith(os.strerror(errno.ENOSPC)) else ""
+        return TrainingError(
+            f"{self.run} ended after step {self.step} ({reason}); {self.checkpoints.describe_good()}; {space}continue "
+            f"with: dino train --resume {self.run}"
+        )
+
     def _run(self, stop: int) -> None:
-        workers = required(self.options.data.num_workers)
-        batches = iterate(self.batches, self.step, stop, workers, pin_memory=self.device.type == "cuda")
+        batches = self._iterate(stop)
         log, per_epoch = self.options.log, self.plan.steps_per_epoch
         measure_every = max(1, self.plan.steps(log.knn_every)) if log.knn_every else self.plan.total
         saved = started = time.monotonic()
@@ -185,8 +210,7 @@ class Trainer:
             self.step += 1
             epoch_ends = self.step % per_epoch == 0
             measure = self.step % measure_every == 0 or self.step == self.plan.total
-            alone = distributed.world_size() == 1
-            if self.step % log.every and not (epoch_ends or measure or self.step == stop or (alone and self.signal)):
+            if self.step % log.every and not (epoch_ends or measure or self.step == stop or self._asked_to_end()):
                 continue
             now = time.monotonic()
             ending = self._log(self.step - first, now - started, waited)
@@ -200,6 +224,28 @@ class Trainer:
                 saved = started = time.monotonic()
             if ending:
                 return
+
+    def _iterate(self, stop: int) -> Iterator[Batch]:
+        """The batches from here on. This process reads the last ones, until all ranks have saved, after a worker has died.
+
+        A signal to all processes of a job, as of Slurm or torchrun, ends the workers too. That is no failure.
+        """
+        workers = required(self.options.data.num_workers)
+        try:
+            for batch in iterate(self.batches, self.step, stop, workers, pin_memory=self.device.type == "cuda"):
+                yield batch
+                if self.signals.received is not None:
+                    break
+        except WorkerDied as error:
+            self.failure = error if self.signals.received is None else None
+        yield from (self.batches[step] for step in range(self.step, stop))
+
+    def _asked_to_end(self) -> bool:
+        """Whether a signal or a failure asks to end now. Ranks on GPUs agree on it only when they log: it needs a sync."""
+        asked = self.signals.received is not None or self.failure is not None
+        if self.device.type == "cuda" and distributed.world_size() > 1:
+            return False
+        return bool(distributed.sum_(torch.tensor(float(asked))))
 
     def take_step(self, batch: Batch) -> dict[str, Tensor]:
         """Train on one batch; what to log, on the device."""
@@ -250,12 +296,13 @@ class Trainer:
         means = (summed / distributed.world_size()).tolist()
         values = dict(zip(self._pending[0], means, strict=True))
         self._pending.clear()
-        signaled = distributed.sum_(torch.tensor(float(self.signal or 0), device=self.device))
-        if not math.isfinite(values["loss"]):
+        asked = float(self.signals.received is not None or self.failure is not None)
+        signaled = distributed.sum_(torch.tensor(asked, device=self.device))
+        if what := self._find_not_finite(values):
             raise TrainingError(
-                f"the loss became {values['loss']} between steps {self.step - steps} and {self.step}; "
-                f"the last good checkpoint is {self.checkpoints.latest()}. Lower --optim.lr, or use --precision bf16 "
-                "or fp32 if it was fp16, and start again from there in a new run."
+                f"{what} between steps {self.step - steps} and {self.step} of {self.run}; "
+                f"{self.checkpoints.describe_good()}. Lower --optim.lr, or use --precision bf16 or fp32 if it was fp16, and "
+                "start a new run; --init can start it from that checkpoint."
             )
         self._check_quarantine()
         rates = self.plan.rates(self.step - 1)
@@ -277,6 +324,15 @@ class Trainer:
                 self.metrics.write(self.step, {"collapse": 1.0})
         self.status = f"loss {values['loss']:.3f}  {speed:,.0f} images/s"
         return bool(signaled)
+
+    def _find_not_finite(self, means: dict[str, float]) -> str:
+        """What is no longer finite, as the beginning of a sentence; "" if all is. Nothing else is ever saved."""
+        if not math.isfinite(means["loss"]):
+            return f"the loss became {means['loss']}"
+        if not math.isfinite(means["grad_norm"]) and self.training_step.precision != "fp16":  # which skips such steps
+            return f"the gradient became {means['grad_norm']}"
+        kept = self.method.state_dict(), self.training_step.optimizer.state_dict()["state"]
+        return "" if are_finite(find_tensors(kept)) else "the weights became infinite or not a number"
 
     def _show(self) -> None:
         status = self.status + "".join(f"  {k} {v:.1f} %" for k, v in self.knn.items())
@@ -314,10 +370,3 @@ class Trainer:
                 f"--data.max-bad-fraction {self.options.data.max_bad_fraction:g} allows; they are listed with reasons "
                 f"in {self.quarantine.path}. Repair or remove them, or raise that limit."
             )
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        """First signal: end after this step. Second: at once."""
-        self.signal = number
-        self.terminal.say("Finishing this step and saving; once more to stop at once.", style="yellow")
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)

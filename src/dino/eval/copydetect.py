@@ -91,7 +91,7 @@ def open_copies(options: CopydetectOptions) -> tuple[Source, Source, list[int], 
         originals, copies = open_source(options.originals, "none"), open_source(options.copies, "none")
         owners = match_copies(originals, copies, None, options.copies)
         return originals, copies, owners, [os.path.dirname(copies.name(i)) or "copies" for i in range(len(copies))]
-    root = Path(options.data)
+    root = Path(options.data).expanduser()
     if not (root / "original").is_dir() or not any((root / block).is_dir() for block in BLOCKS):
         raise ValueError(f"--data {root} is not laid out as Copydays; {LAYOUT}. Other data: --originals and --copies.")
     everything = open_source(options.data, "none")

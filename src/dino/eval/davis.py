@@ -86,7 +86,7 @@ def open_videos(data: str) -> list[Video]:
     Raises:
         ValueError: the folder is not laid out as it should be, or a video cannot be used.
     """
-    root = Path(data)
+    root = Path(data).expanduser()
     if not (root / LIST).is_file():
         raise ValueError(f"--data {root} is not laid out as DAVIS-2017, {root / LIST} is missing; {LAYOUT}.")
     names = dict.fromkeys(read_text(str(root / LIST)).split())

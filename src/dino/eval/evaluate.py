@@ -21,9 +21,10 @@ from torch import nn
 
 from dino import distributed, errors, files, paper, weights
 from dino.data.decode import BadImage
+from dino.data.open import find_path, open_labeled_pair
 from dino.features import cache
 from dino.models import Backbone
-from dino.options.evaluate import EVALUATIONS, EvalOptions
+from dino.options.evaluate import EVALUATIONS, EvalOptions, LabeledOptions
 from dino.options.flags import parse_flags
 from dino.options.rules import get_types
 from dino.terminal import track
@@ -31,6 +32,7 @@ from dino.version import __version__
 from dino.weights import fingerprint
 
 T = TypeVar("T")
+DATA_FIELDS = ("data", "val", "whiten", "originals", "copies", "distractors", "images", "masks")
 
 
 class Result(NamedTuple):
@@ -43,7 +45,7 @@ class Result(NamedTuple):
     details: Mapping[str, Any] = MappingProxyType({})  # what the result file holds beside the figures
 
 
-def evaluate(name: str, model: str | Backbone, **options: Any) -> Result:
+def evaluate(name: str, model: str | os.PathLike[str] | Backbone, **options: Any) -> Result:
     """Evaluate a model from Python: ``dino.evaluate("knn", "runs/a", data="photos", k=(20,))``.
 
     Args:
@@ -57,10 +59,11 @@ def evaluate(name: str, model: str | Backbone, **options: Any) -> Result:
     kind = find_options(name)
     if unknown := sorted(options.keys() - get_types(kind).keys()):
         raise errors.unknown(f"option of `dino eval {name}`", unknown[0], get_types(kind))
-    wanted = kind(model=os.fspath(model) if isinstance(model, str | os.PathLike) else "model", **options)
-    if isinstance(model, str | os.PathLike):
-        model = weights.load(model).to(distributed.start(wanted.device))
-    return _measure(name, model, wanted)
+    named = not isinstance(model, torch.nn.Module)
+    given: dict[str, Any] = options | {"model": model if named else "model"}
+    wanted = kind(**given)
+    backbone: Any = weights.load(wanted.model).to(distributed.start(wanted.device)) if named else model
+    return _measure(name, backbone, wanted)
 
 
 def find_options(name: str) -> type[EvalOptions]:
@@ -92,16 +95,15 @@ class EvaluationCallback(NamedTuple):
         """From what would follow ``dino eval``, without the model: "knn --data photos --k 20".
 
         Raises:
-            ValueError: there is no such evaluation, or it has no such options.
+            ValueError: there is no such evaluation, it has no such options, or its data is not there.
         """
-        name, *flags = shlex.split(text) or [""]
-        kind = find_options(name)
         try:
-            options = parse_flags(kind, [str(run), *flags], f"--log.evaluate '{name} ...'")
+            name, *flags = shlex.split(text) or [""]
+            options = parse_flags(find_options(name), ["run", *flags], f"--log.evaluate '{name} ...'")
+            options = dataclasses.replace(options, model=str(run))  # its name may begin with '-'
+            _check_data(options)
         except ValueError as error:
             raise ValueError(f"--log.evaluate '{text}': {error}") from error
-        except SystemExit as stop:  # the parser has said why
-            raise ValueError(f"--log.evaluate '{text}' is not understood; see `dino eval {name} --help`.") from stop
         return cls(name, options)
 
     def __call__(self, model: Backbone, step: int) -> dict[str, float]:
@@ -110,6 +112,18 @@ class EvaluationCallback(NamedTuple):
         with cache.bypass_cache():  # these weights will not be evaluated again
             found = _measure(self.name, model, dataclasses.replace(self.options, json=str(result)))
         return {f"{self.name}/{figure}": value for figure, value in found.figures.items()}
+
+
+def _check_data(options: EvalOptions) -> None:
+    """Refuse data that an evaluation would only miss hours later, when it is first due."""
+    for field in DATA_FIELDS:
+        spec = getattr(options, field, None)
+        if spec and (path := find_path(spec)) is not None and not path.exists():
+            raise ValueError(f"{field} is {spec}, which does not exist; check the path.")
+    if isinstance(options, LabeledOptions):
+        train, k = open_labeled_pair(options.data, options.val)[0], getattr(options, "k", 1)
+        if (least := min(k) if isinstance(k, tuple) else k) > len(train):
+            raise ValueError(f"k is {least}, but there are only {len(train)} labeled images; lower --k.")
 
 
 def evaluate_command(options: EvalOptions) -> None:

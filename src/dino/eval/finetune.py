@@ -192,15 +192,20 @@ def resolve_recipe(options: FinetuneOptions) -> FinetuneRecipe:
 
 def build_augmentation(size: int, recipe: FinetuneRecipe) -> Any:
     """DeiT's, of timm: random crop and flip, RandAugment (without it, color jitter), erasing; [3, size, size]."""
-    augmentation: Any = create_transform(
-        size,
-        is_training=True,
-        auto_augment=recipe.rand_augment or None,
-        color_jitter=0.3,
-        interpolation="bicubic",
-        re_prob=recipe.erasing,
-        re_mode="pixel",
-    )
+    try:
+        augmentation: Any = create_transform(
+            size,
+            is_training=True,
+            auto_augment=recipe.rand_augment or None,
+            color_jitter=0.3,
+            interpolation="bicubic",
+            re_prob=recipe.erasing,
+            re_mode="pixel",
+        )
+    except Exception as error:  # timm asserts and looks up what stands in the name
+        raise ValueError(
+            f"rand_augment is '{recipe.rand_augment}', which timm cannot read; write e.g. rand-m9-mstd0.5-inc1, or ''."
+        ) from error
     for op in (op for part in augmentation.transforms for op in getattr(part, "ops", ())):
         # At a magnitude of 10, in one draw of 40, timm posterizes to 0 bits: black, and an error in newer Pillow.
         op.magnitude_max = op.magnitude_max or 9.99

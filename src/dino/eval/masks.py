@@ -18,6 +18,7 @@ from dino.look.patches import prepare_image
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.evaluate import MasksOptions
 
+MARGIN = 32  # by which JPEG may change a mask's black and white
 SIZE = 480  # pixels, for a model trained at 224
 LAYOUT = (
     "expected are DATA/JPEGImages/NAME.jpg, DATA/SegmentationObject/NAME.png (or SegmentationClass) and "
@@ -45,7 +46,7 @@ def open_masks(options: MasksOptions) -> tuple[Files, Files]:
         return images, open_listed(
             Path(others.root), [by_stem[stem] for stem in stems], options.masks, "a mask to an image"
         )
-    root = Path(options.data)
+    root = Path(options.data).expanduser()
     split = root / "ImageSets" / "Segmentation" / "val.txt"
     folder = next((root / kind for kind in ("SegmentationObject", "SegmentationClass") if (root / kind).is_dir()), None)
     if folder is None or not split.is_file():
@@ -59,7 +60,7 @@ def read_objects(path: Path) -> np.ndarray:
     """Read the object that each pixel of a mask file belongs to, uint8 [h, w]; 0: none, 255: unknown.
 
     Raises:
-        BadImage: it cannot be read, or is a gray image that is no mask.
+        BadImage: it cannot be read, or is a picture and no mask.
     """
     try:
         with Image.open(path, formats=("PNG", "BMP", "GIF", "TIFF", "JPEG", "WEBP")) as image:
@@ -73,6 +74,11 @@ def read_objects(path: Path) -> np.ndarray:
         raise BadImage(
             f"its mask {path.name} is a gray image of values up to {brightest}; write objects as 255 and the rest as "
             "0, or number them in a palette PNG"
+        )
+    between = (gray >= MARGIN) & (gray <= 255 - MARGIN)
+    if between.mean() > 0.6 and len(np.unique(gray[between])) > MARGIN:  # so are nine photographs of ten
+        raise BadImage(
+            f"its mask {path.name} is a picture, not black and white; exchange --images and --masks, or write masks so"
         )
     return (gray > (127 if brightest > 1 else 0)).astype(np.uint8)
 

@@ -15,7 +15,7 @@ from dino.data.scenes import Scenes
 from dino.data.sources import Source, evenly_spaced
 from dino.engine.monitor import feature_health
 from dino.eval import evaluate, knn
-from dino.features.extract import Features, extract
+from dino.features.extract import EvaluationViews, Features, extract
 from dino.look.attention import enlarge, jaccard, map_attention, mass_mask
 from dino.method import DINO
 from dino.models import Backbone
@@ -76,9 +76,11 @@ class OnlineEvaluation:
 
 
 def flatten_pixels(source: Source, found: Features, edge: int) -> Features:
-    """Normalized pixels of evaluation views of the same images, as features [m, 3 * edge * edge]."""
-    images = np.stack([resize_and_crop(source.read(int(i)), edge) for i in found.indices])
-    return found._replace(values=normalize(torch.from_numpy(images)[None]).flatten(1))
+    """Normalized pixels of evaluation views of the same images, as features [m, 3 * edge * edge], if they can be read."""
+    views = EvaluationViews(source, found.indices.tolist(), edge, len(found.indices), "center", torch.get_num_threads())
+    runs, indices, bad = views[0]
+    values = normalize(runs[0]).flatten(1) if runs else torch.zeros(0, 3 * edge**2)
+    return Features(values, np.array(indices, np.int64), bad)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def read_ground_truth(data: str) -> GroundTruth:
     Raises:
         ValueError: the folder is laid out otherwise, or the file has not the published form.
     """
-    path = Path(data)
+    path = Path(data).expanduser()
     if path.is_dir():
         found = sorted(path.glob("gnd_*.pkl"))
         if len(found) != 1:
@@ -54,7 +54,7 @@ def read_ground_truth(data: str) -> GroundTruth:
             raise ValueError(f"--data {data} must hold one ground truth, gnd_NAME.pkl, and holds {what}.")
         path = found[0]
     if not path.is_file() or path.suffix != ".pkl":
-        raise ValueError(f"--data {data} is neither a folder nor a .pkl file; {LAYOUT}.")
+        raise ValueError(f"--data {path} is neither a folder nor a .pkl file; {LAYOUT}.")
     try:
         return _parse(path, pickles.load_plain_pickle(path))
     except Exception as error:  # a damaged pickle fails in many ways

@@ -148,8 +148,9 @@ def train_supervised(
 
 def _resume(trainee: Trainee, checkpoints: Checkpoints, identity: Mapping[str, Any]) -> int:
     """Load the newest checkpoint into `trainee`; returns the number of steps done, 0 without a checkpoint."""
-    if (state := checkpoints.load()) is None:
+    if (found := checkpoints.load()) is None:
         return 0
+    state = found.state
     if state["identity"] != identity:
         changed = [key for key in identity if state["identity"].get(key) != identity[key]]
         raise ValueError(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
+from dino.data.evaluation_views import choose_edge
 from dino.data.normalize import MEAN, STD
-from dino.engine.checkpoint import Checkpoints, read_checkpoint
 from dino.engine.log import read_metrics
 from dino.html import ENVIRONMENT
 from dino.version import __version__
 from dino.weights import releases
+from dino.weights.checkpoints import CheckpointError, read_newest
 
 
-def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: str) -> str:
+def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: str, edge: int) -> str:
     """The Markdown text.
 
     Args:
@@ -22,6 +24,7 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
         to: the format of `out`.
         facts: about the model and the check, by name.
         digest: SHA-256 of the model's weights; only evaluations of these weights are listed.
+        edge: of the images that the model was made for, pixels.
     """
     release = releases.find_release(name) if not Path(name).exists() else None
     license = options = None
@@ -43,6 +46,8 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
         version=__version__,
         facts=facts,
         digest=digest,
+        edge=edge,
+        resized=choose_edge(edge),
         mean=MEAN,
         std=STD,
         figures=figures,
@@ -53,10 +58,11 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
 def _describe_run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple[str, ...]]]:
     """Facts of a run's data and training, and figures of its training and evaluations."""
     facts: dict[str, str] = {}
-    if (latest := Checkpoints(folder / "checkpoints").latest()) is not None:
-        facts["fingerprint of the training data"] = f"`{read_checkpoint(latest)['data']}`"
+    with contextlib.suppress(CheckpointError):
+        if (found := read_newest(folder / "checkpoints")) is not None:
+            facts["fingerprint of the training data"] = f"`{found.state['data']}`"
     last: dict[str, Any] = {}
-    for line in read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []:
+    for line in read_metrics(folder / "metrics.jsonl"):
         last |= line
     facts |= {"steps": f"{last['step']:,}", "epochs": f"{last['epoch']:g}"} if last.keys() >= {"step", "epoch"} else {}
     measured = ("loss", "feature_std", "effective_rank", "knn", "jaccard")
@@ -64,8 +70,9 @@ def _describe_run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple
         ("training", name, f"{value:.4g}", "") for name, value in last.items() if name.startswith(measured)
     ]
     for path in sorted((folder / "eval").glob("*.json")):
-        found = json.loads(path.read_text())
-        if found.get("model", {}).get("sha256") == digest:
-            data = ", ".join(f"{part} `{value[:12]}`" for part, value in found["data"].items())
-            figures += [(found["evaluation"], name, f"{value:.4g}", data) for name, value in found["figures"].items()]
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):  # a damaged one
+            found = json.loads(path.read_text())
+            if found["model"]["sha256"] == digest:
+                data = ", ".join(f"{part} `{value[:12]}`" for part, value in found["data"].items())
+                figures += [(found["evaluation"], name, f"{v:.4g}", data) for name, v in found["figures"].items()]
     return facts, figures

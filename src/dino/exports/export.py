@@ -8,11 +8,17 @@ from pathlib import Path
 from dino import files, weights
 from dino.exports import card, compare
 from dino.options.commands import ExportOptions
+from dino.options.rules import checked
 from dino.weights import fingerprint
 
 
+@checked(ExportOptions, "model", "out", "num_heads", "offline")
 def export(
-    model: str, to: str, out: str, num_heads: int | None = None, offline: bool = False
+    model: str | os.PathLike[str],
+    to: str,
+    out: str | os.PathLike[str],
+    num_heads: int | None = None,
+    offline: bool = False,
 ) -> list[compare.Difference]:
     """Write a model for others, with its card, and compare what was written with the model itself.
 
@@ -46,7 +52,7 @@ def export(
             "parameters": f"{sum(p.numel() for p in backbone.parameters()):,}",
             "largest difference from the model that was exported": compare.describe_differences(differences, to),
         }
-        text = card.render_card(model, to, path, facts, fingerprint(backbone))
+        text = card.render_card(os.fspath(model), to, path, facts, fingerprint(backbone), backbone.image_size)
         (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
     return differences
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dino import errors, files
+from dino.data.evaluation_views import choose_edge
 from dino.data.normalize import MEAN, STD
 from dino.exports.positions import interpolate_symbolically
 from dino.models.vit import SIZES
@@ -87,7 +88,7 @@ def write_timm(weights: Weights, out: Path) -> None:
         "mean": list(MEAN),
         "std": list(STD),
         "interpolation": "bicubic",
-        "crop_pct": 0.875,
+        "crop_pct": 1.0 if choose_edge(edge) == edge else 0.875,
         "num_classes": 0,
     }
     _save_folder(formats.to_timm(weights.backbone()), out, {"config.json": config})
@@ -112,24 +113,23 @@ def write_hf(weights: Weights, out: Path) -> None:
         "num_channels": channels,
         "pos_interp": sizes.get("pos_interp", "offset"),
     }
-    resized = edge * 256 // 224 if edge >= 128 else edge  # the evaluation view of `dino.features.extract`
     processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "size": {"shortest_edge": resized},
+        "image_processor_type": "BitImageProcessor",  # ViT's cannot crop in all versions
+        "size": {"shortest_edge": choose_edge(edge)},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": edge, "width": edge},
         "image_mean": list(MEAN),
         "image_std": list(STD),
     }
-    files = {"config.json": config} | ({"preprocessor_config.json": processor} if channels == 3 else {})
-    _save_folder(formats.to_hf(weights.backbone()), out, files)
+    configs = {"config.json": config} | ({"preprocessor_config.json": processor} if channels == 3 else {})
+    _save_folder(formats.to_hf(weights.backbone()), out, configs)
 
 
-def _save_folder(state: State, out: Path, files: dict[str, dict[str, Any]]) -> None:
+def _save_folder(state: State, out: Path, configs: dict[str, dict[str, Any]]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     _save(state, out / "model.safetensors", {"format": "pt"})
-    for name, content in files.items():
+    for name, content in configs.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -7,20 +7,19 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from dino import distributed
-from dino.data.evaluation_views import resize_and_crop
 from dino.data.open import expand_images
-from dino.data.sources import Source, WithPlaceholders
+from dino.data.sources import Source, read_or_gray
 from dino.features import copies
 from dino.features import embed as embeddings
 from dino.features import search as finding
 from dino.files import check_writable, replacing
-from dino.html import EDGE, NUM_NEIGHBORS, NeighborRow, read_row, render, write_page
+from dino.html import NUM_NEIGHBORS, NeighborRow, read_row, read_square, render, write_page
 from dino.options.commands import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
 from dino.terminal import say
 
@@ -102,7 +101,7 @@ def print_duplicates(options: DuplicatesOptions) -> None:
 
     def draw(images: Source) -> Markup:
         def read(copy: copies.Copy) -> tuple[np.ndarray, str, str, float]:
-            pixels = images.read(int(embedding.positions[copy.row]))
+            pixels = read_or_gray(images, int(embedding.positions[copy.row]))
             return pixels, embedding.names[copy.row], _describe_size(copy), copy.cosine
 
         shown = ((len(group), [read(copy) for copy in group[:MOST_COPIES]]) for group in found.groups[:MOST_ROWS])
@@ -128,7 +127,9 @@ def print_outliers(options: OutliersOptions) -> None:
     result = {"k": options.k, "outliers": _print_rows(embedding, rows)}
 
     def draw(images: Source) -> Markup:
-        shown = ((images.read(int(embedding.positions[row])), embedding.names[row], value) for value, row in rows)
+        shown = (
+            (read_or_gray(images, int(embedding.positions[row])), embedding.names[row], value) for value, row in rows
+        )
         return render("outliers", images=shown)
 
     top = f"{fault or ''} Of {len(scores):,} images those least like their {options.k} nearest others, with the mean cosine."
@@ -186,7 +187,7 @@ def _read_row(
     rows: list[tuple[float, int]],
 ) -> NeighborRow:
     found = [(value, int(embedding.positions[row])) for value, row in rows[:NUM_NEIGHBORS]]
-    return read_row(resize_and_crop(source.read(at), EDGE), caption, None, images, found)
+    return read_row(read_square(source, at), caption, None, images, found)
 
 
 def _write(
@@ -207,11 +208,5 @@ def _write(
         with replacing(Path(options.json).expanduser()) as temporary:
             temporary.write_text(json.dumps(about | result, indent=2) + "\n")
     if options.html is not None:
-        body = draw(cast("Source", WithPlaceholders(embedding.images())))
-        write_page(
-            Path(options.html).expanduser(),
-            embedding.folder.path.name,
-            kicker,
-            render("text", text=top),
-            {kicker: body},
-        )
+        body, path = draw(embedding.images()), Path(options.html).expanduser()
+        write_page(path, embedding.folder.path.name, kicker, render("text", text=top), {kicker: body})

@@ -24,6 +24,8 @@ from dino.data.sources import Source
 from dino.features.embed import Embedding
 from dino.features.neighbors import split_rows
 from dino.features.search import SAMPLE, Index, IndexKind, judge_features, measure_typical, open_embedding
+from dino.options.commands import DuplicatesOptions
+from dino.options.rules import checked
 from dino.terminal import track
 
 CANDIDATE_RATIO = 0.1  # two rows may be copies below this fraction of the distance (1 - cosine) of a typical pair
@@ -61,6 +63,7 @@ class Copies:
     notes: list[str]  # what whoever reads them must know
 
 
+@checked(DuplicatesOptions, "embedding", "threshold", "index", "rebuild")
 def duplicates(
     embedding: str | Path | Embedding,
     threshold: float | None = None,
@@ -101,10 +104,8 @@ def find_copies(
         index: 'flat' compares all pairs of rows; an approximate index finds most of them, sooner.
 
     Raises:
-        ValueError: the threshold is no cosine, or the model cannot tell the images apart and nothing else can.
+        ValueError: the model cannot tell the images apart and nothing else can.
     """
-    if threshold is not None and not -1 <= threshold <= 1:
-        raise ValueError(f"the threshold is {threshold}; a cosine lies between -1 and 1.")
     used, notes, count = Index(embedding, index, rebuild), [], len(embedding.values)
     ratio = ALONE_RATIO if images is None else CANDIDATE_RATIO
     least = min(1 - ratio * (1 - measure_typical(embedding)), 1 - MIN_DISTANCE) if threshold is None else threshold

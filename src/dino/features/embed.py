@@ -24,6 +24,8 @@ from dino.data.open import make_absolute, open_images
 from dino.data.sources import Source
 from dino.features.extract import POOLINGS, Features, Pooling, choose_batch_size, extract_batches, find_pooling
 from dino.models import Backbone
+from dino.options.commands import EmbedOptions
+from dino.options.rules import checked
 from dino.version import __version__
 from dino.weights import fingerprint
 
@@ -43,6 +45,7 @@ def import_parquet() -> Any:
     return errors.import_optional("pyarrow.parquet", "embeddings need PyArrow", "search")
 
 
+@checked(EmbedOptions, "model", "data", "out", "size", "fp16", "shard", "device")
 def embed(
     model: str | os.PathLike[str] | Backbone,
     data: str | os.PathLike[str] | Source,
@@ -69,11 +72,9 @@ def embed(
         ValueError: `out` holds another embedding or something else, or no image can be read.
     """
     pq = import_parquet()
-    pool = find_pooling(pooling)
-    if shard is not None and shard < 1:
-        raise ValueError(f"--shard is {shard}; write at least 1 image to a shard.")
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
+    pool = find_pooling(pooling)
     network = weights.load(model).to(distributed.start(device)) if isinstance(model, str) else model
     source, size = open_images(data) if isinstance(data, str) else data, size or network.image_size
     blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(network.parameters()).device)

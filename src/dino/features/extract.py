@@ -22,6 +22,8 @@ from dino.data.sources import Source
 from dino.machine import count_spare_cores
 from dino.models import Backbone
 from dino.options import required
+from dino.options.commands import EmbedOptions
+from dino.options.rules import checked
 from dino.terminal import track
 
 
@@ -100,6 +102,8 @@ def _whole_patches(model: Backbone, images: Tensor) -> Tensor:
 
 def _mean_over_scales(*scales: float) -> Pool:
     def pool(model: Backbone, images: Tensor) -> Tensor:
+        if min(images.shape[-2:]) < 2:  # half of it would be nothing
+            images = F.interpolate(images, [max(2, edge) for edge in images.shape[-2:]])
         scaled = (images if s == 1 else F.interpolate(images, scale_factor=s, mode="bilinear") for s in scales)
         return torch.stack([model(_whole_patches(model, image)) for image in scaled]).mean(dim=0)
 
@@ -202,6 +206,7 @@ def extract_batches(
     yield from (part._replace(values=require_finite(part.values.cpu(), model)) for part in late)
 
 
+@checked(EmbedOptions, "size")
 def extract(
     model: Backbone,
     source: Source,

@@ -21,6 +21,8 @@ from dino.features.embed import Embedding, Folder
 from dino.features.extract import extract
 from dino.features.neighbors import find_neighbors
 from dino.models import Backbone
+from dino.options.commands import OutliersOptions, SearchOptions
+from dino.options.rules import checked
 from dino.weights import fingerprint
 
 IndexKind = Literal["flat", "ivf", "hnsw"]
@@ -180,6 +182,7 @@ class Found(NamedTuple):
         return [[self.embedding.names[row] for row in rows if row >= 0] for rows in self.rows.tolist()]
 
 
+@checked(SearchOptions, "embedding", "k", "index", "model", "device", "rebuild")
 def search(
     embedding: str | Path | Embedding,
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str] | np.ndarray],
@@ -199,14 +202,11 @@ def search(
     Raises:
         ValueError: the model is another than the embedding's, or no image can be read.
     """
-    if k < 1:
-        raise ValueError(f"k is {k}; ask for at least 1 neighbor.")
     embedding = open_embedding(embedding)
     wanted = embedding.folder.about["model"] if model is None else model
     if wanted == "":
         raise ValueError(f"{embedding.folder.path} does not say where its model lies; give it with --model.")
-    named = isinstance(wanted, str | os.PathLike)
-    asked = weights.load(wanted).to(distributed.start(device)) if named else wanted
+    asked = weights.load(wanted).to(distributed.start(device)) if isinstance(wanted, str | os.PathLike) else wanted
     check_same_model(embedding.folder, asked)
     given = [images] if isinstance(images, str | os.PathLike) else images
     return Index(embedding, index, rebuild).search(asked, Images(given), k)
@@ -221,6 +221,7 @@ def check_same_model(folder: Folder, model: Backbone) -> None:
         )
 
 
+@checked(OutliersOptions, "embedding", "k", "index", "rebuild")
 def outliers(
     embedding: str | Path | Embedding, k: int = 10, index: IndexKind = "flat", rebuild: bool = False
 ) -> Tensor:

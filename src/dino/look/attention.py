@@ -12,6 +12,10 @@ from torch import Tensor
 
 from dino.features.extract import require_finite
 from dino.models import Backbone
+from dino.options.commands import LookOptions
+from dino.options.rules import checked
+
+MOST_PATCHES = 2**15  # of one image; the work grows with their square, and for so many a CPU needs minutes
 
 
 def fit_to_patches(
@@ -20,7 +24,7 @@ def fit_to_patches(
     """Resize `image` [h, w] or [h, w, 3] to a shorter side of `size` pixels, and trim it evenly to whole patches.
 
     Raises:
-        ValueError: the image is smaller than a patch.
+        ValueError: the image is smaller than a patch, or would have more than MOST_PATCHES patches.
     """
     assert size >= patch_size
     height, width = image.shape[:2]
@@ -28,9 +32,19 @@ def fit_to_patches(
         raise ValueError(f"it is {width} x {height} pixels, smaller than one patch of {patch_size}; use a larger one.")
     scale = size / min(height, width)
     height, width = round(height * scale), round(width * scale)
+    check_number(height // patch_size * (width // patch_size), height, width)
     resized = np.asarray(Image.fromarray(image).resize((width, height), resample))
     top, left = height % patch_size // 2, width % patch_size // 2
     return resized[top : top + height // patch_size * patch_size, left : left + width // patch_size * patch_size]
+
+
+def check_number(patches: int, height: int, width: int) -> None:
+    """Refuse an image of more than MOST_PATCHES patches."""
+    if patches > MOST_PATCHES:
+        raise ValueError(
+            f"at {width} x {height} pixels it has {patches:,} patches, more than {MOST_PATCHES:,}, which would take very "
+            "long; use a smaller --size."
+        )
 
 
 @torch.no_grad()
@@ -67,6 +81,7 @@ def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps.float(), size, mode="nearest")
 
 
+@checked(LookOptions, "stride")
 def finer_patches(model: Backbone, stride: int) -> Backbone:
     """A copy that cuts a patch every `stride` pixels; see `VisionTransformer.overlap_patches`."""
     finer = copy.deepcopy(model)

@@ -11,12 +11,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dino import distributed, errors, files, weights
-from dino.data.evaluation_views import resize_and_crop
 from dino.data.open import open_labeled_pair, open_labeled_test
 from dino.data.sources import Source, evenly_spaced
 from dino.features import cache
 from dino.features.neighbors import find_neighbors, vote
-from dino.html import EDGE, NUM_NEIGHBORS, get_label, read_row, render, write_page
+from dino.html import NUM_NEIGHBORS, get_label, read_row, read_square, render, write_page
 from dino.options.commands import NeighborsOptions, TsneOptions
 
 
@@ -82,9 +81,9 @@ def draw_neighbor_page(options: NeighborsOptions) -> None:
         all_such = torch.nonzero(chosen)[:, 0].tolist()
         rows = []
         for i in (all_such[j] for j in evenly_spaced(len(all_such), options.rows)):
-            query, label = test.read(at := int(positions[i])), get_label(test, at)
+            query, label = read_square(test, at := int(positions[i])), get_label(test, at)
             alike = [*zip(cosines[i].tolist(), places[nearest[i].numpy()].tolist(), strict=True)][:NUM_NEIGHBORS]
-            rows.append(read_row(resize_and_crop(query, EDGE), label or "", label, train, alike))
+            rows.append(read_row(query, label or "", label, train, alike))
         sections[f"{title}: {len(all_such)} of {len(right)}"] = render("rows", rows=rows)
     top = (
         f"The {k} nearest of {len(bank):,} labeled images vote for the class of each query (on the left), weighted by "

@@ -23,12 +23,13 @@ from torch import Tensor
 from dino import files
 from dino.data.decode import BadImage, decode
 from dino.data.sources import evenly_spaced
-from dino.look.attention import enlarge, fit_to_patches, map_attention, mass_mask
+from dino.look.attention import check_number, enlarge, fit_to_patches, map_attention, mass_mask
 from dino.look.patches import BASIS_IMAGES, Basis, extract_patches, fit_axes, match_mutual, prepare_image
 from dino.look.video import Clip, Frame, thin_out
 from dino.models import NO_ATTENTION, Backbone
+from dino.options.commands import AttentionOptions, MatchOptions, PcaOptions, VideoOptions
+from dino.options.rules import checked
 
-MOST_PATCHES = 2**15  # of one image; the work grows with their square, and for so many a CPU needs minutes
 GUTTER = 6  # pixels between the pictures of a figure
 AnyImage = str | Path | np.ndarray  # a file, or pixels [h, w, 3] uint8
 
@@ -57,11 +58,7 @@ def fit_image(model: Backbone, image: AnyImage, size: int | None = None) -> np.n
     try:
         pixels = fit_to_patches(image if isinstance(image, np.ndarray) else decode(image), size, model.patch_size)
         height, width = pixels.shape[:2]
-        if (patches := math.prod(model.grid(height, width))) > MOST_PATCHES:
-            raise ValueError(
-                f"at {width} x {height} pixels it has {patches:,} patches, more than {MOST_PATCHES:,}, which would take "
-                "very long; use a smaller --size."
-            )
+        check_number(math.prod(model.grid(height, width)), height, width)  # patches may overlap
     except (BadImage, ValueError) as error:
         what = "an image" if isinstance(image, np.ndarray) else image
         raise ValueError(f"{what} cannot be shown: {error}") from error
@@ -107,6 +104,7 @@ class Look:
         return draw_mosaic([[self.image, *self.maps], [f"{100 * self.mass:g} % of the\nattention", *self.overlays]])
 
 
+@checked(AttentionOptions, "size", "mass")
 def attention_maps(model: Backbone, image: AnyImage, size: int | None = None, mass: float = 0.6) -> Look:
     """Attention of [CLS] over `image` in the last block, head by head (paper Figs. 1, 3 and 8-10).
 
@@ -147,6 +145,7 @@ class ColoredPatches:
         return draw_mosaic([[self.image, self.picture]], ["image", "patch features"])
 
 
+@checked(PcaOptions, "size")
 def pca_colors(model: Backbone, images: Sequence[AnyImage], size: int | None = None) -> Iterator[ColoredPatches]:
     """Yield each image with the colors of its patch features. The colors are three main axes that all images share.
 
@@ -192,6 +191,7 @@ class Matches:
         return page
 
 
+@checked(MatchOptions, "size")
 def match_patches(model: Backbone, a: AnyImage, b: AnyImage, size: int | None = None) -> Matches:
     """Find the patches of `a` and `b` that correspond: each has the most similar feature to the other's (cosine)."""
     images = fit_image(model, a, size), fit_image(model, b, size)
@@ -207,6 +207,7 @@ def match_patches(model: Backbone, a: AnyImage, b: AnyImage, size: int | None = 
 # --- video ---------------------------------------------------------------------------------------------------------
 
 
+@checked(VideoOptions, "show", "size", "head", "mass")
 def video_frames(
     model: Backbone,
     clip: str | Path | Clip,

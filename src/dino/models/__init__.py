@@ -6,6 +6,7 @@ Other modules use of a backbone only what `Backbone` names, so that any backbone
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor, nn
@@ -84,8 +85,12 @@ def create(
     Raises:
         ValueError: an unknown name, a size that the architecture cannot take, or an option it does not have.
     """
-    if in_channels < 1:
-        raise ValueError(f"in_channels is {in_channels}; an image has at least 1 channel.")
+    sizes = {"patch_size": patch_size, "image_size": image_size, "width": width, "depth": depth, "num_heads": num_heads}
+    for name, value in (sizes | {"in_channels": in_channels}).items():
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+    if not (isinstance(drop_path, Real) and 0 <= drop_path < 1):
+        raise ValueError(f"drop_path is {drop_path!r}; it must be in [0, 1).")
     if arch.startswith(TIMM):
         given = {"patch_size": patch_size, "width": width, "depth": depth, "num_heads": num_heads}
         if fixed := [name for name, value in given.items() if value is not None]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dino.machine import check_memory
 from dino.models.vit import init_linear
 
 Activation = Literal["gelu", "relu"]
@@ -66,6 +67,8 @@ class Head(nn.Module):
             raise ValueError("the head needs a layer into its bottleneck, and every width must be at least 1.")
         if not bottleneck and (predictor or not prototypes):
             raise ValueError("a head without bottleneck needs prototypes and has no place for a predictor.")
+        numbers = hidden_dim * (in_dim + hidden_dim * num_layers) + bottleneck_dim * (out_dim + 2 * hidden_dim)
+        check_memory(4 * numbers, f"a head of {out_dim} prototypes and hidden layers of {hidden_dim}")
         style = (batch_norm, activation)
         widths = [in_dim] + [hidden_dim] * (num_layers - int(bottleneck)) + [bottleneck_dim] * int(bottleneck)
         self.mlp = build_mlp(widths, *style, activate_last=not bottleneck)

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from dino.machine import check_memory
 from dino.models.positions import PositionInterpolation, interpolate_positions
 
 Recompute = Literal["nothing", "elementwise", "blocks"]
@@ -171,10 +172,12 @@ class VisionTransformer(nn.Module):
         self.pos_interp: PositionInterpolation = pos_interp
         self.interpolate = interpolate_positions  # `dino.exports` sets one that takes symbols
         self.recompute: Recompute = "nothing"
-        self.grid(image_size, image_size)
+        rows, columns = self.grid(image_size, image_size)
+        numbers = dim * (12 * dim * depth + rows * columns + in_channels * patch_size**2)
+        check_memory(4 * numbers, f"a ViT of width {dim} and depth {depth} for images of {image_size} pixels")
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.set_drop_path(drop_path)

@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from dino.options.rules import AttentionMass, NonNegativeInt, Options, PositiveFloat, PositiveInt, Rule
+from dino.options.rules import (
+    AttentionMass,
+    Few,
+    NoneOrFew,
+    NonNegativeInt,
+    Options,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Rule,
+    between,
+)
 from dino.options.train import TrainOptions
 
 
@@ -20,9 +31,9 @@ class InferenceOptions(Options):
 
 
 class LookOptions(InferenceOptions):
-    size: PositiveInt | None = None
+    size: Pixels | None = None
     """Edge the image's shorter side is resized to, pixels. None: twice what the model was trained at."""
-    stride: PositiveInt | None = None
+    stride: Pixels | None = None
     """Pixels from a patch to the next, for finer maps of overlapping patches, e.g. 8 of 16. None: side by side."""
 
 
@@ -58,13 +69,13 @@ class VideoOptions(LookOptions):
     """A video (mp4, mov, webm, gif, ...), or a folder of frames named in their order."""
     show: Literal["attention", "mask", "pca"] = "attention"
     """A map of the attention, the picture where most of it lies, or the features of patches as colors."""
-    head: NonNegativeInt | None = None
+    head: NoneOrFew | None = None
     """Whose attention. None: the mean of all heads."""
     mass: AttentionMass = 0.6
     """Share of the attention that the mask keeps."""
     alone: bool = False
     """Leave out the clip itself, which is shown on the left."""
-    fps: PositiveFloat = 24.0
+    fps: Annotated[float, between(0.1, 1000)] = 24.0
     """Frames per second of a folder of frames; videos say their own."""
     out: str | None = None
     """Video to write, an .mp4. None: CLIP-SHOW.mp4 in the working directory."""
@@ -74,7 +85,7 @@ class TsneOptions(InferenceOptions):
     data: str
     """Labeled images: a folder of classes, a folder with train/ and val/, of which val/ is used, scenes:NUMBER, or
     torchvision:NAME:FOLDER, of which the test images are used."""
-    size: PositiveInt | None = None
+    size: Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
     out: str = "tsne.png"
     """Figure to write: .png, .svg or .pdf."""
@@ -88,7 +99,7 @@ class NeighborsOptions(TsneOptions):
     """Labeled queries, when they lie elsewhere."""
     k: PositiveInt = 20
     """Neighbors that vote."""
-    rows: PositiveInt = 12
+    rows: Few = 12
     """Most queries to show of those that are right, and of those that are wrong."""
     out: str = "neighbors.html"
     """Page to write."""
@@ -101,7 +112,7 @@ class EmbedOptions(InferenceOptions):
     """Folder of Parquet files to write, e.g. x.parquet. The same command again goes on where it stopped."""
     pooling: Literal["cls", "average", "gem", "patches"] = "cls"
     """[CLS], the mean or generalized mean of the patches, or a row for every patch."""
-    size: PositiveInt | None = None
+    size: Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
     fp16: bool = False
     """Store half precision, and compute in it on a GPU."""
@@ -154,7 +165,10 @@ class AppOptions(Options):
     embedding: str | None = None
     """What `dino embed` wrote with this model. None: a button on the page embeds the data."""
     port: Annotated[int, Rule(lambda value: 0 <= value < 2**16, "a port lies between 0 and 65535")] | None = None
-    """Port of the page, on this machine alone. None: the first free one from 7860."""
+    """Port of the page. None: the first free one from 7860."""
+    host: str = "127.0.0.1"
+    """Address of the page: this machine alone, or another of its addresses, or 0.0.0.0 for all. The printed address holds
+    a token, without which nobody can use the page; but what is sent over a network is not encrypted."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 
@@ -174,7 +188,7 @@ class AblateOptions(Options):
     """Epochs of every row. None: 8 at tiny scale, the recipe's at paper scale."""
     out: str | None = None
     """Folder for the runs and the table. None: runs/ablate-TABLE. The same command again goes on where it stopped."""
-    jobs: PositiveInt = 1
+    jobs: Few = 1
     """Rows trained at a time on a CPU; with GPUs it is one row for each."""
     report: bool = True
     """Write each row's report.html."""
@@ -208,7 +222,7 @@ class ExportOptions(Options):
     """Format to write; 'timm' and 'hf' are folders, the others files. Each is opened again and compared with the model."""
     out: str
     """File or folder to write; a model card goes into it as README.md, or beside it."""
-    num_heads: PositiveInt | None = None
+    num_heads: Few | None = None
     """Attention heads of a ViT of unusual width whose file does not say them."""
     offline: bool = False
     """Never download; DINO_OFFLINE=1 in the environment means the same."""

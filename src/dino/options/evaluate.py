@@ -11,14 +11,17 @@ from dino.options.rules import (
     NOT_EMPTY,
     AttentionMass,
     BelowOne,
+    NoneOrFew,
     NonNegativeFloat,
     NonNegativeInt,
     Options,
+    Pixels,
     PositiveFloat,
     PositiveInt,
     Rule,
     Seed,
-    at_least,
+    Temperature,
+    between,
 )
 
 Percent = Annotated[float, Rule(lambda value: 0 < value <= 100, "give shares above 0 and up to 100")]
@@ -29,7 +32,7 @@ class EvalOptions(Options):
 
     model: Positional[str]
     """A run directory, a weight file, or a model's name (dino models)."""
-    size: PositiveInt | None = None
+    size: Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the protocol or the model was made for."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. Under torchrun the work is shared, with the same result."""
@@ -50,7 +53,7 @@ class LabeledOptions(EvalOptions):
 class KnnOptions(LabeledOptions):
     k: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (10, 20, 100, 200)
     """Numbers of neighbors."""
-    temp: PositiveFloat = 0.07
+    temp: Temperature = 0.07
     """Temperature of the votes exp(cosine / temp)."""
 
 
@@ -111,7 +114,7 @@ class TrainedOptions(LabeledOptions):
 
     seed: Seed = 0
     """Of splits, orders, first weights and augmentations."""
-    num_workers: NonNegativeInt | None = None
+    num_workers: NoneOrFew | None = None
     """Processes that read images. None: the spare cores beside a GPU, none on a CPU."""
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Between checkpoints, which lie beside the result; the same command goes on after an interruption, to the bit."""
@@ -130,7 +133,7 @@ class LinearOptions(TrainedOptions):
     """None: 0, 1e-5 and 1e-4 in fast mode, 0 in paper mode."""
     epochs: PositiveInt = 100
     """Cosine decay to 0 over these, from epoch to epoch."""
-    batch_size: PositiveInt = 1024
+    batch_size: Pixels = 1024
     """Images per step, over all ranks."""
     held_out: Annotated[float, Rule(lambda value: 0 < value < 1, "it is a share between 0 and 1")] = 0.1
     """Share of each class of the training images that chooses where there is more than one classifier."""
@@ -149,7 +152,7 @@ class LowshotOptions(LabeledOptions):
     """Files with a name of an image per line, e.g. ImageNet's published 1 % and 10 % lists, in place of drawn shares."""
     c: PositiveFloat | None = None
     """Inverse strength of the L2 penalty, sum of losses + |W|^2 / 2C. None: chosen by cross-validation."""
-    folds: Annotated[int, at_least(2, "it must be at least 2")] = 5
+    folds: Annotated[int, between(2, 1000)] = 5
     """Parts of the cross-validation."""
     k: PositiveInt = 20
     """Neighbors of the k-NN beside it."""
@@ -165,7 +168,7 @@ class FinetuneOptions(TrainedOptions):
     recipe: Literal["cifar10", "cifar100", "flowers", "cars", "inat18", "inat19", "imagenet"] = "imagenet"
     """Where what is not given comes from; docs/evaluations.md lists them with what is known of each."""
     epochs: PositiveInt | None = None
-    batch_size: PositiveInt | None = None
+    batch_size: Pixels | None = None
     """Images per step, over all ranks."""
     lr: PositiveFloat | None = None
     """Peak learning rate per 512 images."""
@@ -202,9 +205,9 @@ class DavisOptions(EvalOptions):
     the result."""
     protocol: Literal["fixed", "original"] = "fixed"
     """'original' repeats what the reference does otherwise, see docs/evaluations.md."""
-    queue: NonNegativeInt = 7
+    queue: NoneOrFew = 7
     """Frames before a frame that labels come from, besides the first."""
-    neighborhood: NonNegativeInt = 12
+    neighborhood: NoneOrFew = 12
     """Rows and columns of patches that a label can move between two frames."""
     top_k: PositiveInt = 5
     """Most similar patches, from which labels are taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ def find_recipe(name: str) -> Recipe:
 
 
 def choose_base(
-    recipe: str | None, has_data: bool = True, resume: str | None = None, command: str = "train"
+    recipe: str | os.PathLike[str] | None, has_data: bool = True, resume: str | None = None, command: str = "train"
 ) -> TrainOptions:
     """The options that flags or keywords change: a recipe's, a TOML file's, or those of the run to resume.
 
@@ -63,6 +64,7 @@ def choose_base(
         return read_recorded(resume)
     if recipe is None:
         return TrainOptions() if has_data else find_recipe("demo").options
+    recipe = os.fspath(recipe)
     if recipe.endswith(".toml"):
         return read_toml(Path(recipe))
     if recipe not in RECIPES and Path(recipe).exists():

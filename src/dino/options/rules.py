@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from numbers import Integral, Real
@@ -20,6 +22,8 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
+    ParamSpec,
+    TypeVar,
     dataclass_transform,
     get_args,
     get_origin,
@@ -39,26 +43,37 @@ class Rule(NamedTuple):
         return self.text
 
 
-def at_least(least: int, text: str) -> Rule:
+def at_least(least: float, text: str) -> Rule:
     return Rule(lambda value: value >= least, text)
+
+
+def between(least: float, most: float, unit: str = "") -> Rule:
+    """Above `most` nothing is meant, but the memory or the time of the machine would be gone before it shows."""
+    return Rule(lambda value: least <= value <= most, f"it must lie between {least:,} and {most:,}{unit}")
 
 
 def parse_bytes(size: str) -> int:
     """Bytes of "8GB", "500 MB" or "7.5GiB"; 0 if it is none of these."""
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([MG])(i?)B", size.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9]{0,9}\.?[0-9]{1,9})\s*([MG])(i?)B", size.strip(), re.IGNORECASE)
     if match is None:
         return 0
     return int(float(match[1]) * (1024 if match[3] else 1000) ** {"M": 2, "G": 3}[match[2].upper()])
 
 
 NOT_EMPTY = Rule(len, "give at least one value")
-_NOT_NEGATIVE = at_least(0, "it cannot be negative")
+_NOT_NEGATIVE, _ONE = at_least(0, "it cannot be negative"), at_least(1, "it must be at least 1")
+_MOST = 10**9
 
-PositiveInt = Annotated[int, at_least(1, "it must be at least 1")]
-NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
+PositiveInt = Annotated[int, _ONE, between(1, _MOST)]
+NonNegativeInt = Annotated[int, _NOT_NEGATIVE, between(0, _MOST)]
+Pixels = Annotated[int, _ONE, between(1, 4096, " pixels")]  # edge of a view, an image or a patch
+Width = Annotated[int, _ONE, between(1, 2**16, " numbers")]  # of a layer
+Few = Annotated[int, _ONE, between(1, 1000)]  # blocks, heads, jobs
+NoneOrFew = Annotated[int, _NOT_NEGATIVE, between(0, 1000)]  # layers, views, processes
 Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**32, "a seed lies in [0, 2**32)")]
-PositiveFloat = Annotated[float, Rule(lambda value: value > 0, "it must be above 0 and finite")]
-NonNegativeFloat = Annotated[float, _NOT_NEGATIVE]
+PositiveFloat = Annotated[float, Rule(lambda value: value > 0, "it must be above 0 and finite"), between(1e-9, _MOST)]
+NonNegativeFloat = Annotated[float, _NOT_NEGATIVE, between(0, _MOST)]
+Temperature = Annotated[float, Rule(lambda value: value > 0, "it must be above 0 and finite"), between(0.001, 1000)]
 Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a probability or share lies between 0 and 1")]
 BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "it must be in [0, 1)")]
 AttentionMass = Annotated[
@@ -75,42 +90,65 @@ _PLAIN: dict[Any, tuple[Any, str]] = {
 }
 
 
+_short = reprlib.Repr()  # a value of any size and depth, for a sentence
+_short.maxstring = _short.maxother = _short.maxlong = 100
+
+
 def conform(value: Any, kind: Any) -> Any:
     """`value` as type `kind` holds it: an integer becomes a float where one is meant, a list a tuple, a path text.
 
     Raises:
         ValueError: wrong type, no choice, or against a rule; the rest of a sentence that begins with "NAME is".
     """
-    origin, parts = get_origin(kind), get_args(kind)
+    origin, parts, shown = get_origin(kind), get_args(kind), _short.repr(value)
     if origin is Annotated:
         value = conform(value, parts[0])
         for rule in parts[1:]:
             if isinstance(rule, Rule) and not rule.accepts(value):
-                raise ValueError(f"{value}; {rule.text}.")
+                given = value if isinstance(value, str) and len(value) < 100 else _short.repr(value)
+                raise ValueError(f"{given}; {rule.text}.")
         return value
-    if NoneType in parts:  # Optional, whose other type is the first
+    if allows_none(kind):
         return None if value is None else conform(value, parts[0])
     if origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in parts):
             choices = [str(choice) for choice in parts]
-            near = did_you_mean(str(value), choices)
-            raise ValueError(f"{value!r}; choose one of {', '.join(choices)}.{near}")
+            near = did_you_mean(value, choices) if isinstance(value, str) else ""
+            raise ValueError(f"{shown}; choose one of {', '.join(choices)}.{near}")
         return value
     if origin is tuple:
         any_length = parts[-1] is ...
         if not isinstance(value, tuple | list) or not (any_length or len(value) == len(parts)):
-            raise ValueError(f"{value!r}; give {'a list of' if any_length else len(parts)} values.")
+            raise ValueError(f"{shown}; give {'a list of' if any_length else len(parts)} values.")
         return tuple(conform(one, parts[0] if any_length else parts[i]) for i, one in enumerate(value))
     if kind not in _PLAIN:  # a section, which has checked itself
         if not isinstance(value, kind):
-            raise ValueError(f"{value!r}; it must be {kind.__name__}.")
+            raise ValueError(f"{shown}; it must be {kind.__name__}.")
         return value
     taken, name = _PLAIN[kind]
     if not isinstance(value, taken) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{value!r}; it must be {name}.")
+        raise ValueError(f"{shown}; it must be {name}.")
+    try:
+        value = kind(value)
+    except OverflowError:  # of an integer beyond all floats
+        value = math.inf
     if kind is float and not math.isfinite(value):
-        raise ValueError(f"{value}; it must be a finite number.")
-    return kind(value)
+        raise ValueError(f"{shown}; it must be a finite number.")
+    if kind is str and "\0" in value:
+        raise ValueError(f"{shown}; no name holds a zero byte.")
+    return value
+
+
+def allows_none(kind: Any) -> bool:
+    """Whether a type is an Optional, whose other type is the first."""
+    return NoneType in get_args(kind)
+
+
+def get_plain(kind: Any) -> Any:
+    """A type without its rules and None."""
+    while get_origin(kind) is Annotated or allows_none(kind):
+        kind = get_args(kind)[0]
+    return kind
 
 
 @functools.cache
@@ -161,3 +199,35 @@ class Options:
     def contradictions(self) -> Iterator[str]:
         """Values that exclude each other, each in a sentence."""
         yield from ()
+
+
+_NAMES = (str, bytes, os.PathLike, Real, tuple, list, dict, NoneType)  # what is no model, data or embedding itself
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checked(kind: type[Options], *names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Hold the arguments `names` of a function to the rules of the options of these names in `kind`.
+
+    A model, data or an embedding in place of its name passes as it is.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature, types = inspect.signature(function), get_types(kind)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs)
+            for name in given.arguments.keys() & set(names):
+                value = given.arguments[name]
+                if name in ("model", "data", "embedding") and not isinstance(value, _NAMES):
+                    continue
+                try:
+                    given.arguments[name] = conform(value, types[name])
+                except ValueError as error:
+                    raise ValueError(f"{name} is {error}") from None
+            return function(*given.args, **given.kwargs)
+
+        return call
+
+    return decorate

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dino.errors import first_line
 from dino.options import flatten_names, replace
 from dino.options.train import TrainOptions
 
@@ -22,27 +23,39 @@ def read_packaged(name: str) -> dict[str, Any]:
     return tomllib.loads(resources.files("dino").joinpath(name).read_text(encoding="utf-8"))
 
 
-def read_toml(path: Path) -> TrainOptions:
-    """The options a TOML file gives, the others at their defaults.
-
-    Raises:
-        ValueError: there is no such file, or it is no TOML, or it holds an unknown option or a value that breaks its rule.
-    """
+def _read_values(path: Path) -> dict[str, Any]:
+    """What a TOML file says, by dotted name."""
     if not path.is_file():
         raise ValueError(f"there is no options file '{path}'.")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a valid TOML file: {error}.") from error
+        return flatten_names(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a valid TOML file: {first_line(error)}.") from error
+
+
+def _apply(path: Path, base: TrainOptions, values: dict[str, Any]) -> TrainOptions:
     try:
-        return replace(TrainOptions(), flatten_names(values))
+        return replace(base, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
+def read_toml(path: Path) -> TrainOptions:
+    """The options a TOML file gives. The others are at their defaults, or those of the run that it resumes.
+
+    Raises:
+        ValueError: there is no such file, or it is no TOML, or it holds an unknown option or a value that breaks its rule.
+    """
+    values = _read_values(path)
+    resumed = values.get("resume")
+    return _apply(path, read_recorded(resumed) if isinstance(resumed, str) else TrainOptions(), values)
+
+
 def read_recorded(run: str) -> TrainOptions:
-    """The options that the run in directory `run` was started with."""
-    path = Path(run) / "config.toml"
+    """The options that the run in directory `run` was started with, without those that held for one call only."""
+    path = Path(run).expanduser() / "config.toml"
     if not path.is_file():
         raise ValueError(f"{run} holds no run (no config.toml); give the --out folder of a run.")
-    return read_toml(path)
+    return _apply(path, TrainOptions(), _read_values(path) | dict.fromkeys(("resume", "stop_after")))

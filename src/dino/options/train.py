@@ -18,20 +18,27 @@ import tyro
 from dino.options import flatten, required
 from dino.options.rules import (
     BelowOne,
+    Few,
     MemorySize,
+    NoneOrFew,
     NonNegativeFloat,
-    NonNegativeInt,
     Options,
+    Pixels,
     PositiveFloat,
     PositiveInt,
     Rule,
     Seed,
     Share,
-    at_least,
+    Temperature,
+    Width,
+    between,
 )
 
 Area = Annotated[float, Rule(lambda value: 0 < value <= 1, "a share of the image area lies above 0 and is at most 1")]
 AreaRange = tuple[Area, Area]
+ViewEdge = Annotated[int, between(1, 2048, " pixels")]
+Sigma = Annotated[float, between(0.001, 100, " pixels")]
+Prototypes = Annotated[int, between(1, 2**24)]
 
 
 class DataOptions(Options, section="data."):
@@ -46,8 +53,8 @@ class DataOptions(Options, section="data."):
     labels: str = "auto"
     """Labels for the k-NN monitor: 'auto' or 'folders' (first folder level), 'none', or a CSV file of path,label."""
     max_bad_fraction: Share = 0.01
-    """The run ends when more than this share of the images cannot be read."""
-    num_workers: NonNegativeInt | None = None
+    """The run ends when more than this share of the images, and more than five, cannot be read. 0: when any cannot."""
+    num_workers: NoneOrFew | None = None
     """Processes that read, decode and render images. 0: the training process itself. None: one per spare core."""
     decode: Literal["workers", "device"] = "workers"
     """Who decodes JPEG files: the workers, or a GPU (needs TorchCodec), for where too few cores feed it."""
@@ -56,13 +63,13 @@ class DataOptions(Options, section="data."):
 class ModelOptions(Options, section="model."):
     arch: str | None = None
     """Backbone: vit_nano, vit_tiny, vit_small, vit_base, vit_large, or timm:NAME. None: chosen for data and device."""
-    patch_size: PositiveInt | None = None
+    patch_size: Pixels | None = None
     """Edge of a patch of our own ViTs, pixels. None: 16, or 8 for views under 128 pixels, or 4 under 48."""
-    width: PositiveInt | None = None
+    width: Width | None = None
     """Embedding width; None: the architecture's own."""
-    depth: PositiveInt | None = None
+    depth: Few | None = None
     """Number of blocks; None: the architecture's own."""
-    num_heads: PositiveInt | None = None
+    num_heads: Few | None = None
     """Attention heads; None: the architecture's own."""
     drop_path: BelowOne = 0.1
     """Stochastic depth rate of the last block (linear from 0 at the first), student only."""
@@ -75,13 +82,13 @@ class ModelOptions(Options, section="model."):
 
 
 class HeadOptions(Options, section="head."):
-    out_dim: PositiveInt | None = None
+    out_dim: Prototypes | None = None
     """Number of prototypes K. None: chosen from the number of images (paper: 65536)."""
-    hidden_dim: PositiveInt | None = None
+    hidden_dim: Width | None = None
     """Width of the hidden layers. None: 2048, or 512 for vit_nano."""
-    bottleneck_dim: PositiveInt | None = None
+    bottleneck_dim: Width | None = None
     """Width of the L2-normalized bottleneck. None: 256, or 128 for vit_nano."""
-    num_layers: NonNegativeInt = 3
+    num_layers: NoneOrFew = 3
     """Linear layers before the prototypes, the last of them into the bottleneck (the paper counts one more)."""
     norm_last_layer: bool = True
     """Keep the prototypes at length one (weight norm with a fixed gain). False trains the gain; helps large models."""
@@ -106,11 +113,11 @@ class MethodOptions(Options, section="method."):
     """Between distributions over prototypes (DINO), normalized vectors (BYOL), or one against negatives (MoCo-v2)."""
     queue_size: PositiveInt = 65536
     """Negatives that infonce remembers."""
-    student_temp: PositiveFloat = 0.1
+    student_temp: Temperature = 0.1
     """Temperature of the student's softmax, and of infonce's."""
-    teacher_temp: PositiveFloat | None = None
+    teacher_temp: Temperature | None = None
     """Temperature of the teacher's softmax after warm-up; lower is sharper. None: 0.07, 0.04 or 0.03 by run and model."""
-    teacher_temp_start: PositiveFloat | None = None
+    teacher_temp_start: Temperature | None = None
     """Temperature of the teacher's softmax at the first epoch. None: 0.04, or 0.03 for vit_nano."""
     teacher_temp_epochs: NonNegativeFloat | None = None
     """Epochs over which the temperature rises from start to end. None: 30, or three tenths of a shorter run."""
@@ -124,11 +131,11 @@ class MethodOptions(Options, section="method."):
 class ViewOptions(Options, section="views."):
     """Multi-crop and augmentation; defaults are the reference's for ImageNet."""
 
-    global_size: PositiveInt | None = None
+    global_size: ViewEdge | None = None
     """Edge of the 2 global views, pixels. None: 224 on a GPU, 96 on a CPU."""
-    local_size: PositiveInt | None = None
+    local_size: ViewEdge | None = None
     """Edge of the local views, pixels. None: 96 for 224-pixel globals, else about half of the global size."""
-    num_local: NonNegativeInt = 8
+    num_local: NoneOrFew = 8
     """Local views per image; 0 switches multi-crop off."""
     global_scale: AreaRange | None = None
     """Share of the image area a global crop may cover. None: 0.4 to 1, or 0.5 to 1 for views under 96 pixels."""
@@ -150,7 +157,7 @@ class ViewOptions(Options, section="views."):
     """Probability of dropping color."""
     blur_prob: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)
     """Probability of Gaussian blur: first global, second global, locals."""
-    blur_sigma: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
+    blur_sigma: tuple[Sigma, Sigma] = (0.1, 2.0)
     """Blur radius range (standard deviation), pixels of the view."""
     solarize_prob: tuple[Share, Share, Share] = (0.0, 0.2, 0.0)
     """Probability of inverting pixels of 128 and above: first global, second global, locals."""
@@ -181,7 +188,7 @@ class OptimOptions(Options, section="optim."):
 
 
 class LogOptions(Options, section="log."):
-    every: Annotated[int, at_least(1, "log at least every 1 step")] = 10
+    every: PositiveInt = 10
     """Steps between log lines; metrics leave the device only then."""
     knn_every: NonNegativeFloat = 1
     """Epochs between k-NN and feature-health checks. 0: only before and after training."""
@@ -189,7 +196,7 @@ class LogOptions(Options, section="log."):
     """Evaluations to make then, each as one word: "knn --data labeled/ --k 20", see `dino eval NAME --help`."""
     checkpoint_minutes: PositiveFloat = 10
     """Minutes between checkpoints; one is also written after every epoch."""
-    keep: Annotated[int, at_least(1, "keep at least 1 checkpoint, or a resume is impossible")] = 2
+    keep: PositiveInt = 2
     """Checkpoints to keep, the newest first."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
@@ -199,11 +206,11 @@ class TrainOptions(Options):
     out: str | None = None
     """Run directory to write. None: runs/<data name>."""
     resume: str | None = None
-    """Run directory to continue; all other options come from its config.toml."""
+    """Run directory to continue; all other options come from its config.toml. Moved images: with --data, their new place."""
     init: str | None = None
     """Weights to start from: a run directory, a release ('vits16:full', see `dino models`) or a weight file. None: fresh."""
     overwrite: bool = False
-    """Delete what is in the run directory first."""
+    """Replace the run that is in the run directory: what a run writes is deleted, all else stays."""
     epochs: PositiveInt | None = None
     """Passes over the images. None: chosen from the number of images."""
     batch_size: PositiveInt | None = None
@@ -227,7 +234,7 @@ class TrainOptions(Options):
     threads: PositiveInt | None = None
     """CPU threads for the arithmetic. None: all cores but one, from four cores on."""
     stop_after: PositiveInt | None = None
-    """Stop (and save) after this many steps; schedules still span all epochs."""
+    """Stop (and save) after this many steps of the run; schedules still span all epochs. A resume goes on to the end."""
     report: bool = True
     """Write report.html at the end."""
     data: DataOptions = DataOptions()

@@ -26,8 +26,8 @@ from dino.data.views import draw_views
 from dino.features.extract import extract
 from dino.features.neighbors import find_neighbors
 from dino.html import NUM_NEIGHBORS, get_label, read_row, render
-from dino.look.attention import jaccard
-from dino.look.pictures import MOST_PATCHES, attention_maps, pca_colors, to_bytes
+from dino.look.attention import MOST_PATCHES, jaccard
+from dino.look.pictures import attention_maps, pca_colors, to_bytes
 from dino.models import NO_ATTENTION, Backbone
 from dino.report.run import Run
 

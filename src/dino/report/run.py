@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dino.engine.log import read_metrics
+from dino.engine.log import read_metrics, read_quarantine
 from dino.engine.monitor import CollapseMonitor
 from dino.options import required
 from dino.options.toml import read_recorded
@@ -27,8 +27,8 @@ class Run:
     def read(cls, folder: Path, num_images: int) -> Run:
         """The run in `folder`, which trains on `num_images` images."""
         options = read_recorded(str(folder))
-        lines = [line for line in read_metrics(folder / "metrics.jsonl") if "step" in line]
-        return cls(folder, options, lines, read_metrics(folder / "quarantine.jsonl"), num_images)
+        lines = read_metrics(folder / "metrics.jsonl")
+        return cls(folder, options, lines, read_quarantine(folder / "quarantine.jsonl"), num_images)
 
     @property
     def steps(self) -> int:

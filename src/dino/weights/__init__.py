@@ -18,16 +18,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dino import files
-from dino.models import Backbone, create
+from dino import errors, files
+from dino.models import SIZES, Backbone, create
 from dino.models.vit import VisionTransformer
+from dino.options import required
+from dino.options.rules import Pixels, PositiveInt, conform, get_types
+from dino.options.train import ModelOptions
+from dino.terminal import say
 from dino.weights import formats, pickles, releases
+from dino.weights.checkpoints import get_step, list_checkpoints, read_newest
 from dino.weights.formats import State
 
 if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
 
 WEIGHTS, CONFIG = "teacher.safetensors", "config.json"
+# What a file that holds other things than its kind should raises on the way.
+_MISSHAPED = (LookupError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +66,14 @@ class Weights:
         return self.part(f"{role}.backbone.")
 
 
-def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any]) -> None:
-    """Write `backbone` to `folder` as safetensors beside the arguments of `create` that rebuild it."""
-    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    with files.replacing(folder / WEIGHTS) as temporary:
-        save_file(state, temporary)
+def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any], step: int = 0) -> None:
+    """Write `backbone` after `step` steps to `folder` as safetensors beside the arguments of `create` that rebuild it."""
     with files.replacing(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps({"model": arguments}, indent=2) + "\n")
+    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    with files.replacing(folder / WEIGHTS, flush=True) as temporary:
+        # One entry, because the order of several would differ from file to file.
+        save_file(state, temporary, {"dino": json.dumps({"step": step, "sha256": _hash(state)})})
 
 
 def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) -> VisionTransformer | TimmBackbone:
@@ -89,12 +97,17 @@ def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) ->
 
 def build_backbone(weights: Weights, **changes: Any) -> VisionTransformer | TimmBackbone:
     """The (teacher's) backbone that `weights` hold; arguments and errors as for `load`."""
+    where, arguments = weights.where, check_arguments(weights.arguments | changes, weights.where)
+    state = weights.backbone()
     try:
-        model = create(**weights.arguments | changes)
-    except TypeError as error:
-        raise ValueError(f"{weights.where} cannot be built: {error}; its options are of another version.") from error
-    load_strictly(model, weights.backbone(), weights.where)
-    vars(model)["where"] = weights.where  # for messages
+        if arguments["arch"] in SIZES:  # sizes that the file only says, and does not hold, are never allocated
+            with torch.device("meta"):
+                check_fit(create(**arguments), state, where)
+        model = create(**arguments)
+    except ValueError as error:
+        raise error if str(error).startswith(where) else ValueError(f"{where} cannot be built: {error}") from error
+    load_strictly(model, state, where)
+    vars(model)["where"] = where  # for messages
     return model.eval().requires_grad_(False)
 
 
@@ -109,21 +122,27 @@ def read(
     """
     path = file = _locate(name, offline)
     try:
-        pointer = path / "checkpoints" / "latest"
-        if not only_backbone and pointer.is_file():
-            file = pointer.with_name(pointer.read_text().strip())
-        content, config = _open_folder(file) if file.is_dir() else _open_file(file)
-        return _recognize(content, config, str(file), num_heads)
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        if list_checkpoints(path / "checkpoints"):
+            file, content, config = _open_run(path, only_backbone)
+        else:
+            content, config = _open_folder(path) if path.is_dir() else _open_file(path)
+        found = _recognize(content, config, str(file), num_heads)
+        check_arguments(found.arguments, str(file))
+        if not all(isinstance(value, Tensor) for value in found.state.values()):
+            raise TypeError("what should be a tensor is none")
+        return found
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({errors.first_line(error)}); check its permissions.") from error
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, *_MISSHAPED) as error:
         raise ValueError(
-            f"{path} holds damaged weights: {error}. Resume or repeat the run, or copy it again."
+            f"{path} holds damaged weights ({errors.first_line(error)}); resume or repeat the run, or copy it again."
         ) from error
 
 
 def _locate(name: str | os.PathLike[str], offline: bool) -> Path:
     """The path of `name`, downloaded if it is a release."""
-    if Path(name).exists():
-        return Path(name)
+    if (path := Path(name).expanduser()).exists():
+        return path
     if releases.find_release(str(name)) is None:
         raise ValueError(
             f"there is no run, weight file or release '{name}'; give the --out folder of a training run, a .pth or "
@@ -132,11 +151,33 @@ def _locate(name: str | os.PathLike[str], offline: bool) -> Path:
     return releases.fetch_release(str(name), offline)
 
 
+def _open_run(run: Path, only_backbone: bool) -> tuple[Path, State, dict[str, Any]]:
+    """The file that was read, tensors and configuration of a run directory with checkpoints.
+
+    The newest checkpoint stands in for the file of the teacher where that is missing, damaged, or of an earlier step: the
+    run was killed, or its disk was full, between writing the one and the other.
+    """
+    reason = ""
+    if only_backbone:
+        newest = get_step(list_checkpoints(run / "checkpoints")[-1])
+        try:
+            content, step = _open_teacher(run)
+            if step >= newest:
+                return run, content, {"model": json.loads((run / CONFIG).read_text())["model"]}
+            reason = f"is of step {step:g} and not of step {newest}"
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            reason = f"cannot be used ({errors.find_reason(error)})"
+    found = required(read_newest(run / "checkpoints"))
+    if reason:
+        say(f"{run / WEIGHTS} {reason}; taking {found.path.name}. `dino train --resume {run}` writes it anew.")
+    return found.path, found.state, {}
+
+
 def _open_folder(folder: Path) -> tuple[State, dict[str, Any]]:
     """Tensors and configuration of a run directory, or of a folder that timm or Hugging Face saved."""
     config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
     if "model" in config and (folder / WEIGHTS).is_file():
-        return load_file(folder / WEIGHTS), {"model": config["model"]}
+        return _open_teacher(folder)[0], {"model": config["model"]}
     if not config or not (folder / "model.safetensors").is_file():
         raise ValueError(
             f"{folder} holds no {WEIGHTS} or model.safetensors with its {CONFIG}; give the --out folder of a training "
@@ -146,6 +187,16 @@ def _open_folder(folder: Path) -> tuple[State, dict[str, Any]]:
         if config.get(key, rule) != rule:
             raise ValueError(f"{folder / CONFIG} says {key} {config[key]}; only {key} {rule} can be read.")
     return load_file(folder / "model.safetensors"), {name: config[name] for name in config if name != "model"}
+
+
+def _open_teacher(folder: Path) -> tuple[State, float]:
+    """The teacher's backbone of a run, whose checksum must be right, and the step it is of; infinity if it does not say."""
+    state = load_file(folder / WEIGHTS)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        header = json.loads((file.metadata() or {}).get("dino", "{}"))
+    if "sha256" in header and header["sha256"] != _hash(state):
+        raise ValueError(f"{folder / WEIGHTS} is damaged: its checksum is another than when it was written.")
+    return state, float(header.get("step", "inf"))
 
 
 def _open_file(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -216,12 +267,37 @@ def _read_networks(networks: dict[str, Any], where: str, num_heads: int | None) 
     return Weights(where, arguments, out, tuple(left_out))
 
 
+def check_arguments(arguments: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of `create`, held to the rules of the options of these names.
+
+    Raises:
+        ValueError: `where` says an argument that there is not, or one that breaks its rule.
+    """
+    types = get_types(ModelOptions) | {"arch": str, "image_size": Pixels, "in_channels": PositiveInt}
+    held = {}
+    for name, value in arguments.items():
+        if name not in types:
+            raise ValueError(f"{where} cannot be built: it says {name}, which is of another version.")
+        try:
+            held[name] = conform(value, types[name])
+        except ValueError as error:
+            raise ValueError(f"{where} cannot be built: {name} is {error}") from error
+    return held
+
+
 def load_strictly(module: nn.Module, state: State, where: str) -> None:
     """Load `state` into `module`; every key and shape must agree, and every number must be finite.
 
     Raises:
         ValueError: names what is missing, unknown, of another shape, or not finite.
     """
+    check_fit(module, state, where)
+    refuse_broken(state, where)
+    module.load_state_dict(state)
+
+
+def check_fit(module: nn.Module, state: State, where: str) -> None:
+    """Refuse a state whose keys and shapes are not those of `module`; errors as for `load_strictly`."""
     own = module.state_dict()
     reshaped = [
         f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
@@ -231,8 +307,6 @@ def load_strictly(module: nn.Module, state: State, where: str) -> None:
     kinds = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(), "of another shape": reshaped}
     if wrong := [f"{len(names)} {kind} ({formats.list_first(names)})" for kind, names in kinds.items() if names]:
         raise ValueError(f"{where} does not fit this model: {'; '.join(wrong)}. Use the options it was trained with.")
-    refuse_broken(state, where)
-    module.load_state_dict(state)
 
 
 def refuse_broken(state: State, where: str) -> None:
@@ -248,8 +322,12 @@ def refuse_broken(state: State, where: str) -> None:
 def fingerprint(model: Backbone) -> str:
     """Hex digest of a model's weights."""
     assert isinstance(model, nn.Module)
+    return _hash(model.state_dict())
+
+
+def _hash(state: State) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

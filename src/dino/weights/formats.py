@@ -126,7 +126,7 @@ def infer_vit(state: State, where: str, num_heads: int | None) -> dict[str, Any]
     Shapes do not tell the number of heads: a width of `SIZES` has its architecture's, any other width heads of 64 channels.
     """
     cls_token, positions, patches = state["cls_token"], state["pos_embed"], state["patch_embed.proj.weight"]
-    if cls_token.ndim != 3 or positions.ndim != 3 or patches.ndim != 4:
+    if cls_token.ndim != 3 or positions.ndim != 3 or patches.ndim != 4 or min(*positions.shape, *patches.shape) < 1:
         raise ValueError(f"{where} is no ViT of this kind: pos_embed is {list(positions.shape)}, expected [1, n, d].")
     width, depth, patch_size = cls_token.shape[-1], _count(state, r"blocks\.(\d+)\."), patches.shape[-1]
     usual = ("vit_small", None if width % 64 else width // 64)

@@ -40,7 +40,9 @@ def load_pickle(path: str | os.PathLike[str]) -> Any:
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle formats; a user cannot change the file
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}); check its permissions.") from error
+    except Exception as error:  # damaged pickles raise a dozen kinds
         asked = re.search(r"GLOBAL (\S+)|class (\S+) was not", str(error))
         if asked is None or not isinstance(error, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged or no PyTorch file; download or save it again.") from error

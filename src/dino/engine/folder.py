@@ -1,0 +1,105 @@
+"""The directory of a run: which one it is, the files that a run writes there, and what --overwrite deletes of them."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import tomli_w
+
+from dino import files
+from dino.data.open import find_path, get_name, make_absolute, record_files
+from dino.data.sources import Source
+from dino.options import flatten, replace, toml
+from dino.options.evaluate import EVALUATIONS
+from dino.options.toml import to_dict
+from dino.options.train import TrainOptions
+
+_WRITTEN = [
+    *("config.json", "files.jsonl", "teacher.safetensors", "metrics.jsonl", "quarantine.jsonl"),
+    *("report.html", "checkpoints/latest", "checkpoints/step-????????.pt", "tensorboard/events.out.tfevents.*"),
+    *(f"eval/{name}{end}" for name in EVALUATIONS for end in (".json", ".safetensors", ".training/latest")),
+    *(f"eval/{name}.training/step-????????.pt" for name in EVALUATIONS),
+    *(f"eval/step-????????/{name}.json" for name in EVALUATIONS),
+    "config.toml",  # last: without it, what is left after a kill would be no run
+]
+
+
+def list_written(run: Path) -> list[Path]:
+    """The files in the directory `run` that a run and its evaluations have written.
+
+    Raises:
+        ValueError: some of them lie behind a link, so they may belong to another run.
+    """
+    found = [path for pattern in _WRITTEN for path in run.glob(pattern)]
+    for path in found:
+        if path.parent.resolve() != run.resolve() / path.parent.relative_to(run):
+            raise ValueError(
+                f"{path.parent} is a link, and --overwrite deletes nothing behind links; delete the link, or choose "
+                "another --out."
+            )
+    return found
+
+
+def clear(run: Path) -> None:
+    """Delete the files that a run has written, and the folders that are empty then. All other files stay."""
+    written = list_written(run)
+    for path in written:
+        path.unlink(missing_ok=True)
+    files.sweep(run)
+    folders = {parent for path in written for parent in path.parents if run in parent.parents}
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+        files.sweep(folder)
+        with contextlib.suppress(OSError):  # it is not empty, or a disk is mounted there
+            folder.rmdir()
+
+
+def choose_folder(options: TrainOptions) -> Path:
+    """The run directory. Refuses a folder that holds anything but a run, and a run without `overwrite`."""
+    if options.resume is not None:
+        return Path(options.resume).expanduser()
+    folder = Path(options.out or f"runs/{get_name(options.data.path)}").expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file; give a folder to write the run to.")
+    # A run that was killed as it started leaves at most its lock and its file list.
+    if folder.is_dir() and any(child.name[0] != "." and child.name != "files.jsonl" for child in folder.iterdir()):
+        if not (folder / "config.toml").exists():
+            raise ValueError(f"{folder} is not empty and holds no run; choose another --out.")
+        if not options.overwrite:
+            raise ValueError(
+                f"{folder} already holds a run; continue it with --resume {folder}, replace it with --overwrite, "
+                "or choose another --out."
+            )
+        toml.read_recorded(str(folder))  # else it is another program's config.toml
+        written = {path.resolve() for path in list_written(folder)} | {folder.resolve()}
+        inputs = {
+            "data": find_path(options.data.path),
+            "data.val": options.data.val,
+            "data.labels": options.data.labels,
+        }
+        for name, given in (inputs | {"init": options.init}).items():
+            if given is not None and Path(given).expanduser().resolve() in written:
+                raise ValueError(
+                    f"--{name} {given} is part of the run that --overwrite would delete; choose another --out."
+                )
+    return folder
+
+
+def prepare(options: TrainOptions, folder: Path, source: Source) -> None:
+    """Make the run directory and record the run in it; called last, when all checks have passed."""
+    if options.overwrite:
+        clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    record(options, folder, source)
+
+
+def record(options: TrainOptions, folder: Path, source: Source) -> None:
+    """Write the resolved options and the names of the images, which a resume reads."""
+    given, words = flatten(options), (None, "auto", "folders", "none")
+    absolute = dict.fromkeys(("data.path", "data.val"), make_absolute)
+    absolute |= dict.fromkeys(("data.labels", "init"), files.absolute_if_exists)
+    paths = {name: function(given[name]) for name, function in absolute.items() if given[name] not in words}
+    recorded = replace(options, paths | {"out": None, "overwrite": False, "stop_after": None})
+    record_files(source, folder)
+    with files.replacing(folder / "config.toml") as temporary:
+        temporary.write_text(tomli_w.dumps(to_dict(recorded)))
