@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dino
 import processes
@@ -23,6 +25,7 @@ from dino.features.extract import extract
 from dino.weights import fingerprint
 from helpers import dino_command, draw_images, run_dino
 
+pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 COUNT, SHARD = 120, 2
@@ -123,6 +126,92 @@ def test_a_bit_that_flipped_is_noticed(tmp_path, whole):
     shard.write_bytes(content)
     with pytest.raises(ValueError, match=r"part-000003.parquet is damaged or cut short"):
         Folder.open(out).read()
+
+
+def alter_column(name: str, values: object):
+    return lambda table, about: (table.set_column(table.column_names.index(name), name, values), about)
+
+
+@pytest.mark.parametrize(
+    ("alter", "text"),
+    {
+        "no JSON": (lambda table, about: (table, "{"), "holds damaged metadata"),
+        "no object": (lambda table, about: (table, "[]"), "holds damaged metadata"),
+        "deep": (lambda table, about: (table, "[" * 100_000), "holds damaged metadata"),
+        "a key is gone": (
+            lambda table, about: (table, {k: v for k, v in about.items() if k != "bad"}),
+            "damaged metadata",
+        ),
+        "no size": (lambda table, about: (table, about | {"size": 0}), "its size is not as"),
+        "a size that is text": (lambda table, about: (table, about | {"size": "32"}), "its size is not as"),
+        "a pooling": (lambda table, about: (table, about | {"pooling": ["cls"]}), "its pooling is not as"),
+        "no shards": (lambda table, about: (table, about | {"shards": None}), "its shards is not as"),
+        "a model": (lambda table, about: (table, about | {"model": 3}), "its model is not as"),
+        "bad images": (lambda table, about: (table, about | {"bad": [["a"]]}), "its bad is not as"),
+        "no paths": (lambda table, about: (table.drop_columns(["path"]), about), "its path is not as"),
+        "two paths": (lambda table, about: (table.append_column("path", table["path"]), about), "its path is not as"),
+        "paths are numbers": (alter_column("path", [[1, 2]]), "its path is not as"),
+        "no features": (lambda table, about: (table.drop_columns(["feature"]), about), "its feature is not as"),
+        "features are text": (alter_column("feature", [["a", "b"]]), "its feature is not as"),
+        "an index is text": (alter_column("index", [["a", "b"]]), "its index is not as"),
+        "an index is missing": (alter_column("index", [[0, None]]), "holds empty values"),
+        "an index is too large": (alter_column("index", [[0, 10**6]]), "names images outside of its data"),
+        "an index is below 0": (alter_column("index", [[0, -1]]), "names images outside of its data"),
+        "a path is missing": (alter_column("path", [["a", None]]), "holds empty values"),
+        "no rows": (lambda table, about: (table.slice(0, 0), about), "holds no features"),
+    }.values(),
+)
+def test_an_altered_shard_is_one_sentence(alter, text, whole, tmp_path, capsys):
+    table, about = alter(pq.read_table(whole.files[0]), whole.about)
+    said = about if isinstance(about, str) else json.dumps(about)
+    pq.write_table(table.replace_schema_metadata({"dino": said}), tmp_path / "x.parquet")
+    assert main(["outliers", str(tmp_path / "x.parquet"), "--k", "1"]) == 2
+    complaint = capsys.readouterr().err
+    assert text in complaint
+    assert len(complaint.splitlines()) == 1
+
+
+def test_features_that_are_not_finite_are_refused(whole, saved_model, tmp_path):
+    """Stored ones, those of weights, and those that a sound file's weights compute. All name the model."""
+    table = pq.read_table(whole.files[0])
+    values = np.array(table["feature"].to_pylist(), np.float32)
+    values[1, 5] = np.nan
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    pq.write_table(table.set_column(table.column_names.index("feature"), "feature", column), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=f"are not finite .* made by the model {saved_model}"):
+        Folder.open(tmp_path / "x.parquet").read()
+    shutil.copytree(saved_model, model := tmp_path / "model")
+    state = load_file(model / "teacher.safetensors")
+    state["norm.bias"] = torch.full_like(state["norm.bias"], 3e38)
+    save_file(state | {"norm.weight": 3e38 * torch.ones_like(state["norm.weight"])}, model / "teacher.safetensors")
+    with pytest.raises(ValueError, match=f"the model {model} computes numbers that are not finite"):
+        dino.embed(model, "scenes:3", tmp_path / "e", device="cpu")
+    save_file(state | {"norm.weight": float("nan") * state["norm.weight"]}, model / "teacher.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"{model} holds numbers that are not finite .* in 1 of \d+ tensors \(norm.weight\)"
+    ):
+        dino.load(model)
+    broken = dino.load(saved_model)
+    broken.norm.weight.data *= float("nan")
+    with pytest.raises(ValueError, match=f"{saved_model} holds numbers that are not finite"):
+        dino.evaluate("knn", broken, data=str(tmp_path))
+
+
+def test_paths_may_be_given_as_such(many, saved_model, tmp_path):
+    out = dino.embed(saved_model, many, tmp_path / "x.parquet", shard=64, device="cpu").path
+    found = dino.search(out, many / "class0" / "000.jpg", 1, model=saved_model, device="cpu")
+    assert found.paths == [["class0/000.jpg"]]
+    assert dino.DinoFeatures(saved_model, device="cpu").fit_transform([many / "class0" / "000.jpg"]).shape == (1, 96)
+
+
+def test_one_row_is_searched_and_has_no_others(saved_model, tmp_path, capsys):
+    one = draw_images(tmp_path / "one", 1)
+    out = str(dino.embed(saved_model, one, tmp_path / "x.parquet", device="cpu").path)
+    assert main(["search", out, str(one / "class0" / "000.jpg"), "--k", "5", "--index", "hnsw"]) == 0
+    assert main(["duplicates", out]) == 0
+    assert "0 of 1 images are in 0 groups" in capsys.readouterr().out
+    assert main(["outliers", out]) == 2
+    assert "holds one image only" in capsys.readouterr().err
 
 
 def test_two_ranks_refuse_with_one_sentence(tmp_path, whole, many, saved_model):

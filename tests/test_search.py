@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import scipy.sparse.csgraph
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 import dino
 from dino import weights
 from dino.cli import main
+from dino.data.decode import decode
+from dino.data.scenes import Scenes
+from dino.data.sources import Images
+from dino.features.copies import EDGE, find_copies, is_copy
 from dino.features.embed import Embedding, Folder
 from dino.features.search import Index
 from helpers import draw_images, run_dino
 
+pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 
@@ -45,6 +54,21 @@ def embedded(album, saved_model) -> Path:
 def drawn(rows: int, dim: int = 16, seed: int = 0, place: Path = Path("x.parquet")) -> Embedding:
     values = F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
     return Embedding(Folder(place, [], {}, rows, dim, []), [f"{i}.jpg" for i in range(rows)], np.arange(rows), values)
+
+
+def pixels_of(images: Path, embedding: Path) -> np.ndarray:
+    """Features that tell images apart: their pixels."""
+    names = pq.read_table(embedding)["path"].to_pylist()
+    pixels = np.stack([cv2.resize(decode(images / name), (6, 6)).astype(np.float32) for name in names])
+    return (pixels - pixels.mean((0, 1, 2))).reshape(len(names), -1)
+
+
+def rewrite(embedding: Path, out: Path, values: np.ndarray) -> Path:
+    """An embedding with other features, as one file."""
+    table = pq.read_table(embedding)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    pq.write_table(table.set_column(table.column_names.index("feature"), "feature", column), out)
+    return out
 
 
 @settings(max_examples=40, deadline=None)
@@ -74,7 +98,7 @@ def test_approximate_indices_are_kept_and_find_most(kind, embedded, saved_model,
     assert sorted(found.paths[0][:3]) == ["class1/001.jpg", "class2/copy0.jpg", "class2/copy1.jpg"]
     assert dino.search(embedded, [query], 4, kind, device="cpu").paths == found.paths
     assert file.stat().st_mtime_ns == made
-    assert [sorted(group) for group in dino.duplicates(embedded, 0.999, kind)] == dino.duplicates(embedded, 0.999)
+    assert dino.duplicates(embedded, 0.999, kind) == dino.duplicates(embedded, 0.999)
     np.testing.assert_allclose(dino.outliers(embedded, 5, kind), dino.outliers(embedded, 5), atol=0.05)
 
 
@@ -101,33 +125,39 @@ def test_the_command_finds_copies_first(embedded, album, tmp_path):
     assert page.read_text().count("<img") == 6
 
 
-def test_duplicates_are_groups_and_outliers_stand_alone(embedded, tmp_path, capsys):
+def test_duplicates_are_groups_and_outliers_stand_alone(embedded, album, tmp_path, capsys):
     page, file = tmp_path / "p.html", tmp_path / "r.json"
-    assert main(["duplicates", str(embedded), "--threshold", "0.9999", "--html", str(page), "--json", str(file)]) == 0
-    assert "3 of 44 images are in 1 groups" in capsys.readouterr().out
+    assert main(["duplicates", str(embedded), "--threshold", "0.999", "--html", str(page), "--json", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "4 of 44 images are in 1 groups of near-copies; the 3 that are not to keep take " in said
+    assert re.search(r"keep  1.0000  \d\d x \d\d, .* (kB|bytes) +class1/001.jpg", said)
     (group,) = json.loads(file.read_text())["groups"]
-    assert [entry["path"] for entry in group] == ["class1/001.jpg", "class2/copy0.jpg", "class2/copy1.jpg"]
-    assert page.read_text().count("<img") == 3
-    assert main(["outliers", str(embedded), "--k", "5", "--top", "3", "--html", str(page), "--json", str(file)]) == 0
+    best, copies = group["keep"], group["copies"]
+    assert [entry["path"] for entry in (best, *copies)] == [
+        "class1/001.jpg",
+        *(f"class2/copy{i}.jpg" for i in range(3)),
+    ]
+    assert best["bytes"] == copies[0]["bytes"] == (album / best["path"]).stat().st_size > copies[2]["bytes"]
+    assert decode(album / best["path"]).shape == (best["height"], best["width"], 3)
+    assert page.read_text().count("<img") == 4
+    told = rewrite(embedded, tmp_path / "told.parquet", pixels_of(album, embedded))
+    assert main(["outliers", str(told), "--k", "5", "--top", "3", "--html", str(page), "--json", str(file)]) == 0
     first = json.loads(file.read_text())["outliers"]
     assert first[0]["path"] == "class0/noise.png"
     assert [entry["cosine"] for entry in first] == sorted(entry["cosine"] for entry in first)
     assert page.read_text().count("<img") == 3
 
 
-def test_groups_are_stars_against_a_plain_count():
-    """Every member is so like the first of its group, and nobody outside is like a first one and still free."""
-    embedding, threshold = drawn(300, dim=4, seed=3), 0.9
-    groups = dino.duplicates(embedding, threshold)
-    taken: set[int] = set()
-    expected = []
-    alike = (embedding.values @ embedding.values.T >= threshold).numpy()
-    for row in range(300):
-        members = [j for j in range(row + 1, 300) if alike[row, j] and j not in taken]
-        if row not in taken and members:
-            expected.append([row, *members])
-            taken |= set(members)
-    assert groups == sorted(expected, key=len, reverse=True)
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_features_join_all_rows_that_a_chain_of_pairs_joins(kind, tmp_path):
+    pytest.importorskip("faiss")
+    embedding, threshold = drawn(300, dim=4, seed=3, place=tmp_path / "x.parquet"), 0.97
+    near = scipy.sparse.csr_matrix((embedding.values @ embedding.values.T >= threshold).numpy())
+    _, labels = scipy.sparse.csgraph.connected_components(near)
+    expected = {tuple(np.flatnonzero(labels == label)) for label in set(labels) if (labels == label).sum() > 1}
+    groups = dino.duplicates(embedding, threshold, kind, confirm=False)
+    assert {*map(tuple, groups)} == expected
+    assert [*map(len, groups)] == sorted(map(len, groups), reverse=True)
 
 
 def test_outliers_against_a_plain_count():
@@ -215,8 +245,15 @@ def test_an_index_must_be_of_its_embedding(embedded, album, saved_model, tmp_pat
     assert main(query) == 0
     Index(drawn(50, place=tmp_path / "own.parquet"), "hnsw", rebuild=True)
     assert main(query) == 2
+    capsys.readouterr()
+    assert main([*query, "--rebuild"]) == 0
+    whole = index.read_bytes()
+    for at in (20, len(whole) // 2, len(whole) - 40, len(whole) - 1):  # one bit of it
+        index.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert main(query) == 2
+        assert "or damaged; add --rebuild." in capsys.readouterr().err
     for rest in (100, 0):
-        index.write_bytes(index.read_bytes()[:rest])
+        index.write_bytes(whole[:rest])
         assert main(query) == 2
         assert "or damaged; add --rebuild." in capsys.readouterr().err
 
@@ -229,18 +266,132 @@ def test_a_picture_that_is_gone_bad_is_gray_on_the_page(saved_model, tmp_path):
     assert (tmp_path / "p.html").read_text().count("<img") == 12
 
 
-def test_what_is_a_copy_depends_on_what_is_around(tmp_path):
-    """Rows of a dense cluster are no copies of each other, though nearer than a copy is elsewhere."""
-    rng = np.random.default_rng(0)
-    dense, sparse = np.eye(16)[0] + 0.01 * rng.standard_normal((60, 16)), rng.standard_normal((60, 16))
-    sparse[7] = sparse[3] + 0.05 * rng.standard_normal(16)
-    values = F.normalize(torch.tensor(np.concatenate([dense, sparse]), dtype=torch.float32), dim=1)
-    embedding = Embedding(Folder(tmp_path / "x.parquet", [], {}, 120, 16, []), [], np.arange(120), values)
-    assert values[63] @ values[67] < (values[:60] @ values[:60].T).median()
-    for kind in ("flat", "hnsw"):
-        assert dino.duplicates(embedding, index=kind) == [[63, 67]]
-    same = Embedding(embedding.folder, [], np.arange(9), torch.cat([values[:1].expand(5, -1), values[60:64]]))
-    assert dino.duplicates(same) == [[0, 1, 2, 3, 4]]
+# --- near-copies ---------------------------------------------------------------------------------------------------
+
+SCENES = Scenes(60, size=160)
+
+
+def scene(i: int) -> Image.Image:
+    return Image.fromarray(SCENES.read(i))
+
+
+def paste(image: Image.Image) -> Image.Image:
+    image.paste((240, 220, 60), (60, 60, 85, 85))
+    return image
+
+
+def encode(image: Image.Image, quality: int) -> Image.Image:
+    image.save(file := io.BytesIO(), "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    {
+        "smaller": (lambda image: image.resize((50, 50)), True),
+        "stretched": (lambda image: image.resize((160, 180)), True),
+        "compressed": (lambda image: encode(image, 30), True),
+        "cropped": (lambda image: image.crop((6, 0, 157, 154)), True),
+        "brighter": (lambda image: ImageEnhance.Brightness(image).enhance(1.1), True),
+        "darker": (lambda image: ImageEnhance.Brightness(image).enhance(0.9), True),
+        "mirrored": (ImageOps.mirror, False),
+        "half of it": (lambda image: image.crop((0, 0, 80, 160)), False),
+        "other colors": (
+            lambda image: Image.merge("RGB", [image.split()[0], *ImageOps.invert(image).split()[1:]]),
+            False,
+        ),
+        "something added": (paste, False),
+        "another": (lambda image: scene(30), False),
+    }.values(),
+)
+def test_pixels_tell_copies_from_others(change, same):
+    def thumbnail(image: Image.Image) -> np.ndarray:
+        return cv2.resize(np.asarray(image), (EDGE, EDGE), interpolation=cv2.INTER_AREA)
+
+    found = [is_copy(thumbnail(scene(i)), thumbnail(change(scene(i)))) for i in range(8)]
+    assert np.mean(found) >= 0.9 if same else not any(found)
+
+
+def test_pictures_of_one_color_are_copies_of_the_same_color_only():
+    plain = {
+        name: np.full((EDGE, EDGE, 3), color, np.uint8) for name, color in (("white", 255), ("black", 0), ("gray", 190))
+    }
+    plain |= {"red": np.uint8([255, 0, 0]) * np.ones_like(plain["white"]), "page": plain["white"].copy()}
+    plain["page"][20:30, 20:40] = 0
+    assert {(a, b) for a in plain for b in plain if is_copy(plain[a], plain[b])} == {(name, name) for name in plain}
+
+
+def made(pictures: list[Image.Image], values: torch.Tensor) -> tuple[Embedding, Images]:
+    folder = Folder(Path("x.parquet"), [], {}, len(values), values.shape[1], [])
+    names = [f"{i}.png" for i in range(len(values))]
+    embedding = Embedding(folder, names, np.arange(len(values)), F.normalize(values, dim=1))
+    return embedding, Images([np.asarray(picture) for picture in pictures])
+
+
+@pytest.mark.slow
+def test_a_group_has_no_limit_and_the_best_of_it_comes_first():
+    """A hundred equal copies, and forty that differ a little, among others; the features say which may be copies."""
+    pictures = [scene(0)] * 100 + [encode(scene(1), 40 + i).resize((150 - i, 150 - i)) for i in range(40)]
+    pictures += [scene(i) for i in range(2, 42)]
+    noise = 0.01 * torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    values = drawn(42, 64).values
+    embedding, images = made(pictures, torch.cat([values[:1].expand(100, -1), values[1] + noise, values[2:]]))
+    groups = find_copies(embedding, images).groups
+    assert [[copy.row for copy in group] for group in groups] == [[*range(100)], [*range(100, 140)]]
+    assert groups[1][0].view is not None
+    assert (groups[1][0].view.width, groups[1][0].view.height) == (150, 150)
+
+
+def test_features_alone_make_no_copies_and_a_chain_makes_no_group():
+    """Two pictures for one feature; and a picture that becomes another in small steps."""
+    pictures = [Image.blend(scene(0), scene(1), step / 24) for step in range(25)] + [scene(i) for i in range(2, 30)]
+    values = drawn(29, 64).values
+    embedding, images = made(pictures, torch.cat([values[:1].expand(25, -1), values[1:2].expand(2, -1), values[3:]]))
+    groups = find_copies(embedding, images).groups
+    assert len(groups) > 2
+    for first, *others in groups:
+        assert others
+        assert all(is_copy(first.view.thumbnail, copy.view.thumbnail) for copy in others)
+    assert {copy.row for group in groups for copy in group} <= {*range(25)}
+
+
+def test_a_model_that_cannot_tell_says_so(embedded, album, tmp_path, capsys):
+    """Its copies are found by their pixels alone, and no list of outliers is written."""
+    page, file = tmp_path / "p.html", tmp_path / "r.json"
+    assert main(["duplicates", str(embedded), "--html", str(page), "--json", str(file)]) == 0
+    said = capsys.readouterr()
+    assert re.search(
+        r"The model .* cannot tell these images apart \(half of all pairs have a cosine over 0\.9", said.err
+    )
+    assert "cannot tell these images apart" in page.read_text()
+    (group,) = json.loads(file.read_text())["groups"]
+    assert len(group["copies"]) == 3
+    assert main(["outliers", str(embedded), "--k", "5"]) == 0
+    assert "cannot tell these images apart" in capsys.readouterr().err
+    before = file.read_text()
+    assert main(["outliers", str(embedded), "--k", "5", "--json", str(file)]) == 2
+    assert "no list of outliers is written: The model " in capsys.readouterr().err
+    assert file.read_text() == before
+
+
+def test_without_the_images_there_is_no_list_of_copies(album, saved_model, tmp_path, capsys):
+    moved = shutil.copytree(album, tmp_path / "photos")
+    out = dino.embed(saved_model, moved, tmp_path / "x.parquet", device="cpu").path
+    told = rewrite(out, tmp_path / "told.parquet", pixels_of(moved, out))
+    shutil.rmtree(moved)
+    assert main(["duplicates", str(told)]) == 0
+    said = capsys.readouterr()
+    assert "Not confirmed by pixels, candidates by features alone: " in said.err
+    assert "class2/copy1.jpg" in said.out
+    for option in ("--json", "--html"):
+        file = tmp_path / f"r.{option[2:]}"
+        assert main(["duplicates", str(told), option, str(file)]) == 2
+        assert "cannot be confirmed by their pixels, so none are written" in capsys.readouterr().err
+        assert not file.exists()
+    assert main(["duplicates", str(out)]) == 2  # neither the model nor pixels can tell
+    assert "near-copies cannot be found without the pixels of the images: " in capsys.readouterr().err
+    with pytest.raises(ValueError, match="does not exist"):
+        dino.duplicates(told)
 
 
 def test_a_page_needs_the_images_as_they_were(saved_model, tmp_path, capsys):

@@ -10,8 +10,8 @@ from dino.version import __version__ as __version__
 if TYPE_CHECKING:
     from dino.eval.evaluate import evaluate as evaluate
     from dino.exports.export import export as export
+    from dino.features.copies import duplicates as duplicates
     from dino.features.embed import embed as embed
-    from dino.features.search import duplicates as duplicates
     from dino.features.search import outliers as outliers
     from dino.features.search import search as search
     from dino.features.sklearn import DinoFeatures as DinoFeatures
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 _NAMES = {
     "dino.eval.evaluate": ("evaluate",),
     "dino.exports.export": ("export",),
+    "dino.features.copies": ("duplicates",),
     "dino.features.embed": ("embed",),
-    "dino.features.search": ("duplicates", "outliers", "search"),
+    "dino.features.search": ("outliers", "search"),
     "dino.features.sklearn": ("DinoFeatures",),
     "dino.look.attention": ("finer_patches",),
     "dino.look.pictures": ("attention_maps", "match_patches", "pca_colors", "video_frames"),

@@ -109,7 +109,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         name = type(error).__name__
         if isinstance(error, UnicodeEncodeError):
-            return _complain(f"{error.object[max(0, error.start - 60) : error.end + 20]!r} holds a name that is no UTF-8 text; rename it.", 2)
+            return _complain(
+                f"{error.object[max(0, error.start - 60) : error.end + 20]!r} holds a name that is no UTF-8 text; rename it.",
+                2,
+            )
         if isinstance(error, ValueError):
             # All ranks fail alike; one of them says it.
             return _complain(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
@@ -119,7 +122,9 @@ def main(argv: list[str] | None = None) -> int:
             place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
             return _complain(f"{error.strerror}{place}; free space, choose another place, or mend its permissions.", 1)
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
-            return _complain("the memory is full; use a smaller --size, --batch-size or model, or --fit in training.", 1)
+            return _complain(
+                "the memory is full; use a smaller --size, --batch-size or model, or --fit in training.", 1
+            )
         return _complain(f"{name}: {error} (add --debug to see where)", 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -10,7 +11,36 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dino import errors
+
+
+class WriteError(OSError, ValueError):
+    """A file could not be written. What was there before is unharmed; the message says where, why and what to do."""
+
+
+# What PyTorch, FAISS and others say of a failed write in a RuntimeError; their other RuntimeErrors are not about files.
+_FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|write error|os error|errno", re.IGNORECASE)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def naming(what: object, remedy: str = "choose another place or name") -> Iterator[None]:
+    """Around the writing of `what`, a path: whatever a library makes of a full disk becomes a `WriteError`."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if type(error) is RuntimeError and not _FAILED_WRITE.search(str(error)):
+            raise
+        code = (
+            error.errno if isinstance(error, OSError) else errno.ENOSPC
+        )  # of the others hardly anything else is known
+        reason, full = os.strerror(code) if code else errors.first_line(error), code in _FULL
+        first = "free some space there, or " if full else ""
+        raise WriteError(f"{what} cannot be written ({reason}); {first}{remedy}.") from error
 
 
 @contextlib.contextmanager
@@ -19,17 +49,25 @@ def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
 
     Args:
         flush: write it to the disk first, so that a loss of power does not harm it.
+
+    Raises:
+        WriteError: the disk is full, or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if flush:
-            _flush(temporary)
-        os.replace(temporary, path)
-        if flush and os.name != "nt":  # Windows opens no folder
-            _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    name = os.fsencode(path.name)[:200].decode(errors="ignore")  # a name may have 255 bytes
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+    with naming(path):
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask gives; some libraries write files for their owner alone
+            yield temporary
+            temporary.chmod(mode)
+            if flush:
+                _flush(temporary)
+            os.replace(temporary, path)
+            if flush and os.name != "nt":  # Windows opens no folder
+                _flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -43,12 +81,12 @@ def writing(out: Path, leave: bool = False) -> Iterator[None]:
         ValueError: it cannot be written.
     """
     try:
-        yield
-    except BaseException as error:
+        with naming(f"--out {out}"):
+            yield
+    except BaseException:
         if not leave:
-            shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise errors.unwritable(out, error) from error
+            with contextlib.suppress(OSError):
+                shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink(missing_ok=True)
         raise
 
 
@@ -71,25 +109,26 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_writable(out: str, kinds: str, inputs: Iterable[str] = ()) -> Path:
+def check_writable(out: str | os.PathLike[str], kinds: str, inputs: Iterable[str] = (), option: str = "--out") -> Path:
     """Refuse an `out` that cannot be written, before any work is spent; make its folder and return it as a path.
 
     Raises:
         ValueError: it cannot be written, has none of the suffixes `kinds`, or is one of the `inputs`.
     """
-    path = Path(out)
+    path = Path(out).expanduser()
     if path.suffix.lower() not in kinds.split():
-        raise ValueError(f"--out is {out}; choose a name that ends in {kinds.replace(' ', ' or ')}.")
-    if any(path.exists() and os.path.exists(given) and path.samefile(given) for given in inputs):
-        raise ValueError(f"--out {out} is the input itself; choose another --out.")
+        raise ValueError(f"{option} is {out}; choose a name that ends in {kinds.replace(' ', ' or ')}.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+        if path.exists() and any(os.path.exists(given) and path.samefile(given) for given in inputs):
+            raise ValueError(f"{option} {out} is the input itself; choose another {option}.")
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror or error}); choose another --out.") from error
+        reason = error.strerror or error
+        raise ValueError(f"{option} {out} cannot be written ({reason}); choose another {option}.") from error
     return path
 
 

@@ -22,8 +22,9 @@ from dino import weights
 from dino.data.decode import BadImage, decode
 from dino.data.open import open_images
 from dino.data.sources import Images, Source, evenly_spaced, read_or_gray
+from dino.features.copies import find_copies
 from dino.features.embed import Folder, embed
-from dino.features.search import Index, check_same_model, duplicates
+from dino.features.search import Index, check_same_model
 from dino.look import pictures
 from dino.look.patches import extract_patches, fit_axes
 from dino.models import Backbone
@@ -214,13 +215,15 @@ class Explorer:
     def find_copies(self) -> tuple[str, list[Captioned]]:
         """Groups of near-copies: how many there are, and the largest."""
         embedding = self._get_index().embedding
-        groups = duplicates(embedding)
-        count = sum(map(len, groups))
+        found = find_copies(embedding, self.images)
+        count, groups = sum(map(len, found.groups)), found.groups
         said = f"{count:,} of {len(embedding.names):,} images are near-copies, in groups: {len(groups):,}."
+        said += " The first of each is the best to keep." if groups else ""
         if len(groups) > MAX_GROUPS:
             said += f" The {MAX_GROUPS} largest are shown."
         numbered = enumerate(groups[:MAX_GROUPS], 1)
-        return said, [self._draw_row(row, f"{i} · ") for i, group in numbered for row in group[:MAX_OF_GROUP]]
+        shown = [self._draw_row(copy.row, f"{i} · ") for i, group in numbered for copy in group[:MAX_OF_GROUP]]
+        return " ".join([said, *found.notes]), shown
 
     def _draw_row(self, row: int, prefix: str) -> Captioned:
         """An image of the embedding, and its name after `prefix`."""

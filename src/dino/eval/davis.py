@@ -198,14 +198,16 @@ def measure_video(model: Backbone, digest: str, video: Video, options: DavisOpti
             return kept
     except (OSError, ValueError, KeyError):
         pass
-    folder.mkdir(parents=True, exist_ok=True)
-    done.unlink(missing_ok=True)
+    with files.naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        done.unlink(missing_ok=True)
     values: list[list[tuple[float, float]]] = []
     masks = itertools.chain([_read_indices(video.masks, 0)], segment(model, video, options))
     for index, mask in enumerate(track(masks, len(video.frames), video.name)):
         picture = Image.fromarray(mask)
         picture.putpalette(PALETTE)
-        picture.save(folder / Path(video.masks.name(index)).name)
+        with files.replacing(folder / Path(video.masks.name(index)).name) as temporary:
+            picture.save(temporary, "PNG")
         if 0 < index < len(video.frames) - 1:
             truth, objects = _read_indices(video.masks, index), range(1, video.objects + 1)
             values.append([(region(mask == k, truth == k), boundary(mask == k, truth == k)) for k in objects])

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from dino import distributed, errors, files, paper, weights
 from dino.data.decode import BadImage
@@ -77,6 +78,8 @@ def find_options(name: str) -> type[EvalOptions]:
 
 
 def _measure(name: str, model: Backbone, options: EvalOptions) -> Result:
+    assert isinstance(model, nn.Module)
+    weights.refuse_broken(model.state_dict(), getattr(model, "where", "") or "the model")
     module = importlib.import_module(f"dino.eval.{name}")
     return module.evaluate(model, options, next(model.parameters()).device)
 
@@ -190,14 +193,10 @@ def locate_work(options: EvalOptions, name: str) -> Path:
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    try:
+    with files.naming(path, "choose another --json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise ValueError(
-            f"the result cannot be written to {path} ({error.strerror}); choose another --json."
-        ) from error
 
 
 def measure_each(items: Sequence[Any], measure: Callable[[Any], T], what: str | None = None) -> dict[Any, T | str]:

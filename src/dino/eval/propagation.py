@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino.data.normalize import STD
+from dino.features.extract import require_finite
 from dino.look.patches import prepare_image
 from dino.models import Backbone
 
@@ -106,7 +107,7 @@ def extract_frame(model: Backbone, image: np.ndarray, view: tuple[int, int], ori
     pixels = prepare_image(model, resized)
     if original and model.in_channels == 3:
         pixels[:, 0] *= STD[0] / 0.228
-    return model.tokens(pixels)[-1][0, 1:].float().unflatten(0, model.grid(*view))
+    return require_finite(model.tokens(pixels)[-1][0, 1:].float(), model).unflatten(0, model.grid(*view))
 
 
 def soften(indices: np.ndarray, grid: tuple[int, int], objects: int) -> Tensor:

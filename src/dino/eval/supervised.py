@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -197,10 +196,8 @@ def save_weights(
     if path is None or not distributed.is_main():
         return
     file = path.with_suffix(".safetensors")
-    try:
+    tensors = {key: value.cpu().contiguous() for key, value in state.items()}
+    with files.naming(file, "choose another --json"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {key: value.cpu().contiguous() for key, value in state.items()}
         with files.replacing(file) as temporary:
             save_file(tensors, temporary, about | {"classes": "\n".join(classes)})
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the weights cannot be written to {file} ({error}); choose another --json.") from error

@@ -33,7 +33,7 @@ def export(
         RuntimeError: what was written computes something else. In all cases nothing is left at `out`.
     """
     path = Path(out)
-    if path.exists():
+    if os.path.exists(path):  # of a name that is too long it is no error
         raise ValueError(f"--out {out} exists already; choose another name, or remove it.")
     compare.check_format(to, path)
     found = weights.read(model, offline, num_heads, only_backbone=to != "reference-checkpoint")

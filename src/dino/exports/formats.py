@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import warnings
 from pathlib import Path
@@ -152,7 +153,9 @@ class Outputs(nn.Module):
 
 def write_torch_export(weights: Weights, out: Path) -> None:
     """A program for `torch.export.load`, of any number of images of any size that the model takes."""
-    torch.export.save(_trace(weights), out)
+    content = io.BytesIO()  # where its file cannot be written, PyTorch ends the process
+    torch.export.save(_trace(weights), content)
+    out.write_bytes(content.getbuffer())
 
 
 def write_onnx(weights: Weights, out: Path) -> None:

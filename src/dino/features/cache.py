@@ -84,11 +84,12 @@ def load_labeled(model: Backbone, source: Source, size: int, what: str, pooling:
 
 
 def _load(path: Path) -> Features | None:
-    """None if there is no such file or it is damaged."""
+    """None if there is no such file, or it is damaged or of a broken model."""
     try:
         with safe_open(path, "pt") as file:
             bad = [(str(name), str(reason)) for name, reason in json.loads(file.metadata()["bad"])]
-            return Features(file.get_tensor("values"), file.get_tensor("indices").numpy(), bad)
+            values = file.get_tensor("values")
+            return Features(values, file.get_tensor("indices").numpy(), bad) if values.isfinite().all() else None
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
 

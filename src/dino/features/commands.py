@@ -9,18 +9,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from dino import distributed
 from dino.data.open import expand_images
-from dino.data.sources import Source
+from dino.data.sources import Source, read_or_gray
+from dino.features import copies
 from dino.features import embed as embeddings
 from dino.features import search as finding
-from dino.files import check_writable
+from dino.files import check_writable, replacing
 from dino.html import NUM_NEIGHBORS, NeighborRow, read_row, read_square, render, write_page
 from dino.options.commands import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
+from dino.terminal import say
 
-MOST_ROWS = 50  # of a page
+MOST_ROWS, MOST_COPIES = 50, 12  # of a page; of a group of near-copies
 NAMED = 20  # unreadable images that the terminal names; the metadata of the shards name all
 
 
@@ -67,44 +70,69 @@ def print_neighbors(options: SearchOptions) -> None:
 
 
 def print_duplicates(options: DuplicatesOptions) -> None:
-    """Find groups of images that are near-copies of each other."""
+    """Find groups of images that are near-copies of each other, and say which of each group is the best to keep."""
     embedding = _open(options)
-    groups: list[list[tuple[float, int]]] = []
-    for group in finding.duplicates(embedding, options.threshold, options.index, options.rebuild):
-        cosine = embedding.values[group] @ embedding.values[group[0]]
-        groups.append([*zip(cosine.tolist(), group, strict=True)])
-    result: dict[str, Any] = {"threshold": options.threshold, "groups": []}
-    for number, group in enumerate(groups, 1):
+    try:
+        images = embedding.images()
+    except ValueError as error:
+        if options.json is not None or options.html is not None:
+            raise ValueError(
+                f"near-copies cannot be confirmed by their pixels, so none are written: {error}"
+            ) from error
+        say(f"Not confirmed by pixels, candidates by features alone: {error}")
+        images = None
+    found = copies.find_copies(embedding, images, options.threshold, options.index, options.rebuild)
+    for note in found.notes:
+        say(note)
+    groups, freed = [], 0
+    for number, group in enumerate(found.groups, 1):
         print(f"group {number}: {len(group)} images")
-        result["groups"].append(_print_rows(embedding, group))
-    count, total = sum(map(len, groups)), len(embedding.names)
-    of = "near-copies" if options.threshold is None else f"cosine {options.threshold:g} or more"
-    said = f"{count:,} of {total:,} images are in {len(groups):,} groups of {of}"
+        for word, copy in zip(["keep", *["copy"] * (len(group) - 1)], group, strict=True):
+            print(f"  {word}  {copy.cosine:.4f}  {_describe_size(copy):<24}  {embedding.names[copy.row]}")
+        freed += sum(copy.view.bytes or 0 for copy in group[1:] if copy.view)
+        keep, *others = (_list_copy(embedding, copy) for copy in group)
+        groups.append({"keep": keep, "copies": others})
+    count, total = sum(map(len, found.groups)), len(embedding.names)
+    said = f"{count:,} of {total:,} images are in {len(groups):,} groups of near-copies"
+    if freed:
+        said += f"; the {count - len(groups):,} that are not to keep take {format_bytes(freed)}"
     print(said)
+    result = {"threshold": options.threshold, "candidates_from": found.least, "confirmed": found.confirmed}
 
     def draw(images: Source) -> Markup:
-        shown = ((images, int(embedding.positions[g[0][1]]), f"1 of {len(g)}", g[1:]) for g in groups[:MOST_ROWS])
-        return render("rows", rows=(_read_row(embedding, images, *row) for row in shown))
+        def read(copy: copies.Copy) -> tuple[np.ndarray, str, str, float]:
+            pixels = read_or_gray(images, int(embedding.positions[copy.row]))
+            return pixels, embedding.names[copy.row], _describe_size(copy), copy.cosine
 
-    top = f"{said}. On the left the first of each group, then others with their cosines to it."
-    _write(options, embedding, result, "Near-copies", top, draw)
+        shown = ((len(group), [read(copy) for copy in group[:MOST_COPIES]]) for group in found.groups[:MOST_ROWS])
+        return render("copies", groups=shown, left=len(found.groups) - MOST_ROWS)
+
+    top = (
+        f"{said}. First in each group, in green, is the best to keep: the most pixels, then the largest file. The pixels of "
+        "each copy were compared with it."
+    )
+    _write(options, embedding, result | {"groups": groups}, "Near-copies", " ".join([*found.notes, top]), draw)
 
 
 def print_outliers(options: OutliersOptions) -> None:
     """Find the images that are least like any other."""
     embedding = _open(options)
     scores = finding.outliers(embedding, options.k, options.index, options.rebuild)
+    if fault := finding.judge_features(embedding):
+        if options.json is not None:
+            raise ValueError(f"no list of outliers is written: {fault}")
+        say(fault)
     least = scores.topk(min(max(1, options.top), len(scores)), largest=False)
     rows = [*zip(least.values.tolist(), least.indices.tolist(), strict=True)]
     result = {"k": options.k, "outliers": _print_rows(embedding, rows)}
 
     def draw(images: Source) -> Markup:
-        pixels = (read_square(images, int(embedding.positions[row])) for _, row in rows)
-        return render(
-            "outliers", images=((p, embedding.names[row], v) for p, (v, row) in zip(pixels, rows, strict=True))
+        shown = (
+            (read_or_gray(images, int(embedding.positions[row])), embedding.names[row], value) for value, row in rows
         )
+        return render("outliers", images=shown)
 
-    top = f"Of {len(scores):,} images those least like their {options.k} nearest others, with the mean cosine."
+    top = f"{fault or ''} Of {len(scores):,} images those least like their {options.k} nearest others, with the mean cosine."
     _write(options, embedding, result, "Outliers", top, draw)
 
 
@@ -112,9 +140,9 @@ def print_outliers(options: OutliersOptions) -> None:
 
 
 def _open(options: FindOptions) -> embeddings.Embedding:
-    for out, kind in ((options.html, ".html"), (options.json, ".json")):
+    for option, out, kind in (("--html", options.html, ".html"), ("--json", options.json, ".json")):
         if out is not None:
-            check_writable(out, kind)
+            check_writable(out, kind, option=option)
     return embeddings.Folder.open(options.embedding).read()
 
 
@@ -125,6 +153,29 @@ def _print_rows(embedding: embeddings.Embedding, rows: Sequence[tuple[float, int
     return [
         {"path": embedding.names[row], "index": int(embedding.positions[row]), "cosine": value} for value, row in rows
     ]
+
+
+def _list_copy(embedding: embeddings.Embedding, copy: copies.Copy) -> dict[str, Any]:
+    """A copy for the JSON file."""
+    entry = {"path": embedding.names[copy.row], "index": int(embedding.positions[copy.row]), "cosine": copy.cosine}
+    view = copy.view
+    return entry | ({} if view is None else {"width": view.width, "height": view.height, "bytes": view.bytes})
+
+
+def _describe_size(copy: copies.Copy) -> str:
+    """Width, height and size of its file, as far as they are known."""
+    if copy.view is None:
+        return ""
+    edges = f"{copy.view.width} x {copy.view.height}"
+    return edges if copy.view.bytes is None else f"{edges}, {format_bytes(copy.view.bytes)}"
+
+
+def format_bytes(count: int) -> str:
+    """For people: "980 bytes", "35 kB", "3.4 MB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+    return f"{count} bytes"
 
 
 def _read_row(
@@ -154,7 +205,8 @@ def _write(
             "model_sha256": embedding.folder.about["model_sha256"],
             "index": options.index,
         }
-        Path(options.json).write_text(json.dumps(about | result, indent=2) + "\n")
+        with replacing(Path(options.json).expanduser()) as temporary:
+            temporary.write_text(json.dumps(about | result, indent=2) + "\n")
     if options.html is not None:
-        body = draw(embedding.images())
-        write_page(Path(options.html), embedding.folder.path.name, kicker, render("text", text=top), {kicker: body})
+        body, path = draw(embedding.images()), Path(options.html).expanduser()
+        write_page(path, embedding.folder.path.name, kicker, render("text", text=top), {kicker: body})

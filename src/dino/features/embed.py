@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from dino import distributed, errors, files, weights
 from dino.data.normalize import normalize
 from dino.data.open import make_absolute, open_images
 from dino.data.sources import Source
-from dino.features.extract import Features, Pooling, choose_batch_size, extract_batches, find_pooling
+from dino.features.extract import POOLINGS, Features, Pooling, choose_batch_size, extract_batches, find_pooling
 from dino.models import Backbone
 from dino.options.commands import EmbedOptions
 from dino.options.rules import checked
@@ -30,6 +30,14 @@ from dino.version import __version__
 from dino.weights import fingerprint
 
 SHARD, MOST_VALUES = 4096, 2**24  # most images of a shard, and most numbers: 64 MB
+# What the metadata of a shard may hold.
+RULES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("model", "model_sha256", "data", "data_sha256", "stamp"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(("images", "size", "shard", "shards"), lambda value: type(value) is int and 0 < value < 2**31),
+    "pooling": lambda value: isinstance(value, str) and value in POOLINGS,
+    "fp16": lambda value: isinstance(value, bool),
+    "bad": lambda value: all([*map(type, entry)] == [str, str] for entry in value),
+}
 IDENTITY = ("model_sha256", "data_sha256", "stamp", "images", "pooling", "size", "fp16", "shard")
 
 
@@ -41,7 +49,7 @@ def import_parquet() -> Any:
 def embed(
     model: str | os.PathLike[str] | Backbone,
     data: str | os.PathLike[str] | Source,
-    out: str | Path,
+    out: str | os.PathLike[str],
     pooling: Pooling = "cls",
     size: int | None = None,
     fp16: bool = False,
@@ -67,20 +75,17 @@ def embed(
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
     pool = find_pooling(pooling)
-    network = weights.load(model).to(distributed.start(device)) if isinstance(model, str | os.PathLike) else model
-    source, size = (
-        open_images(os.fspath(data)) if isinstance(data, str | os.PathLike) else data,
-        size or network.image_size,
-    )
+    network = weights.load(model).to(distributed.start(device)) if isinstance(model, str) else model
+    source, size = open_images(data) if isinstance(data, str) else data, size or network.image_size
     blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(network.parameters()).device)
     with torch.no_grad():
         shape = pool(network, normalize(blank, network.in_channels)).shape[1:]  # [d] or [p, d]
     shard = shard or max(1, min(SHARD, MOST_VALUES // shape.numel()))
     batch = min(choose_batch_size(size), shard)
     shard = -(-shard // batch) * batch
-    name = files.absolute_if_exists(os.fspath(model)) if isinstance(model, str | os.PathLike) else ""
-    place = make_absolute(os.fspath(data)) if isinstance(data, str | os.PathLike) else ""
-    folder = Path(out)
+    name = files.absolute_if_exists(model) if isinstance(model, str) else ""
+    place = make_absolute(data) if isinstance(data, str) else ""
+    folder = Path(out).expanduser()
     about = {"model": name, "model_sha256": fingerprint(network), "data": place, "data_sha256": source.fingerprint}
     about |= {"stamp": source.stamp(), "images": len(source), "pooling": pooling, "size": size, "fp16": fp16}
     about |= {"shard": shard, "shards": -(-len(source) // shard), "version": __version__}
@@ -167,12 +172,38 @@ def _about(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}).") from error
     except ValueError as error:
         raise Damaged(f"{path} is damaged or cut short; the same `dino embed` again makes it anew.") from error
-    if b"dino" not in (schema.metadata or {}) or "feature" not in schema.names:
+    if b"dino" not in (schema.metadata or {}):
         raise ValueError(f"{path} is no embedding that `dino embed` wrote; give one.")
-    about, kind = json.loads(schema.metadata[b"dino"]), schema.field("feature").type
-    if not about.keys() >= set(IDENTITY):
-        raise ValueError(f"{path} was written by another version of dino; embed anew.")
-    return about | {"rows": rows, "dim": getattr(kind, "list_size", None)}
+    try:
+        about = json.loads(schema.metadata[b"dino"])
+        if not about.keys() >= set(IDENTITY):
+            raise ValueError(f"{path} was written by another version of dino; embed anew.")
+        wrong = [key for key, allows in RULES.items() if not allows(about[key])]
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} holds damaged metadata ({errors.first_line(error)}); embed anew.") from error
+    wrong += [
+        name
+        for name, allows in _list_columns().items()
+        if schema.names.count(name) != 1 or not allows(schema.field(name).type)
+    ]
+    if wrong:
+        raise ValueError(f"{path} is damaged or altered: its {wrong[0]} is not as `dino embed` writes it; embed anew.")
+    return about | {"rows": rows, "dim": getattr(schema.field("feature").type, "list_size", None)}
+
+
+def _list_columns() -> dict[str, Callable[[Any], bool]]:
+    """Columns of a shard, and which types they may have. The lengths of features are looked at by whoever reads several."""
+    import pyarrow.types as kind
+
+    def holds_floats(column: Any) -> bool:
+        lists = kind.is_fixed_size_list(column) or kind.is_list(column) or kind.is_large_list(column)
+        return lists and kind.is_floating(column.value_type) and getattr(column, "list_size", 1) > 0
+
+    return {
+        "path": lambda column: kind.is_string(column) or kind.is_large_string(column),
+        "index": kind.is_integer,
+        "feature": holds_floats,
+    }
 
 
 @dataclass(frozen=True)
@@ -193,8 +224,8 @@ class Folder:
         Raises:
             ValueError: there is none; or it is incomplete or damaged, or mixes several models or lengths of features.
         """
-        path = Path(path)
-        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        path = Path(path).expanduser()
+        files = sorted(path.glob("*.parquet")) if os.path.isdir(path) else [path]
         if not files:
             raise ValueError(f"{path} holds no embedding; write one with: dino embed MODEL DATA --out {path}")
         held = [_about(file) for file in files]
@@ -207,7 +238,7 @@ class Folder:
         for about, file in zip(held, files, strict=True):
             if differs := [key for key in IDENTITY if about[key] != held[0][key]]:
                 raise ValueError(f"{file} is of another embedding than {files[0].name} ({differs[0]}); embed anew.")
-        if path.is_dir() and len(files) < held[0]["shards"]:
+        if os.path.isdir(path) and len(files) < held[0]["shards"]:
             raise ValueError(
                 f"{path} is incomplete, {len(files)} of {held[0]['shards']} shards; the same `dino embed` again completes it."
             )
@@ -218,12 +249,14 @@ class Folder:
         """The embedding in memory.
 
         Raises:
-            ValueError: a shard is damaged, or the features are of patches.
+            ValueError: a shard is damaged or altered, there are no features or not finite ones, or they are of patches.
         """
         if self.about["pooling"] == "patches":
             raise ValueError(
                 f"{self.path} holds features of patches, but images are compared; embed with another --pooling."
             )
+        if not self.rows:
+            raise ValueError(f"{self.path} holds no features, because none of its images could be read; embed others.")
         values, names, positions, start = torch.empty(self.rows, self.dim), [], [], 0
         for file in self.files:
             try:
@@ -232,11 +265,21 @@ class Folder:
                 raise Damaged(
                     f"{file} is damaged or cut short; delete it, and the same `dino embed` makes it anew."
                 ) from error
-            flat = table["feature"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            column, index = table["feature"].combine_chunks(), table["index"].to_numpy()
+            if any(part.null_count for part in (*table.columns, column.flatten())):
+                raise ValueError(f"{file} is damaged or altered: it holds empty values; embed anew.")
+            if index.min(initial=0) < 0 or index.max(initial=0) >= self.about["images"]:
+                raise ValueError(f"{file} is damaged or altered: it names images outside of its data; embed anew.")
+            flat = column.flatten().to_numpy(zero_copy_only=False)
             values[start : start + len(table)] = torch.from_numpy(flat.reshape(-1, self.dim).copy())
             start += len(table)
             names += table["path"].to_pylist()
-            positions.append(table["index"].to_numpy())
+            positions.append(index)
+        if not values.isfinite().all():
+            raise ValueError(
+                f"{self.path} holds features that are not finite (NaN or infinity), made by the model "
+                f"{self.about['model'] or self.about['model_sha256'][:12]}; embed with a sound one."
+            )
         norms = torch.linalg.vector_norm(values, dim=1, keepdim=True).clamp(min=1e-12)
         return Embedding(self, names, np.concatenate(positions), values.div_(norms))
 

@@ -148,6 +148,21 @@ class Features(NamedTuple):
         )
 
 
+def require_finite(values: Tensor, model: object) -> Tensor:
+    """`values` that `model` computed. On a GPU this waits for them.
+
+    Raises:
+        ValueError: some are NaN or infinite; names the model.
+    """
+    if not values.isfinite().all():
+        name = getattr(model, "where", "") or getattr(model, "name", "") or "given"
+        raise ValueError(
+            f"the model {name} computes numbers that are not finite (NaN or infinity), so it is of no use; load an earlier "
+            "checkpoint, or train again with a lower --optim.lr (with --fp16: try without)."
+        )
+    return values
+
+
 def choose_batch_size(size: int) -> int:
     """Images of `size` pixels to compute at a time: 128, fewer of more than 224 pixels."""
     return max(1, min(128, 128 * 224**2 // size**2))
@@ -187,8 +202,8 @@ def extract_batches(
         found = torch.cat(values) if values else torch.zeros(0, model.embed_dim)
         late.append(Features(found, np.array(positions, dtype=np.int64), bad))
         if len(late) > on_gpu:  # features leave a GPU one batch late, so that it never waits for the copy
-            yield late[0]._replace(values=late.pop(0).values.cpu())
-    yield from (part._replace(values=part.values.cpu()) for part in late)
+            yield late[0]._replace(values=require_finite(late.pop(0).values.cpu(), model))
+    yield from (part._replace(values=require_finite(part.values.cpu(), model)) for part in late)
 
 
 @checked(EmbedOptions, "size")
@@ -213,6 +228,9 @@ def extract(
         pooling: how the model's outputs become a feature, see `POOLINGS`.
         shared: every rank computes its share and gets all of them; all ranks must call this.
         resize: how an image is brought to that size, see `dino.data.evaluation_views.RESIZES`.
+
+    Raises:
+        ValueError: a feature is not finite.
     """
     batch_size = batch_size or choose_batch_size(size)
     indices = range(len(source)) if indices is None else indices

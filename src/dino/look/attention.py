@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dino.features.extract import require_finite
 from dino.models import Backbone
 from dino.options.commands import LookOptions
 from dino.options.rules import checked
@@ -51,9 +52,10 @@ def map_attention(model: Backbone, images: Tensor) -> Tensor:
     """Attention of [CLS] over the patches in the last block [n, heads, rows, columns]; each head sums to under 1.
 
     Raises:
-        ValueError: the model has no such attention.
+        ValueError: the model has no such attention, or it is not finite.
     """
-    return model.cls_attention(images).unflatten(-1, model.grid(*images.shape[-2:]))
+    maps = model.cls_attention(images).unflatten(-1, model.grid(*images.shape[-2:]))
+    return require_finite(maps, model)
 
 
 def mass_mask(attention: Tensor, mass: float = 0.6) -> Tensor:

@@ -31,16 +31,16 @@ def draw_attention(options: AttentionOptions) -> None:
     model, looks = open_model(options, attention=True), []
     for stem, pixels in load_images(model, options):
         look = pictures.attention_maps(model, pixels, options.size, options.mass)
-        look.figure().save(f"{stem}-attention.png")
+        pictures.save(look.figure(), f"{stem}-attention.png")
         for j, picture in enumerate(look.maps[:-1]):
-            Image.fromarray(picture).save(f"{stem}-head{j}.png")
+            pictures.save(Image.fromarray(picture), f"{stem}-head{j}.png")
         print(f"{stem}-attention.png")
         if options.panel:
             edge = min(pixels.shape[:2])
             top, left = ((side - edge) // 2 for side in pixels.shape[:2])
             looks.append(pictures.attention_maps(model, pixels[top : top + edge, left : left + edge], options.size))
     if looks:
-        pictures.draw_panel(looks).save(f"{options.out}/panel.png")
+        pictures.save(pictures.draw_panel(looks), f"{options.out}/panel.png")
         print(f"{options.out}/panel.png")
 
 
@@ -49,7 +49,7 @@ def draw_pca(options: PcaOptions) -> None:
     model = open_model(options)
     basis = fit_axes(extract_patches(model, pixels) for _, pixels in load_images(model, options, BASIS_IMAGES))
     for stem, pixels in load_images(model, options):
-        pictures.color_patches(model, pixels, basis).figure().save(f"{stem}-pca.png")
+        pictures.save(pictures.color_patches(model, pixels, basis).figure(), f"{stem}-pca.png")
         print(f"{stem}-pca.png")
 
 
@@ -57,7 +57,7 @@ def draw_matches(options: MatchOptions) -> None:
     """Write one picture of two images with lines between their corresponding patches."""
     out = check_writable(options.out, ".png .jpg .webp", (options.a, options.b))
     found = pictures.match_patches(open_model(options), options.a, options.b, options.size)
-    found.figure(options.lines).save(out)
+    pictures.save(found.figure(options.lines), out)
     print(f"{out}: {min(options.lines, len(found.cosine))} of {len(found.cosine)} mutual nearest neighbors")
 
 

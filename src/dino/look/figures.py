@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dino import distributed, errors, weights
+from dino import distributed, errors, files, weights
 from dino.data.open import open_labeled_pair, open_labeled_test
 from dino.data.sources import Source, evenly_spaced
 from dino.features import cache
 from dino.features.neighbors import find_neighbors, vote
-from dino.files import check_writable
 from dino.html import NUM_NEIGHBORS, get_label, read_row, read_square, render, write_page
 from dino.options.commands import NeighborsOptions, TsneOptions
 
@@ -52,7 +51,7 @@ def map_classes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.
 
 def draw_tsne(options: TsneOptions) -> None:
     """Write the map of classes; classes that lie close together have similar features."""
-    out = check_writable(options.out, ".png .svg .pdf")
+    out = files.check_writable(options.out, ".png .svg .pdf")
     source = open_labeled_test(options.data)
     ((features, labels, _),) = extract_labeled(options, labeled=source)
     classes, points = map_classes(features, labels, len(source.classes))
@@ -63,13 +62,14 @@ def draw_tsne(options: TsneOptions) -> None:
     axes.scatter(*points.T, s=8)
     for name, (x, y) in zip((source.classes[c] for c in classes), points, strict=True):
         axes.annotate(name, (x, y), (3, 3), textcoords="offset points", fontsize=7)
-    figure.savefig(out, dpi=150, bbox_inches="tight")
+    with files.replacing(out) as temporary:
+        figure.savefig(temporary, format=out.suffix[1:], dpi=150, bbox_inches="tight")
     print(f"{out}: {len(classes)} classes, the means of {len(labels)} images")
 
 
 def draw_neighbor_page(options: NeighborsOptions) -> None:
     """Write a page of queries that k-NN gets right, and of those that it gets wrong, with their neighbors."""
-    out = check_writable(options.out, ".html")
+    out = files.check_writable(options.out, ".html")
     train, test = open_labeled_pair(options.data, options.val)
     (bank, labels, places), (queries, wanted, positions) = extract_labeled(options, training=train, test=test)
     k = min(options.k, len(bank))

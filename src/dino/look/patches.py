@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dino.data.normalize import normalize
 from dino.data.sources import evenly_spaced
+from dino.features.extract import require_finite
 from dino.features.neighbors import find_neighbors
 from dino.models import Backbone
 
@@ -27,7 +28,7 @@ def prepare_image(model: Backbone, image: np.ndarray) -> Tensor:
 @torch.no_grad()
 def extract_patches(model: Backbone, image: np.ndarray) -> Tensor:
     """Features of the patches of `image` [h, w, 3] uint8 after the last block and norm: float32 [cells, d], on the CPU."""
-    return model.tokens(prepare_image(model, image))[-1][0, 1:].float().cpu()
+    return require_finite(model.tokens(prepare_image(model, image))[-1][0, 1:].float().cpu(), model)
 
 
 class Basis(NamedTuple):

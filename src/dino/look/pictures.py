@@ -20,6 +20,7 @@ from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dino import files
 from dino.data.decode import BadImage, decode
 from dino.data.sources import evenly_spaced
 from dino.look.attention import check_number, enlarge, fit_to_patches, map_attention, mass_mask
@@ -236,6 +237,16 @@ def video_frames(
             drawn = attention_maps(model, frame, size, mass).only(head)
             (picture,) = drawn.maps if show == "attention" else drawn.overlays
         yield Frame(seconds, drawn.image), Frame(seconds, picture)
+
+
+def save(picture: Image.Image, path: str | Path) -> None:
+    """Write a picture in the format that the suffix of `path` names: the whole file, or none.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with files.replacing(Path(path)) as temporary:
+        picture.save(temporary, Image.registered_extensions()[Path(path).suffix.lower()])
 
 
 # --- drawing -------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def write_video(out: Path, frames: Iterable[Frame]) -> int:
     """Write `frames` of one size as H.264 in MP4, without sound, and return their number; all or nothing.
 
     Raises:
-        OSError: it cannot be written.
+        WriteError: it cannot be written.
     """
     av, count = import_pyav(), 0
     with (

@@ -146,7 +146,7 @@ class SearchOptions(FindOptions):
 
 class DuplicatesOptions(FindOptions):
     threshold: Annotated[float, Rule(lambda value: -1 <= value <= 1, "a cosine lies between -1 and 1")] | None = None
-    """Cosine from which two images are near-copies. None: where one is 20 times nearer than the 31st nearest of either."""
+    """Cosine from which the pixels of two images are compared. None: chosen from the cosines of all pairs."""
 
 
 class OutliersOptions(FindOptions):

@@ -107,6 +107,7 @@ def build_backbone(weights: Weights, **changes: Any) -> VisionTransformer | Timm
     except ValueError as error:
         raise error if str(error).startswith(where) else ValueError(f"{where} cannot be built: {error}") from error
     load_strictly(model, state, where)
+    vars(model)["where"] = where  # for messages
     return model.eval().requires_grad_(False)
 
 
@@ -285,12 +286,13 @@ def check_arguments(arguments: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def load_strictly(module: nn.Module, state: State, where: str) -> None:
-    """Load `state` into `module`; every key and shape must agree.
+    """Load `state` into `module`; every key and shape must agree, and every number must be finite.
 
     Raises:
-        ValueError: names what is missing, unknown, or of another shape.
+        ValueError: names what is missing, unknown, of another shape, or not finite.
     """
     check_fit(module, state, where)
+    refuse_broken(state, where)
     module.load_state_dict(state)
 
 
@@ -305,6 +307,16 @@ def check_fit(module: nn.Module, state: State, where: str) -> None:
     kinds = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(), "of another shape": reshaped}
     if wrong := [f"{len(names)} {kind} ({formats.list_first(names)})" for kind, names in kinds.items() if names]:
         raise ValueError(f"{where} does not fit this model: {'; '.join(wrong)}. Use the options it was trained with.")
+
+
+def refuse_broken(state: State, where: str) -> None:
+    """Refuse weights that are not finite; `where` is their name, for the message."""
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"{where} holds numbers that are not finite (NaN or infinity) in {len(broken)} of {len(state)} tensors "
+            f"({formats.list_first(broken)}), because its training diverged; use an earlier checkpoint, or train again "
+            "with a lower --optim.lr."
+        )
 
 
 def fingerprint(model: Backbone) -> str:
