@@ -51,7 +51,6 @@ class Ablation:
         self.options, self.table = options, paper.find_table(options.table)
         self.folder = Path(options.out or f"runs/ablate-{options.table}")
         self.data = split_folders(make_absolute(required(options.data)), options.val and make_absolute(options.val))
-        open_labeled_pair(*self.data)  # refuses what every row would fail with
         self.results_file = self.folder / "results.json"
         self.terminal = Terminal(keep=False)
         self.runs = {row.name: self._row_options(row) for row in self.table.rows}
@@ -74,6 +73,7 @@ class Ablation:
         Raises:
             ValueError: the folder holds another table, rows of other options, or no ablation at all.
         """
+        open_labeled_pair(*self.data)  # refuses data that every row would fail with
         there = {child.name for child in self.folder.iterdir()} if self.folder.is_dir() else set()
         if there - {LOCK} and "rows" not in there:
             raise ValueError(f"{self.folder} is not empty and holds no ablation; choose another --out.")

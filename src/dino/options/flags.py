@@ -83,8 +83,9 @@ def parse_flags(
     finally:
         CHECKED.reset(token)
     if unknown:
-        near = did_you_mean(unknown[0], [f"--{name.replace('_', '-')}" for name in flatten(options)])
-        raise ValueError(f"there is no option '{unknown[0]}'; --help lists them.{near}")
+        flag = unknown[0].partition("=")[0][:99]
+        near = did_you_mean(flag, [f"--{name.replace('_', '-')}" for name in flatten(options)])
+        raise ValueError(f"there is no option '{flag}'; --help lists them.{near}")
     if missing := [name for name in needed if getattr(options, name) is None]:
         dashes = "" if "Positional" in repr(get_types(kind)[missing[0]]) else "--"
         raise ValueError(f"{dashes}{missing[0]} is missing; --help explains it.")

@@ -12,6 +12,9 @@ from dino.errors import first_line
 from dino.options import flatten_names, replace
 from dino.options.train import TrainOptions
 
+# A run has always recorded these: the first, and one of each later section that it needs.
+COMPLETE = ("epochs", "model.arch", "head.hidden_dim", "views.global_size", "optim.lr", "log.keep")
+
 
 def to_dict(options: Any) -> dict[str, Any]:
     """Options as nested dictionaries without unset values: what `config.toml` holds."""
@@ -58,4 +61,8 @@ def read_recorded(run: str) -> TrainOptions:
     path = Path(run).expanduser() / "config.toml"
     if not path.is_file():
         raise ValueError(f"{run} holds no run (no config.toml); give the --out folder of a run.")
-    return _apply(path, TrainOptions(), _read_values(path) | dict.fromkeys(("resume", "stop_after")))
+    recorded = _read_values(path)
+    options = _apply(path, TrainOptions(), recorded | dict.fromkeys(("resume", "stop_after")))
+    if missing := [name for name in COMPLETE if name not in recorded]:
+        raise ValueError(f"{path} is cut short: it does not say {missing[0]}; copy it from a backup.")
+    return options
