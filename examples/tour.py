@@ -12,7 +12,9 @@ from dino.data.scenes import Scenes
 from dino.features.extract import extract
 
 out = Path("tour")
-run = dino.train("demo", out=str(out / "run"), overwrite=True, epochs=2)
+run = dino.train(
+    "demo", out=str(out / "run"), overwrite=True, epochs=2, **{"data.num_workers": 0}
+)  # workers need a guard
 model = dino.load(str(run))
 
 # %% Attention: where each head of the last block looks. Training has not seen these scenes.

@@ -141,7 +141,8 @@ def execute(words: list[str]) -> None:
 def test_page_runs(page, session):
     for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language == "python":
-            exec(compile(block, str(page), "exec"), {"dino": dino, "images": torch.rand(2, 3, 32, 32)})
+            known = {"__name__": "__main__", "dino": dino, "images": torch.rand(2, 3, 32, 32)}
+            exec(compile(block, str(page), "exec"), known)
             continue
         for words in commands(block):
             print("$", shlex.join(words))

@@ -5,6 +5,7 @@ More of it, e.g. before a release: DINO_FUZZ=500 python -m pytest tests/test_fuz
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -17,12 +18,13 @@ import pytest
 
 import dino
 from dino import cli
+from dino.app.explorer import Explorer
 from dino.options import flatten, replace
 from dino.options.rules import Options, get_plain, get_types
 from dino.options.train import TrainOptions
 from helpers import TINY, draw_images
 
-ROUNDS = int(os.environ.get("DINO_FUZZ", "12"))
+ROUNDS = int(os.environ.get("DINO_FUZZ", "10"))
 DEEP = "[" * 3000 + "]" * 3000
 VALUES = [
     "-1",
@@ -175,6 +177,8 @@ def test_a_damaged_embedding(made, tmp_path, capsys, seed):
         command = commands[int(rng.integers(len(commands)))]
         print(what, command)
         run(capsys, *command)
+        with contextlib.suppress(ValueError):
+            Explorer(dino.load(made / "run"), None, None, str(e))
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))

@@ -33,7 +33,7 @@ def naming(what: object, remedy: str = "choose another place or name") -> Iterat
     except WriteError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        if type(error) is RuntimeError and not _FAILED_WRITE.search(str(error)):
+        if isinstance(error, RuntimeError) and not _FAILED_WRITE.search(str(error)):
             raise
         code = (
             error.errno if isinstance(error, OSError) else errno.ENOSPC

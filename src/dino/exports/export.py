@@ -12,6 +12,10 @@ from dino.options.rules import checked
 from dino.weights import fingerprint
 
 
+class ExportError(RuntimeError):
+    """An export computes something else than its model; the message says how much."""
+
+
 @checked(ExportOptions, "model", "out", "num_heads", "offline")
 def export(
     model: str | os.PathLike[str],
@@ -30,7 +34,7 @@ def export(
 
     Raises:
         ValueError: the model cannot be written so, or a package is missing.
-        RuntimeError: what was written computes something else. In all cases nothing is left at `out`.
+        ExportError: what was written computes something else. In all cases nothing is left at `out`.
     """
     path = Path(out)
     if os.path.exists(path):  # of a name that is too long it is no error
@@ -42,7 +46,7 @@ def export(
         compare.FORMATS[to].write(found, path)
         differences = compare.compare(found, to, path)
         if wrong := [seen.size for seen in differences if not seen.alike <= compare.TOLERANCE * seen.scale]:
-            raise RuntimeError(
+            raise ExportError(
                 f"{to} of {model} gives other numbers than the model for images of {' and '.join(wrong)}: "
                 f"{compare.describe_differences(differences, to)}; nothing was written."
             )
