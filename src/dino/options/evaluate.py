@@ -21,6 +21,7 @@ from dino.options.rules import (
     Rule,
     Seed,
     Temperature,
+    at_least,
     between,
 )
 
