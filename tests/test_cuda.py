@@ -12,7 +12,7 @@ import torch
 import dino
 from dino.data.decode import decode
 from dino.data.device_decode import decode_jpegs
-from dino.engine.log import read_metrics
+from dino.engine.log import read_metrics, read_quarantine
 from dino.engine.train import Trainer
 from dino.options import replace
 from dino.options.train import TrainOptions
@@ -91,7 +91,7 @@ def test_the_gpu_decodes_the_files_and_leaves_broken_ones_to_us(tmp_path):
         options = replace(TrainOptions(), TINY | wanted | {"data.max_bad_fraction": 0.5})
         run = dino.train(options, data=str(images), out=str(tmp_path / who), epochs=1)
         losses.append([line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line])
-        bad.append([line["image"] for line in read_metrics(run / "quarantine.jsonl")])
+        bad.append([line["image"] for line in read_quarantine(run / "quarantine.jsonl")])
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
     assert bad[0] == bad[1] == ["class0/003.jpg"]
 

@@ -19,7 +19,7 @@ from dino.data.device_decode import Jpeg, Undecodable, check_device, decode_jpeg
 from dino.data.device_render import LARGEST, DeviceRenderer
 from dino.data.loader import ViewBatches, iterate
 from dino.data.sources import Source, Subset, open_source
-from dino.engine.log import read_metrics
+from dino.engine.log import read_metrics, read_quarantine
 from dino.engine.train import Trainer, TrainingError
 from dino.options import flatten, replace, toml
 from dino.options.auto import resolve
@@ -159,7 +159,7 @@ def test_a_run_is_the_same_whoever_decodes_broken_files_included(tmp_path):
         folder = tmp_path / f"run{on_device}"
         trainer = trained(source, folder, on_device, **{"data.max_bad_fraction": 0.5})
         losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
-        bad = {line["image"]: line["reason"] for line in read_metrics(folder / "quarantine.jsonl")}
+        bad = {line["image"]: line["reason"] for line in read_quarantine(folder / "quarantine.jsonl")}
         runs.append((trainer.method.state_dict(), losses, bad))
     assert runs[0][2] == runs[1][2]
     assert len(runs[0][2]) == 3

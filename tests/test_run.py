@@ -13,7 +13,7 @@ import pytest
 import dino
 from dino import cli, weights
 from dino.data.open import get_name
-from dino.engine.log import read_metrics
+from dino.engine.log import read_quarantine
 from helpers import TINY, assert_same_bits, draw_images, final_state, tiny_flags
 
 SHORT = TINY | {"epochs": 1}
@@ -197,18 +197,18 @@ def test_repaired_images_are_forgiven(photos, tmp_path, capsys):
     run = tmp_path / "run"
     flags = ["--data", str(photos), "--out", str(run), *tiny_flags()]
     assert cli.main(["train", *flags]) == 1
-    named = {line["image"] for line in read_metrics(run / "quarantine.jsonl")}
+    named = {line["image"] for line in read_quarantine(run / "quarantine.jsonl")}
     assert len(named) > 5
     assert cli.main(["train", "--resume", str(run)]) == 1
     for path, content in good.items():
         path.write_bytes(content)
     capsys.readouterr()
     assert cli.main(["train", "--resume", str(run), "--stop-after", "2"]) == 0, capsys.readouterr().err
-    assert read_metrics(run / "quarantine.jsonl") == []
+    assert read_quarantine(run / "quarantine.jsonl") == []
     for path in sorted(photos.rglob("*.jpg"))[:9]:  # a new run names all of them anew
         path.write_bytes(b"")
     assert cli.main(["train", *flags, "--overwrite", "--data.max-bad-fraction", "1"]) == 0
-    assert {line["image"] for line in read_metrics(run / "quarantine.jsonl")} >= named
+    assert {line["image"] for line in read_quarantine(run / "quarantine.jsonl")} >= named
 
 
 def test_one_broken_photo_among_few_does_not_end_a_run(tmp_path):

@@ -81,13 +81,17 @@ def writing(out: Path, leave: bool = False) -> Iterator[None]:
         ValueError: it cannot be written.
     """
     try:
-        with naming(f"--out {out}"):
-            yield
-    except BaseException:
+        yield
+    except BaseException as error:
         if not leave:
             with contextlib.suppress(OSError):
                 shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink(missing_ok=True)
-        raise
+        # What cannot be read elsewhere, an input for example, is no fault of --out.
+        place = getattr(error, "filename", None)
+        if isinstance(place, str | bytes) and out not in Path(os.fsdecode(place), "x").parents:
+            raise
+        with naming(f"--out {out}"):
+            raise
 
 
 def cache_folder() -> Path:

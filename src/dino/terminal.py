@@ -6,9 +6,10 @@ are only the lines.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -16,6 +17,19 @@ from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingC
 from dino import distributed
 
 T = TypeVar("T")
+
+
+class Lasting(Console):
+    """A console whose reader may go away, as when a connection ends: it falls silent, and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        try:
+            super().print(*objects, **how)
+        except OSError:
+            self.quiet = True
 
 
 class Terminal:
@@ -28,7 +42,7 @@ class Terminal:
 
     def __init__(self, enabled: bool | None = None, keep: bool = True):
         enabled = distributed.is_main() if enabled is None else enabled
-        self.console = Console(stderr=True, quiet=not enabled, soft_wrap=True, emoji=False)
+        self.console = Lasting(stderr=True, quiet=not enabled, soft_wrap=True, emoji=False)
         self.live = enabled and sys.stderr.isatty()
         columns = "{task.description}", BarColumn(24), "{task.percentage:>3.0f}%", "{task.fields[status]}"
         times = TimeElapsedColumn(), "left", TimeRemainingColumn()
@@ -50,21 +64,25 @@ class Terminal:
 
     def start(self, done: int, total: int | None) -> None:
         """Show the bar with `done` of `total` steps; None: their number is unknown."""
-        self.progress.update(self.task, completed=done, total=total)
-        self.progress.start()
+        with contextlib.suppress(OSError):
+            self.progress.update(self.task, completed=done, total=total)
+            self.progress.start()
 
     def update(self, done: int, what: str, status: str = "") -> None:
         """Steps done so far, and the texts before and behind the bar."""
-        self.progress.update(self.task, completed=done, description=what, status=status)
+        with contextlib.suppress(OSError):
+            self.progress.update(self.task, completed=done, description=what, status=status)
 
     def stop(self) -> None:
-        self.progress.stop()
+        with contextlib.suppress(OSError):
+            self.progress.stop()
 
 
 def say(text: str) -> None:
     """A line on stderr from the main rank, above a bar if there is one."""
     if distributed.is_main():
-        print(text, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr)
 
 
 def track(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:

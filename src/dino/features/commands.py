@@ -81,6 +81,8 @@ def print_duplicates(options: DuplicatesOptions) -> None:
             ) from error
         say(f"Not confirmed by pixels, candidates by features alone: {error}")
         images = None
+    if options.threshold is None:
+        _refuse_list(options, embedding, "near-copies")
     found = copies.find_copies(embedding, images, options.threshold, options.index, options.rebuild)
     for note in found.notes:
         say(note)
@@ -118,9 +120,7 @@ def print_outliers(options: OutliersOptions) -> None:
     """Find the images that are least like any other."""
     embedding = _open(options)
     scores = finding.outliers(embedding, options.k, options.index, options.rebuild)
-    if fault := finding.judge_features(embedding):
-        if options.json is not None:
-            raise ValueError(f"no list of outliers is written: {fault}")
+    if fault := _refuse_list(options, embedding, "outliers"):
         say(fault)
     least = scores.topk(min(max(1, options.top), len(scores)), largest=False)
     rows = [*zip(least.values.tolist(), least.indices.tolist(), strict=True)]
@@ -144,6 +144,14 @@ def _open(options: FindOptions) -> embeddings.Embedding:
         if out is not None:
             check_writable(out, kind, option=option)
     return embeddings.Folder.open(options.embedding).read()
+
+
+def _refuse_list(options: FindOptions, embedding: embeddings.Embedding, what: str) -> str | None:
+    """Why the model cannot tell the images apart, if so. A list, which may be used to delete images, is refused then."""
+    fault = finding.judge_features(embedding)
+    if fault and options.json is not None:
+        raise ValueError(f"no list of {what} is written: {fault}")
+    return fault
 
 
 def _print_rows(embedding: embeddings.Embedding, rows: Sequence[tuple[float, int]]) -> list[dict[str, Any]]:

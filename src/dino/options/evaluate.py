@@ -20,6 +20,7 @@ from dino.options.rules import (
     PositiveInt,
     Rule,
     Seed,
+    at_least,
     between,
 )
 
@@ -152,7 +153,7 @@ class LowshotOptions(LabeledOptions):
     """Files with a name of an image per line, e.g. ImageNet's published 1 % and 10 % lists, in place of drawn shares."""
     c: PositiveFloat | None = None
     """Inverse strength of the L2 penalty, sum of losses + |W|^2 / 2C. None: chosen by cross-validation."""
-    folds: Annotated[int, between(2, 1000)] = 5
+    folds: Annotated[int, at_least(2, "it must be at least 2"), between(2, 1000)] = 5
     """Parts of the cross-validation."""
     k: PositiveInt = 20
     """Neighbors of the k-NN beside it."""

@@ -73,6 +73,7 @@ NoneOrFew = Annotated[int, _NOT_NEGATIVE, between(0, 1000)]  # layers, views, pr
 Seed = Annotated[int, Rule(lambda value: 0 <= value < 2**32, "a seed lies in [0, 2**32)")]
 PositiveFloat = Annotated[float, Rule(lambda value: value > 0, "it must be above 0 and finite"), between(1e-9, _MOST)]
 NonNegativeFloat = Annotated[float, _NOT_NEGATIVE, between(0, _MOST)]
+Rate = Annotated[float, _NOT_NEGATIVE]  # a run that one too large makes diverge ends by itself
 Temperature = Annotated[float, Rule(lambda value: value > 0, "it must be above 0 and finite"), between(0.001, 1000)]
 Share = Annotated[float, Rule(lambda value: 0 <= value <= 1, "a probability or share lies between 0 and 1")]
 BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "it must be in [0, 1)")]

@@ -26,6 +26,7 @@ from dino.options.rules import (
     Pixels,
     PositiveFloat,
     PositiveInt,
+    Rate,
     Rule,
     Seed,
     Share,
@@ -171,7 +172,7 @@ class ViewOptions(Options, section="views."):
 class OptimOptions(Options, section="optim."):
     name: Literal["adamw", "sgd", "lars"] = "adamw"
     """Optimizer of the student."""
-    lr: NonNegativeFloat | None = None
+    lr: Rate | None = None
     """Peak learning rate for a batch of 256; scaled by batch_size / 256. None: 5e-4, or 8e-3 for vit_nano."""
     min_lr: NonNegativeFloat = 1e-6
     """Learning rate at the end of the cosine (not scaled)."""
