@@ -3,7 +3,6 @@
 
 # %% Train. Drawn scenes need no download. For your own images give data="photos/" in place of "demo".
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
