@@ -302,3 +302,32 @@ def test_held_out_images_of_other_classes_are_refused(photos, tmp_path, capsys):
     assert "--data.labels none" in said
     assert not (tmp_path / "run").exists()
     assert cli.main(["train", *flags, "--data.labels", "none", "--stop-after", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["train", "--optim.lrr", "1"],
+            "there is no option '--optim.lrr'; --help lists them. Did you mean '--optim.lr'?",
+        ),
+        (["train", "--epochs"], "--epochs has no value"),
+        (["train", "--out", "-x"], "--out has no value; write it as --out=VALUE where it begins with '-'."),
+        (["train", "--views.global-scale", "1"], "views.global_scale is (1.0,); give 2 values."),
+        (["train", "--device", "mps"], "device is 'mps'; choose one of auto, cpu, cuda."),
+        (["eval", "knn", "m"], "--data is missing; --help explains it."),
+        (["eval", "knn", "m", "--data", "d", "--temp", "nan"], "temp is nan; it must be a finite number."),
+        (["eval", "knn", "no\nmodel", "--data", "d"], "there is no run, weight file or release 'no\\nmodel'"),
+        (["eval", "knn", "m" * 300, "--data", "d"], "File name too long"),
+        (["ablate", "7", "--data", "/nowhere"], "'/nowhere' does not exist"),
+    ],
+)
+def test_flags_are_refused_in_one_line(flags, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(flags) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("dino: ")
+    assert said in error
+    assert error.count("\n") == 1
+    assert "(add --debug" not in error
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dino
+from dino import cli
 from dino.data.evaluation_views import RESIZES
 from dino.data.sources import open_source
 from dino.engine.log import read_metrics
@@ -212,10 +213,19 @@ def test_evaluations_as_training_callbacks(ranks, photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("kn --data x", "Did you mean 'knn'?"), ("", "there is no evaluation ''"), ("knn", "--data")]
+    ("text", "said"),
+    [
+        ("kn --data x", "Did you mean 'knn'?"),
+        ("", "there is no evaluation ''"),
+        ("knn", "--data is missing"),
+        ("knn --data 'x", "No closing quotation"),
+        ("knn --data /nowhere", "data is /nowhere, which does not exist"),
+        ("masks --images /nowhere --masks /nowhere", "images is /nowhere, which does not exist"),
+        ("knn --data {photos} --k 100000", "k is 100000, but there are only 22 labeled images"),
+    ],
 )
-def test_callbacks_that_cannot_be_are_refused_before_training(text, said, photos, tmp_path):
-    done = run_dino("train", "--data", photos, "--out", tmp_path / "run", *tiny_flags(), "--log.evaluate", text)
-    assert done.returncode == 2
-    assert said in done.stderr
+def test_callbacks_that_cannot_be_are_refused_before_training(text, said, photos, tmp_path, capsys):
+    flags = ["--out", str(tmp_path / "run"), *tiny_flags(), "--log.evaluate", text.format(photos=photos)]
+    assert cli.main(["train", "--data", str(photos), *flags]) == 2
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -171,7 +171,7 @@ def test_recipes_and_what_replaces_them():
     assert set(paper.FIGURES["finetune"]["vit_small/16"]) == {f"{name}_top1" for name in FINETUNE_RECIPES}
     changed = finetune.resolve_recipe(FinetuneOptions(model="m", data="d", epochs=4, layer_decay=0.7))
     assert (changed.epochs, changed.warmup_epochs, changed.layer_decay) == (4, 2, 0.7)
-    for wrong, answer in (({"lr": 0.0}, "above 0"), ({"erasing": 1.0}, r"\[0, 1\)"), ({"mixup": -1.0}, "negative")):
+    for wrong, answer in (({"lr": 0.0}, "above 0"), ({"erasing": 1.0}, r"\[0, 1\)"), ({"mixup": -1.0}, "give 0, or")):
         with pytest.raises(ValueError, match=answer):
             FinetuneOptions(model="m", data="d", **wrong)
 

@@ -169,7 +169,7 @@ def test_fewer_images_than_neighbors(trained, capsys):
 
 @pytest.mark.parametrize(
     ("options", "answer"),
-    [({"percent": (0.0,)}, "above 0"), ({"c": -1.0}, "above 0"), ({"folds": 1}, "at least 2")],
+    [({"percent": (0.0,)}, "above 0"), ({"c": -1.0}, "above 0"), ({"folds": 1}, "between 2 and")],
 )
 def test_impossible_options_are_one_sentence(options, answer):
     with pytest.raises(ValueError, match=answer):

@@ -238,6 +238,7 @@ if __name__ == "__main__":
 
 def test_python_callers_are_told_the_choices(tmp_path):
     """Public functions that take no options class: the value, and what there is."""
+    model = dino.create("vit_nano", 8, 16)
     for call, said in (
         (lambda: dino.embed("m", "d", tmp_path / "e", pooling="mean"), "no pooling 'mean'; known are cls, average"),
         (
@@ -252,6 +253,18 @@ def test_python_callers_are_told_the_choices(tmp_path):
             "no format 'onx'; known are .* Did you mean 'onnx'",
         ),
         (lambda: dino.evaluate("knn", "m", data="d", kk=(5,)), "no option of `dino eval knn` 'kk'"),
+        (lambda: dino.evaluate("knn", Path("m"), data=Path("d"), temp=math.nan), "temp is nan; it must be a finite"),
+        (lambda: dino.evaluate("knn", 3, data="d"), "model is 3; it must be text"),
+        (lambda: dino.embed(Path("m"), Path("d"), Path("e"), size=math.nan), "size is nan; it must be a whole number"),
+        (lambda: dino.embed("m", 3, "e"), "data is 3; it must be text"),
+        (lambda: dino.search("e", ["i"], k=0), "k is 0; it must be at least 1"),
+        (lambda: dino.duplicates("e", threshold=math.nan), "threshold is nan; it must be a finite"),
+        (lambda: dino.attention_maps(model, "i", mass=2), "mass is 2.0; the share of attention"),
+        (lambda: dino.pca_colors(model, ["i"], size=10**9), "size is 1000000000; it must lie between"),
+        (lambda: dino.video_frames(model, "v", show="no"), "show is 'no'; choose one of attention"),
+        (lambda: dino.finer_patches(model, 1.5), "stride is 1.5; it must be a whole"),
+        (lambda: dino.export("m", "onnx", "o", num_heads=-1), "num_heads is -1; it must be at least 1"),
+        (lambda: dino.create("vit_nano", drop_path=math.inf), r"drop_path is inf; it must be in \[0, 1\)"),
     ):
         with pytest.raises(ValueError, match=said):
             call()

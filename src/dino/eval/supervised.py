@@ -176,7 +176,12 @@ def compute_accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
     Args:
         scores: [n, classes]; labels: [n].
+
+    Raises:
+        ValueError: scores are not finite.
     """
+    if not scores.isfinite().all():
+        raise ValueError("training diverged: the classifier's scores are not finite; lower --lr.")
     top = min(5, scores.shape[1])
     ranked = scores.topk(top, dim=1).indices == labels[:, None]
     result = {"top1": 100 * ranked[:, 0].double().mean().item()}

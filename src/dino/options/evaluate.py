@@ -20,11 +20,11 @@ from dino.options.rules import (
     PositiveInt,
     Rule,
     Seed,
-    Temperature,
     at_least,
     between,
 )
 
+Beta = Annotated[float, Rule(lambda value: value == 0 or 0.001 <= value <= 1000, "give 0, or 0.001 to 1000")]
 Percent = Annotated[float, Rule(lambda value: 0 < value <= 100, "give shares above 0 and up to 100")]
 
 
@@ -54,7 +54,7 @@ class LabeledOptions(EvalOptions):
 class KnnOptions(LabeledOptions):
     k: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (10, 20, 100, 200)
     """Numbers of neighbors."""
-    temp: Temperature = 0.07
+    temp: Annotated[float, between(0.02, 1000)] = 0.07  # below, the exponential is beyond float32
     """Temperature of the votes exp(cosine / temp)."""
 
 
@@ -180,9 +180,9 @@ class FinetuneOptions(TrainedOptions):
     """The learning rate of a block is this times that of the next one; 1: all alike."""
     drop_path: BelowOne | None = None
     """Stochastic depth of the last block, of our own ViTs."""
-    mixup: NonNegativeFloat | None = None
+    mixup: Beta | None = None
     """Parameter of the Beta distribution of MixUp; 0: no MixUp. With CutMix, each step takes one of them at random."""
-    cutmix: NonNegativeFloat | None = None
+    cutmix: Beta | None = None
     smoothing: BelowOne | None = None
     """Label smoothing."""
     rand_augment: str | None = None
