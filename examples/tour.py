@@ -3,6 +3,7 @@
 
 # %% Train. Drawn scenes need no download. For your own images give data="photos/" in place of "demo".
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,9 +13,8 @@ from dino.data.scenes import Scenes
 from dino.features.extract import extract
 
 out = Path("tour")
-run = dino.train(
-    "demo", out=str(out / "run"), overwrite=True, epochs=2, **{"data.num_workers": 0}
-)  # workers need a guard
+no_workers: Any = {"data.num_workers": 0}  # with workers a script wants all of this under `if __name__ == "__main__":`
+run = dino.train("demo", out=str(out / "run"), overwrite=True, epochs=2, **no_workers)
 model = dino.load(str(run))
 
 # %% Attention: where each head of the last block looks. Training has not seen these scenes.
