@@ -87,8 +87,8 @@ def writing(out: Path, leave: bool = False) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink(missing_ok=True)
         # What cannot be read elsewhere, an input for example, is no fault of --out.
-        place = getattr(error, "filename", None)
-        if isinstance(place, str | bytes) and out not in Path(os.fsdecode(place), "x").parents:
+        place = Path(os.fsdecode(getattr(error, "filename", None) or out))
+        if out not in (place, *place.parents) and place not in out.parents:
             raise
         with naming(f"--out {out}"):
             raise

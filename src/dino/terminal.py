@@ -49,12 +49,7 @@ class Terminal:
         # Results that go to a file or a pipe must not be drawn above the bar instead.
         redirect = sys.stdout.isatty()
         self.progress = Progress(
-            *columns,
-            *times,
-            console=self.console,
-            transient=not keep,
-            redirect_stdout=redirect,
-            disable=not self.live,
+            *columns, *times, console=self.console, transient=not keep, redirect_stdout=redirect, disable=not self.live
         )
         self.task = self.progress.add_task("", total=None, status="")
 

@@ -39,10 +39,7 @@ class Kind(NamedTuple):
     in_folder: bool  # True: the spec is PREFIX:NAME:FOLDER
 
 
-KINDS = {
-    "scenes": Kind(open_scenes, in_folder=False),
-    "torchvision": Kind(open_torchvision, in_folder=True),
-}
+KINDS = {"scenes": Kind(open_scenes, in_folder=False), "torchvision": Kind(open_torchvision, in_folder=True)}
 
 
 # --- what a spec says ----------------------------------------------------------------------------------------------

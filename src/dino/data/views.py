@@ -74,13 +74,7 @@ class Views:
         return replace(self, **{name: getattr(self, name)[list(images)] for name in drawn})
 
 
-def draw_views(
-    options: ViewOptions,
-    seed: int,
-    epoch: int,
-    indices: Sequence[int],
-    shapes: np.ndarray,
-) -> Views:
+def draw_views(options: ViewOptions, seed: int, epoch: int, indices: Sequence[int], shapes: np.ndarray) -> Views:
     """Views of the samples `indices` at `epoch`, for images of `shapes` [n, 2] (height, width)."""
     assert shapes.shape == (len(indices), 2)
     num_views = len(options.sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -105,13 +106,10 @@ def check_size(options: TrainOptions, on_gpu: bool) -> None:
 
     They are student and teacher; on a CPU also the student's gradients and the optimizer's two moments.
     """
-    try:
-        with torch.device("meta"):
-            method = build_method(options)
-    except (RuntimeError, NotImplementedError):  # some of timm's architectures cannot be built without memory
-        return
-    copies = 1 if on_gpu else 2.5
-    check_memory(4 * copies * sum(p.numel() for p in method.parameters()), "training this model")
+    # Some of timm's architectures cannot be built without memory.
+    with torch.device("meta"), contextlib.suppress(RuntimeError, NotImplementedError):
+        numbers = sum(p.numel() for p in build_method(options).parameters())
+        check_memory(numbers * (4 if on_gpu else 10), "training this model")
 
 
 def check_views(backbone: Backbone, views: ViewOptions) -> None:

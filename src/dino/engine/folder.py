@@ -8,7 +8,7 @@ from pathlib import Path
 import tomli_w
 
 from dino import files
-from dino.data.open import find_path, get_name, make_absolute, record_files
+from dino.data.open import get_name, make_absolute, record_files
 from dino.data.sources import Source
 from dino.options import flatten, replace, toml
 from dino.options.evaluate import EVALUATIONS
@@ -72,16 +72,9 @@ def choose_folder(options: TrainOptions) -> Path:
             )
         toml.read_recorded(str(folder), whole=False)  # else it is another program's config.toml
         written = {path.resolve() for path in list_written(folder)} | {folder.resolve()}
-        inputs = {
-            "data": find_path(options.data.path),
-            "data.val": options.data.val,
-            "data.labels": options.data.labels,
-        }
-        for name, given in (inputs | {"init": options.init}).items():
-            if given is not None and Path(given).expanduser().resolve() in written:
-                raise ValueError(
-                    f"--{name} {given} is part of the run that --overwrite would delete; choose another --out."
-                )
+        for given in filter(None, (options.data.path, options.data.val, options.data.labels, options.init)):
+            if Path(given).expanduser().resolve() in written:
+                raise ValueError(f"{given} is part of the run that --overwrite would delete; choose another --out.")
     return folder
 
 

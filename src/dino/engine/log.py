@@ -29,8 +29,7 @@ class Events:
     def __init__(self, folder: Path, first_step: int):
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
-        self.file = open(folder / name, "wb")  # noqa: SIM115 - lives as long as the run
-        self.records = RecordWriter(self.file)
+        self.records = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115 - lives as long as the run
         self._write(file_version="brain.Event:2")
         # Events of steps beyond the checkpoint are marked as superseded.
         self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
@@ -38,7 +37,7 @@ class Events:
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._write(step=step, summary=scalar(name, value))
-        self.file.flush()
+        self.records.flush()
 
     def _write(self, **what: Any) -> None:
         self.records.write(Event(wall_time=time.time(), **what).SerializeToString())
@@ -67,9 +66,10 @@ class MetricsLog:
             self.events.write(step, values)
 
     def close(self) -> None:
-        for file in [self.file, *([] if self.events is None else [self.events.file])]:
-            with contextlib.suppress(OSError):  # each write was flushed: an error has been told already
-                file.close()
+        with contextlib.suppress(OSError):  # each write was flushed: an error has been told already
+            self.file.close()
+        with contextlib.suppress(OSError):
+            _ = self.events and self.events.records.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -109,8 +109,12 @@ class Quarantine:
     def reread(self, source: Source) -> None:
         """Take up the images that the file names and that still cannot be read; forget those that were repaired."""
         lines = {line["image"]: line for line in read_quarantine(self.path)}
-        known = [i for i in range(len(source)) if source.name(i) in lines] if lines else []
-        self.names = {source.name(i) for i in known if not is_readable(source, i)}
+        for i in range(len(source)) if lines else ():
+            if source.name(i) in lines:
+                try:
+                    source.read(i)
+                except BadImage:
+                    self.names.add(source.name(i))
         if self.names != lines.keys():
             with files.replacing(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(lines[name]) + "\n" for name in lines if name in self.names))
@@ -127,11 +131,3 @@ class Quarantine:
     def too_many(self) -> bool:
         """Whether the share of unreadable images is above the limit."""
         return len(self.names) > self.limit
-
-
-def is_readable(source: Source, index: int) -> bool:
-    try:
-        source.read(index)
-    except BadImage:
-        return False
-    return True

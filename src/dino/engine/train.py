@@ -169,14 +169,13 @@ class Trainer:
         self.terminal.start(self.step, total)
         with self.signals:
             try:
-                self.metrics = self._open_log()
+                if distributed.is_main():
+                    self.metrics = MetricsLog(self.run, self.step, self.options.log.tensorboard)
                 if self.step == 0:
                     self._measure()
                 self._run(stop)
             except OSError as error:
-                raise self._end(
-                    errors.find_reason(error) + (f": {error.filename}" if error.filename else "")
-                ) from error
+                raise self._end(f"{errors.find_reason(error)}: {error.filename or self.run}") from error
             finally:
                 self.terminal.stop()
                 if self.metrics is not None:
@@ -184,9 +183,6 @@ class Trainer:
         if self.failure is not None:
             raise self._end(str(self.failure)) from self.failure
         return self.step >= total
-
-    def _open_log(self) -> MetricsLog | None:
-        return MetricsLog(self.run, self.step, self.options.log.tensorboard) if distributed.is_main() else None
 
     def _end(self, reason: str) -> TrainingError:
         space = "free some space, then " if reason.startswith(os.strerror(errno.ENOSPC)) else ""

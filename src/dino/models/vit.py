@@ -57,11 +57,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(
-        self,
-        residual: Tensor,
-        branch: Callable[[Tensor], Tensor],
-        x: Tensor,
-        noise: Float[Tensor, " n"] | None = None,
+        self, residual: Tensor, branch: Callable[[Tensor], Tensor], x: Tensor, noise: Float[Tensor, " n"] | None = None
     ) -> Tensor:
         """`residual` + `branch(x)`; samples whose `noise` is at least 1 - rate get `residual` alone."""
         if self.rate == 0 or not self.training:

@@ -26,10 +26,7 @@ TOLERATED = frozenset(
     f"{layer}.{leaf}" for layer in ("fc", "head", "classifier", "pooler.dense") for leaf in ("weight", "bias")
 )
 
-_HF: NameMap = {
-    "patch_embed.proj": ("embeddings.patch_embeddings.projection",),
-    "norm": ("layernorm",),
-}
+_HF: NameMap = {"patch_embed.proj": ("embeddings.patch_embeddings.projection",), "norm": ("layernorm",)}
 _HF_BLOCK: NameMap = {
     "norm1": ("layernorm_before",),
     "attn.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
