@@ -327,3 +327,12 @@ def test_it_is_an_estimator(saved_model):
         "check_estimator_repr",
     ):
         getattr(checks, name)("DinoFeatures", step)
+
+
+def test_nothing_of_the_users_in_the_folder_is_deleted(saved_model, photos, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / ".notes.tmp").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds \.notes\.tmp, which is no part of an embedding"):
+        dino.embed(saved_model, photos, out, device="cpu")
+    assert (out / ".notes.tmp").read_text() == "precious"

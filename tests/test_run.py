@@ -265,4 +265,9 @@ def test_a_tilde_and_a_path_are_taken_everywhere(photos, tmp_path, monkeypatch):
     for name in ("py", "flag", "toml"):
         assert cli.main(["train", "--resume", f"~/{name}"]) == 0
     assert cli.main(["train", "--init", "~/py", "--data", "~/photos", "--out", "~/again", *tiny_flags(epochs=1)]) == 0
+    assert cli.main(["eval", "knn", "~/py", "--data", "~/photos", "--k", "3"]) == 0
+    assert (tmp_path / "py" / "eval" / "knn.json").exists()
+    assert cli.main(["report", "~/py"]) == 0
+    assert cli.main(["export", "~/py", "--to", "safetensors", "--out", "~/x.safetensors"]) == 0
+    assert {"x.safetensors", "again"} <= {*os.listdir(tmp_path)}
     assert not [name for name in os.listdir(tmp_path) if "~" in name]

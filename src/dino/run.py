@@ -261,7 +261,8 @@ def report_command(options: ReportOptions) -> None:
     """Write the report of a run again from the files in its directory."""
     from dino.report.page import write_report
 
-    recorded, folder, device = toml.read_recorded(options.run), Path(options.run), distributed.start("auto")
+    folder = Path(options.run).expanduser()
+    recorded, device = toml.read_recorded(options.run), distributed.start("auto")
     set_threads(replace(recorded, {"threads": None}), device)  # which may be more than this machine has
     source, held_out = open_training_pair(recorded, folder, trust=True)
     print(write_report(folder, source, held_out, device))

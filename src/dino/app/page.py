@@ -240,7 +240,7 @@ def serve(options: AppOptions, folder: str) -> None:
     name = options.model or find_newest_run()
     with listen(options.host, options.port) as listening:
         model = weights.load(name).to(distributed.start(options.device))
-        run = Path(name) if Path(name).is_dir() else None
+        run = path if (path := Path(name).expanduser()).is_dir() else None
         page = Page(Explorer(model, run, options.data or find_data(run), options.embedding), Path(name).name)
         app = gr.mount_gradio_app(
             FastAPI(),

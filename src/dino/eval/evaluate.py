@@ -174,9 +174,9 @@ def format_table(name: str, found: Result, theirs: Mapping[str, float], what: st
 def locate_result(options: EvalOptions, name: str) -> Path | None:
     """The file for the result of evaluation `name`; None: none is written."""
     if options.json is not None:
-        return Path(options.json)
-    if (Path(options.model) / "config.toml").is_file():
-        return Path(options.model) / "eval" / f"{name}.json"
+        return Path(options.json).expanduser()
+    if ((run := Path(options.model).expanduser()) / "config.toml").is_file():
+        return run / "eval" / f"{name}.json"
     return None
 
 

@@ -26,6 +26,7 @@ from dino.options import required
 from dino.options.evaluate import EvalOptions, TrainedOptions
 from dino.randomness import Stream, draw_words, seed_augmentation
 from dino.terminal import Terminal
+from dino.weights.checkpoints import are_finite, find_tensors
 
 Transform = Callable[[Image.Image], Tensor]  # may draw from the global generators, seeded anew for each image
 
@@ -133,7 +134,10 @@ def train_supervised(
             loss = trainee.step(step, batch._replace(images=batch.images.to(device), labels=batch.labels.to(device)))
             done, epoch = step + 1, step // batches.steps_per_epoch
             if distributed.is_main() and (done == total or time.monotonic() - saved >= 60 * options.checkpoint_minutes):
-                checkpoints.save(done, {"step": done, "trainee": trainee.state_dict(), "identity": identity})
+                state = {"step": done, "trainee": trainee.state_dict(), "identity": identity}
+                if not are_finite(find_tensors(state)):
+                    raise ValueError(f"the training diverged before step {done}; choose a lower --lr.")
+                checkpoints.save(done, state)
                 saved = time.monotonic()
             epoch_ends = done % batches.steps_per_epoch == 0
             if epoch_ends or done % 50 == 0:

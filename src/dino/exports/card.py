@@ -26,7 +26,7 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
         digest: SHA-256 of the model's weights; only evaluations of these weights are listed.
         edge: of the images that the model was made for, pixels.
     """
-    release = releases.find_release(name) if not Path(name).exists() else None
+    release = releases.find_release(name) if not Path(name).expanduser().exists() else None
     license = options = None
     figures: list[tuple[str, ...]] = []
     if release:
@@ -34,12 +34,12 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
         facts = facts | {"trained by": f"the authors of the paper ({release[0]}, license {license})"}
         pairs = (("k-NN", published.knn), ("linear", published.linear))
         figures = [("published", f"{k}, ImageNet top-1", f"{v:.1f}", "") for k, v in pairs if v is not None]
-    elif (Path(name) / "config.toml").is_file():
-        trained, figures = _describe_run(Path(name), digest)
+    elif (Path(name).expanduser() / "config.toml").is_file():
+        trained, figures = _describe_run(Path(name).expanduser(), digest)
         facts = facts | trained
-        options = (Path(name) / "config.toml").read_text()
+        options = (Path(name).expanduser() / "config.toml").read_text()
     return ENVIRONMENT.get_template("card.md.jinja").render(
-        name=Path(name).name,
+        name=Path(name).expanduser().name,
         to=to,
         out=out.name,
         license=license,

@@ -36,7 +36,7 @@ def export(
         ValueError: the model cannot be written so, or a package is missing.
         ExportError: what was written computes something else. In all cases nothing is left at `out`.
     """
-    path = Path(out)
+    path = Path(out).expanduser()
     if os.path.exists(path):  # of a name that is too long it is no error
         raise ValueError(f"--out {out} exists already; choose another name, or remove it.")
     compare.check_format(to, path)

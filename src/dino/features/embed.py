@@ -111,14 +111,13 @@ def _missing(folder: Path, about: dict[str, Any]) -> list[int]:
     """Numbers of the shards to write. Makes the folder and removes files that a killed process left unfinished."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for rest in folder.glob(".*.tmp"):
-            rest.unlink()
+        files.sweep(folder)
     except OSError as error:
         raise errors.unwritable(folder, error) from error
     missing = set(range(about["shards"]))
     for path in folder.iterdir():
         number = path.stem.removeprefix("part-")
-        if path.suffix != ".parquet" or not number.isdigit():
+        if path.suffix != ".parquet" or not number.isdecimal():
             raise ValueError(
                 f"--out {folder} holds {path.name}, which is no part of an embedding; choose another --out."
             )

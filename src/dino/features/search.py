@@ -214,7 +214,7 @@ def search(
 
 def check_same_model(folder: Folder, model: Backbone) -> None:
     """Refuse a model that did not make the embedding in `folder`."""
-    if (own := fingerprint(model)) != (made := folder.about["model_sha256"]):
+    if (own := fingerprint(model)) != (made := folder.about["model_sha256"]) or folder.dim % model.embed_dim:
         raise ValueError(
             f"{folder.path} was made by another model ({folder.about['model'] or 'unnamed'}, {made[:12]}) than the one "
             f"asked with ({own[:12]}); give its own (dino search: with --model), or embed anew."

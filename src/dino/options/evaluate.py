@@ -134,7 +134,7 @@ class LinearOptions(TrainedOptions):
     """None: 0, 1e-5 and 1e-4 in fast mode, 0 in paper mode."""
     epochs: PositiveInt = 100
     """Cosine decay to 0 over these, from epoch to epoch."""
-    batch_size: Pixels = 1024
+    batch_size: PositiveInt = 1024
     """Images per step, over all ranks."""
     held_out: Annotated[float, Rule(lambda value: 0 < value < 1, "it is a share between 0 and 1")] = 0.1
     """Share of each class of the training images that chooses where there is more than one classifier."""
@@ -169,7 +169,7 @@ class FinetuneOptions(TrainedOptions):
     recipe: Literal["cifar10", "cifar100", "flowers", "cars", "inat18", "inat19", "imagenet"] = "imagenet"
     """Where what is not given comes from; docs/evaluations.md lists them with what is known of each."""
     epochs: PositiveInt | None = None
-    batch_size: Pixels | None = None
+    batch_size: PositiveInt | None = None
     """Images per step, over all ranks."""
     lr: PositiveFloat | None = None
     """Peak learning rate per 512 images."""

@@ -311,7 +311,13 @@ def check_fit(module: nn.Module, state: State, where: str) -> None:
 
 def refuse_broken(state: State, where: str) -> None:
     """Refuse weights that are not finite; `where` is their name, for the message."""
-    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+    if odd := [
+        name for name, value in state.items() if value.layout != torch.strided or value.is_meta or value.is_complex()
+    ]:
+        raise ValueError(
+            f"{where} holds {formats.list_first(odd)} in a form that no model here has; save it as plain numbers."
+        )
+    if broken := [name for name, value in state.items() if not value.float().isfinite().all()]:
         raise ValueError(
             f"{where} holds numbers that are not finite (NaN or infinity) in {len(broken)} of {len(state)} tensors "
             f"({formats.list_first(broken)}), because its training diverged; use an earlier checkpoint, or train again "
