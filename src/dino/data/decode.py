@@ -7,8 +7,8 @@ library (libjpeg-turbo), gives the same pixels, and takes three quarters of Pill
 pixel and not four. Transparent images are composited on white: cut-outs and logos are made to be seen on a page, and the
 colors stored under transparent pixels are arbitrary.
 
-Memory: about 7 bytes a pixel (Pillow's 4 and the result), 3 for JPEG; twice the result where an image is turned. What is
-converted, is converted in bands of rows.
+Memory: about 7 bytes a pixel (Pillow's 4 and the result), 3 for JPEG, 9 for AVIF, 16 for WebP; twice the result where an
+image is turned. What is converted, is converted in bands of rows.
 """
 
 from __future__ import annotations
