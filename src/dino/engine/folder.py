@@ -70,7 +70,7 @@ def choose_folder(options: TrainOptions) -> Path:
                 f"{folder} already holds a run; continue it with --resume {folder}, replace it with --overwrite, "
                 "or choose another --out."
             )
-        toml.read_recorded(str(folder), whole=False)  # else it is another program's config.toml
+        toml.read_recorded(str(folder))  # else it is another program's config.toml
         written = {path.resolve() for path in list_written(folder)} | {folder.resolve()}
         for given in filter(None, (options.data.path, options.data.val, options.data.labels, options.init)):
             if Path(given).expanduser().resolve() in written:

@@ -125,6 +125,8 @@ class Trainer:
         """
         found = self.checkpoints.load()
         if found is None:
+            if (self.run / weights.WEIGHTS).exists():
+                raise ValueError(f"{self.run} has weights but no checkpoint; start a new run with --init {self.run}.")
             return False
         for reason in found.refused:
             self.terminal.say(f"{reason} Taking {found.path.name}.", style="yellow")

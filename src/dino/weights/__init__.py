@@ -311,11 +311,9 @@ def check_fit(module: nn.Module, state: State, where: str) -> None:
 
 def refuse_broken(state: State, where: str) -> None:
     """Refuse weights that are not finite; `where` is their name, for the message."""
-    if odd := [
-        name for name, value in state.items() if value.layout != torch.strided or value.is_meta or value.is_complex()
-    ]:
+    if any(value.layout != torch.strided or value.is_meta or value.is_complex() for value in state.values()):
         raise ValueError(
-            f"{where} holds {formats.list_first(odd)} in a form that no model here has; save it as plain numbers."
+            f"{where} holds sparse, complex or empty tensors, which no model here has; save plain numbers."
         )
     if broken := [name for name, value in state.items() if not value.float().isfinite().all()]:
         raise ValueError(
