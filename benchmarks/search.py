@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 import harness
-from dino.features.embed import Embedding, Folder
 from dino.features.search import Index
+from dino.features.shards import Embedding, Folder
 
 K, SPREAD = 10, 1.0  # neighbors; noise about a center of length 1
 

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10
 import dino
 from dino.cli import main
 from dino.data import open as data
-from dino.features.embed import Folder
+from dino.features.shards import Folder
 from dino.options import replace, toml
 from dino.options.train import TrainOptions
 from drawing import draw_images

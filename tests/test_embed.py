@@ -20,8 +20,8 @@ import processes
 from dino.cli import main
 from dino.data.open import open_images
 from dino.data.sources import open_source
-from dino.features.embed import Folder
 from dino.features.extract import extract
+from dino.features.shards import Folder
 from dino.weights import fingerprint
 from helpers import dino_command, draw_images, run_dino
 

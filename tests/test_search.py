@@ -26,8 +26,8 @@ from dino.data.decode import decode
 from dino.data.scenes import Scenes
 from dino.data.sources import Images
 from dino.features.copies import EDGE, find_copies, is_copy
-from dino.features.embed import Embedding, Folder
 from dino.features.search import Index
+from dino.features.shards import Embedding, Folder
 from helpers import draw_images, run_dino
 
 pa = pytest.importorskip("pyarrow")

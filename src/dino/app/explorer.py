@@ -23,13 +23,14 @@ from dino.data.decode import BadImage, decode
 from dino.data.open import open_images
 from dino.data.sources import Images, Source, evenly_spaced, read_or_gray
 from dino.features.copies import find_copies
-from dino.features.embed import Folder, embed
+from dino.features.embed import embed
 from dino.features.search import Index, check_same_model
+from dino.features.shards import Folder
 from dino.look import pictures
 from dino.look.patches import extract_patches, fit_axes
 from dino.models import Backbone
 from dino.weights import fingerprint
-from dino.weights.checkpoints import list_checkpoints
+from dino.weights.checkpoints import get_step, list_checkpoints
 
 UPLOAD_PIXELS = 50_000_000  # of an image that a browser sends
 MAX_SIZE = 1024  # pixels of the shorter side that the model is given
@@ -157,7 +158,7 @@ class Explorer:
             if model.has_attention:
                 attention.append(pictures.attention_maps(model, shown.pixels, min(shown.pixels.shape[:2])).maps[-1])
             features.append(self._color_features(shown.pixels, extract_patches(model, shown.pixels)))
-        titles = ["image", *(f"step {int(path.stem.removeprefix('step-')):,}" for path in self.checkpoints)]
+        titles = ["image", *(f"step {get_step(path):,}" for path in self.checkpoints)]
         return np.asarray(
             pictures.draw_mosaic([attention, features] if self.model.has_attention else [features], titles)
         )

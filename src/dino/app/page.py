@@ -275,7 +275,7 @@ def find_data(run: Path | None) -> str | None:
     """What a run was trained on, if it is still there."""
     with contextlib.suppress(ValueError, TypeError):
         if run is not None:
-            data = toml.read_recorded(str(run), whole=False).data.path
+            data = toml.read_toml(run / "config.toml").data.path
             path = find_path(data)
             return data if path is None or path.exists() else None
     return None

@@ -61,12 +61,7 @@ class Files:
     """
 
     def __init__(
-        self,
-        root: str,
-        names: Names,
-        classes: tuple[str, ...] = (),
-        labels: np.ndarray | None = None,
-        path: str | None = None,
+        self, root: str, names: Names, classes: tuple[str, ...] = (), labels: np.ndarray | None = None, path: str = ""
     ):
         self.root, self.names, self.classes, self.labels, self.path = root, names, classes, labels, path or root
         digest = hashlib.sha256(names.blob)

@@ -58,7 +58,7 @@ class Checkpoints:
                 torch.save(state, file)  # a path would stay open after a failure and keep its space
             self.good = [*(old for old in self.good if old != path), path]
             self.point()
-        except (OSError, RuntimeError) as error:  # PyTorch reports a failed write as a RuntimeError
+        except OSError as error:
             reason = errors.find_reason(error)
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written ({reason}); {self.describe_good()}. Free some space, "

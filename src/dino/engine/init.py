@@ -21,7 +21,8 @@ from dino.method import DINO
 from dino.models import SIZES, Backbone
 from dino.options import flatten, replace, required
 from dino.options.train import TrainOptions
-from dino.weights import Weights, load_strictly
+from dino.weights import Weights
+from dino.weights.checks import load_strictly
 from dino.weights.formats import fill_sizes, infer_head
 
 CENTER_IMAGES = 4096  # enough to estimate the mean to a small fraction of the deviation

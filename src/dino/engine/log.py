@@ -66,10 +66,9 @@ class MetricsLog:
             self.events.write(step, values)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # each write was flushed: an error has been told already
-            self.file.close()
-        with contextlib.suppress(OSError):
-            _ = self.events and self.events.records.close()
+        for file in filter(None, (self.file, self.events and self.events.records)):
+            with contextlib.suppress(OSError):  # each write was flushed: an error has been told already
+                file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ class Signals:
 
     def __init__(self, terminal: Terminal):
         self.terminal = terminal
-        self.received: int | None = None
+        self.received = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -35,8 +35,8 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = number
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.received = True
         for s in self._before:
             signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
         self.terminal.say("Finishing this step and saving; once more to stop at once.", style="yellow")

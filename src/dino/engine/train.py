@@ -38,6 +38,7 @@ from dino.options.train import TrainOptions
 from dino.randomness import seed_step
 from dino.terminal import Terminal
 from dino.weights.checkpoints import are_finite, find_tensors
+from dino.weights.checks import load_strictly
 
 Callback = Callable[[DINO, int], dict[str, float]]  # measures the method after so many steps; all ranks call it
 
@@ -138,7 +139,7 @@ class Trainer:
             )
         of_no_more_use = {name: getattr(self.options, name) for name in ("init", "out", "overwrite")}
         check_resumable(flatten_names(state["options"]) | of_no_more_use, self.options)
-        weights.load_strictly(self.method, state["method"], str(found.path))
+        load_strictly(self.method, state["method"], str(found.path))
         self.training_step.optimizer.load_state_dict(state["optimizer"])
         self.training_step.scaler.load_state_dict(state["scaler"])
         self.monitor.load_state_dict(state["monitor"])
@@ -200,6 +201,7 @@ class Trainer:
         saved = started = time.monotonic()
         waited = 0.0
         first = self.step
+        can_ask = self.device.type != "cuda" or distributed.world_size() == 1  # at every step, without waiting
         while self.step < stop:
             before = time.monotonic()
             batch = next(batches)
@@ -208,7 +210,8 @@ class Trainer:
             self.step += 1
             epoch_ends = self.step % per_epoch == 0
             measure = self.step % measure_every == 0 or self.step == self.plan.total
-            if self.step % log.every and not (epoch_ends or measure or self.step == stop or self._asked_to_end()):
+            due = self.step % log.every == 0 or epoch_ends or measure or self.step == stop
+            if not (due or (can_ask and self._agree_to_end())):
                 continue
             now = time.monotonic()
             ending = self._log(self.step - first, now - started, waited)
@@ -232,18 +235,17 @@ class Trainer:
         try:
             for batch in iterate(self.batches, self.step, stop, workers, pin_memory=self.device.type == "cuda"):
                 yield batch
-                if self.signals.received is not None:
+                if self.signals.received:
                     break
         except WorkerDied as error:
-            self.failure = error if self.signals.received is None else None
+            self.failure = None if self.signals.received else error
         yield from (self.batches[step] for step in range(self.step, stop))
 
-    def _asked_to_end(self) -> bool:
-        """Whether a signal or a failure asks to end now. Ranks on GPUs agree on it only when they log: it needs a sync."""
-        asked = self.signals.received is not None or self.failure is not None
-        if self.device.type == "cuda" and distributed.world_size() > 1:
-            return False
-        return bool(distributed.sum_(torch.tensor(float(asked))))
+    def _agree_to_end(self) -> bool:
+        """Whether a signal or a failure asks any rank to end; all ranks call it. Among GPUs it waits for the device."""
+        asked = float(self.signals.received or self.failure is not None)
+        device = self.device if distributed.world_size() > 1 else "cpu"
+        return bool(distributed.sum_(torch.tensor(asked, device=device)))
 
     def take_step(self, batch: Batch) -> dict[str, Tensor]:
         """Train on one batch; what to log, on the device."""
@@ -294,8 +296,7 @@ class Trainer:
         means = (summed / distributed.world_size()).tolist()
         values = dict(zip(self._pending[0], means, strict=True))
         self._pending.clear()
-        asked = float(self.signals.received is not None or self.failure is not None)
-        signaled = distributed.sum_(torch.tensor(asked, device=self.device))
+        ending = self._agree_to_end()
         if what := self._find_not_finite(values):
             raise TrainingError(
                 f"{what} between steps {self.step - steps} and {self.step} of {self.run}; "
@@ -321,7 +322,7 @@ class Trainer:
             if self.metrics is not None:
                 self.metrics.write(self.step, {"collapse": 1.0})
         self.status = f"loss {values['loss']:.3f}  {speed:,.0f} images/s"
-        return bool(signaled)
+        return ending
 
     def _find_not_finite(self, means: dict[str, float]) -> str:
         """What is no longer finite, as the beginning of a sentence; "" if all is. Nothing else is ever saved."""

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from dino.options.rules import get_types
 from dino.terminal import track
 from dino.version import __version__
 from dino.weights import fingerprint
+from dino.weights.checks import refuse_broken
 
 T = TypeVar("T")
 DATA_FIELDS = ("data", "val", "whiten", "originals", "copies", "distractors", "images", "masks")
@@ -59,10 +60,12 @@ def evaluate(name: str, model: str | os.PathLike[str] | Backbone, **options: Any
     kind = find_options(name)
     if unknown := sorted(options.keys() - get_types(kind).keys()):
         raise errors.unknown(f"option of `dino eval {name}`", unknown[0], get_types(kind))
-    named = not isinstance(model, torch.nn.Module)
-    given: dict[str, Any] = options | {"model": model if named else "model"}
-    wanted = kind(**given)
-    backbone: Any = weights.load(wanted.model).to(distributed.start(wanted.device)) if named else model
+    given: dict[str, Any] = options | {"model": "model" if isinstance(model, nn.Module) else model}
+    wanted, backbone = kind(**given), cast(Any, model)
+    if isinstance(model, nn.Module):
+        refuse_broken(model.state_dict(), getattr(model, "where", "") or "the model")
+    else:
+        backbone = weights.load(wanted.model).to(distributed.start(wanted.device))
     return _measure(name, backbone, wanted)
 
 
@@ -79,7 +82,6 @@ def find_options(name: str) -> type[EvalOptions]:
 
 def _measure(name: str, model: Backbone, options: EvalOptions) -> Result:
     assert isinstance(model, nn.Module)
-    weights.refuse_broken(model.state_dict(), getattr(model, "where", "") or "the model")
     module = importlib.import_module(f"dino.eval.{name}")
     return module.evaluate(model, options, next(model.parameters()).device)
 

@@ -16,8 +16,9 @@ from dino import distributed
 from dino.data.open import expand_images
 from dino.data.sources import Source, read_or_gray
 from dino.features import copies
-from dino.features import embed as embeddings
 from dino.features import search as finding
+from dino.features.embed import embed
+from dino.features.shards import Embedding, Folder
 from dino.files import check_writable, replacing
 from dino.html import NUM_NEIGHBORS, NeighborRow, read_row, read_square, render, write_page
 from dino.options.commands import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
@@ -31,7 +32,7 @@ def write_embedding(options: EmbedOptions) -> None:
     """Write the features of images, or those that are still missing."""
     o = options
     try:
-        written = embeddings.embed(o.model, o.data, o.out, o.pooling, o.size, o.fp16, o.shard, o.device)
+        written = embed(o.model, o.data, o.out, o.pooling, o.size, o.fp16, o.shard, o.device)
         if not distributed.is_main():
             return
         print(f"{o.out}: {written.rows:,} features of {written.dim} numbers, {written.about['shards']} files")
@@ -139,14 +140,14 @@ def print_outliers(options: OutliersOptions) -> None:
 # --- what they share -----------------------------------------------------------------------------------------------
 
 
-def _open(options: FindOptions) -> embeddings.Embedding:
+def _open(options: FindOptions) -> Embedding:
     for option, out, kind in (("--html", options.html, ".html"), ("--json", options.json, ".json")):
         if out is not None:
             check_writable(out, kind, option=option)
-    return embeddings.Folder.open(options.embedding).read()
+    return Folder.open(options.embedding).read()
 
 
-def _refuse_list(options: FindOptions, embedding: embeddings.Embedding, what: str) -> str | None:
+def _refuse_list(options: FindOptions, embedding: Embedding, what: str) -> str | None:
     """Why the model cannot tell the images apart, if so. A list, which may be used to delete images, is refused then."""
     fault = finding.judge_features(embedding)
     if fault and options.json is not None:
@@ -154,7 +155,7 @@ def _refuse_list(options: FindOptions, embedding: embeddings.Embedding, what: st
     return fault
 
 
-def _print_rows(embedding: embeddings.Embedding, rows: Sequence[tuple[float, int]]) -> list[dict[str, Any]]:
+def _print_rows(embedding: Embedding, rows: Sequence[tuple[float, int]]) -> list[dict[str, Any]]:
     """Print cosines and rows as a table. Returns them for the JSON file."""
     for value, row in rows:
         print(f"  {value:7.4f}  {embedding.names[row]}")
@@ -163,7 +164,7 @@ def _print_rows(embedding: embeddings.Embedding, rows: Sequence[tuple[float, int
     ]
 
 
-def _list_copy(embedding: embeddings.Embedding, copy: copies.Copy) -> dict[str, Any]:
+def _list_copy(embedding: Embedding, copy: copies.Copy) -> dict[str, Any]:
     """A copy for the JSON file."""
     entry = {"path": embedding.names[copy.row], "index": int(embedding.positions[copy.row]), "cosine": copy.cosine}
     view = copy.view
@@ -187,12 +188,7 @@ def format_bytes(count: int) -> str:
 
 
 def _read_row(
-    embedding: embeddings.Embedding,
-    images: Source,
-    source: Source,
-    at: int,
-    caption: str,
-    rows: list[tuple[float, int]],
+    embedding: Embedding, images: Source, source: Source, at: int, caption: str, rows: list[tuple[float, int]]
 ) -> NeighborRow:
     found = [(value, int(embedding.positions[row])) for value, row in rows[:NUM_NEIGHBORS]]
     return read_row(read_square(source, at), caption, None, images, found)
@@ -200,7 +196,7 @@ def _read_row(
 
 def _write(
     options: FindOptions,
-    embedding: embeddings.Embedding,
+    embedding: Embedding,
     result: dict[str, Any],
     kicker: str,
     top: str,

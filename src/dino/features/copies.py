@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dino.data.decode import BadImage
 from dino.data.sources import Source
-from dino.features.embed import Embedding
 from dino.features.neighbors import split_rows
 from dino.features.search import SAMPLE, Index, IndexKind, judge_features, measure_typical, open_embedding
+from dino.features.shards import Embedding
 from dino.options.commands import DuplicatesOptions
 from dino.options.rules import checked
 from dino.terminal import track

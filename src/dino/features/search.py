@@ -17,9 +17,9 @@ from torch import Tensor
 from dino import distributed, errors, files, weights
 from dino.data.sources import Images, evenly_spaced
 from dino.engine.monitor import feature_health
-from dino.features.embed import Embedding, Folder
 from dino.features.extract import extract
 from dino.features.neighbors import find_neighbors
+from dino.features.shards import Embedding, Folder
 from dino.models import Backbone
 from dino.options.commands import OutliersOptions, SearchOptions
 from dino.options.rules import checked

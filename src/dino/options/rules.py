@@ -152,6 +152,14 @@ def get_plain(kind: Any) -> Any:
     return kind
 
 
+def conform_named(name: str, value: Any, kind: Any) -> Any:
+    """`conform`, with an error that is a whole sentence: it begins with the name."""
+    try:
+        return conform(value, kind)
+    except ValueError as error:
+        raise ValueError(f"{name} is {error}") from None
+
+
 @functools.cache
 def get_types(kind: type[Options]) -> dict[str, Any]:
     """Field -> type with its rules, in the order of declaration."""
@@ -190,10 +198,7 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, Options):
                 value.check()
-            try:
-                object.__setattr__(self, name, conform(value, kind))
-            except ValueError as error:
-                raise ValueError(f"{self.section}{name} is {error}") from None
+            object.__setattr__(self, name, conform_named(f"{self.section}{name}", value, kind))
         for message in self.contradictions():
             raise ValueError(message)
 
@@ -223,10 +228,7 @@ def checked(kind: type[Options], *names: str) -> Callable[[Callable[P, R]], Call
                 value = given.arguments[name]
                 if name in ("model", "data", "embedding") and not isinstance(value, _NAMES):
                     continue
-                try:
-                    given.arguments[name] = conform(value, types[name])
-                except ValueError as error:
-                    raise ValueError(f"{name} is {error}") from None
+                given.arguments[name] = conform_named(name, value, types[name])
             return function(*given.args, **given.kwargs)
 
         return call

@@ -56,17 +56,13 @@ def read_toml(path: Path) -> TrainOptions:
     return _apply(path, read_recorded(resumed) if isinstance(resumed, str) else TrainOptions(), values)
 
 
-def read_recorded(run: str, whole: bool = True) -> TrainOptions:
-    """The options that the run in directory `run` was started with, without those that held for one call only.
-
-    Args:
-        whole: refuse a file that was cut short.
-    """
+def read_recorded(run: str) -> TrainOptions:
+    """The options that the run in directory `run` was started with, without those that held for one call only."""
     path = Path(run).expanduser() / "config.toml"
     if not path.is_file():
         raise ValueError(f"{run} holds no run (no config.toml); give the --out folder of a run.")
     recorded = _read_values(path)
     options = _apply(path, TrainOptions(), recorded | dict.fromkeys(("resume", "stop_after")))
-    if whole and (missing := [name for name in COMPLETE if name not in recorded]):
+    if missing := [name for name in COMPLETE if name not in recorded]:
         raise ValueError(f"{path} is cut short: it does not say {missing[0]}; copy it from a backup.")
     return options

@@ -22,11 +22,10 @@ from dino import errors, files
 from dino.models import SIZES, Backbone, create
 from dino.models.vit import VisionTransformer
 from dino.options import required
-from dino.options.rules import Pixels, PositiveInt, conform, get_types
-from dino.options.train import ModelOptions
 from dino.terminal import say
 from dino.weights import formats, pickles, releases
 from dino.weights.checkpoints import get_step, list_checkpoints, read_newest
+from dino.weights.checks import check_arguments, check_fit, load_strictly
 from dino.weights.formats import State
 
 if TYPE_CHECKING:
@@ -265,62 +264,6 @@ def _read_networks(networks: dict[str, Any], where: str, num_heads: int | None) 
     if "teacher" not in networks:
         out |= {name.replace("student.", "teacher.", 1): value for name, value in out.items()}
     return Weights(where, arguments, out, tuple(left_out))
-
-
-def check_arguments(arguments: dict[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of `create`, held to the rules of the options of these names.
-
-    Raises:
-        ValueError: `where` says an argument that there is not, or one that breaks its rule.
-    """
-    types = get_types(ModelOptions) | {"arch": str, "image_size": Pixels, "in_channels": PositiveInt}
-    held = {}
-    for name, value in arguments.items():
-        if name not in types:
-            raise ValueError(f"{where} cannot be built: it says {name}, which is of another version.")
-        try:
-            held[name] = conform(value, types[name])
-        except ValueError as error:
-            raise ValueError(f"{where} cannot be built: {name} is {error}") from error
-    return held
-
-
-def load_strictly(module: nn.Module, state: State, where: str) -> None:
-    """Load `state` into `module`; every key and shape must agree, and every number must be finite.
-
-    Raises:
-        ValueError: names what is missing, unknown, of another shape, or not finite.
-    """
-    check_fit(module, state, where)
-    refuse_broken(state, where)
-    module.load_state_dict(state)
-
-
-def check_fit(module: nn.Module, state: State, where: str) -> None:
-    """Refuse a state whose keys and shapes are not those of `module`; errors as for `load_strictly`."""
-    own = module.state_dict()
-    reshaped = [
-        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if state[name].shape != own[name].shape
-    ]
-    kinds = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(), "of another shape": reshaped}
-    if wrong := [f"{len(names)} {kind} ({formats.list_first(names)})" for kind, names in kinds.items() if names]:
-        raise ValueError(f"{where} does not fit this model: {'; '.join(wrong)}. Use the options it was trained with.")
-
-
-def refuse_broken(state: State, where: str) -> None:
-    """Refuse weights that are not finite; `where` is their name, for the message."""
-    if any(value.layout != torch.strided or value.is_meta or value.is_complex() for value in state.values()):
-        raise ValueError(
-            f"{where} holds sparse, complex or empty tensors, which no model here has; save plain numbers."
-        )
-    if broken := [name for name, value in state.items() if not value.float().isfinite().all()]:
-        raise ValueError(
-            f"{where} holds numbers that are not finite (NaN or infinity) in {len(broken)} of {len(state)} tensors "
-            f"({formats.list_first(broken)}), because its training diverged; use an earlier checkpoint, or train again "
-            "with a lower --optim.lr."
-        )
 
 
 def fingerprint(model: Backbone) -> str:
