@@ -250,3 +250,20 @@ def test_two_ranks_that_are_stopped_or_killed_end_with_the_same_bits(photos, tmp
     done = run_dino("train", "--resume", run, ranks=2)
     assert done.returncode == 0, done.stderr
     assert_same_bits(final_state(whole), final_state(run))
+
+
+@pytest.mark.slow
+def test_memory_is_named_only_where_it_may_be_the_cause(photos, tmp_path):
+    for number, said in ((signal.SIGKILL, "memory ran out"), (signal.SIGSEGV, "if nobody stopped it")):
+        run = tmp_path / number.name
+        process = start_long(photos, run, data__num_workers=1, log__knn_every=0)
+        psutil.Process(process.pid).children()[0].send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert f"a data worker was killed by {number.name}; " in stderr
+        assert said in stderr
+        assert ("memory ran out" in stderr) == (number == signal.SIGKILL)
+
+
+def test_figures_of_the_untrained_model_are_not_called_trained(photos, tmp_path, capsys):
+    dino.train(data=str(photos), out=str(tmp_path / "run"), **TINY | {"stop_after": 1})
+    assert "-> " not in capsys.readouterr().err

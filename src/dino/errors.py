@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,11 @@ def find_reason(error: BaseException) -> str:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
     return first_line(error)
+
+
+def advise_space(reason: str) -> str:
+    """What to do first where `reason` is a full disk, as the beginning of a clause; else ""."""
+    return "free some space, then " if reason in map(os.strerror, (errno.ENOSPC, errno.EDQUOT)) else ""
 
 
 def first_line(error: BaseException) -> str:

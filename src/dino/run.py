@@ -247,7 +247,7 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
         ("knn20_top1", "k-NN accuracy (k = 20) on held-out images"),
         ("jaccard_best_head", "Jaccard overlap of attention masks with the objects"),
     ):
-        if measured and key in measured[-1]:
+        if measured and measured[-1]["step"] > 0 and key in measured[-1]:
             pixels = measured[0].get(f"pixels_{key}")
             floor = f"; on raw pixels {pixels:.1f} %" if pixels is not None else ""
             terminal.say(f"{what}: {measured[0][key]:.1f} % untrained -> {measured[-1][key]:.1f} % trained{floor}")

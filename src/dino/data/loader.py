@@ -173,15 +173,13 @@ def iterate(batches: Dataset[T], start: int, stop: int, num_workers: int, pin_me
 
 def _find_dead_worker(workers: Iterable[BaseProcess], error: Exception) -> str:
     """How a worker has ended, if `error` comes from that; else ""."""
-    how = ""
+    how, of_memory = "", "shared memory" in str(error)
     for worker in workers:
         worker.join(0.1)
-        if worker.exitcode:
-            code = worker.exitcode
+        if code := worker.exitcode:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    if "shared memory" in str(error):
-        how = how or "found no space in shared memory"
-    return how and (
-        f"a data worker {how}; most likely memory ran out, or /dev/shm is too small (docker run --shm-size=8g): use fewer "
-        "--data.num-workers, or 0"
-    )
+            of_memory |= how.endswith(("SIGKILL", "SIGBUS"))
+    if of_memory:
+        memory = "most likely memory ran out, or /dev/shm is too small (docker run --shm-size=8g)"
+        return f"a data worker {how or 'found no space in shared memory'}; {memory}: use fewer --data.num-workers, or 0"
+    return how and f"a data worker {how}; if nobody stopped it, --data.num-workers 0 shows the error"

@@ -61,8 +61,8 @@ class Checkpoints:
         except OSError as error:
             reason = errors.find_reason(error)
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written ({reason}); {self.describe_good()}. Free some space, "
-                "then go on from there."
+                f"the checkpoint of step {step} could not be written ({reason}); {self.describe_good()}; "
+                f"{errors.advise_space(reason)}repeat the command, or resume the run, to go on from there."
             ) from error
         for old in self.good[: -self.keep]:
             old.unlink(missing_ok=True)

@@ -6,9 +6,7 @@ state, and continuing from it is bit for bit the run that was never interrupted.
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,7 +176,7 @@ class Trainer:
                     self._measure()
                 self._run(stop)
             except OSError as error:
-                raise self._end(f"{errors.find_reason(error)}: {error.filename or self.run}") from error
+                raise self._end(errors.find_reason(error)) from error
             finally:
                 self.terminal.stop()
                 if self.metrics is not None:
@@ -188,10 +186,9 @@ class Trainer:
         return self.step >= total
 
     def _end(self, reason: str) -> TrainingError:
-        space = "free some space, then " if reason.startswith(os.strerror(errno.ENOSPC)) else ""
         return TrainingError(
-            f"{self.run} ended after step {self.step} ({reason}); {self.checkpoints.describe_good()}; {space}continue "
-            f"with: dino train --resume {self.run}"
+            f"{self.run} ended after step {self.step} ({reason}); {self.checkpoints.describe_good()}; "
+            f"{errors.advise_space(reason)}continue with: dino train --resume {self.run}"
         )
 
     def _run(self, stop: int) -> None:
@@ -298,10 +295,11 @@ class Trainer:
         self._pending.clear()
         ending = self._agree_to_end()
         if what := self._find_not_finite(values):
+            start = ", if you like from that checkpoint with --init" if self.checkpoints.good else ""
             raise TrainingError(
                 f"{what} between steps {self.step - steps} and {self.step} of {self.run}; "
                 f"{self.checkpoints.describe_good()}. Lower --optim.lr, or use --precision bf16 or fp32 if it was fp16, and "
-                "start a new run; --init can start it from that checkpoint."
+                f"start a new run{start}."
             )
         self._check_quarantine()
         rates = self.plan.rates(self.step - 1)
@@ -364,8 +362,10 @@ class Trainer:
             self.quarantine.names.update(name for name, _ in bad)
         if force or self.quarantine.too_many():
             count, total = len(self.quarantine.names), len(self.source)
+            limit = f"more than --data.max-bad-fraction {self.options.data.max_bad_fraction:g} allows"
             raise TrainingError(
-                f"{count} of {total} images could not be read ({100 * count / total:.1f} %), more than "
-                f"--data.max-bad-fraction {self.options.data.max_bad_fraction:g} allows; they are listed with reasons "
-                f"in {self.quarantine.path}. Repair or remove them, or raise that limit."
+                f"{count} of {total} images could not be read ({100 * count / total:.1f} %), "
+                f"{limit if self.quarantine.too_many() else 'so a batch found none'}; they are listed with reasons in "
+                f"{self.quarantine.path}. Repair them and resume, or raise that limit, or remove them and start anew with "
+                "--overwrite."
             )

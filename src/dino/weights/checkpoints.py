@@ -52,7 +52,7 @@ def read_newest(folder: Path) -> Checkpoint | None:
     if refused:
         raise CheckpointError(
             f"none of the {len(refused)} checkpoints in {folder} can be used: {refused[0]} Copy one from a backup, or start "
-            "a new run with another --out."
+            "again in another folder."
         )
     return None
 
