@@ -15,8 +15,12 @@ import torch
 
 import dino
 from dino import machine
+from dino.engine.build import check_size
 from dino.models import Head
+from dino.options import replace
+from dino.options.train import TrainOptions
 from dino.terminal import Terminal, say, track
+from helpers import TINY
 
 SOURCES = sorted(Path(dino.__file__).parent.rglob("*.py"))
 MODULES = [".".join(("dino", *path.relative_to(Path(dino.__file__).parent).with_suffix("").parts)) for path in SOURCES]
@@ -150,10 +154,13 @@ def test_a_script_that_workers_would_run_again_is_told_how_to_be_written(photos,
 
 def test_what_the_machine_has_not_is_refused_before_it_is_taken():
     cores = machine.count_cores()
+    # Scores of so many prototypes take more memory than their weights.
+    large = replace(TrainOptions(), TINY | {"head.out_dim": 2**24, "head.bottleneck_dim": 1})
     for call, said in (
         (lambda: machine.check_cores("threads", cores + 1, 1), f"threads is {cores + 1}, .* use at most {cores}"),
         (lambda: machine.check_workers(10**6), "num_workers is 1000000"),
         (lambda: dino.create("vit_small", width=60_000, depth=900), r"would take [\d,]{6,} GB"),
+        (lambda: check_size(large, 6400, False), r"training this model on 6400 images at a time would take \d,"),
         (lambda: Head(96, out_dim=10**9, bottleneck_dim=60_000), r"would take [\d,]{6,} GB"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -22,7 +22,7 @@ from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.eval import evaluate
 from dino.eval.online import OnlineEvaluation
-from dino.machine import check_cores, check_memory, check_workers, count_spare_cores, describe_device
+from dino.machine import check_cores, check_workers, count_spare_cores, describe_device
 from dino.options import auto, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base
@@ -215,9 +215,7 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
             f"accumulate is {options.accumulate} but a step has only {batch // ranks} images (of a process); "
             f"use --accumulate {batch // ranks} or less."
         )
-    build.check_size(options, device.type == "cuda")
-    pixels = batch // ranks * sum(size**2 for size in options.views.sizes)
-    check_memory(12 * pixels, f"the views of {batch // ranks} images")  # as floats; their features take more still
+    build.check_size(options, batch // ranks, device.type == "cuda")
     if options.method.loss == "infonce" and options.method.queue_size < 2 * batch:
         raise ValueError(
             f"method.queue_size is {options.method.queue_size}, but each step adds two views of {batch} images; "

@@ -101,15 +101,22 @@ def build_method(options: TrainOptions) -> DINO:
     return combine(student, teacher, *rules, m.student_temp, m.center_momentum, m.queue_size)
 
 
-def check_size(options: TrainOptions, on_gpu: bool) -> None:
-    """Refuse networks that do not fit this machine's memory, before it is taken.
+def check_size(options: TrainOptions, images: int, on_gpu: bool) -> None:
+    """Refuse networks and steps of `images` (of one rank) that do not fit this machine's memory, before it is taken.
 
-    They are student and teacher; on a CPU also the student's gradients and the optimizer's two moments.
+    Counted are student, teacher and the views' pixels; on a CPU also the gradients, the optimizer's two moments, and the
+    scores of the prototypes with what is computed from them (22 numbers of an image with 4 views, as measured). Features
+    take more still.
     """
+    sizes, prototypes = options.views.sizes, options.head.out_dim or 0
+    needed = 12 * images * sum(size**2 for size in sizes)
+    if not on_gpu:  # one part of a step at a time; `fit` may choose parts of one image
+        part = 1 if options.fit else images // options.accumulate
+        needed += 4 * prototypes * part * (4 * len(sizes) + 6)
     # Some of timm's architectures cannot be built without memory.
     with torch.device("meta"), contextlib.suppress(RuntimeError, NotImplementedError):
-        numbers = sum(p.numel() for p in build_method(options).parameters())
-        check_memory(numbers * (4 if on_gpu else 10), "training this model")
+        needed += sum(p.numel() for p in build_method(options).parameters()) * (4 if on_gpu else 10)
+    check_memory(needed, f"training this model on {images} images at a time")
 
 
 def check_views(backbone: Backbone, views: ViewOptions) -> None:
