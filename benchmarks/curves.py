@@ -65,7 +65,9 @@ def train(way: Way, source: Source, options: Any, steps: int) -> tuple[list[floa
         parallel.compile_networks(method)
     rates = step.RATES._replace(lr=RATE)
     edges = {"global_size": size, "local_size": size // 2}
-    views = ViewOptions(**edges, num_local=options.num_local, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
+    views = ViewOptions(
+        **edges, num_local=options.num_local, global_scale=(0.4, 1.0), local_scale=(0.1, 0.4), blur_prob=(1.0, 0.1, 0.5)
+    )
     renderer = DeviceRenderer(device) if way.on_device else CpuRenderer()
     batches = ViewBatches(source, views, renderer, options.batch, way.seed)
     losses: list[float] = []

@@ -148,7 +148,7 @@ def sides(
     ours = build(arch, prototypes, patch, size, drop_path).to(device)
     plain = plain_copy(ours)
     plain_optimizer = torch.optim.AdamW(optim.group_parameters(plain.student), lr=0.0, weight_decay=0.04)
-    our_optimizer = optim.create_optimizer(OptimOptions(), ours.student)
+    our_optimizer = optim.create_optimizer(OptimOptions(name="adamw"), ours.student)
     return TrainingStep(ours, our_optimizer, device, precision), Plain(plain, plain_optimizer, device, peer_precision)
 
 

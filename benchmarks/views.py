@@ -35,7 +35,14 @@ from dino.data.views import draw_views
 from dino.options.train import ViewOptions
 from reference import imported
 
-OPTIONS = ViewOptions(global_size=224, local_size=96, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
+OPTIONS = ViewOptions(
+    global_size=224,
+    local_size=96,
+    num_local=8,
+    global_scale=(0.4, 1.0),
+    local_scale=(0.05, 0.4),
+    blur_prob=(1.0, 0.1, 0.5),
+)
 CHUNK = 8  # images between turns
 Peer = Callable[[Image.Image], list]  # an image's views, float32 [3, s, s]
 Clock = dict[str, list[float]]  # stage: CPU and wall seconds

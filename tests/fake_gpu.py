@@ -51,7 +51,9 @@ class Pictures:
         return np.zeros((40 + index, LARGEST + 1 if index == 2 else 50, 3), np.uint8)
 
 
-def to_gpu(module: nn.Module, device: torch.device) -> nn.Module:
+def to_gpu(module: nn.Module, device: torch.device | None = None, memory_format: object = None) -> nn.Module:
+    if device is None:
+        return module
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:

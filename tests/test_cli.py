@@ -184,7 +184,7 @@ def test_recipes_resolve_and_survive_a_round_trip(name, tmp_path):
     for gpu in (False, True):
         options = auto.resolve(recipe.options, 50_000, 32 if "cifar10" in name else 400, gpu, 2)
         missing = {n for n, v in flatten(options).items() if v is None and n in RESOLVED}
-        expected = {"model.patch_size"} if options.model.arch.startswith("timm:") else set()
+        expected = set() if options.model.arch.startswith("vit_") else {"model.patch_size"}
         assert missing == expected | ({"method.momentum"} if options.method.teacher != "momentum" else set())
         (tmp_path / "a.toml").write_text(as_toml(options))
         assert toml.read_toml(tmp_path / "a.toml") == options
@@ -244,8 +244,8 @@ def as_toml(options: TrainOptions) -> str:
 def test_automatic_choices_are_consistent_for_any_data(count, edge, gpu):
     options = auto.resolve(TrainOptions(), count, edge, gpu, 1)
     assert 1 <= options.batch_size <= count
-    assert options.views.global_size % options.model.patch_size == 0
-    assert options.views.local_size % options.model.patch_size == 0
+    assert options.model.patch_size is None or options.views.global_size % options.model.patch_size == 0
+    assert options.model.patch_size is None or options.views.local_size % options.model.patch_size == 0
     assert options.views.local_size < options.views.global_size
     assert 0.9 <= options.method.momentum < 1
 

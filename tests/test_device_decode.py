@@ -30,7 +30,14 @@ from drawing import TO_DEVICE, as_bytes, draw_picture, encode_picture, encode_tu
 from helpers import TINY, draw_images, run_dino, tiny_flags
 
 CPU = torch.device("cpu")
-VIEWS = ViewOptions(global_size=32, local_size=16, num_local=3, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
+VIEWS = ViewOptions(
+    global_size=32,
+    local_size=16,
+    num_local=3,
+    global_scale=(0.4, 1.0),
+    local_scale=(0.05, 0.4),
+    blur_prob=(1.0, 0.1, 0.5),
+)
 read = functools.partial(device_decode.read_jpeg, largest=LARGEST)
 
 

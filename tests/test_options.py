@@ -96,7 +96,7 @@ def test_wrong_types_and_words_are_refused_with_the_name_of_the_option(kind):
     [
         ("method.targets", "centering-x", "centering, softmax-batch, sinkhorn, none. Did you mean 'centering'?"),
         ("method.teacher", "ema", "momentum, previous-epoch, previous-iteration, student."),
-        ("optim.name", "adam", "adamw, sgd, lars. Did you mean 'adamw'?"),
+        ("optim.name", "adam", "adamw, sgd, lars, muon. Did you mean 'adamw'?"),
         ("epochs", 2.5, "it must be a whole number."),
         ("batch_size", 12.5, "it must be a whole number."),
         ("optim.lr", "ten", "it must be a number."),
@@ -165,7 +165,7 @@ def test_choices_are_the_entries_of_the_tables():
     from dino.exports import compare
     from dino.features import extract, search
     from dino.look import pictures
-    from dino.models import head, vit
+    from dino.models import CONVNETS, head, vit
     from dino.models.timm_backbone import TimmBackbone
 
     def choices(kind: type[Options], name: str) -> set[Any]:
@@ -178,7 +178,7 @@ def test_choices_are_the_entries_of_the_tables():
     assert choices(train.HeadOptions, "activation") == set(head.ACTIVATIONS) == set(get_args(head.Activation))
     assert choices(train.ModelOptions, "pos_interp") == set(get_args(vit.PositionInterpolation))
     assert choices(train.ModelOptions, "stem") == set(get_args(get_type_hints(TimmBackbone.__init__)["stem"]))
-    assert f"Backbone: {', '.join(vit.SIZES)}, or timm:NAME" in inspect.getsource(train.ModelOptions)
+    assert f"Backbone: {', '.join([*CONVNETS, *vit.SIZES])}, or timm:NAME" in inspect.getsource(train.ModelOptions)
     assert choices(TrainOptions, "recompute") == set(get_args(vit.Recompute))
     assert choices(commands.FindOptions, "index") == set(get_args(search.IndexKind))
     assert choices(commands.ExportOptions, "to") == set(compare.FORMATS)

@@ -29,7 +29,14 @@ from dino.data.views import HUE, Views, draw_views
 from dino.options.train import ViewOptions
 
 SIZE = 160
-OPTIONS = ViewOptions(global_size=224, local_size=96, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
+OPTIONS = ViewOptions(
+    global_size=224,
+    local_size=96,
+    num_local=8,
+    global_scale=(0.4, 1.0),
+    local_scale=(0.05, 0.4),
+    blur_prob=(1.0, 0.1, 0.5),
+)
 PILLOW = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 
 

@@ -284,7 +284,7 @@ def test_any_number_of_prototypes(k):
 @pytest.mark.parametrize(("batch", "ranks"), [(8, 1), (4096, 64)])
 def test_batches_from_8_to_4096_are_shared_evenly(batch, ranks):
     source = Scenes(5000, size=8)
-    options = replace(ViewOptions(), {"global_size": 8, "local_size": 8})
+    options = replace(ViewOptions(), {"global_size": 8, "local_size": 8, "num_local": 2})
     items = [ViewBatches(source, options, CpuRenderer(), batch, 0, rank, ranks).indices(0) for rank in range(ranks)]
     assert {len(part) for part in items} == {batch // ranks}
     assert len({int(i) for part in items for i in part}) == batch
@@ -297,12 +297,12 @@ def test_batches_from_8_to_4096_are_shared_evenly(batch, ranks):
     ("changes", "words"),
     [
         ({"method.loss": "mse", "method.targets": "sinkhorn"}, "compares vectors"),
-        ({"method.loss": "infonce"}, "use none"),
-        ({"head.prototypes": False}, "needs them"),
+        ({"method.loss": "infonce", "method.targets": "centering"}, "use none"),
+        ({"head.prototypes": False, "method.loss": "cross-entropy"}, "needs them"),
         ({"method.teacher": "student", "method.momentum": 0.9}, "leave one out"),
         ({"head.bottleneck": False, "head.predictor": True}, "no place for a predictor"),
         ({"head.num_layers": 0}, "at least 1"),
-        ({"method.queue_size": 0}, "at least 1"),
+        ({"method.queue_size": -1}, "cannot be negative"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused_with_a_reason(changes, words):

@@ -33,7 +33,7 @@ from dino.engine.train import Trainer
 from dino.exports import compare
 from dino.models import Head, create
 from dino.models.positions import interpolate_positions
-from dino.options import replace
+from dino.options import auto, replace
 from dino.options.train import TrainOptions
 from dino.run import build_batches
 from dino.terminal import Terminal
@@ -490,7 +490,7 @@ def test_other_sizes_are_interpolated(tmp_path):
     options = replace(TrainOptions(), {"views.global_size": 96, "head.out_dim": 64, "model.num_heads": 3})
     adopted = init.adopt(options, given)
     assert (adopted.model.patch_size, adopted.head.hidden_dim, adopted.head.batch_norm) == (8, 32, True)
-    method = build_method(replace(adopted, {"views.local_size": 48}))
+    method = build_method(auto.resolve(replace(adopted, {"views.local_size": 48}), 1000, 300, on_gpu=False, cores=1))
     init.initialize(method, given)
     expected = interpolate_positions(given.backbone()["pos_embed"], 12, 12, "offset")
     assert torch.equal(method.teacher.backbone.pos_embed, expected)

@@ -216,10 +216,10 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
             f"use --accumulate {batch // ranks} or less."
         )
     build.check_size(options, batch // ranks, device.type == "cuda")
-    if options.method.loss == "infonce" and options.method.queue_size < 2 * batch:
+    if options.method.loss == "infonce" and 0 < required(options.method.queue_size) < 2 * batch:
         raise ValueError(
             f"method.queue_size is {options.method.queue_size}, but each step adds two views of {batch} images; "
-            f"use {2 * batch} or more."
+            f"use {2 * batch} or more, or 0."
         )
 
 

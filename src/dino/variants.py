@@ -94,6 +94,22 @@ def info_nce(
     return torch.cat(terms).mean()
 
 
+def batch_info_nce(
+    student: Float[Tensor, "v n d"], teacher: Float[Tensor, "g n d"], keys: Float[Tensor, "m g d"], temp: float
+) -> Float[Tensor, ""]:
+    """Mean of -log softmax of the positive among all keys of its view, over pairs of different views (MoCo-v3's loss).
+
+    Args:
+        keys: of all images of a step, those of `teacher` among them.
+    """
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    terms = []
+    for q, key in enumerate(teacher):
+        loss = (student @ keys[:, q].T / temp).logsumexp(dim=-1) - (student * key).sum(dim=-1) / temp
+        terms += [loss[:q], loss[q + 1 :]]
+    return torch.cat(terms).mean()
+
+
 class SquaredDistance(nn.Module):
     """BYOL's loss on the heads' outputs as vectors. Metric: `target_spread` (`feature_spread` of the teacher's)."""
 
@@ -141,6 +157,26 @@ class InfoNce(SquaredDistance):
         self.oldest.copy_((self.oldest + len(keys)) % len(self.values))
 
 
+class BatchInfoNce(SquaredDistance):
+    """MoCo-v3's loss: the positive against the teacher's projections of the same step's other images, on all ranks.
+
+    Args:
+        temp: of the softmax.
+    """
+
+    def __init__(self, temp: float):
+        super().__init__()
+        self.temp = temp
+        self.keys = torch.empty(0)  # [images of all ranks, g, d] of this step, L2-normalized
+
+    def make_targets(self, scores: Tensor, center: Tensor, temp: float, targets: Targets) -> tuple[Tensor, Metrics]:
+        self.keys = F.normalize(distributed.concatenate(scores.unflatten(0, (2, -1)).transpose(0, 1)), dim=-1)
+        return super().make_targets(scores, center, temp, targets)
+
+    def forward(self, student_scores: Float[Tensor, "v n d"], targets: Float[Tensor, "g n d"]) -> Float[Tensor, ""]:
+        return batch_info_nce(student_scores, targets, self.keys, self.temp)
+
+
 class LossSizes(NamedTuple):
     """What the losses are built from."""
 
@@ -152,7 +188,11 @@ class LossSizes(NamedTuple):
 LOSSES: dict[str, Callable[[LossSizes], Loss]] = {
     "cross-entropy": lambda sizes: CrossEntropy(sizes.student_temp),
     "mse": lambda _: SquaredDistance(),
-    "infonce": lambda sizes: InfoNce(sizes.student_temp, sizes.queue_size, sizes.out_dim),
+    "infonce": lambda sizes: (
+        InfoNce(sizes.student_temp, sizes.queue_size, sizes.out_dim)
+        if sizes.queue_size
+        else BatchInfoNce(sizes.student_temp)
+    ),
 }
 
 
@@ -207,7 +247,7 @@ def combine(
     """A method from the names of its parts: keys of `TARGETS`, `LOSSES` and `TEACHERS`.
 
     Args:
-        queue_size: negatives that "infonce" remembers.
+        queue_size: negatives that "infonce" remembers; 0: those of the step.
     """
     sizes = LossSizes(student_temp, queue_size, teacher.head.out_dim)
     method = DINO(student, teacher, center_momentum, TARGETS[targets], LOSSES[loss](sizes))

@@ -85,7 +85,7 @@ def draw_views(options: ViewOptions, seed: int, epoch: int, indices: Sequence[in
     kinds = np.minimum(np.arange(num_views), 2)  # first global, second global, local
     large, small = required(options.global_scale), required(options.local_scale)
     scales = np.array([large, large, small])[kinds]
-    blur = u[..., _BLUR] < np.array(options.blur_prob)[kinds]
+    blur = u[..., _BLUR] < np.array(required(options.blur_prob))[kinds]
     low, high = options.blur_sigma
     unchanged = np.array([1, 1, 1, 0])
     reach = np.array([options.brightness, options.contrast, options.saturation, options.hue])

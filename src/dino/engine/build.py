@@ -86,19 +86,22 @@ def build_method(options: TrainOptions) -> DINO:
             h.out_dim or 1,
             required(h.hidden_dim),
             required(h.bottleneck_dim),
-            h.num_layers,
+            required(h.num_layers),
             norm_last_layer=norm_last_layer,
-            batch_norm=h.batch_norm,
+            batch_norm=required(h.batch_norm),
             activation=h.activation,
             bottleneck=h.bottleneck,
-            prototypes=h.prototypes,
+            prototypes=required(h.prototypes),
             predictor=predictor,
         )
         return Network(backbone, head)
 
-    student, teacher = network(options.model.drop_path, h.norm_last_layer, h.predictor), network(0.0, True, False)
-    rules = (m.targets, m.loss, m.teacher)
-    return combine(student, teacher, *rules, m.student_temp, m.center_momentum, m.queue_size)
+    student, teacher = (
+        network(required(options.model.drop_path), h.norm_last_layer, h.predictor),
+        network(0.0, True, False),
+    )
+    rules = (required(m.targets), required(m.loss), m.teacher)
+    return combine(student, teacher, *rules, required(m.student_temp), m.center_momentum, required(m.queue_size))
 
 
 def check_size(options: TrainOptions, images: int, on_gpu: bool) -> None:

@@ -20,7 +20,11 @@ def choose_precision(precision: str, device: torch.device) -> str:
     # GPUs before Ampere emulate bf16 slowly, which PyTorch counts as support by default.
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
-        return ("bf16" if bf16 else "fp16") if device.type == "cuda" else "fp32"
+        if device.type == "cuda":
+            return "bf16" if bf16 else "fp16"
+        # Other processors emulate bf16 slowly. PyTorch before 2.12 cannot tell.
+        able = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
+        return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("precision is fp16 but the device is the CPU; use --precision fp32 or bf16.")
     if precision == "bf16" and not bf16:

@@ -65,7 +65,7 @@ def write_safetensors(weights: Weights, out: Path) -> None:
 def write_timm(weights: Weights, out: Path) -> None:
     """A folder for `timm.create_model("local-dir:FOLDER")`."""
     sizes = formats.fill_sizes(weights.arguments)
-    if sizes.get("stem", "default") != "default":
+    if sizes.get("stem") not in (None, "default"):
         raise ValueError(
             f"{weights.where} has stem '{sizes['stem']}', which timm's folders cannot say; use safetensors."
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -19,8 +19,23 @@ from dino.models.vit import SIZES, ImageSizeError, Recompute, VisionTransformer
 if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
 
-__all__ = ["NO_ATTENTION", "SIZES", "Backbone", "Head", "ImageSizeError", "Recompute", "VisionTransformer", "create"]
+__all__ = [
+    "CONVNETS",
+    "NO_ATTENTION",
+    "SIZES",
+    "Backbone",
+    "Head",
+    "ImageSizeError",
+    "Recompute",
+    "VisionTransformer",
+    "create",
+]
 
+# Ours of timm's parts: name in timm, and the sizes in which ours differs. Few layers, for CPUs and small sets of images.
+CONVNETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet_nano": ("resnet18", {"layers": [1, 1, 1, 0], "channels": [64, 128, 256, 256]}),
+}
+Stem = Literal["default", "half", "small"]
 TIMM = "timm:"  # prefix of the architectures that timm builds
 NO_ATTENTION = (
     "this architecture has no attention maps: in its last block no [CLS] token looks at patches by softmax attention; "
@@ -67,7 +82,7 @@ def create(
     depth: int | None = None,
     num_heads: int | None = None,
     in_channels: int = 3,
-    stem: Literal["default", "small"] = "default",
+    stem: Stem | None = None,
     drop_path: float = 0.0,
     pos_interp: PositionInterpolation = "offset",
 ) -> VisionTransformer | TimmBackbone:
@@ -78,7 +93,7 @@ def create(
         image_size: edge of the global views, pixels; other sizes work too where the architecture allows them.
         width, depth, num_heads: of our own ViTs; they override the architecture's own.
         in_channels: channels of the images, 1 or more.
-        stem: "small" makes a ResNet's first convolution 3x3 with stride 1, without pooling.
+        stem: makes a ResNet's first convolution 3x3, of stride 1 ("small") or 2 ("half"), without pooling.
         drop_path: stochastic depth rate, where the architecture has it.
         pos_interp: of our own ViTs, how positions are interpolated for other sizes.
 
@@ -91,7 +106,7 @@ def create(
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     if not (isinstance(drop_path, Real) and 0 <= drop_path < 1):
         raise ValueError(f"drop_path is {drop_path!r}; it must be in [0, 1).")
-    if arch.startswith(TIMM):
+    if arch.startswith(TIMM) or arch in CONVNETS:
         given = {"patch_size": patch_size, "width": width, "depth": depth, "num_heads": num_heads}
         if fixed := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{arch} fixes its own {' and '.join(fixed)}; leave that out, or choose another name.")
@@ -99,13 +114,16 @@ def create(
             raise ValueError(f"pos_interp is an option of our own ViTs; {arch} interpolates positions in its own way.")
         from dino.models.timm_backbone import TimmBackbone
 
-        return TimmBackbone(arch.removeprefix(TIMM), image_size, in_channels, drop_path, stem)
+        name, sizes = CONVNETS.get(arch, (arch.removeprefix(TIMM), {}))
+        return TimmBackbone(name, image_size, in_channels, drop_path, stem or "default", sizes)
     if arch not in SIZES:
         import timm  # slow, and needed only to explain the mistake
 
-        near = errors.did_you_mean(arch, [*SIZES, *(TIMM + name for name in timm.list_models())])
-        raise ValueError(f"there is no architecture '{arch}'; known are {', '.join(SIZES)} and timm:NAME.{near}")
-    if stem != "default":
+        near = errors.did_you_mean(arch, [*SIZES, *CONVNETS, *(TIMM + name for name in timm.list_models())])
+        raise ValueError(
+            f"there is no architecture '{arch}'; known are {', '.join([*SIZES, *CONVNETS])} and timm:NAME.{near}"
+        )
+    if stem not in (None, "default"):
         raise ValueError(f"stem '{stem}' is for ResNets; {arch} has patches, so choose a smaller patch_size instead.")
     dim, layers, heads = (given or own for given, own in zip((width, depth, num_heads), SIZES[arch], strict=True))
     return VisionTransformer(image_size, patch_size or 16, in_channels, dim, layers, heads, drop_path, pos_interp)

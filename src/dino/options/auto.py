@@ -8,11 +8,15 @@ from typing import Any
 from dino.options import replace
 from dino.options.train import TrainOptions
 
-LITTLE_DATA = 50_000  # below this number of images a run needs more epochs to have enough steps
+LITTLE_DATA = 20_000  # images; fewer than that, or any number on a CPU, have a recipe of their own
 
 
 def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: bool, cores: int) -> TrainOptions:
     """Fill in every option that is None from the data and the machine.
+
+    Much data on a GPU gets the paper's choices. Little data, or little time, which on a CPU it always is, gets what learned
+    most in minutes (docs/experiments.md): a small ConvNet, Muon, BatchNorm in the head, and as the loss one image against the
+    others of its step. Where prototypes are asked for, targets are shared evenly among them (Sinkhorn).
 
     Args:
         num_images: images to train on.
@@ -29,32 +33,55 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
             chosen[name] = value
         return value if given is None else given
 
-    little = num_images < LITTLE_DATA
-    size = choose("views.global_size", 32 if image_edge < 48 else 96 if not on_gpu else 224)
-    nano = choose("model.arch", "vit_small" if on_gpu and not (little and size < 96) else "vit_nano") == "vit_nano"
-    of_timm = (options.model.arch or "").startswith("timm:")  # has its own patch size, mostly 16 pixels
-    patch = 16 if of_timm else choose("model.patch_size", 16 if size >= 128 else 8 if size >= 48 else 4)
+    little = not on_gpu or num_images < LITTLE_DATA
+    own = "resnet_nano" if not on_gpu else "timm:resnet18" if little else "vit_small"
+    # Weights to start from know another method than this one.
+    little = little and (options.init is None or options.model.arch == own)
+    arch = choose("model.arch", own)
+    nano = arch.endswith("_nano")
+    size = choose("views.global_size", 32 if image_edge < 48 else 64 if not on_gpu else 128 if little else 224)
+    with_patches = arch.startswith("vit_")
+    patch = choose("model.patch_size", 16 if size >= 128 else 8 if size >= 48 else 4) if with_patches else 16
+    if with_patches or size >= 48:
+        choose("model.stem", "default")
+    else:
+        choose("model.stem", "half" if nano else "small" if "resnet" in arch else "default")
+    choose("model.drop_path", 0.0 if little else 0.1)
     local = 96 if size == 224 else size // 2
-    choose("views.local_size", max(patch, local // patch * patch))
-    # Crops of few patches must share enough for their targets to agree (docs/experiments.md).
-    choose("views.global_scale", (0.4, 1.0) if size >= 96 else (0.5, 1.0))
-    choose("views.local_scale", (0.05, 0.4) if size >= 96 else (0.3, 0.9))
+    choose("views.local_size", max(patch, local // patch * patch) if with_patches else local)
+    choose("views.num_local", 2 if little else 8)
+    # Crops of few pixels must share enough for their targets to agree.
+    choose("views.global_scale", (0.25, 1.0) if little else (0.4, 1.0) if size >= 96 else (0.5, 1.0))
+    choose("views.local_scale", (0.1, 0.5) if little else (0.05, 0.4) if size >= 96 else (0.3, 0.9))
+    choose("views.blur_prob", (0.0, 0.0, 0.0) if little else (1.0, 0.1, 0.5))
+
+    asks_prototypes = (
+        options.head.out_dim or options.head.prototypes or options.method.teacher_temp or options.method.targets
+    )
+    loss = choose("method.loss", "infonce" if little and not asks_prototypes else "cross-entropy")
+    choose("method.targets", "none" if loss == "infonce" else "sinkhorn" if little and loss != "mse" else "centering")
+    choose("method.queue_size", 0 if little else 65536)
+    choose("method.student_temp", 0.2 if loss == "infonce" else 0.1)
+    choose("head.num_layers", 2 if little else 3)
+    choose("head.batch_norm", little)
     choose("head.hidden_dim", 512 if nano else 2048)
     choose("head.bottleneck_dim", 128 if nano else 256)
-    if options.head.prototypes:
+    if choose("head.prototypes", loss == "cross-entropy"):
         choose("head.out_dim", choose_prototypes(num_images))
-    batch = choose("batch_size", max(1, min((32 if nano else 64) if little else 256, num_images // 4)))
+
+    batch = choose("batch_size", max(1, min(64 if little else 256, num_images // 4)))
     # Little data also needs thousands of steps; a million images need no more than 100 epochs.
     steps = max(1, num_images // batch)
-    epochs = choose("epochs", min(800, max(100 if on_gpu else 10, round((20_000 if on_gpu else 4_000) / steps))))
+    epochs = choose("epochs", min(800, max(100 if on_gpu else 10, round((20_000 if on_gpu else 8_000) / steps))))
+    choose("optim.name", "muon" if little else "adamw")
+    choose("optim.lr", 8e-3 if little else 5e-4)
     choose("optim.warmup_epochs", min(10, round(epochs / 10, 6)))
-    choose("optim.lr", 8e-3 if nano else 5e-4)
-    start = choose("method.teacher_temp_start", 0.03 if nano else 0.04)
-    choose("method.teacher_temp", 0.07 if epochs >= 300 and not nano else start)
+    start = choose("method.teacher_temp_start", 0.03 if little else 0.04)
+    choose("method.teacher_temp", 0.07 if epochs >= 300 and not little else start)
     choose("method.teacher_temp_epochs", min(30, round(0.3 * epochs, 6)))
     if options.method.teacher == "momentum":
         # In a short run a slow teacher stays close to its untrained start.
-        choose("method.momentum", 0.99 if little else 0.996)
+        choose("method.momentum", 0.996 if not little else 0.9 if loss == "infonce" else 0.97)
     choose("data.num_workers", cores)
     return replace(options, chosen)
 

@@ -27,6 +27,15 @@ def _read_words(field: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Non
     So the sentence is ours, and the same as for a value from Python or from a file.
     """
     kind = get_plain(field.type)
+    if kind is bool and allows_none(field.type):  # the flag alone means True
+        words_of = {"True": True, "False": False, "None": None}
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[True|False]",
+            instance_from_str=lambda words: words_of.get(words[0], words[0]) if words else True,
+            is_instance=lambda _: True,
+            str_from_instance=lambda value: [str(value)],
+        )
     several = get_origin(kind) is tuple
     parts = [get_plain(part) for part in get_args(kind) if part is not ...] if several else [kind]
     if parts[0] not in (int, float, str) and get_origin(parts[0]) is not Literal:

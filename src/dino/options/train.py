@@ -22,6 +22,7 @@ from dino.options.rules import (
     MemorySize,
     NoneOrFew,
     NonNegativeFloat,
+    NonNegativeInt,
     Options,
     Pixels,
     PositiveFloat,
@@ -63,7 +64,8 @@ class DataOptions(Options, section="data."):
 
 class ModelOptions(Options, section="model."):
     arch: str | None = None
-    """Backbone: vit_nano, vit_tiny, vit_small, vit_base, vit_large, or timm:NAME. None: chosen for data and device."""
+    """Backbone: resnet_nano, vit_nano, vit_tiny, vit_small, vit_base, vit_large, or timm:NAME. None: chosen for data and
+    device."""
     patch_size: Pixels | None = None
     """Edge of a patch of our own ViTs, pixels. None: 16, or 8 for views under 128 pixels, or 4 under 48."""
     width: Width | None = None
@@ -72,12 +74,13 @@ class ModelOptions(Options, section="model."):
     """Number of blocks; None: the architecture's own."""
     num_heads: Few | None = None
     """Attention heads; None: the architecture's own."""
-    drop_path: BelowOne = 0.1
-    """Stochastic depth rate of the last block (linear from 0 at the first), student only."""
+    drop_path: BelowOne | None = None
+    """Stochastic depth rate of the last block (linear from 0 at the first), student only. None: 0.1, or 0 for little data."""
     pos_interp: Literal["offset", "size", "antialias"] = "offset"
     """Position interpolation for other sizes: 'offset' as in released weights (+0.1 patch), 'size', or 'antialias'."""
-    stem: Literal["default", "small"] = "default"
-    """'small' is for ResNets on small images: a 3x3 first convolution of stride 1, no pooling after it."""
+    stem: Literal["default", "half", "small"] | None = None
+    """For ResNets on small images: a 3x3 first convolution of stride 2 ('half') or 1 ('small'), no pooling after it. None:
+    chosen for the size of the views."""
     in_channels: Literal[1, 3] = 3
     """Channels the backbone sees: 3 colors, or 1, their luma (after the colors of a view were changed)."""
 
@@ -89,18 +92,20 @@ class HeadOptions(Options, section="head."):
     """Width of the hidden layers. None: 2048, or 512 for vit_nano."""
     bottleneck_dim: Width | None = None
     """Width of the L2-normalized bottleneck. None: 256, or 128 for vit_nano."""
-    num_layers: NoneOrFew = 3
-    """Linear layers before the prototypes, the last of them into the bottleneck (the paper counts one more)."""
+    num_layers: NoneOrFew | None = None
+    """Linear layers before the prototypes, the last of them into the bottleneck (the paper counts one more). None: 3, or 2
+    for little data."""
     norm_last_layer: bool = True
     """Keep the prototypes at length one (weight norm with a fixed gain). False trains the gain; helps large models."""
-    batch_norm: bool = False
-    """BatchNorm after each hidden layer."""
+    batch_norm: bool | None = None
+    """BatchNorm after each hidden layer. None: for little data."""
     activation: Literal["gelu", "relu"] = "gelu"
     """Activation after each hidden layer."""
     bottleneck: bool = True
     """Reduce to `bottleneck_dim` and L2-normalize before the prototypes."""
-    prototypes: bool = True
-    """End in prototypes. False ends at the bottleneck, for losses that compare vectors (BYOL, MoCo)."""
+    prototypes: bool | None = None
+    """End in prototypes. False ends at the bottleneck, for losses that compare vectors (BYOL, MoCo). None: as the loss
+    needs."""
     predictor: bool = False
     """One more hidden layer on the student's side only (BYOL)."""
 
@@ -110,21 +115,23 @@ class MethodOptions(Options, section="method."):
     """What the teacher is: a moving average of the student, or the student itself then or now (paper Fig. 6)."""
     momentum: Share | None = None
     """Teacher momentum at the first step; rises to 1 on a cosine. None: chosen from the batch and run length."""
-    loss: Literal["cross-entropy", "mse", "infonce"] = "cross-entropy"
-    """Between distributions over prototypes (DINO), normalized vectors (BYOL), or one against negatives (MoCo-v2)."""
-    queue_size: PositiveInt = 65536
-    """Negatives that infonce remembers."""
-    student_temp: Temperature = 0.1
-    """Temperature of the student's softmax, and of infonce's."""
+    loss: Literal["cross-entropy", "mse", "infonce"] | None = None
+    """Between distributions over prototypes (DINO), normalized vectors (BYOL), or one against negatives (MoCo). None:
+    cross-entropy, or infonce for little data."""
+    queue_size: NonNegativeInt | None = None
+    """Negatives that infonce remembers. 0: none, but the other images of the step (MoCo-v3). None: 65536, or 0 for little
+    data."""
+    student_temp: Temperature | None = None
+    """Temperature of the student's softmax, and of infonce's. None: 0.1, or 0.2 for infonce."""
     teacher_temp: Temperature | None = None
     """Temperature of the teacher's softmax after warm-up; lower is sharper. None: 0.07, 0.04 or 0.03 by run and model."""
     teacher_temp_start: Temperature | None = None
     """Temperature of the teacher's softmax at the first epoch. None: 0.04, or 0.03 for vit_nano."""
     teacher_temp_epochs: NonNegativeFloat | None = None
     """Epochs over which the temperature rises from start to end. None: 30, or three tenths of a shorter run."""
-    targets: Literal["centering", "softmax-batch", "sinkhorn", "none"] = "centering"
+    targets: Literal["centering", "softmax-batch", "sinkhorn", "none"] | None = None
     """What keeps the teacher from one dominating prototype: the moving center of its outputs, softmax over the batch,
-    3 iterations of Sinkhorn-Knopp (SwAV), or nothing."""
+    3 iterations of Sinkhorn-Knopp (SwAV), or nothing. None: centering, or sinkhorn for little data."""
     center_momentum: Share = 0.9
     """Momentum of the center (paper Eq. 4)."""
 
@@ -136,8 +143,8 @@ class ViewOptions(Options, section="views."):
     """Edge of the 2 global views, pixels. None: 224 on a GPU, 96 on a CPU."""
     local_size: ViewEdge | None = None
     """Edge of the local views, pixels. None: 96 for 224-pixel globals, else about half of the global size."""
-    num_local: NoneOrFew = 8
-    """Local views per image; 0 switches multi-crop off."""
+    num_local: NoneOrFew | None = None
+    """Local views per image; 0 switches multi-crop off. None: 8, or 2 for little data."""
     global_scale: AreaRange | None = None
     """Share of the image area a global crop may cover. None: 0.4 to 1, or 0.5 to 1 for views under 96 pixels."""
     local_scale: AreaRange | None = None
@@ -156,8 +163,8 @@ class ViewOptions(Options, section="views."):
     """Hue shift is drawn from +- this, in turns (0.5 is the opposite color)."""
     gray_prob: Share = 0.2
     """Probability of dropping color."""
-    blur_prob: tuple[Share, Share, Share] = (1.0, 0.1, 0.5)
-    """Probability of Gaussian blur: first global, second global, locals."""
+    blur_prob: tuple[Share, Share, Share] | None = None
+    """Probability of Gaussian blur: first global, second global, locals. None: 1, 0.1 and 0.5, or 0 for little data."""
     blur_sigma: tuple[Sigma, Sigma] = (0.1, 2.0)
     """Blur radius range (standard deviation), pixels of the view."""
     solarize_prob: tuple[Share, Share, Share] = (0.0, 0.2, 0.0)
@@ -166,12 +173,12 @@ class ViewOptions(Options, section="views."):
     @property
     def sizes(self) -> tuple[int, ...]:
         """Edge of each view, pixels: the 2 global views, then the local ones."""
-        return (required(self.global_size),) * 2 + (required(self.local_size),) * self.num_local
+        return (required(self.global_size),) * 2 + (required(self.local_size),) * required(self.num_local)
 
 
 class OptimOptions(Options, section="optim."):
-    name: Literal["adamw", "sgd", "lars"] = "adamw"
-    """Optimizer of the student."""
+    name: Literal["adamw", "sgd", "lars", "muon"] | None = None
+    """Optimizer of the student. None: adamw, or muon for little data."""
     lr: Rate | None = None
     """Peak learning rate for a batch of 256; scaled by batch_size / 256. None: 5e-4, or 8e-3 for vit_nano."""
     min_lr: NonNegativeFloat = 1e-6
@@ -252,18 +259,18 @@ class TrainOptions(Options):
             low, high = getattr(self.views, name) or (1, 1)
             if low > high:
                 yield f"views.{name} is {low} {high}; give the lower bound first."
-        if head.bottleneck and head.num_layers < 1:
+        if head.bottleneck and head.num_layers == 0:
             yield f"head.num_layers is {head.num_layers}; use at least 1, the layer into the bottleneck."
-        if not head.bottleneck and (head.predictor or not head.prototypes):
+        if not head.bottleneck and (head.predictor or head.prototypes is False):
             yield "head.bottleneck is False: then the head must end in prototypes and has no place for a predictor."
-        if not head.prototypes and method.loss == "cross-entropy":
+        if head.prototypes is False and method.loss == "cross-entropy":
             yield "head.prototypes is False but method.loss cross-entropy needs them; use --method.loss mse or infonce."
         if method.teacher != "momentum" and method.momentum is not None:
             yield (
                 f"method.momentum is {method.momentum} but method.teacher is {method.teacher}, which has none; leave one out."
             )
-        allowed = {"mse": ("centering", "none"), "infonce": ("none",)}.get(method.loss)
-        if allowed and method.targets not in allowed:
+        allowed = {"mse": ("centering", "none"), "infonce": ("none",)}.get(method.loss or "")
+        if allowed and method.targets not in (None, *allowed):
             yield (
                 f"method.loss {method.loss} compares vectors, to which method.targets {method.targets} does not apply; "
                 f"use {' or '.join(allowed)}."

@@ -29,6 +29,7 @@ from dino.html import NUM_NEIGHBORS, get_label, read_row, render
 from dino.look.attention import MOST_PATCHES, jaccard
 from dino.look.pictures import attention_maps, pca_colors, to_bytes
 from dino.models import NO_ATTENTION, Backbone
+from dino.options import required
 from dino.report.run import Run
 
 NUM_SHOWN, NUM_VIEWED = 6, 4  # images in the sections of held-out images; in the section of training views
@@ -123,7 +124,7 @@ class Gallery:
         chosen = draw_views(options, self.run.options.seed, 0, [p.position for p in pictures], shapes)
         groups = CpuRenderer().prepare([picture.pixels for picture in pictures], chosen)
         views = [view for group in groups for view in group.numpy()]  # one [n, s, s, 3] of n pictures for each view
-        kinds = ["global"] * 2 + ["local"] * options.num_local
+        kinds = ["global"] * 2 + ["local"] * required(options.num_local)
         samples = [
             {
                 "name": self.source.name(picture.position),
