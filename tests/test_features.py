@@ -16,7 +16,7 @@ from dino.data.normalize import normalize
 from dino.data.open import probe
 from dino.data.scenes import Scenes
 from dino.data.sources import evenly_spaced, open_source
-from dino.eval.online import OnlineEvaluation, flatten_pixels, measure_scene_masks
+from dino.eval.online import OnlineEvaluation, count_colors, flatten_pixels, measure_scene_masks, read_views
 from dino.features.extract import Features, extract
 from dino.html import read_row
 from dino.method import DINO, Network
@@ -95,8 +95,10 @@ def test_online_evaluation_of_scenes_measures_everything_and_pixels_once():
     networks = [Network(dino.create("vit_nano", patch_size=8, image_size=32), Head(96, 16, 16, 16)) for _ in range(2)]
     measure = OnlineEvaluation(Scenes(60), Scenes(30, first=60), 32, torch.device("cpu"))
     first, second = measure(DINO(*networks), 0), measure(DINO(*networks), 1)
-    assert {"knn10_top1", "knn20_top5", "pixels_knn20_top1", "effective_rank", "jaccard_best_head"} <= first.keys()
-    assert "pixels_knn20_top1" not in second
+    assert {"knn10_top1", "knn20_top5", "effective_rank", "jaccard_best_head", "color_agreement"} <= first.keys()
+    assert first["knn_queries"] == 30
+    assert {"pixels_knn20_top1", "colors_knn20_top1"} <= first.keys()
+    assert first.keys() - second.keys() == {name for name in first if name.startswith(("pixels_", "colors_"))}
     assert first["jaccard_best_head"] >= first["jaccard_mean_head"]
 
 
@@ -117,18 +119,42 @@ def test_scene_masks_of_a_perfect_model_is_one_hundred():
 
     result = measure_scene_masks(Oracle(), scenes, 48, torch.device("cpu"))
     # Keeping 60 % of an even mass keeps 60 % of the object.
-    assert result["jaccard_best_head"] == pytest.approx(60, abs=1)
-    assert result["jaccard_mean_head"] == pytest.approx(60, abs=1)
+    assert result == pytest.approx(
+        dict.fromkeys(("jaccard_best_head", "jaccard_mean_head", "jaccard_mean_map"), 60), abs=1
+    )
+
+
+def test_the_mean_map_may_be_better_than_every_head_and_has_a_figure_of_its_own():
+    scenes = Scenes(5)
+
+    class Halves:
+        """One head looks at the upper halves of objects, the other at the lower ones."""
+
+        in_channels = 3
+
+        def grid(self, height, width):
+            return height, width
+
+        def cls_attention(self, images):
+            drawn = scenes.at(images.shape[-1])
+            masks = torch.from_numpy(np.stack([drawn.mask(i) for i in range(5)])).float()
+            rows = torch.arange(masks.shape[1])[:, None] < masks.shape[1] // 2
+            return torch.stack([masks * rows, masks * ~rows], dim=1).flatten(2)
+
+    result = measure_scene_masks(Halves(), scenes, 48, torch.device("cpu"))
+    assert result["jaccard_mean_map"] == pytest.approx(60, abs=1)
+    assert result["jaccard_mean_head"] == pytest.approx(30, abs=1)
+    assert 30 < result["jaccard_best_head"] < 40
 
 
 def test_images_that_vanish_after_their_features_were_computed_end_nothing(photos):
     source = open_source(str(photos))
     found = Features(torch.zeros(5, 1), np.arange(5), [])
-    whole = flatten_pixels(source, found, 32)
-    assert whole.values.shape == (5, 3 * 32 * 32)
+    whole = read_views(source, found, 32)
+    assert whole.values.shape == (5, 32, 32, 3)
     (photos / source.name(1)).unlink()
     (photos / source.name(2)).write_bytes(b"")
-    left = flatten_pixels(source, found, 32)
+    left = read_views(source, found, 32)
     assert left.indices.tolist() == [0, 3, 4]
     assert torch.equal(left.values, whole.values[[0, 3, 4]])
     assert [name for name, _ in left.bad] == [source.name(1), source.name(2)]
@@ -137,7 +163,9 @@ def test_images_that_vanish_after_their_features_were_computed_end_nothing(photo
     assert np.ptp(row.neighbors[1].pixels) > 0
     for path in photos.rglob("*.jpg"):
         path.unlink()
-    assert flatten_pixels(source, found, 32).values.shape == (0, 3 * 32 * 32)
+    none = read_views(source, found, 32)
+    assert flatten_pixels(none).values.shape == (0, 3 * 32 * 32)
+    assert count_colors(none).values.shape == (0, 512)
 
 
 def test_narrow_images_at_several_scales(tmp_path, saved_model):

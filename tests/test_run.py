@@ -118,7 +118,7 @@ def test_stop_after_is_a_limit_of_one_call(photos, tmp_path, capsys):
     whole = dino.train(data=str(photos), out=str(tmp_path / "whole"), **TINY)
     run = dino.train(data=str(photos), out=str(tmp_path / "part"), **TINY | {"stop_after": 6})
     said = capsys.readouterr().err
-    assert f"Continue with: dino train --resume {run}" in said
+    assert f"Next: dino train --resume {run}" in said
     assert cli.main(["train", "--resume", str(run)]) == 0
     assert_same_bits(final_state(whole), final_state(run))
     (run / "config.toml").write_text(

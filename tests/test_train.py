@@ -147,7 +147,7 @@ def test_a_signal_saves_says_how_to_resume_and_exits_0(photos, tmp_path, number)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    assert f"Continue with: dino train --resume {run}" in stderr
+    assert f"Next: dino train --resume {run}" in stderr
     step = int(latest_step(run).removeprefix("step-").removesuffix(".pt"))
     done = run_dino("train", "--resume", run, "--stop-after", step + 3)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from dino.data.device_render import choose_renderer
 from dino.data.loader import ViewBatches
 from dino.data.open import find_path, open_training_pair, probe
 from dino.data.sources import Source
-from dino.engine import budget, build, fit, init, log, parallel
+from dino.engine import budget, build, fit, init, parallel
 from dino.engine.checkpoint import lock_folder
 from dino.engine.folder import choose_folder, prepare, record
 from dino.engine.step import Split
@@ -31,6 +31,8 @@ from dino.options.recipes import choose_base, free_length
 from dino.options.resume import check_resumable
 from dino.options.rules import parse_bytes
 from dino.options.train import TrainOptions
+from dino.report.run import Run
+from dino.report.verdict import judge, warn
 from dino.terminal import Terminal
 from dino.weights.checkpoints import list_checkpoints
 
@@ -80,8 +82,8 @@ def run_training(options: TrainOptions) -> Path:
             f"{trainer.plan.total} steps of {trainer.options.batch_size}, on {describe_device(device)}; "
             f"run directory {folder}"
         )
-        for doubt in budget.list_doubts(trainer.plan, len(trainer.source)) if options.resume is None else ():
-            terminal.say(doubt, style="yellow")
+        for text in [] if options.resume else warn(options, len(trainer.source), trainer.plan.total):
+            terminal.say(f"Warning: {text}", style="yellow")
         complete = trainer.fit()
         if distributed.is_main():
             finish(trainer, complete, held_out)
@@ -199,7 +201,7 @@ def renew(trainer: Trainer, source: Source) -> None:
         trainer.checkpoints.point()
         trainer.save_teacher()
         if isinstance(trainer.callback, OnlineEvaluation):
-            trainer.callback.pixels_done = True  # before the first step
+            trainer.callback.floors_done = True  # before the first step
     trainer.quarantine.reread(source)
     before, now = toml.read_recorded(str(trainer.run)), trainer.options
     if before.data != now.data:
@@ -255,18 +257,22 @@ def describe_split(split: Split, needed: float) -> str:
 def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
     """Print the figures that were reached and how to go on, and write the report."""
     folder, terminal = trainer.run, trainer.terminal
-    lines = log.read_metrics(folder / "metrics.jsonl")
-    measured = [line for line in lines if "effective_rank" in line]
+    run = Run.read(folder, len(trainer.source))
     if not complete:
-        terminal.say(f"Stopped and saved after step {trainer.step}. Continue with: dino train --resume {folder}")
-    for key, what in (
-        ("knn20_top1", "k-NN accuracy (k = 20) on held-out images"),
-        ("jaccard_best_head", "Jaccard overlap of attention masks with the objects"),
+        terminal.say(f"Stopped and saved after step {trainer.step}.")
+    floors = "".join(f"; {what} {value:.1f} %" for what, value in run.floors.items())
+    mean_map = "".join(
+        f"; of the heads' mean map {value:.1f} %" for value in run.get_metric("jaccard_mean_map")[1][-1:]
+    )
+    for key, what, others in (
+        (run.knn or "", f"k-NN accuracy (k = {(run.knn or '')[3:5]}) on held-out images", floors),
+        ("jaccard_best_head", "Jaccard overlap of the best head's attention mask with the objects", mean_map),
     ):
-        if measured and measured[-1]["step"] > 0 and key in measured[-1]:
-            pixels = measured[0].get(f"pixels_{key}")
-            floor = f"; on raw pixels {pixels:.1f} %" if pixels is not None else ""
-            terminal.say(f"{what}: {measured[0][key]:.1f} % untrained -> {measured[-1][key]:.1f} % trained{floor}")
+        before, after = run.compare(key)
+        if before is not None and after is not None:
+            terminal.say(f"{what}: {before:.1f} % untrained -> {after:.1f} % trained{others}")
+    for line in judge(run).lines:
+        terminal.say(line)
     if trainer.options.report:
         from dino.report.page import write_report  # importing it takes a while
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import bisect
-import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from dino import distributed
@@ -19,7 +18,6 @@ from dino.terminal import Terminal
 
 TRIAL = ".trial"  # folder in that of a run, for the time of its trial
 REPORT = 2.0  # seconds of a report, beside features of as many images as a check computes
-FEW_STEPS, FEW_IMAGES = 1000, 300  # below these a model learns little
 
 Make = Callable[[TrainOptions, Path, Terminal], Trainer]
 
@@ -77,13 +75,3 @@ def choose_epochs(pace: Pace, plan: Plan, seconds: float) -> float:
     steps = bisect.bisect_right(range(1, 10**9), seconds, key=lambda steps: pace.predict(plan, 0, steps))
     epochs = steps / plan.steps_per_epoch
     return round(epochs) if epochs >= 50 else float(f"{epochs:.3g}")
-
-
-def list_doubts(plan: Plan, num_images: int) -> Iterator[str]:
-    """What to tell before a run that will learn little: a sentence each, with what helps."""
-    if plan.total < FEW_STEPS:
-        more = f"give more --minutes, or --epochs {math.ceil(FEW_STEPS / plan.steps_per_epoch)} or more"
-        yield f"{plan.total} steps are few: a model learns little in less than about {FEW_STEPS:,}; {more}."
-    if num_images < FEW_IMAGES and plan.options.init is None:
-        start = "start from released weights, e.g. --init vits16:full"
-        yield f"{num_images} images are few: a model learns little from less than some hundreds; {start}."

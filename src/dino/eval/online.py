@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dino import distributed
 from dino.data.evaluation_views import resize_and_crop
@@ -22,6 +23,7 @@ from dino.models import Backbone
 from dino.options import required
 
 BANK, QUERIES, MASKS = 5000, 1000, 200  # at most so many images, so that a check takes much less time than an epoch
+COLORS, NEAREST = 8**3, 10  # bins of a color histogram; nearest images that are compared
 
 
 @dataclass
@@ -33,7 +35,8 @@ class OnlineEvaluation:
         held_out: images to classify. None: only feature health is measured, on training images.
         size: edge of the evaluation view, pixels.
         more: other evaluations, over all ranks.
-        pixels_done: the k-NN of the pixels themselves, which never changes, has been measured.
+        floors_done: the k-NN of pixels and of color histograms, which never changes, has been measured.
+        colors: color histograms of the images that are measured; None: not counted yet.
     """
 
     train: Source
@@ -41,7 +44,8 @@ class OnlineEvaluation:
     size: int
     device: torch.device
     more: Sequence[evaluate.EvaluationCallback] = ()
-    pixels_done: bool = False
+    floors_done: bool = False
+    colors: Features | None = None
 
     def __call__(self, method: DINO, step: int) -> dict[str, float]:
         backbone: Backbone = method.teacher.backbone  # pyright: ignore[reportAssignmentType]
@@ -54,14 +58,19 @@ class OnlineEvaluation:
         images = self.train if self.held_out is None else self.held_out
         queries = extract(backbone, images, self.size, evenly_spaced(len(images), QUERIES))
         result = feature_health(queries.values) if len(queries.values) > 1 else {}
+        edge = min(self.size, 64)
+        views = None if self.colors else read_views(images, queries, edge)
+        self.colors = self.colors or count_colors(required(views))
+        result |= measure_color_agreement(queries, self.colors)
         if self.held_out is not None and self.held_out.labels is not None and self.train.labels is not None:
             bank = extract(backbone, self.train, self.size, evenly_spaced(len(self.train), BANK))
             result |= self._knn(bank, queries)
-            if not self.pixels_done:  # a floor to beat: the same vote on the pixels themselves
-                edge = min(self.size, 64)
-                pixels = flatten_pixels(self.train, bank, edge), flatten_pixels(self.held_out, queries, edge)
-                result |= {f"pixels_{name}": value for name, value in self._knn(*pixels).items()}
-                self.pixels_done = True
+            if not self.floors_done and views is not None:  # floors to beat: the same vote on what needs no training
+                known = read_views(self.train, bank, edge)
+                for name, describe in (("pixels", flatten_pixels), ("colors", count_colors)):
+                    floor = self._knn(describe(known), describe(views))
+                    result |= {f"{name}_{key}": value for key, value in floor.items() if key != "knn_queries"}
+                self.floors_done = True
         if isinstance(images, Scenes) and backbone.has_attention:
             result |= measure_scene_masks(backbone, images, self.size, self.device)
         return result
@@ -72,15 +81,50 @@ class OnlineEvaluation:
         has_label, asked = bank_labels >= 0, labels >= 0
         if has_label.sum() < min(knn.KS) or not asked.any():
             return {}
-        return knn.classify(bank.values[has_label], bank_labels[has_label], queries.values[asked], labels[asked])
+        found = knn.classify(bank.values[has_label], bank_labels[has_label], queries.values[asked], labels[asked])
+        return found | {"knn_queries": int(asked.sum())}
 
 
-def flatten_pixels(source: Source, found: Features, edge: int) -> Features:
-    """Normalized pixels of evaluation views of the same images, as features [m, 3 * edge * edge], if they can be read."""
+def read_views(source: Source, found: Features, edge: int) -> Features:
+    """Evaluation views of the same images, uint8 [m, edge, edge, 3], if they can be read."""
     views = EvaluationViews(source, found.indices.tolist(), edge, len(found.indices), "center", torch.get_num_threads())
     runs, indices, bad = views[0]
-    values = normalize(runs[0]).flatten(1) if runs else torch.zeros(0, 3 * edge**2)
+    values = runs[0][0] if runs else torch.zeros(0, edge, edge, 3, dtype=torch.uint8)
     return Features(values, np.array(indices, np.int64), bad)
+
+
+def flatten_pixels(views: Features) -> Features:
+    """Normalized pixels as features [m, 3 * edge * edge]."""
+    return views._replace(values=normalize(views.values[None]).flatten(1))
+
+
+def count_colors(views: Features) -> Features:
+    """Color histograms as features [m, 512] of length one: roots of the shares of 8 x 8 x 8 colors, so that a product of two
+    is their Bhattacharyya coefficient."""
+    red, green, blue = (views.values.flatten(1, 2) // 32).long().unbind(dim=-1)
+    codes = 64 * red + 8 * green + blue
+    counts = torch.zeros(len(codes), COLORS).scatter_add_(1, codes, torch.ones(codes.shape))
+    return views._replace(values=(counts / max(1, codes.shape[1])).sqrt())
+
+
+def measure_color_agreement(features: Features, colors: Features) -> dict[str, float]:
+    """Of each image's nearest others by feature, the share that is among its nearest by color histogram, in percent.
+
+    `color_agreement_chance` is the share where both have nothing to do with each other. Nothing where images are gray, or
+    too few.
+    """
+    _, rows, others = np.intersect1d(features.indices, colors.indices, return_indices=True)
+    k = min(NEAREST, len(rows) // 10)  # of few images, few are near
+    grays = colors.values[:, :: COLORS // 7]
+    if k == 0 or grays.square().sum(dim=1).mean() > 0.99:
+        return {}
+    near = []
+    for values in (features.values[rows], colors.values[others]):
+        values = F.normalize(values, dim=1)
+        alike = (values @ values.T).fill_diagonal_(-2)
+        near.append(torch.zeros_like(alike).scatter_(1, alike.topk(k, dim=1).indices, 1.0))
+    agreement = (near[0] * near[1]).sum().item() / (k * len(rows))
+    return {"color_agreement": 100 * agreement, "color_agreement_chance": 100 * k / (len(rows) - 1)}
 
 
 @torch.no_grad()
@@ -88,14 +132,16 @@ def measure_scene_masks(model: Backbone, scenes: Scenes, size: int, device: torc
     """Jaccard overlap, in percent, of 60 %-mass attention masks with the drawn objects (paper Fig. 4).
 
     Scenes are drawn at twice the `size` of training, for finer maps; the paper uses 480 pixels after 224. `best_head` takes
-    for each image the head that overlaps most, as the paper does; `mean_head` averages over heads.
+    for each image the head that overlaps most, as the paper does; `mean_head` averages over heads; `mean_map` is the one
+    mask of the mean of the heads' maps, which may overlap more than any head's.
     """
     chosen, size = evenly_spaced(len(scenes), MASKS), 2 * size
     scenes = scenes.at(size)
     images = torch.from_numpy(np.stack([resize_and_crop(scenes.read(i), size) for i in chosen]))[None]
     truth = torch.from_numpy(np.stack([scenes.mask(i) for i in chosen]))
-    views = normalize(images.to(device), model.in_channels)
-    masks = mass_mask(map_attention(model, views).float().cpu())
+    maps = map_attention(model, normalize(images.to(device), model.in_channels)).float().cpu()
+    masks = mass_mask(torch.cat([maps, maps.mean(dim=1, keepdim=True)], dim=1))
     overlap = jaccard(enlarge(masks, (truth.shape[-2], truth.shape[-1])) > 0, truth[:, None])
-    best, mean = overlap.max(dim=1).values.mean(), overlap.mean()
-    return {"jaccard_best_head": 100 * best.item(), "jaccard_mean_head": 100 * mean.item()}
+    heads, mean_map = overlap[:, :-1], overlap[:, -1]
+    named = {"best_head": heads.amax(dim=1), "mean_head": heads, "mean_map": mean_map}
+    return {f"jaccard_{name}": 100 * values.mean().item() for name, values in named.items()}

@@ -70,10 +70,10 @@ class Chart:
 def list_charts(run: Run) -> list[Chart]:
     """Every chart that the run has numbers for."""
     knn = run.knn or "knn20_top1"
-    pixels = {f"raw pixels {value:.1f} %": value for value in run.get_metric(f"pixels_{knn}")[1][:1]}
+    floors = {f"{what} {value:.1f} %": value for what, value in run.floors.items()}
     ln_k = {f"ln K = {run.max_entropy:.2f}": run.max_entropy}
     on_vectors = bool(run.get_metric("target_spread")[0])
-    heads = {"best head": "jaccard_best_head", "mean over heads": "jaccard_mean_head"}
+    heads = {"best head": "jaccard_best_head", "mean map": "jaccard_mean_map", "average": "jaccard_mean_head"}
     schedules = [
         Panel({"learning rate": "lr"}, "{:.1e}"),
         Panel({"weight decay": "weight_decay"}, "{:.2g}"),
@@ -88,7 +88,7 @@ def list_charts(run: Run) -> list[Chart]:
     every = [
         Chart("Loss", [Panel({"entropy": "teacher_entropy", "KL": "kl"}, stacked=True, marks=ln_k)]),
         Chart("Loss on vectors", on_vectors * [Panel({"loss": "loss"}), Panel({"target spread": "target_spread"})]),
-        Chart("k-NN accuracy", [Panel({f"{knn[3:5]} neighbors": knn}, "{:.1f} %", pixels)]),
+        Chart("k-NN accuracy", [Panel({f"{knn[3:5]} neighbors": knn}, "{:.1f} %", floors)]),
         Chart("Attention on objects", [Panel(heads, "{:.1f} %")]),
         Chart("Feature health", [rank, spread]),
         Chart("Prototype usage", [usage]),
@@ -144,8 +144,8 @@ def _draw_panel(axis: Axes, panel: Panel, run: Run, scale: float, compact: bool)
             axis.fill_between(x, low, high, color=color, alpha=0.28 if panel.stacked else 0.2, linewidth=0)
         marker = "o" if len(x) < 25 else None
         axis.plot(x, y, color=color, label=label, marker=marker, markersize=3.5, clip_on=False)
-    for label, height in panel.marks.items():
-        axis.axhline(height, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)), label=label)
+    for (label, height), dash in zip(panel.marks.items(), (4, 1), strict=False):
+        axis.axhline(height, color=_SOFT, linewidth=1, linestyle=(0, (dash, 3)), label=label)
     low, high = axis.dataLim.intervaly
     if panel.log and low > 0 and high / low > 20:
         axis.set_yscale("log")
@@ -157,7 +157,10 @@ def _draw_panel(axis: Axes, panel: Panel, run: Run, scale: float, compact: bool)
     if panel.stacked:
         axis.set_ylim(bottom=0)
     axis.tick_params(length=0)
-    axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=4, handlelength=1, columnspacing=1, borderpad=0)
+    columns = 4 if sum(map(len, axis.get_legend_handles_labels()[1])) < 40 else 2
+    axis.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=columns, handlelength=1, columnspacing=1, borderpad=0
+    )
 
 
 def _shorten(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

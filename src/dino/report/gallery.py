@@ -80,16 +80,18 @@ class Gallery:
         pictures = []
         for picture, square in zip(self.pictures, self.squares, strict=True):
             look = attention_maps(self.model, square, len(square), MASS)
-            names = [*(f"head {j}" for j in range(len(look.attention) - 1)), "mean"]
+            names = [*(f"head {j}" for j in range(len(look.attention) - 1)), "mean map"]
             overlap, best = [None] * len(names), None
             if self.scenes is not None:
                 truth = torch.from_numpy(self.scenes.mask(picture.position))
                 overlap = (100 * jaccard(look.masks, truth[None])).tolist()
-                best = int(np.argmax(overlap[:-1]))
+                best = int(np.argmax(overlap))  # the mean of all maps may be better than each
             heads = [*zip(names, look.maps, look.overlays, overlap, strict=True)]
             pictures.append({"image": look.image, "caption": self._caption(picture), "heads": heads, "best": best})
         side, scenes = self.close_size // self.model.patch_size, self.scenes is not None
-        return render("attention", pictures=pictures, side=side, mass=MASS, scenes=scenes)
+        kinds = {"best_head": "best head", "mean_map": "mean map", "mean_head": "average over heads"}
+        figures = {what: self.run.get_metric(f"jaccard_{kind}")[1][-1:] for kind, what in kinds.items()}
+        return render("attention", pictures=pictures, side=side, mass=MASS, scenes=scenes, figures=figures)
 
     def render_colors(self) -> Markup:
         """Principal components of patch features, one basis for all images."""

@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dino.engine.build import Plan
 from dino.engine.log import read_metrics, read_quarantine
-from dino.engine.monitor import CollapseMonitor
+from dino.engine.monitor import Collapse, CollapseMonitor
 from dino.options import required
 from dino.options.toml import read_recorded
 from dino.options.train import TrainOptions
+
+FLOORS = {"pixels": "raw pixels", "colors": "color histograms"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ class Run:
         after = values[-1] if steps and steps[-1] > 0 else None
         return before, after
 
+    @property
+    def floors(self) -> dict[str, float]:
+        """The same k-NN accuracy of what needs no training."""
+        found = {what: self.get_metric(f"{name}_{self.knn}")[1][:1] for name, what in FLOORS.items()}
+        return {what: value[0] for what, value in found.items() if value}
+
     @cached_property
     def seconds(self) -> float:
         """Time spent in training steps; measuring and saving are not counted."""
@@ -82,12 +90,19 @@ class Run:
         """Images per second of training, on average."""
         return self.steps * required(self.options.batch_size) / self.seconds if self.seconds > 0 else None
 
-    def list_warnings(self) -> list[tuple[int, str]]:
-        """(step, text) of the collapse warnings. The monitor of training reads the logged numbers once more."""
-        monitor = CollapseMonitor(self.options.head.out_dim or 1)
+    @cached_property
+    def collapses(self) -> dict[int, tuple[Collapse | Literal[""], str]]:
+        """Collapses by step, with their warnings. The monitor of training reads the logged numbers once more."""
+        monitor, found = CollapseMonitor(self.options.head.out_dim or 1), {}
         names = {"teacher_entropy", "kl", "prototype_usage", "teacher_temp"}
-        steps = [line for line in self.lines if line.keys() >= names or "target_spread" in line]
-        found = {line["step"]: text for line in steps if (text := monitor.look(line["step"], line))}
+        for line in self.lines:
+            if (line.keys() >= names or "target_spread" in line) and (text := monitor.look(line["step"], line)):
+                found[line["step"]] = monitor.reported, text
+        return found
+
+    def list_warnings(self) -> list[tuple[int, str]]:
+        """(step, text) of the collapse warnings."""
+        found = {step: text for step, (_, text) in self.collapses.items()}
         for line in self.lines:
             if line.get("collapse"):
                 found.setdefault(line["step"], "the run reported a collapse here.")
