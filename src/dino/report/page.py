@@ -20,6 +20,7 @@ from dino.options import required
 from dino.report.curves import draw_chart, list_charts
 from dino.report.gallery import Gallery
 from dino.report.run import Run
+from dino.weights.runs import Best
 
 
 def write_report(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:
@@ -33,9 +34,10 @@ def write_report(folder: Path, source: Source, held_out: Source | None, device: 
         ValueError: there is no run or no saved weights in `folder`.
     """
     run = Run.read(folder, len(source))
-    model = weights.load(folder).to(device)
+    found = weights.read(folder, only_backbone=True)
+    model = weights.build_backbone(found).to(device)
     sections = {
-        "Result": render_result(run, model, source, source if held_out is None else held_out),
+        "Result": render_result(run, model, source, source if held_out is None else held_out, found.best),
         **Gallery.open(run, model, source, held_out, device).render_sections(),
         "Training": render("training", run=run, charts=[(c, *draw_chart(c, run)) for c in list_charts(run)]),
         "Options and environment": render(
@@ -66,12 +68,14 @@ def list_facts(run: Run, model: Backbone, source: Source) -> dict[str, str]:
     }
 
 
-def render_result(run: Run, model: Backbone, source: Source, shown: Source) -> Markup:
+def render_result(run: Run, model: Backbone, source: Source, shown: Source, best: Best | None) -> Markup:
     """The figures of merit, and what a reader must not miss. `shown`: the images that were evaluated."""
     names = {"knn": run.knn, "overlap": "jaccard_best_head", "rank": "effective_rank", "spread": "feature_std"}
     values = {key: run.compare(name) for key, name in names.items() if name and run.get_metric(name)[0]}
     pixels = next(iter(run.get_metric(f"pixels_{run.knn}")[1]), None)
-    return render("result", run=run, model=model, source=source, shown=shown, values=values, pixels=pixels)
+    taken = best and best.describe(run.steps)
+    facts = {"run": run, "model": model, "source": source, "shown": shown, "pixels": pixels, "taken": taken}
+    return render("result", **facts, values=values)
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:

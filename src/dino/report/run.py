@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dino.engine import prototypes
 from dino.engine.log import read_metrics, read_quarantine
 from dino.engine.monitor import CollapseMonitor
 from dino.options import required
@@ -82,7 +83,7 @@ class Run:
         return self.steps * required(self.options.batch_size) / self.seconds if self.seconds > 0 else None
 
     def list_warnings(self) -> list[tuple[int, str]]:
-        """(step, text) of the collapse warnings. The monitor of training reads the logged numbers once more."""
+        """(step, text) of what a reader must not miss. The monitors of training read the logged numbers once more."""
         monitor = CollapseMonitor(self.options.head.out_dim or 1)
         names = {"teacher_entropy", "kl", "prototype_usage", "teacher_temp"}
         steps = [line for line in self.lines if line.keys() >= names or "target_spread" in line]
@@ -90,4 +91,7 @@ class Run:
         for line in self.lines:
             if line.get("collapse"):
                 found.setdefault(line["step"], "the run reported a collapse here.")
+        for line in [line for line in self.lines if "prototypes_unique" in line][-1:]:
+            if text := prototypes.advise(line["step"], line, self.options.head.out_dim or 1):
+                found.setdefault(line["step"], text)
         return sorted(found.items())
