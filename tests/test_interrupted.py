@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -21,11 +22,12 @@ import dino
 import processes
 from dino import weights
 from dino.engine.log import read_metrics
+from dino.weights.checkpoints import read_newest
 from helpers import TINY, assert_same_bits, dino_command, final_state, run_dino, tiny_flags
 
 # Counts what changes files of the run, notes it, and kills the process just before one of these changes.
 KILL_BEFORE_A_WRITE = """
-import os, signal, sys
+import json, os, signal, sys
 at, run, notes = int(sys.argv[1]), sys.argv[2], open(sys.argv[3], "a", buffering=1)
 count = 0
 def watch(event, args):
@@ -39,6 +41,10 @@ def watch(event, args):
         count += 1
         notes.write(f"{event} {args[0]}\\n")
 import dino.run
+from dino.eval.online import OnlineEvaluation
+if scores := json.loads(os.environ.get("SCORES", "{}")):
+    check = OnlineEvaluation.__call__
+    OnlineEvaluation.__call__ = lambda self, method, step: check(self, method, step) | {"knn20_top1": scores[str(step)]}
 sys.addaudithook(watch)
 from dino.cli import main
 sys.exit(main(sys.argv[4:]))
@@ -48,6 +54,16 @@ sys.exit(main(sys.argv[4:]))
 def train_until_write(at: int, run: Path, notes: Path, *arguments: object) -> int:
     command = [sys.executable, "-c", KILL_BEFORE_A_WRITE, at, run, notes, "train", *arguments]
     return processes.run([*map(str, command)]).returncode
+
+
+def assert_loads_the_newest(run: Path, killed_at: str) -> None:
+    """The best and the last teacher are those that the newest checkpoint holds."""
+    found = read_newest(run / "checkpoints")
+    assert found is not None
+    last = {k.removeprefix("teacher.backbone."): v for k, v in found.state["method"].items()}
+    for name, teacher in ((run, found.state["best"]["weights"]), (f"{run}:last", last)):
+        for key, value in weights.load(name).state_dict().items():
+            assert torch.equal(value, teacher[key]), (killed_at, name, key)
 
 
 def drop_time(run: Path) -> list[dict[str, float]]:
@@ -71,17 +87,36 @@ def test_killed_before_any_write_a_run_ends_with_its_own_model(photos, tmp_path,
         run = tmp_path / f"killed-{at}"
         assert train_until_write(at, run, tmp_path / "other", *flags, "--out", run) == -signal.SIGKILL
         if list(run.glob("checkpoints/step-*.pt")):
-            teacher = {k.removeprefix("teacher.backbone."): v for k, v in final_state(run).items()}
-            for name, value in weights.load(run).state_dict().items():
-                assert torch.equal(value, teacher[name]), (writes[at], name)
+            assert_loads_the_newest(run, writes[at])
         command = ["--resume", run] if (run / "config.toml").exists() else [*flags, "--out", run]
         done = run_dino("train", *command)
         assert done.returncode == 0, done.stderr
         assert_same_bits(final_state(whole), final_state(run))
-        for name in ("teacher.safetensors", "config.json", "checkpoints/latest"):
+        for name in ("teacher.safetensors", "best.safetensors", "config.json", "checkpoints/latest"):
             assert (run / name).read_bytes() == (whole / name).read_bytes(), (writes[at], name)
         assert not list(run.rglob("*.tmp"))
         assert drop_time(run) == drop_time(whole), writes[at]
+        shutil.rmtree(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scores", [{"0": 9, "5": 4, "10": 3}, {"0": 9, "5": 3, "10": 4}])
+def test_killed_before_any_write_of_its_last_save_a_run_serves_its_best(photos, tmp_path, scores, monkeypatch):
+    """The best is the step before, or it is this one, and the file holds that before."""
+    monkeypatch.setenv("SCORES", json.dumps(scores))
+    flags = ["--data", photos, *tiny_flags(epochs=2)]
+    whole, run, notes = tmp_path / "whole", tmp_path / "killed", tmp_path / "notes"
+    assert train_until_write(-1, whole, notes, *flags, "--out", whole) == 0
+    writes = notes.read_text().splitlines()
+    assert weights.read(whole, only_backbone=True).step == (5 if scores["5"] > scores["10"] else 10)
+    points = [i for i, line in enumerate(writes) if line.startswith("os.rename")][-4:]
+    assert (".best.safetensors" in " ".join(writes[at] for at in points)) == (scores["5"] < scores["10"])
+    for at in points:
+        assert train_until_write(at, run, tmp_path / "other", *flags, "--out", run) == -signal.SIGKILL
+        assert_loads_the_newest(run, writes[at])
+        assert train_until_write(-1, run, tmp_path / "other", "--resume", run) == 0
+        for name in ("teacher.safetensors", "best.safetensors"):
+            assert (run / name).read_bytes() == (whole / name).read_bytes(), (writes[at], name)
         shutil.rmtree(run)
 
 
@@ -91,7 +126,7 @@ def test_a_teacher_that_is_not_of_the_newest_checkpoint_is_never_used(photos, tm
     (tmp_path / "early").write_bytes(teacher.read_bytes())
     dino.train(data=str(photos), out=str(run), overwrite=True, **TINY | {"epochs": 2})
     right = teacher.read_bytes()
-    expected = weights.fingerprint(weights.load(run))
+    expected = weights.fingerprint(weights.load(f"{run}:last"))
 
     def flip() -> None:
         content = bytearray(right)
@@ -107,7 +142,7 @@ def test_a_teacher_that_is_not_of_the_newest_checkpoint_is_never_used(photos, tm
     ):
         harm()
         capsys.readouterr()
-        assert weights.fingerprint(weights.load(run)) == expected
+        assert weights.fingerprint(weights.load(f"{run}:last")) == expected
         assert "taking step-00000010.pt" in capsys.readouterr().err
         dino.train(resume=run)
         assert teacher.read_bytes() == right

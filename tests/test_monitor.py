@@ -1,14 +1,11 @@
-"""Collapse detection on numbers, and feature health on shapes with known answers."""
+"""Collapse detection on numbers."""
 
 from __future__ import annotations
 
 import math
 
-import pytest
-import torch
-
 from dino.engine.log import MetricsLog
-from dino.engine.monitor import CollapseMonitor, feature_health
+from dino.engine.monitor import CollapseMonitor
 
 LIMIT = math.log(1024)
 
@@ -81,17 +78,6 @@ def test_a_passing_dip_is_silent_and_state_survives_a_resume():
     assert again.look(70, signs(1e-4, 1e-4, 1e-3))
     assert again.look(80, signs(3.0, 1.0, 5.0)) is None
     assert again.look(90, signs(1e-4, 1e-4, 1e-3)) is None
-
-
-def test_feature_health_of_known_shapes():
-    torch.manual_seed(0)
-    spread = feature_health(torch.randn(4000, 32))
-    assert spread["feature_std"] == pytest.approx(1, abs=0.02)
-    assert spread["effective_rank"] == pytest.approx(32, rel=0.02)
-    line = feature_health(torch.randn(500, 1) @ torch.randn(1, 32) + 5)
-    assert line["effective_rank"] < 3
-    same = feature_health(torch.ones(100, 32) + 1e-6 * torch.randn(100, 32))
-    assert same["feature_std"] < 1e-3
 
 
 def test_metrics_are_json_whatever_the_numbers(tmp_path):

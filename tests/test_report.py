@@ -198,9 +198,9 @@ def test_every_chart_has_its_caption(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     read_again = Run.read(run, 22)
     charts = list_charts(read_again)
-    assert len(charts) == 9
+    assert len(charts) == 10
     text = render("training", run=read_again, charts=[(chart, *draw_chart(chart, read_again)) for chart in charts])
-    assert text.count("</svg>") == text.count("</p>") == 9
+    assert text.count("</svg>") == text.count("</p>") == 10
 
 
 @pytest.fixture(scope="module")

@@ -171,7 +171,7 @@ class Ablation:
         if max((line["epoch"] for line in lines if "loss" in line), default=0) < epochs:
             return None  # it was asked to stop
         (train, val), figure = self.data, f"knn{K}_top1"
-        model = weights.load(run).to(self.device)
+        model = weights.load(f"{run}:last").to(self.device)  # as the paper, which chooses none by its test images
         found = knn.evaluate(model, KnnOptions(model=str(run), data=train, val=val, k=(K,)), self.device)
         return {
             "options": _flatten(options),

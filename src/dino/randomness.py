@@ -30,6 +30,11 @@ class Stream(Enum):
     FOLDS = int.from_bytes(b"folds"), 0  # which fold of cross-validation an image is in
 
 
+CHECKS = (
+    2**40
+)  # the first "epoch" of `Stream.VIEWS` that no training reaches: the crops by which checks measure features
+
+
 def open_stream(stream: Stream, seed: int, part: int = 0, index: int = 0) -> np.random.Generator:
     """The generator of one part of a stream: 2**128 Philox blocks that nothing else has."""
     base, number = stream.value

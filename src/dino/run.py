@@ -175,7 +175,7 @@ def build_trainer(
 ) -> Trainer:
     """The trainer with fresh weights, its evaluations, and its steps cut to the memory of `options.fit`."""
     more = [evaluate.EvaluationCallback.parse(text, folder) for text in options.log.evaluate]
-    callback = OnlineEvaluation(*data, required(options.views.global_size), device, more)
+    callback = OnlineEvaluation(*data, options.views, options.seed, device, more)
     batches = build_batches(options, data[0], device)
     trainer = Trainer(options, folder, data[0], batches, device, terminal, callback)
     if options.fit is not None:
@@ -199,7 +199,7 @@ def renew(trainer: Trainer, source: Source) -> None:
     """Write what a kill may have kept a run from writing, and where its images are now if they were moved."""
     if trainer.step:
         trainer.checkpoints.point()
-        trainer.save_teacher()
+        trainer.save_teachers()
         if isinstance(trainer.callback, OnlineEvaluation):
             trainer.callback.floors_done = True  # before the first step
     trainer.quarantine.reread(source)
@@ -273,6 +273,9 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
             terminal.say(f"{what}: {before:.1f} % untrained -> {after:.1f} % trained{others}")
     for line in judge(run).lines:
         terminal.say(line)
+    if best := trainer.best.found:
+        last = "" if best.step == trainer.step else f'; "{folder}:last" is the last'
+        terminal.say(f'dino.load("{folder}") takes {best.describe(trainer.step)}{last}.')
     if trainer.options.report:
         from dino.report.page import write_report  # importing it takes a while
 

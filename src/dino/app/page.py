@@ -26,6 +26,7 @@ from dino.data.open import find_path
 from dino.models import NO_ATTENTION
 from dino.options import toml
 from dino.options.commands import AppOptions
+from dino.weights.runs import find_run
 
 MOST_SESSIONS = 16  # browser tabs whose images are kept; the one not used for longest loses them
 MOST_WAITING = 32  # clicks that wait for the model
@@ -240,7 +241,7 @@ def serve(options: AppOptions, folder: str) -> None:
     name = options.model or find_newest_run()
     with listen(options.host, options.port) as listening:
         model = weights.load(name).to(distributed.start(options.device))
-        run = path if (path := Path(name).expanduser()).is_dir() else None
+        run = find_run(name)
         page = Page(Explorer(model, run, options.data or find_data(run), options.embedding), Path(name).name)
         app = gr.mount_gradio_app(
             FastAPI(),

@@ -14,12 +14,13 @@ from dino.options import flatten, replace, toml
 from dino.options.evaluate import EVALUATIONS
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
+from dino.weights import runs
 
+_OF_EVALUATION = (".json", ".safetensors", ".training/latest", ".training/step-????????.pt")
 _WRITTEN = [
-    *("config.json", "files.jsonl", "teacher.safetensors", "metrics.jsonl", "quarantine.jsonl"),
+    *("config.json", "files.jsonl", "teacher.safetensors", "best.safetensors", "metrics.jsonl", "quarantine.jsonl"),
     *("report.html", "checkpoints/latest", "checkpoints/step-????????.pt", "tensorboard/events.out.tfevents.*"),
-    *(f"eval/{name}{end}" for name in EVALUATIONS for end in (".json", ".safetensors", ".training/latest")),
-    *(f"eval/{name}.training/step-????????.pt" for name in EVALUATIONS),
+    *(f"{of}/{name}{end}" for of in ("eval", "eval/last") for name in EVALUATIONS for end in _OF_EVALUATION),
     *(f"eval/step-????????/{name}.json" for name in EVALUATIONS),
     "config.toml",  # last: without it, what is left after a kill would be no run
 ]
@@ -72,7 +73,8 @@ def choose_folder(options: TrainOptions) -> Path:
             )
         toml.read_recorded(str(folder))  # else it is another program's config.toml
         written = {path.resolve() for path in list_written(folder)} | {folder.resolve()}
-        for given in filter(None, (options.data.path, options.data.val, options.data.labels, options.init)):
+        start = options.init and runs.split_name(options.init)[0]
+        for given in filter(None, (options.data.path, options.data.val, options.data.labels, start)):
             if Path(given).expanduser().resolve() in written:
                 raise ValueError(f"{given} is part of the run that --overwrite would delete; choose another --out.")
     return folder
@@ -90,7 +92,7 @@ def record(options: TrainOptions, folder: Path, source: Source) -> None:
     """Write the resolved options and the names of the images, which a resume reads."""
     given, words = flatten(options), (None, "auto", "folders", "none")
     absolute = dict.fromkeys(("data.path", "data.val"), make_absolute)
-    absolute |= dict.fromkeys(("data.labels", "init"), files.absolute_if_exists)
+    absolute |= {"data.labels": files.absolute_if_exists, "init": runs.make_absolute}
     paths = {name: function(given[name]) for name, function in absolute.items() if given[name] not in words}
     recorded = replace(options, paths | {"out": None, "overwrite": False, "stop_after": None})
     record_files(source, folder)

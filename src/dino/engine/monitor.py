@@ -1,4 +1,4 @@
-"""Is it learning? The paper's two collapses (section 5.3) told apart, and the health of features without labels."""
+"""Is it collapsing? The paper's two collapses (section 5.3) told apart, and those of losses that compare vectors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
-
-import torch
-from torch import Tensor
-
-from dino.variants import feature_spread
 
 Collapse = Literal["uniform", "dominated", "same", "point"]
 
@@ -87,17 +82,3 @@ class CollapseMonitor:
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         self.since, self.reported = dict(state["since"]), state["reported"]  # pyright: ignore
-
-
-@torch.no_grad()
-def feature_health(features: Tensor) -> dict[str, float]:
-    """Label-free health of features [m, d].
-
-    `feature_std`: see `dino.variants.spread`. `effective_rank`: exp of the entropy of the normalized singular values
-    (Roy & Vetterli 2007), between 1 and d.
-    """
-    z = torch.nn.functional.normalize(features.float(), dim=1)
-    values = torch.linalg.svdvals(z - z.mean(dim=0))
-    share = values / values.sum().clamp(min=1e-12)
-    rank = torch.special.entr(share).sum().exp()
-    return {"feature_std": feature_spread(features).item(), "effective_rank": rank.item()}

@@ -58,6 +58,7 @@ class TrainingStep:
         self.precision, self.clip_grad = precision, clip_grad
         # Entered with the name of each part of a step; `dino bench` sets one that measures.
         self.time: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+        self.watch: Callable[[Tensor], None] | None = None  # is shown the targets of each step
         self.student: nn.Module = method.student
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.split = Split()
@@ -106,6 +107,8 @@ class TrainingStep:
         parts = split_images(images, self.split.parts)
         with self.time("teacher"), parallel.autocast(self.device, self.precision):
             targets, metrics = self.method.teacher_targets(groups[0], teacher_temp, len(parts))
+            if self.watch is not None:
+                self.watch(targets)
         losses = []
         for part in parts:
             with parallel.without_sync(self.student, part != parts[-1]):

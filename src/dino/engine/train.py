@@ -21,11 +21,13 @@ from dino.data.loader import Batch, ViewBatches, WorkerDied, iterate
 from dino.data.normalize import normalize
 from dino.data.sources import Source
 from dino.engine import optim, parallel
+from dino.engine.best import BestTeacher
 from dino.engine.build import Plan, build_method, model_arguments
 from dino.engine.checkpoint import Checkpoints
 from dino.engine.log import MetricsLog, Quarantine
 from dino.engine.monitor import CollapseMonitor
 from dino.engine.pace import Pace, describe_time
+from dino.engine.prototypes import PrototypeMonitor
 from dino.engine.signals import Signals
 from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
 from dino.machine import measure_peak_memory
@@ -71,6 +73,7 @@ class Trainer:
         self.training_step.set_split(self._check_split(Split(options.accumulate, options.recompute)))
         self._share_batch_norm()
         self.monitor = CollapseMonitor(options.head.out_dim or 1, batches.batch_size // batches.world_size)
+        self.prototypes, self.best = PrototypeMonitor(self.training_step), BestTeacher()
         self.checkpoints = Checkpoints(run / "checkpoints", options.log.keep)
         self.quarantine = Quarantine(run / "quarantine.jsonl", len(source), options.data.max_bad_fraction)
         self.step = 0  # steps done
@@ -114,6 +117,8 @@ class Trainer:
             "optimizer": self.training_step.optimizer.state_dict(),
             "scaler": self.training_step.scaler.state_dict(),
             "monitor": self.monitor.state_dict(),
+            "prototypes": self.prototypes.state_dict(),
+            "best": self.best.state_dict(),
             "options": to_dict(self.options),
             "data": self.source.fingerprint,
         }
@@ -143,18 +148,23 @@ class Trainer:
         self.training_step.optimizer.load_state_dict(state["optimizer"])
         self.training_step.scaler.load_state_dict(state["scaler"])
         self.monitor.load_state_dict(state["monitor"])
+        for name, part in (("prototypes", self.prototypes), ("best", self.best)):
+            if name in state:  # not in checkpoints of before
+                part.load_state_dict(state[name])
         self.step = state["step"]
         return True
 
     def save(self) -> None:
-        """Checkpoint, and the teacher's backbone as a file of its own."""
+        """Checkpoint, and the backbones of the best and the last teacher as files of their own."""
         if distributed.is_main():
             with self.pace.pause(self.pace.saves):
                 self.checkpoints.save(self.step, self.state_dict())
-                self.save_teacher()
+                self.save_teachers()
 
-    def save_teacher(self) -> None:
-        weights.save(self.run, self.method.teacher.backbone, model_arguments(self.options), self.step)
+    def save_teachers(self) -> None:
+        self.best.save(self.run)
+        arguments = model_arguments(self.options)
+        weights.save(self.run, self.method.teacher.backbone, arguments, self.step, self.best.found)
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
@@ -309,6 +319,7 @@ class Trainer:
                 f"start a new run{start}."
             )
         self._check_quarantine()
+        values |= self.prototypes.look(epoch_ends=self.step % self.plan.steps_per_epoch == 0)
         rates = self.plan.rates(self.step - 1)
         speed = steps * required(self.options.batch_size) / seconds
         if "teacher_entropy" in values:
@@ -326,6 +337,8 @@ class Trainer:
             self.terminal.say(f"Warning: {warning}", style="bold yellow")
             if self.metrics is not None:
                 self.metrics.write(self.step, {"collapse": 1.0})
+        elif advice := self.prototypes.advise(self.step, values):
+            self.terminal.say(f"Advice: {advice}", style="yellow")
         self.status = f"loss {values['loss']:.3f}  {speed:,.0f} images/s"
         return ending
 
@@ -362,6 +375,7 @@ class Trainer:
         self.method.train()
         if values and self.metrics is not None:
             self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)
+        self.best.consider(self.step, values, self.method.teacher.backbone)
         self.knn = {"k-NN": values["knn20_top1"]} if "knn20_top1" in values else {}
         distributed.barrier()
 

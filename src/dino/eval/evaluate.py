@@ -29,7 +29,7 @@ from dino.options.flags import parse_flags
 from dino.options.rules import get_types
 from dino.terminal import track
 from dino.version import __version__
-from dino.weights import fingerprint
+from dino.weights import fingerprint, runs
 from dino.weights.checks import refuse_broken
 
 T = TypeVar("T")
@@ -177,9 +177,9 @@ def locate_result(options: EvalOptions, name: str) -> Path | None:
     """The file for the result of evaluation `name`; None: none is written."""
     if options.json is not None:
         return Path(options.json).expanduser()
-    if ((run := Path(options.model).expanduser()) / "config.toml").is_file():
-        return run / "eval" / f"{name}.json"
-    return None
+    if (run := runs.find_run(options.model)) is None:
+        return None
+    return run / "eval" / ("last" * runs.split_name(options.model)[1]) / f"{name}.json"
 
 
 def locate_work(options: EvalOptions, name: str) -> Path:

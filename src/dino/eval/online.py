@@ -1,28 +1,35 @@
-"""The training callback: k-NN if there are labels, feature health always, attention masks if the images are scenes."""
+"""The training callback: k-NN if there are labels, scores without labels always, attention masks if the images are scenes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dino import distributed
 from dino.data.evaluation_views import resize_and_crop
 from dino.data.normalize import normalize
+from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
-from dino.data.sources import Source, evenly_spaced
-from dino.engine.monitor import feature_health
+from dino.data.sources import Images, Source, evenly_spaced, read_or_gray
+from dino.data.views import draw_views
+from dino.engine import health
 from dino.eval import evaluate, knn
 from dino.features.extract import EvaluationViews, Features, extract
 from dino.look.attention import enlarge, jaccard, map_attention, mass_mask
 from dino.method import DINO
 from dino.models import Backbone
-from dino.options import required
+from dino.options import replace, required
+from dino.options.train import ViewOptions
+from dino.randomness import CHECKS
 
-BANK, QUERIES, MASKS = 5000, 1000, 200  # at most so many images, so that a check takes much less time than an epoch
+# At most so many images, so that a check takes much less time than an epoch; and 2 * PAIRS crops of each of CROPPED.
+BANK, QUERIES, MASKS, CROPPED, PAIRS = 5000, 1000, 200, 300, 2
 COLORS, NEAREST = 8**3, 10  # bins of a color histogram; nearest images that are compared
 
 
@@ -32,8 +39,9 @@ class OnlineEvaluation:
 
     Args:
         train: the source of the k-NN's bank.
-        held_out: images to classify. None: only feature health is measured, on training images.
-        size: edge of the evaluation view, pixels.
+        held_out: images to classify. None: only scores without labels are measured, on training images.
+        views: of the training. The global views' size is that of the evaluation view.
+        seed: of the crops that are drawn as those views are; they are the same at every check.
         more: other evaluations, over all ranks.
         floors_done: the k-NN of pixels and of color histograms, which never changes, has been measured.
         colors: color histograms of the images that are measured; None: not counted yet.
@@ -41,11 +49,16 @@ class OnlineEvaluation:
 
     train: Source
     held_out: Source | None
-    size: int
+    views: ViewOptions
+    seed: int
     device: torch.device
     more: Sequence[evaluate.EvaluationCallback] = ()
     floors_done: bool = False
     colors: Features | None = None
+
+    @property
+    def size(self) -> int:
+        return required(self.views.global_size)
 
     def __call__(self, method: DINO, step: int) -> dict[str, float]:
         backbone: Backbone = method.teacher.backbone  # pyright: ignore[reportAssignmentType]
@@ -57,7 +70,13 @@ class OnlineEvaluation:
     def _monitor(self, backbone: Backbone) -> dict[str, float]:
         images = self.train if self.held_out is None else self.held_out
         queries = extract(backbone, images, self.size, evenly_spaced(len(images), QUERIES))
-        result = feature_health(queries.values) if len(queries.values) > 1 else {}
+        result = health.feature_health(queries.values) if len(queries.values) > 1 else {}
+        if result:
+            cropped = queries.indices[evenly_spaced(len(queries.indices), CROPPED)].tolist()
+            crops = extract_crops(backbone, images, cropped, self.views, self.seed)
+            found = [health.two_crop_retrieval(*pair) for pair in crops.permute(1, 2, 0, 3)]
+            result |= {"rankme": health.rankme(queries.values), "lidar": health.lidar(crops.flatten(1, 2))}
+            result["two_crop_retrieval"] = sum(found) / PAIRS
         edge = min(self.size, 64)
         views = None if self.colors else read_views(images, queries, edge)
         self.colors = self.colors or count_colors(required(views))
@@ -83,6 +102,25 @@ class OnlineEvaluation:
             return {}
         found = knn.classify(bank.values[has_label], bank_labels[has_label], queries.values[asked], labels[asked])
         return found | {"knn_queries": int(asked.sum())}
+
+
+def extract_crops(model: Backbone, source: Source, positions: Sequence[int], views: ViewOptions, seed: int) -> Tensor:
+    """Features [n, PAIRS, 2, d] of crops of the images at `positions`.
+
+    A pair is the two global views of an epoch, of random numbers that the training does not use.
+    """
+    pair, renderer = replace(views, {"num_local": 0}), CpuRenderer()
+
+    def draw(position: int) -> list[np.ndarray]:
+        image = read_or_gray(source, position)
+        shape = np.array([image.shape[:2]])
+        drawn = (draw_views(pair, seed, CHECKS + i, [position], shape) for i in range(PAIRS))
+        return [crop for each in drawn for crop in renderer.prepare([image], each)[0][:, 0].numpy()]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        crops = [crop for found in pool.map(draw, positions) for crop in found]
+    features = extract(model, Images(crops), required(views.global_size), num_workers=0, resize="shrunk").values
+    return features.unflatten(0, (-1, PAIRS, 2))
 
 
 def read_views(source: Source, found: Features, edge: int) -> Features:

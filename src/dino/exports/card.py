@@ -12,11 +12,13 @@ from dino.data.normalize import MEAN, STD
 from dino.engine.log import read_metrics
 from dino.html import ENVIRONMENT
 from dino.version import __version__
-from dino.weights import releases
+from dino.weights import releases, runs
 from dino.weights.checkpoints import CheckpointError, read_newest
 
 
-def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: str, edge: int) -> str:
+def render_card(
+    name: str, to: str, out: Path, facts: dict[str, str], digest: str, edge: int, step: int | None = None
+) -> str:
     """The Markdown text.
 
     Args:
@@ -25,8 +27,10 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
         facts: about the model and the check, by name.
         digest: SHA-256 of the model's weights; only evaluations of these weights are listed.
         edge: of the images that the model was made for, pixels.
+        step: of its run, after which it was taken. None: the last.
     """
-    release = releases.find_release(name) if not Path(name).expanduser().exists() else None
+    path = Path(runs.split_name(name)[0]).expanduser()
+    release = releases.find_release(name) if not path.exists() else None
     license = options = None
     figures: list[tuple[str, ...]] = []
     if release:
@@ -34,12 +38,12 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
         facts = facts | {"trained by": f"the authors of the paper ({release[0]}, license {license})"}
         pairs = (("k-NN", published.knn), ("linear", published.linear))
         figures = [("published", f"{k}, ImageNet top-1", f"{v:.1f}", "") for k, v in pairs if v is not None]
-    elif (Path(name).expanduser() / "config.toml").is_file():
-        trained, figures = _describe_run(Path(name).expanduser(), digest)
+    elif (path / "config.toml").is_file():
+        trained, figures = _describe_run(path, digest, step)
         facts = facts | trained
-        options = (Path(name).expanduser() / "config.toml").read_text()
+        options = (path / "config.toml").read_text()
     return ENVIRONMENT.get_template("card.md.jinja").render(
-        name=Path(name).expanduser().name,
+        name=path.name,
         to=to,
         out=out.name,
         license=license,
@@ -55,7 +59,7 @@ def render_card(name: str, to: str, out: Path, facts: dict[str, str], digest: st
     )
 
 
-def _describe_run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple[str, ...]]]:
+def _describe_run(folder: Path, digest: str, step: int | None) -> tuple[dict[str, str], list[tuple[str, ...]]]:
     """Facts of a run's data and training, and figures of its training and evaluations."""
     facts: dict[str, str] = {}
     with contextlib.suppress(CheckpointError):
@@ -63,13 +67,14 @@ def _describe_run(folder: Path, digest: str) -> tuple[dict[str, str], list[tuple
             facts["fingerprint of the training data"] = f"`{found.state['data']}`"
     last: dict[str, Any] = {}
     for line in read_metrics(folder / "metrics.jsonl"):
-        last |= line
+        if step is None or line["step"] <= step:
+            last |= line
     facts |= {"steps": f"{last['step']:,}", "epochs": f"{last['epoch']:g}"} if last.keys() >= {"step", "epoch"} else {}
     measured = ("loss", "feature_std", "effective_rank", "knn", "jaccard")
     figures: list[tuple[str, ...]] = [
         ("training", name, f"{value:.4g}", "") for name, value in last.items() if name.startswith(measured)
     ]
-    for path in sorted((folder / "eval").glob("*.json")):
+    for path in sorted([*(folder / "eval").glob("*.json"), *(folder / "eval" / "last").glob("*.json")]):
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):  # a damaged one
             found = json.loads(path.read_text())
             if found["model"]["sha256"] == digest:

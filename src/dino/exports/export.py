@@ -56,7 +56,10 @@ def export(
             "parameters": f"{sum(p.numel() for p in backbone.parameters()):,}",
             "largest difference from the model that was exported": compare.describe_differences(differences, to),
         }
-        text = card.render_card(os.fspath(model), to, path, facts, fingerprint(backbone), backbone.image_size)
+        if found.best is not None:
+            facts["of the teachers of its run"] = found.best.why
+        about = (fingerprint(backbone), backbone.image_size, found.step)
+        text = card.render_card(os.fspath(model), to, path, facts, *about)
         (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
     return differences
 

@@ -26,7 +26,7 @@ from dino.models import Backbone
 from dino.options.commands import EmbedOptions
 from dino.options.rules import checked
 from dino.version import __version__
-from dino.weights import fingerprint
+from dino.weights import fingerprint, runs
 
 SHARD, MOST_VALUES = 4096, 2**24  # most images of a shard, and most numbers: 64 MB
 
@@ -69,7 +69,7 @@ def embed(
     shard = shard or max(1, min(SHARD, MOST_VALUES // shape.numel()))
     batch = min(choose_batch_size(size), shard)
     shard = -(-shard // batch) * batch
-    name = files.absolute_if_exists(model) if isinstance(model, str) else ""
+    name = runs.make_absolute(model) if isinstance(model, str) else ""
     place = make_absolute(data) if isinstance(data, str) else ""
     folder = Path(out).expanduser()
     about = {"model": name, "model_sha256": fingerprint(network), "data": place, "data_sha256": source.fingerprint}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dino import distributed, errors, files, weights
 from dino.data.sources import Images, evenly_spaced
-from dino.engine.monitor import feature_health
+from dino.engine.health import feature_health
 from dino.features.extract import extract
 from dino.features.neighbors import find_neighbors
 from dino.features.shards import Embedding, Folder

@@ -25,7 +25,7 @@ class InferenceOptions(Options):
     """For commands that look at images with a trained model."""
 
     model: Positional[str]
-    """A run directory, a release (see `dino models`) or a weight file."""
+    """A run directory (its best teacher; with :last the last), a release (see `dino models`) or a weight file."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 
@@ -158,7 +158,7 @@ class OutliersOptions(FindOptions):
 
 class AppOptions(Options):
     model: Annotated[Positional[str], arg(metavar="[MODEL]")] = ""
-    """A run directory, a release (see `dino models`) or a weight file. None: the newest run in runs/."""
+    """A run directory (its best teacher; with :last the last), a release or a weight file. None: the newest run in runs/."""
     data: str | None = None
     """Images to pick from and to search: a folder, a list of files, scenes:NUMBER, or torchvision:NAME:FOLDER. None: what
     the run was trained on."""
@@ -217,7 +217,7 @@ class ModelsOptions(Options):
 
 class ExportOptions(Options):
     model: Positional[str]
-    """A run directory, a release (see `dino models`), a weight file, or a folder of timm or Hugging Face."""
+    """A run directory (its best teacher; with :last the last), a release, a weight file, or timm's or HF's folder."""
     to: Literal["onnx", "torch-export", "safetensors", "hf", "timm", "reference", "reference-checkpoint"]
     """Format to write; 'timm' and 'hf' are folders, the others files. Each is opened again and compared with the model."""
     out: str

@@ -32,13 +32,13 @@ class EvalOptions(Options):
     """What every evaluation takes."""
 
     model: Positional[str]
-    """A run directory, a weight file, or a model's name (dino models)."""
+    """A run directory (its best teacher; with :last the last), a weight file, or a model's name (dino models)."""
     size: Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the protocol or the model was made for."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. Under torchrun the work is shared, with the same result."""
     json: str | None = None
-    """File for the result. None: eval/NAME.json in a run's directory, none for other models."""
+    """File for the result. None: eval/NAME.json (of the last eval/last/NAME.json) in a run's directory, else none."""
 
 
 class LabeledOptions(EvalOptions):

@@ -216,7 +216,7 @@ class TrainOptions(Options):
     resume: str | None = None
     """Run directory to continue; all other options come from its config.toml. Moved images: with --data, their new place."""
     init: str | None = None
-    """Weights to start from: a run directory, a release ('vits16:full', see `dino models`) or a weight file. None: fresh."""
+    """Weights to start from: a run (its last step), a release ('vits16:full', see `dino models`) or a file. None: fresh."""
     overwrite: bool = False
     """Replace the run that is in the run directory: what a run writes is deleted, all else stays."""
     epochs: PositiveFloat | None = None

@@ -83,6 +83,9 @@ def list_charts(run: Run) -> list[Chart]:
     speed = Panel({"images/s": "images_per_second"}, "{:,.0f}")
     waiting = Panel({"waiting for data": "data_wait_share"}, "{:.1f} %", change=lambda share: 100 * share)
     usage = Panel({"prototypes in use": "prototype_usage"}, "{:.0f}", change=np.exp)
+    shares = {"differ": "prototypes_unique", "chosen": "prototypes_chosen"}
+    useful = Panel(shares, "{:.1f} %", change=lambda share: 100 * share)
+    crops = Panel({"own crop found": "two_crop_retrieval"}, "{:.1f} %")
     rank, spread = Panel({"effective rank": "effective_rank"}, "{:.1f}"), Panel({"feature spread": "feature_std"})
     center, gradients = Panel({"center norm": "center_norm"}), Panel({"gradient norm": "grad_norm"}, log=True)
     every = [
@@ -91,7 +94,8 @@ def list_charts(run: Run) -> list[Chart]:
         Chart("k-NN accuracy", [Panel({f"{knn[3:5]} neighbors": knn}, "{:.1f} %", floors)]),
         Chart("Attention on objects", [Panel(heads, "{:.1f} %")]),
         Chart("Feature health", [rank, spread]),
-        Chart("Prototype usage", [usage]),
+        Chart("Knowing an image by its crops", [crops]),
+        Chart("Prototype usage", [usage, useful]),
         Chart("Center and gradients", [center, gradients]),
         Chart("Schedules", schedules, columns=2),
         Chart("Speed", [speed, waiting]),

@@ -21,6 +21,7 @@ from dino.report.curves import draw_chart, list_charts
 from dino.report.gallery import Gallery
 from dino.report.run import Run
 from dino.report.verdict import Verdict, judge
+from dino.weights.runs import Best
 
 
 def write_report(folder: Path, source: Source, held_out: Source | None, device: torch.device) -> Path:
@@ -35,9 +36,11 @@ def write_report(folder: Path, source: Source, held_out: Source | None, device: 
     """
     run = Run.read(folder, len(source))
     verdict = judge(run)
-    model = weights.load(folder).to(device)
+    found = weights.read(folder, only_backbone=True)
+    model = weights.build_backbone(found).to(device)
+    shown = source if held_out is None else held_out
     sections = {
-        "Result": render_result(run, model, source, source if held_out is None else held_out, verdict),
+        "Result": render_result(run, model, source, shown, verdict, found.best),
         **Gallery.open(run, model, source, held_out, device).render_sections(),
         "Training": render("training", run=run, charts=[(c, *draw_chart(c, run)) for c in list_charts(run)]),
         "Options and environment": render(
@@ -68,12 +71,15 @@ def list_facts(run: Run, model: Backbone, source: Source) -> dict[str, str]:
     }
 
 
-def render_result(run: Run, model: Backbone, source: Source, shown: Source, verdict: Verdict) -> Markup:
+def render_result(
+    run: Run, model: Backbone, source: Source, shown: Source, verdict: Verdict, best: Best | None
+) -> Markup:
     """The figures of merit, and what a reader must not miss. `shown`: the images that were evaluated."""
     names = {"knn": run.knn, "overlap": "jaccard_best_head", "mean_map": "jaccard_mean_map"}
     names |= {"rank": "effective_rank", "spread": "feature_std"}
     values = {key: run.compare(name) for key, name in names.items() if name and run.get_metric(name)[0]}
-    return render("result", run=run, model=model, source=source, shown=shown, values=values, verdict=verdict)
+    facts = {"run": run, "model": model, "source": source, "shown": shown, "verdict": verdict}
+    return render("result", **facts, values=values, taken=best and best.describe(run.steps))
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:

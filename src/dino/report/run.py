@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from dino.engine import prototypes
 from dino.engine.build import Plan
 from dino.engine.log import read_metrics, read_quarantine
 from dino.engine.monitor import Collapse, CollapseMonitor
@@ -106,4 +107,7 @@ class Run:
         for line in self.lines:
             if line.get("collapse"):
                 found.setdefault(line["step"], "the run reported a collapse here.")
+        for line in [line for line in self.lines if "prototypes_unique" in line][-1:]:
+            if text := prototypes.advise(line["step"], line, self.options.head.out_dim or 1):
+                found.setdefault(line["step"], text)
         return sorted(found.items())

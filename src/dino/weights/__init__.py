@@ -7,7 +7,6 @@ plain values are ever unpickled. Every key must fit, except the classifiers of `
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dino import errors, files
+from dino import errors
 from dino.models import SIZES, Backbone, create
 from dino.models.vit import VisionTransformer
-from dino.options import required
-from dino.terminal import say
-from dino.weights import formats, pickles, releases
-from dino.weights.checkpoints import get_step, list_checkpoints, read_newest
+from dino.weights import formats, pickles, releases, runs
+from dino.weights.checkpoints import list_checkpoints
 from dino.weights.checks import check_arguments, check_fit, load_strictly
 from dino.weights.formats import State
+from dino.weights.runs import CONFIG, WEIGHTS, save
 
 if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
 
-WEIGHTS, CONFIG = "teacher.safetensors", "config.json"
+__all__ = ["CONFIG", "WEIGHTS", "Weights", "build_backbone", "fingerprint", "load", "read", "save"]
+
 # What a file that holds other things than its kind should raises on the way.
 _MISSHAPED = (LookupError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError)
 
@@ -48,6 +47,7 @@ class Weights:
         left_out: names of what was not taken, all of them tolerated.
         head: the heads' options, where the file says them.
         optimizer: the optimizer's state dict as it was saved, if there is one.
+        step: of its training, where it is of a run; best: why this teacher is the best of its run, where it was chosen so.
     """
 
     where: str
@@ -56,6 +56,8 @@ class Weights:
     left_out: tuple[str, ...] = ()
     head: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
+    step: int | None = None
+    best: runs.Best | None = None
 
     def part(self, prefix: str) -> State:
         """The tensors whose names begin with `prefix`, without it; {} when there are none."""
@@ -65,24 +67,15 @@ class Weights:
         return self.part(f"{role}.backbone.")
 
 
-def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any], step: int = 0) -> None:
-    """Write `backbone` after `step` steps to `folder` as safetensors beside the arguments of `create` that rebuild it."""
-    with files.replacing(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps({"model": arguments}, indent=2) + "\n")
-    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    with files.replacing(folder / WEIGHTS, flush=True) as temporary:
-        # One entry, because the order of several would differ from file to file.
-        save_file(state, temporary, {"dino": json.dumps({"step": step, "sha256": _hash(state)})})
-
-
 def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) -> VisionTransformer | TimmBackbone:
     """The (teacher's) backbone that `name` stands for, in evaluation mode on the CPU.
 
     Its `image_size` is what it was trained at.
 
     Args:
-        name: a run directory, a release ('dino_vits16', 'vits16:full'; see `dino models`), a .pth, .pt or .safetensors
-            file, or a folder that timm or Hugging Face's `ViTModel` saved.
+        name: a run directory ('runs/a' is its best teacher, 'runs/a:last' the last), a release ('dino_vits16',
+            'vits16:full'; see `dino models`), a .pth, .pt or .safetensors file, or a folder that timm or Hugging Face's
+            `ViTModel` saved.
         offline: never download; $DINO_OFFLINE=1 means the same.
         changes: arguments of `create` that the file does not hold or that should differ, e.g. ``num_heads=3`` or
             ``pos_interp="antialias"``.
@@ -117,16 +110,19 @@ def read(
 
     Args:
         num_heads: of a ViT of unusual width whose file does not say it.
-        only_backbone: the rest may be left unread, which is quicker for a run directory.
+        only_backbone: the rest may be left unread, which is quicker for a run directory. Of its best teacher only the
+            backbone is kept; with more, it is the last that is read.
     """
-    path = file = _locate(name, offline)
+    text, last = runs.split_name(name)
+    path = _locate(text, offline)
     try:
         if list_checkpoints(path / "checkpoints"):
-            file, content, config = _open_run(path, only_backbone)
+            opened = runs.open_run(path, last, only_backbone)
         else:
-            content, config = _open_folder(path) if path.is_dir() else _open_file(path)
-        found = _recognize(content, config, str(file), num_heads)
-        check_arguments(found.arguments, str(file))
+            opened = _open_folder(path, last) if path.is_dir() else _open_file(path)
+        found = _recognize(opened.content, opened.config, str(opened.where), num_heads)
+        found = dataclasses.replace(found, step=opened.step, best=opened.best)
+        check_arguments(found.arguments, str(opened.where))
         if not all(isinstance(value, Tensor) for value in found.state.values()):
             raise TypeError("what should be a tensor is none")
         return found
@@ -138,45 +134,23 @@ def read(
         ) from error
 
 
-def _locate(name: str | os.PathLike[str], offline: bool) -> Path:
+def _locate(name: str, offline: bool) -> Path:
     """The path of `name`, downloaded if it is a release."""
     if (path := Path(name).expanduser()).exists():
         return path
-    if releases.find_release(str(name)) is None:
+    if releases.find_release(name) is None:
         raise ValueError(
             f"there is no run, weight file or release '{name}'; give the --out folder of a training run, a .pth or "
             ".safetensors file, or a name that `dino models` lists."
         )
-    return releases.fetch_release(str(name), offline)
+    return releases.fetch_release(name, offline)
 
 
-def _open_run(run: Path, only_backbone: bool) -> tuple[Path, State, dict[str, Any]]:
-    """The file that was read, tensors and configuration of a run directory with checkpoints.
-
-    The newest checkpoint stands in for the file of the teacher where that is missing, damaged, or of an earlier step: the
-    run was killed, or its disk was full, between writing the one and the other.
-    """
-    reason = ""
-    if only_backbone:
-        newest = get_step(list_checkpoints(run / "checkpoints")[-1])
-        try:
-            content, step = _open_teacher(run)
-            if step >= newest:
-                return run, content, {"model": json.loads((run / CONFIG).read_text())["model"]}
-            reason = f"is of step {step:g} and not of step {newest}"
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            reason = f"cannot be used ({errors.find_reason(error)})"
-    found = required(read_newest(run / "checkpoints"))
-    if reason:
-        say(f"{run / WEIGHTS} {reason}; taking {found.path.name}. `dino train --resume {run}` writes it anew.")
-    return found.path, found.state, {}
-
-
-def _open_folder(folder: Path) -> tuple[State, dict[str, Any]]:
-    """Tensors and configuration of a run directory, or of a folder that timm or Hugging Face saved."""
+def _open_folder(folder: Path, last: bool) -> runs.Opened:
+    """A run directory without checkpoints, or a folder that timm or Hugging Face saved."""
     config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
     if "model" in config and (folder / WEIGHTS).is_file():
-        return _open_teacher(folder)[0], {"model": config["model"]}
+        return runs.open_run(folder, last, only_backbone=True)
     if not config or not (folder / "model.safetensors").is_file():
         raise ValueError(
             f"{folder} holds no {WEIGHTS} or model.safetensors with its {CONFIG}; give the --out folder of a training "
@@ -185,26 +159,17 @@ def _open_folder(folder: Path) -> tuple[State, dict[str, Any]]:
     for key, rule in {"model_type": "vit", "hidden_act": "gelu", "qkv_bias": True}.items():  # timm says none of these
         if config.get(key, rule) != rule:
             raise ValueError(f"{folder / CONFIG} says {key} {config[key]}; only {key} {rule} can be read.")
-    return load_file(folder / "model.safetensors"), {name: config[name] for name in config if name != "model"}
+    content = load_file(folder / "model.safetensors")
+    return runs.Opened(folder, content, {name: config[name] for name in config if name != "model"})
 
 
-def _open_teacher(folder: Path) -> tuple[State, float]:
-    """The teacher's backbone of a run, whose checksum must be right, and the step it is of; infinity if it does not say."""
-    state = load_file(folder / WEIGHTS)
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        header = json.loads((file.metadata() or {}).get("dino", "{}"))
-    if "sha256" in header and header["sha256"] != _hash(state):
-        raise ValueError(f"{folder / WEIGHTS} is damaged: its checksum is another than when it was written.")
-    return state, float(header.get("step", "inf"))
-
-
-def _open_file(path: Path) -> tuple[Any, dict[str, Any]]:
+def _open_file(path: Path) -> runs.Opened:
     """What a file holds; and for safetensors that `dino export` wrote, the model's arguments in its header."""
     if path.suffix != ".safetensors":
-        return pickles.load_pickle(path), {}
+        return runs.Opened(path, pickles.load_pickle(path), {})
     with safe_open(path, "pt") as file:
         model = json.loads((file.metadata() or {}).get("model", "{}"))
-    return load_file(path), {"model": model} if "arch" in model else {}
+    return runs.Opened(path, load_file(path), {"model": model} if "arch" in model else {})
 
 
 def _recognize(content: Any, config: dict[str, Any], where: str, num_heads: int | None) -> Weights:
@@ -269,12 +234,4 @@ def _read_networks(networks: dict[str, Any], where: str, num_heads: int | None) 
 def fingerprint(model: Backbone) -> str:
     """Hex digest of a model's weights."""
     assert isinstance(model, nn.Module)
-    return _hash(model.state_dict())
-
-
-def _hash(state: State) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return runs.hash_state(model.state_dict())

@@ -1,0 +1,57 @@
+"""The best teacher of a run so far: by held-out k-NN where there are labels, else by a score that needs none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dino.weights import runs
+from dino.weights.formats import State
+from dino.weights.runs import Best
+
+WITHOUT_LABELS = "two_crop_retrieval"  # the metric that chooses where there is no k-NN; see `dino.engine.health`
+MEASURES = ("knn20_top1", "knn10_top1", WITHOUT_LABELS)  # the first that a run has; more is better
+
+
+class BestTeacher:
+    """Remembers the teacher's backbone as it was when it measured best. A checkpoint holds all of it."""
+
+    def __init__(self) -> None:
+        self.highest: Best | None = None  # of step 0, until a later one was measured
+        self.weights: State = {}  # on the CPU; {}: of no step after 0
+        self.written = False  # to their file
+
+    @property
+    def found(self) -> Best | None:
+        return self.highest if self.weights else None
+
+    def consider(self, step: int, values: Mapping[str, float], backbone: nn.Module) -> None:
+        """Keep `backbone` if what was measured of it after `step` steps is no worse than of all before."""
+        best = self.highest
+        measure = best.measure if best else next((name for name in MEASURES if name in values), "")
+        score = values.get(measure, math.nan)
+        if not math.isfinite(score):
+            return
+        if step == 0:
+            self.highest = Best(step, measure, score, before=score)
+        elif best is None or not self.weights or score >= best.score:  # of equal scores the later: it saw more
+            self.highest = Best(step, measure, score, best and best.before)
+            self.weights = {name: value.detach().to("cpu", copy=True) for name, value in backbone.state_dict().items()}
+            self.written = False
+
+    def save(self, run: Path) -> None:
+        """Write it to its file in the directory `run`, if it is not there yet."""
+        if self.found is not None and not self.written:
+            runs.save_best(run, self.weights, self.found)
+            self.written = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"found": self.highest and self.highest._asdict(), "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.highest, self.weights = state["found"] and Best(**state["found"]), state["weights"]
+        self.written = False  # what lies there may be damaged, or of a later step
