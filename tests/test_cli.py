@@ -72,7 +72,7 @@ BAD = {
     "unknown option": (["--data", "{photos}", "--optim.lrr", "1"], "--optim.lr"),
     "unknown recipe": (["cifar", "--data", "{photos}"], "Did you mean 'cifar10'?"),
     "folder as recipe": (["{photos}"], "dino train --data"),
-    "wrong type": (["--data", "{photos}", "--epochs", "many"], "epochs is 'many'; it must be a whole number."),
+    "wrong type": (["--data", "{photos}", "--epochs", "many"], "epochs is 'many'; it must be a number."),
     "negative": (["--data", "{photos}", "--optim.lr", "-1"], "cannot be negative"),
     "contradiction": (["--data", "{photos}", "--device", "cpu", "--precision", "fp16"], "needs a GPU"),
     "warm-up beyond the run": (["--data", "{photos}", "--optim.warmup-epochs", "9"], "only 3 epochs"),

@@ -39,6 +39,7 @@ PARSED = {
     r"models \S": "it downloads",
     r"train .*--init vits16:full": "it downloads",
     r"app": "it serves until it is interrupted: test_app.py opens it in a browser",
+    r"train .*--minutes": "it first measures the speed: test_budget.py runs it",
     r"ablate": "six to nine trainings, each a process: test_ablate.py runs them",
 }
 

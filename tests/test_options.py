@@ -97,7 +97,7 @@ def test_wrong_types_and_words_are_refused_with_the_name_of_the_option(kind):
         ("method.targets", "centering-x", "centering, softmax-batch, sinkhorn, none. Did you mean 'centering'?"),
         ("method.teacher", "ema", "momentum, previous-epoch, previous-iteration, student."),
         ("optim.name", "adam", "adamw, sgd, lars. Did you mean 'adamw'?"),
-        ("epochs", 2.5, "it must be a whole number."),
+        ("log.every", 2.5, "it must be a whole number."),
         ("batch_size", 12.5, "it must be a whole number."),
         ("optim.lr", "ten", "it must be a number."),
         ("optim.lr", math.nan, "it must be a finite number."),
@@ -144,7 +144,7 @@ def test_a_value_is_checked_after_the_flags_are_read():
     """The sentence is ours, without the parser's frame around it; sections keep their names."""
     for flags, said in (
         (["--optim.lr", "-1"], "optim.lr is -1.0; it cannot"),
-        (["--epochs", "0"], "epochs is 0; it must"),
+        (["--epochs", "0"], "epochs is 0.0; it must"),
     ):
         with pytest.raises(ValueError, match=f"^{said}"):
             parse_flags(TrainOptions, flags, "dino train")

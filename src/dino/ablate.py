@@ -64,7 +64,7 @@ class Ablation:
         changes = {"epochs": paper.TINY_EPOCHS} if tiny and o.recipe is None else {}
         changes |= {**({} if tiny else table.paper_base), **table.base}
         changes |= row.tiny if tiny else row.changes
-        changes |= {"data.path": self.data[0], "data.val": self.data[1]}
+        changes |= {"data.path": self.data[0], "data.val": self.data[1], "minutes": None, "hours": None}
         return replace(base, changes if o.epochs is None else changes | {"epochs": o.epochs})
 
     def run_rows(self) -> dict[str, dict[str, Any]]:
@@ -167,7 +167,8 @@ class Ablation:
             self.terminal.say(f"  {name}: failed ({'; '.join(last)}); run the same command again to go on")
             return None
         lines = read_metrics(run / "metrics.jsonl")
-        if max((line["epoch"] for line in lines if "loss" in line), default=0) < required(options.epochs):
+        epochs = required(toml.read_recorded(str(run)).epochs)
+        if max((line["epoch"] for line in lines if "loss" in line), default=0) < epochs:
             return None  # it was asked to stop
         (train, val), figure = self.data, f"knn{K}_top1"
         model = weights.load(run).to(self.device)

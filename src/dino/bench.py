@@ -254,7 +254,7 @@ def bench(options: BenchOptions) -> None:
     device, terminal = distributed.start(options.device), Terminal(True)
     run.set_threads(options, device)
     with tempfile.TemporaryDirectory() as folder:
-        plain = replace(options, {"resume": None, "out": None})
+        plain = replace(options, dict.fromkeys(("resume", "out", "minutes", "hours")))
         trainer, _ = run.set_up(plain, Path(folder) / "run", device, terminal)
         batches, workers = trainer.batches, required(trainer.options.data.num_workers)
         terminal.say("1/3 decoding and rendering ...")

@@ -16,7 +16,7 @@ from dino import errors
 from dino.options import commands, toml
 from dino.options.evaluate import EVALUATIONS
 from dino.options.flags import parse_flags
-from dino.options.recipes import RECIPES, choose_base, find_recipe
+from dino.options.recipes import RECIPES, choose_base, find_recipe, free_length
 from dino.options.rules import Options
 from dino.options.train import TrainOptions
 from dino.version import __version__
@@ -162,11 +162,12 @@ def parse_train(flags: list[str], kind: type[TrainOptions] = TrainOptions, name:
     if flags and not flags[0].startswith("-"):
         recipe, *flags = flags
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
-    first.add_argument("--resume", nargs="?")
     first.add_argument("--data", "--data.path", nargs="?")
+    for flag in ("--resume", "--epochs", "--minutes", "--hours"):
+        first.add_argument(flag, nargs="?")
     given, _ = first.parse_known_args(flags)
     has_data = given.data is not None or "--help" in flags or "-h" in flags  # help is not about the demo
-    base = choose_base(recipe, has_data, given.resume, name)
+    base = free_length(choose_base(recipe, has_data, given.resume, name), vars(given))
     return parse_flags(kind, flags, f"dino {name} [RECIPE | FILE.toml]", kind(**vars(base)))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from dino.data.device_render import choose_renderer
 from dino.data.loader import ViewBatches
 from dino.data.open import find_path, open_training_pair, probe
 from dino.data.sources import Source
-from dino.engine import build, fit, init, log, parallel
+from dino.engine import budget, build, fit, init, log, parallel
 from dino.engine.checkpoint import lock_folder
 from dino.engine.folder import choose_folder, prepare, record
 from dino.engine.step import Split
@@ -25,7 +27,7 @@ from dino.eval.online import OnlineEvaluation
 from dino.machine import check_cores, check_workers, count_spare_cores, describe_device
 from dino.options import auto, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
-from dino.options.recipes import choose_base
+from dino.options.recipes import choose_base, free_length
 from dino.options.resume import check_resumable
 from dino.options.rules import parse_bytes
 from dino.options.train import TrainOptions
@@ -54,13 +56,14 @@ def train(
     changes |= {name: value for name, value in (("data.path", data), ("out", out)) if value is not None}
     if not isinstance(recipe, TrainOptions):
         recipe = choose_base(recipe, "data.path" in changes, changes.get("resume"))
-    return run_training(replace(recipe, changes))
+    return run_training(replace(free_length(recipe, changes), changes))
 
 
 def run_training(options: TrainOptions) -> Path:
     """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
     if options.resume is not None:
         check_resumable(flatten(toml.read_recorded(options.resume)), options)
+    began = time.monotonic()
     with contextlib.ExitStack() as held:
         device = distributed.start(options.device)
         held.callback(distributed.stop)
@@ -69,17 +72,21 @@ def run_training(options: TrainOptions) -> Path:
         folder = distributed.from_main(lambda: choose_folder(options))
         fresh = distributed.is_main() and not folder.exists()
         distributed.from_main(lambda: held.enter_context(lock_folder(folder)))
-        distributed.from_main(lambda: files.sweep(folder))
+        distributed.from_main(lambda: (files.sweep(folder), shutil.rmtree(folder / budget.TRIAL, ignore_errors=True)))
         with files.writing(folder, leave=not fresh):
-            trainer, held_out = set_up(options, folder, device, terminal)
+            trainer, held_out = set_up(options, folder, device, terminal, began)
         terminal.say(
             f"Training on {len(trainer.source)} images ({len(held_out) if held_out else 0} held out), "
             f"{trainer.plan.total} steps of {trainer.options.batch_size}, on {describe_device(device)}; "
             f"run directory {folder}"
         )
+        for doubt in budget.list_doubts(trainer.plan, len(trainer.source)) if options.resume is None else ():
+            terminal.say(doubt, style="yellow")
         complete = trainer.fit()
         if distributed.is_main():
             finish(trainer, complete, held_out)
+        if options.budget is not None and complete:
+            terminal.say(f"Took {(time.monotonic() - began) / 60:.1f} of {options.budget / 60:g} minutes.")
     return folder
 
 
@@ -94,18 +101,29 @@ def set_threads(options: TrainOptions, device: torch.device) -> None:
 
 
 def set_up(
-    options: TrainOptions, folder: Path, device: torch.device, terminal: Terminal
+    options: TrainOptions, folder: Path, device: torch.device, terminal: Terminal, began: float = 0.0
 ) -> tuple[Trainer, Source | None]:
-    """Open the data, fill in the options, check everything, and build the trainer of a new or a resumed run."""
+    """Open the data, fill in the options, check everything, and build the trainer of a new or a resumed run.
+
+    Args:
+        began: when the command did, on the monotonic clock; the time it may take counts from there.
+    """
     source, held_out = distributed.from_main(lambda: open_data(options, folder))
     terminal.say(describe(source, options.data.path))
     start = distributed.from_main(lambda: read_start(options, folder))
-    resolved = resolve_options(options, source, start, device, terminal)
-    trainer = build_trainer(resolved, folder, (source, held_out), device, terminal)
-    if start is not None:
-        initialize_trainer(trainer, start)
+
+    def make(options: TrainOptions, folder: Path, terminal: Terminal) -> Trainer:
+        resolved = resolve_options(options, source, start, device, terminal)
+        trainer = build_trainer(resolved, folder, (source, held_out), device, terminal)
+        if start is not None:
+            initialize_trainer(trainer, start)
+        return trainer
+
+    if options.budget is not None:
+        options = budget.choose_length(options, folder, make, terminal, began)
+    trainer = make(options, folder, terminal)
     if options.resume is None:
-        distributed.from_main(lambda: prepare(resolved, folder, source))
+        distributed.from_main(lambda: prepare(trainer.options, folder, source))
     else:
         if trainer.resume():
             terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")

@@ -7,12 +7,16 @@ are only the lines.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from dino import distributed
 
@@ -32,6 +36,16 @@ class Lasting(Console):
             self.quiet = True
 
 
+class TimeLeft(TimeRemainingColumn):
+    """The time until the end that was told, else rich's own estimate."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields["end"] - time.monotonic()
+        if math.isnan(left):
+            return super().render(task)
+        return Text(str(timedelta(seconds=max(0, round(left)))), style="progress.remaining")
+
+
 class Terminal:
     """Lines, and one progress bar below them.
 
@@ -45,13 +59,13 @@ class Terminal:
         self.console = Lasting(stderr=True, quiet=not enabled, soft_wrap=True, emoji=False)
         self.live = enabled and sys.stderr.isatty()
         columns = "{task.description}", BarColumn(24), "{task.percentage:>3.0f}%", "{task.fields[status]}"
-        times = TimeElapsedColumn(), "left", TimeRemainingColumn()
+        times = TimeElapsedColumn(), "left", TimeLeft()
         # Results that go to a file or a pipe must not be drawn above the bar instead.
         redirect = sys.stdout.isatty()
         self.progress = Progress(
             *columns, *times, console=self.console, transient=not keep, redirect_stdout=redirect, disable=not self.live
         )
-        self.task = self.progress.add_task("", total=None, status="")
+        self.task = self.progress.add_task("", total=None, status="", end=math.nan)
 
     def say(self, text: str, style: str | None = None) -> None:
         """A line of text."""
@@ -63,10 +77,11 @@ class Terminal:
             self.progress.update(self.task, completed=done, total=total)
             self.progress.start()
 
-    def update(self, done: int, what: str, status: str = "") -> None:
-        """Steps done so far, and the texts before and behind the bar."""
+    def update(self, done: int, what: str, status: str = "", left: float = math.nan) -> None:
+        """Steps done so far, the texts before and behind the bar, and the seconds left if they are known."""
         with contextlib.suppress(OSError):
-            self.progress.update(self.task, completed=done, description=what, status=status)
+            end = time.monotonic() + left
+            self.progress.update(self.task, completed=done, description=what, status=status, end=end)
 
     def stop(self) -> None:
         with contextlib.suppress(OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,12 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return required(self.options.epochs) * self.steps_per_epoch
+        return max(1, self.steps(self.options.epochs))
+
+    @property
+    def measure_every(self) -> int:
+        """Steps between checks."""
+        return max(1, self.steps(self.options.log.knn_every)) if self.options.log.knn_every else sys.maxsize
 
     def steps(self, epochs: float | None) -> int:
         return round(required(epochs) * self.steps_per_epoch)
@@ -39,13 +45,15 @@ class Plan:
         total, epoch = self.total, step // self.steps_per_epoch
         peak = required(optim.lr) * required(options.batch_size) / 256
         start, end = required(method.teacher_temp_start), required(method.teacher_temp)
-        warmup = math.ceil(required(method.teacher_temp_epochs))
+        warmup = required(method.teacher_temp_epochs)
+        # As in the reference the temperature rises epoch by epoch; within the first one, if it must have risen by then.
+        unit, warmup = (epoch, math.ceil(warmup)) if warmup >= 1 else (step, self.steps(warmup))
         return Rates(
             lr=schedules.warmup_cosine(step, total, peak, optim.min_lr, self.steps(optim.warmup_epochs)),
             weight_decay=schedules.cosine(step, total, optim.weight_decay, optim.weight_decay_end),
             momentum=schedules.cosine(step, total, method.momentum or 0.0, 1.0),
-            teacher_temp=schedules.linear_then_constant(epoch, start, end, warmup),
-            freeze_last_layer=step < self.steps(optim.freeze_last_layer),
+            teacher_temp=schedules.linear_then_constant(unit, start, end, warmup),
+            freeze_last_layer=step < min(self.steps(optim.freeze_last_layer), total // 3),
             epoch_ends=(step + 1) % self.steps_per_epoch == 0,
         )
 

@@ -25,6 +25,7 @@ from dino.engine.build import Plan, build_method, model_arguments
 from dino.engine.checkpoint import Checkpoints
 from dino.engine.log import MetricsLog, Quarantine
 from dino.engine.monitor import CollapseMonitor
+from dino.engine.pace import Pace, describe_time
 from dino.engine.signals import Signals
 from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
 from dino.machine import measure_peak_memory
@@ -73,6 +74,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run / "checkpoints", options.log.keep)
         self.quarantine = Quarantine(run / "quarantine.jsonl", len(source), options.data.max_bad_fraction)
         self.step = 0  # steps done
+        self.pace, self.told = Pace(required(options.data.num_workers)), False
         self.signals = Signals(terminal)
         self.failure: Exception | None = None  # a reason to save and end
         self.metrics: MetricsLog | None = None
@@ -147,8 +149,9 @@ class Trainer:
     def save(self) -> None:
         """Checkpoint, and the teacher's backbone as a file of its own."""
         if distributed.is_main():
-            self.checkpoints.save(self.step, self.state_dict())
-            self.save_teacher()
+            with self.pace.pause(self.pace.saves):
+                self.checkpoints.save(self.step, self.state_dict())
+                self.save_teacher()
 
     def save_teacher(self) -> None:
         weights.save(self.run, self.method.teacher.backbone, model_arguments(self.options), self.step)
@@ -194,7 +197,7 @@ class Trainer:
     def _run(self, stop: int) -> None:
         batches = self._iterate(stop)
         log, per_epoch = self.options.log, self.plan.steps_per_epoch
-        measure_every = max(1, self.plan.steps(log.knn_every)) if log.knn_every else self.plan.total
+        self.pace.start(self.step)
         saved = started = time.monotonic()
         waited = 0.0
         first = self.step
@@ -206,17 +209,21 @@ class Trainer:
             self._pending.append(self.take_step(batch))
             self.step += 1
             epoch_ends = self.step % per_epoch == 0
-            measure = self.step % measure_every == 0 or self.step == self.plan.total
+            measure = self.step % self.plan.measure_every == 0 or self.step == self.plan.total
             due = self.step % log.every == 0 or epoch_ends or measure or self.step == stop
             if not (due or (can_ask and self._agree_to_end())):
+                if self.device.type == "cpu":  # a GPU has only begun the step
+                    self.pace.reach(self.step)
+                    self._show(stop)
                 continue
             now = time.monotonic()
             ending = self._log(self.step - first, now - started, waited)
+            self.pace.reach(self.step)
             first, started, waited = self.step, now, 0.0
             if measure:
                 self._measure()
                 started = time.monotonic()
-            self._show()
+            self._show(stop)
             if epoch_ends or ending or self.step == stop or now - saved > 60 * log.checkpoint_minutes:
                 self.save()
                 saved = started = time.monotonic()
@@ -240,7 +247,7 @@ class Trainer:
 
     def _agree_to_end(self) -> bool:
         """Whether a signal or a failure asks any rank to end; all ranks call it. Among GPUs it waits for the device."""
-        asked = float(self.signals.received or self.failure is not None)
+        asked = float(self.signals.received or self.failure is not None or self.pace.is_over())
         device = self.device if distributed.world_size() > 1 else "cpu"
         return bool(distributed.sum_(torch.tensor(asked, device=device)))
 
@@ -331,19 +338,27 @@ class Trainer:
         kept = self.method.state_dict(), self.training_step.optimizer.state_dict()["state"]
         return "" if are_finite(find_tensors(kept)) else "the weights became infinite or not a number"
 
-    def _show(self) -> None:
+    def _show(self, stop: int) -> None:
+        """How far the run is, and once, as soon as it is known, how long it will take."""
         status = self.status + "".join(f"  {k} {v:.1f} %" for k, v in self.knn.items())
-        epoch = min(self.options.epochs or 0, 1 + (self.step - 1) // self.plan.steps_per_epoch)
-        self.terminal.update(self.step, f"epoch {epoch}/{self.options.epochs}", status)
-        if not self.terminal.live and self.step % self.plan.steps_per_epoch == 0:
-            self.terminal.say(f"epoch {epoch}/{self.options.epochs}  step {self.step}  {status}")
+        per_epoch, pace = self.plan.steps_per_epoch, self.pace
+        epochs = required(self.options.epochs)
+        what = f"epoch {min(epochs, 1 + (self.step - 1) // per_epoch):g}/{epochs:g}"
+        left = pace.predict(self.plan, self.step, stop)
+        self.terminal.update(self.step, what, status, left)
+        if not self.terminal.live and (self.step % per_epoch == 0 or self.step == self.plan.total):
+            self.terminal.say(f"{what}  step {self.step}  {status}")
+        if pace.is_settled() and not self.told and self.step < stop:
+            self.terminal.say(f"About {describe_time(left)} to go: {pace.describe(self.plan, self.step, stop)}.")
+            self.told = True
 
     def _measure(self) -> None:
         """Let the callback look at the method."""
         if self.callback is None:
             return
         self.method.eval()
-        values = self.callback(self.method, self.step)
+        with self.pace.pause(self.pace.checks):
+            values = self.callback(self.method, self.step)
         self.method.train()
         if values and self.metrics is not None:
             self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)

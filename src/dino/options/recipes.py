@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,20 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise errors.unknown("recipe", name, RECIPES)
     return RECIPES[name]
+
+
+def free_length(base: TrainOptions, given: Mapping[str, Any]) -> TrainOptions:
+    """`base` without its own length where `given`, the options that replace its own, say another one.
+
+    A time also replaces the epochs of its schedules, which are chosen for the epochs that fit into it.
+    """
+    named = {name for name, value in given.items() if value is not None}
+    if "resume" in named:
+        return base
+    free = {"minutes", "hours"} if "epochs" in named else set()
+    if {"minutes", "hours"} & named:
+        free |= {"minutes", "hours", "epochs", "optim.warmup_epochs", "method.teacher_temp_epochs"}
+    return replace(base, dict.fromkeys(free))
 
 
 def choose_base(

@@ -185,7 +185,7 @@ class OptimOptions(Options, section="optim."):
     clip_grad: NonNegativeFloat = 3.0
     """Largest norm of each parameter's gradient (clipped one by one). 0: off."""
     freeze_last_layer: NonNegativeFloat = 1
-    """Epochs at the start during which the prototypes are not updated; steadies the start."""
+    """Epochs at the start, a third of the run at most, in which the prototypes are not updated; steadies the start."""
 
 
 class LogOptions(Options, section="log."):
@@ -212,8 +212,12 @@ class TrainOptions(Options):
     """Weights to start from: a run directory, a release ('vits16:full', see `dino models`) or a weight file. None: fresh."""
     overwrite: bool = False
     """Replace the run that is in the run directory: what a run writes is deleted, all else stays."""
-    epochs: PositiveInt | None = None
-    """Passes over the images. None: chosen from the number of images."""
+    epochs: PositiveFloat | None = None
+    """Passes over the images, e.g. 30 or 0.5. None: chosen from the number of images, or what `minutes` allow."""
+    minutes: PositiveFloat | None = None
+    """Instead of epochs: how long the command may take, with its checks and its report. The speed is measured first."""
+    hours: PositiveFloat | None = None
+    """The same in hours; added to `minutes` if both are given."""
     batch_size: PositiveInt | None = None
     """Images per step, over all processes. None: chosen from the number of images and the device."""
     seed: Seed = 0
@@ -246,8 +250,23 @@ class TrainOptions(Options):
     optim: OptimOptions = OptimOptions()
     log: LogOptions = LogOptions()
 
+    def check(self) -> None:
+        super().check()
+        if self.epochs is not None and self.epochs.is_integer():
+            object.__setattr__(self, "epochs", int(self.epochs))  # so that it is shown as a whole number
+
+    @property
+    def budget(self) -> float | None:
+        """Seconds that the run may take."""
+        return 60 * (self.minutes or 0) + 3600 * (self.hours or 0) or None
+
     def contradictions(self) -> Iterator[str]:
         head, method = self.head, self.method
+        budget = f"minutes is {self.minutes:g}" if self.minutes else f"hours is {self.hours or 0:g}"
+        if self.budget and self.resume is not None:
+            yield f"{budget}, but --resume continues a run to the length that was chosen at its start; leave it out."
+        if self.budget and self.epochs is not None:
+            yield f"{budget} and epochs is {self.epochs:g}; give either the time or the epochs."
         for name in ("global_scale", "local_scale", "blur_sigma"):
             low, high = getattr(self.views, name) or (1, 1)
             if low > high:
@@ -273,4 +292,4 @@ class TrainOptions(Options):
         for name in ("optim.warmup_epochs", "method.teacher_temp_epochs"):
             epochs = flatten(self)[name]
             if self.epochs is not None and epochs is not None and epochs > self.epochs:
-                yield f"{name} is {epochs} but the run has only {self.epochs} epochs; lower it or train longer."
+                yield f"{name} is {epochs} but the run has only {self.epochs:g} epochs; lower it or train longer."

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dino.engine.build import Plan
 from dino.engine.log import read_metrics, read_quarantine
 from dino.engine.monitor import CollapseMonitor
 from dino.options import required
@@ -38,7 +39,7 @@ class Run:
     @property
     def total(self) -> int:
         """Steps planned."""
-        return required(self.options.epochs) * max(1, self.num_images // required(self.options.batch_size))
+        return Plan(self.options, max(1, self.num_images // required(self.options.batch_size))).total
 
     @property
     def complete(self) -> bool:

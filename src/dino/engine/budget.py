@@ -1,0 +1,89 @@
+"""How long a run should be: the epochs that fit into a budget of time, and what to tell of one that is too short."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dino import distributed
+from dino.engine.build import Plan
+from dino.engine.pace import Pace, describe_time, low
+from dino.engine.train import Trainer, TrainingError
+from dino.options import replace, required
+from dino.options.train import TrainOptions
+from dino.terminal import Terminal
+
+TRIAL = ".trial"  # folder in that of a run, for the time of its trial
+REPORT = 2.0  # seconds of a report, beside features of as many images as a check computes
+FEW_STEPS, FEW_IMAGES = 1000, 300  # below these a model learns little
+
+Make = Callable[[TrainOptions, Path, Terminal], Trainer]
+
+
+def choose_length(options: TrainOptions, folder: Path, make: Make, terminal: Terminal, began: float) -> TrainOptions:
+    """`options` with the epochs that fit into its minutes and hours, from a trial of which nothing is kept.
+
+    Args:
+        make: builds the trainer of a run.
+        began: when the command did, on the monotonic clock.
+
+    Raises:
+        ValueError: not even a step fits.
+        TrainingError: the trial failed.
+    """
+    limit, place = required(options.budget), folder / TRIAL
+    terminal.say(f"Measuring how much fits into {describe_time(limit)} ...")
+    options = replace(options, {"minutes": None, "hours": None})
+    before = time.monotonic()
+    try:
+        distributed.from_main(place.mkdir)
+        endless = {"epochs": 10**6, "log.knn_every": 0, "stop_after": None}
+        trainer = make(replace(options, endless), place, Terminal(False))
+        getting_ready, pace = time.monotonic() - before, trainer.pace
+        pace.limit = min(60, max(3, limit / 25))
+        trainer.fit()
+        if any(distributed.gather(trainer.signals.received)):
+            raise KeyboardInterrupt
+        first_check = low(pace.checks)
+        if distributed.from_main(lambda: first_check < limit / 20):
+            with pace.pause(pace.checks):  # later ones are faster
+                required(trainer.callback)(trainer.method.eval(), 0)
+    except TrainingError as error:
+        if error.__cause__ is None:
+            return options  # unreadable images, for example: the run ends so itself, and keeps the list of them
+        raise TrainingError(f"the speed could not be measured ({error.__cause__}); repeat the command.") from error
+    finally:
+        if distributed.is_main():
+            shutil.rmtree(place, ignore_errors=True)
+    plan = Plan(options, trainer.plan.steps_per_epoch)
+    still = getting_ready + pace.start_up + first_check + options.report * (low(pace.checks) + REPORT)
+    left = limit - (time.monotonic() - began) - still
+    epochs = distributed.from_main(lambda: choose_epochs(pace, plan, left))
+    if not epochs:
+        needed = describe_time(limit - left)
+        raise ValueError(
+            f"no step fits into {describe_time(limit)}, as checks and all else take {needed}; give more --minutes."
+        )
+    terminal.say(f"{epochs:g} epochs fit: {pace.describe(plan, 0, plan.steps(epochs))}.")
+    return replace(options, {"epochs": epochs})
+
+
+def choose_epochs(pace: Pace, plan: Plan, seconds: float) -> float:
+    """The epochs that fit into so many seconds; 0 if no step does. Many are a whole number, few have three digits."""
+    steps = bisect.bisect_right(range(1, 10**9), seconds, key=lambda steps: pace.predict(plan, 0, steps))
+    epochs = steps / plan.steps_per_epoch
+    return round(epochs) if epochs >= 50 else float(f"{epochs:.3g}")
+
+
+def list_doubts(plan: Plan, num_images: int) -> Iterator[str]:
+    """What to tell before a run that will learn little: a sentence each, with what helps."""
+    if plan.total < FEW_STEPS:
+        more = f"give more --minutes, or --epochs {math.ceil(FEW_STEPS / plan.steps_per_epoch)} or more"
+        yield f"{plan.total} steps are few: a model learns little in less than about {FEW_STEPS:,}; {more}."
+    if num_images < FEW_IMAGES and plan.options.init is None:
+        start = "start from released weights, e.g. --init vits16:full"
+        yield f"{num_images} images are few: a model learns little from less than some hundreds; {start}."
