@@ -86,9 +86,9 @@ def test_bursts_of_several_workers_are_averaged(monkeypatch):
     pace = Pace(workers=4)
     pace.start(0)
     for step in range(1, 200):
-        now[0] += 4 if step % 4 == 0 else 0
+        now[0] += 2.8 if step % 4 == 0 else 0.4
         pace.reach(step)
-    assert pace.step == 1
+    assert pace.step == pytest.approx(1)
 
 
 def test_the_bar_shows_the_time_that_it_is_told(monkeypatch):
@@ -212,7 +212,9 @@ def test_a_run_takes_its_time(photos, tmp_path):
     done = run_dino("train", "--data", photos, "--out", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
     assert 9 < time.monotonic() - before < 36
-    fit = re.search(r"([\d.]+) epochs fit: ([\d,]+) steps at [\d,.]+ steps/s and [\d,]+ checks of \d.\d s", done.stderr)
+    fit = re.search(
+        r"([\d.]+) epochs fit: ([\d,]+) steps at [\d,.]+ steps/s and [\d,]+ checks? of \d.\d s", done.stderr
+    )
     assert fit is not None, done.stderr
     assert toml.read_recorded(str(tmp_path / "run")).epochs == float(fit[1])
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == int(fit[2].replace(",", ""))

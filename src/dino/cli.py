@@ -80,6 +80,7 @@ first steps:
   dino train                                     train on built-in drawn scenes: minutes on a laptop
   dino train --data photos/ --out runs/a         train on your own images, any folder, no labels needed
   dino train vit_small_100ep --data train/       a named recipe (see: dino recipes), any option can follow
+  dino train --data photos/ --minutes 30         as many epochs as fit into half an hour
   dino train mine.toml --epochs 30               a file is flags written down; flags win
   dino train --resume runs/a                     continue an interrupted run, to the bit
   dino app runs/a                                explore it in a browser: where it looks, what is alike

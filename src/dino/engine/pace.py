@@ -84,9 +84,8 @@ class Pace:
         """What there is to do from step `start` to step `stop`: "5,600 steps at 3.3 steps/s and 36 checks of 4.2 s"."""
         checks = count_ends(start, stop, plan.measure_every) if self.checks else 0
         rate = f"at {1 / self.step:,.1f} steps/s" if self.step < 1 else f"of {self.step:.1f} s"
-        return f"{stop - start:,} steps {rate}" + (
-            f" and {checks} checks of {low(self.checks):.1f} s" if checks else ""
-        )
+        more = f" and {checks} check{'s' * (checks > 1)} of {low(self.checks):.1f} s" if checks else ""
+        return f"{stop - start:,} steps {rate}{more}"
 
 
 def low(seconds: deque[float]) -> float:
