@@ -32,6 +32,7 @@ from dino.data.normalize import normalize
 from dino.data.render import CpuRenderer, crop
 from dino.data.scenes import Scenes
 from dino.data.views import draw_views
+from dino.options import required
 from dino.options.train import ViewOptions
 from reference import imported
 
@@ -80,7 +81,7 @@ def plain_peer() -> Peer:
                 transforms.RandomHorizontalFlip(OPTIONS.flip_prob),
                 transforms.RandomApply([jitter], p=OPTIONS.jitter_prob),
                 transforms.RandomGrayscale(OPTIONS.gray_prob),
-                Blur(OPTIONS.blur_prob[kind]),
+                Blur(required(OPTIONS.blur_prob)[kind]),
                 Solarize(OPTIONS.solarize_prob[kind]),
                 transforms.ToTensor(),
                 transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

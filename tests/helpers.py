@@ -78,6 +78,7 @@ TINY = {
     "method.teacher_temp": 0.04,
     "optim.lr": 5e-4,
     "log.every": 2,
+    "log.knn_every": 1,
     "log.tensorboard": False,
     # The paper's method, which is not what is chosen for so few images.
     "precision": "fp32",

@@ -121,6 +121,8 @@ def set_up(
             initialize_trainer(trainer, start)
         return trainer
 
+    if device.type == "cpu" and {options.epochs, options.budget, options.stop_after, options.resume} == {None}:
+        options = replace(options, {"minutes": 30})
     if options.budget is not None:
         options = budget.choose_length(options, folder, make, terminal, began)
     trainer = make(options, folder, terminal)

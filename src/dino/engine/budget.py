@@ -13,6 +13,7 @@ from dino.engine.build import Plan
 from dino.engine.pace import Pace, describe_time, low
 from dino.engine.train import Trainer, TrainingError
 from dino.options import replace, required
+from dino.options.auto import choose_check_interval
 from dino.options.train import TrainOptions
 from dino.terminal import Terminal
 
@@ -66,12 +67,18 @@ def choose_length(options: TrainOptions, folder: Path, make: Make, terminal: Ter
         raise ValueError(
             f"no step fits into {describe_time(limit)}, as checks and all else take {needed}; give more --minutes."
         )
-    terminal.say(f"{epochs:g} epochs fit: {pace.describe(plan, 0, plan.steps(epochs))}.")
+    terminal.say(f"{epochs:g} epochs fit, at {1 / pace.step:,.1f} steps/s.")
     return replace(options, {"epochs": epochs})
 
 
 def choose_epochs(pace: Pace, plan: Plan, seconds: float) -> float:
     """The epochs that fit into so many seconds; 0 if no step does. Many are a whole number, few have three digits."""
-    steps = bisect.bisect_right(range(1, 10**9), seconds, key=lambda steps: pace.predict(plan, 0, steps))
+
+    def predict(steps: int) -> float:
+        epochs, every = steps / plan.steps_per_epoch, plan.options.log.knn_every
+        every = choose_check_interval(epochs) if every is None else every
+        return pace.predict(Plan(replace(plan.options, {"log.knn_every": every}), plan.steps_per_epoch), 0, steps)
+
+    steps = bisect.bisect_right(range(1, 10**9), seconds, key=predict)
     epochs = steps / plan.steps_per_epoch
     return round(epochs) if epochs >= 50 else float(f"{epochs:.3g}")

@@ -35,7 +35,8 @@ class Plan:
     @property
     def measure_every(self) -> int:
         """Steps between checks."""
-        return max(1, self.steps(self.options.log.knn_every)) if self.options.log.knn_every else sys.maxsize
+        every = required(self.options.log.knn_every)
+        return max(1, self.steps(every)) if every else sys.maxsize
 
     def steps(self, epochs: float | None) -> int:
         return round(required(epochs) * self.steps_per_epoch)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dino.options import required
 from dino.options.train import OptimOptions
 
 
@@ -34,7 +35,7 @@ def group_parameters(module: nn.Module, matrices_apart: bool = False) -> list[di
 def create_optimizer(options: OptimOptions, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of `options.name`; learning rate and decay are set at every step by `set_rates`."""
     groups = group_parameters(module, matrices_apart=options.name == "muon")
-    return OPTIMIZERS[options.name](groups, options.weight_decay)
+    return OPTIMIZERS[required(options.name)](groups, options.weight_decay)
 
 
 def create_adamw(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:

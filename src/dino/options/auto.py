@@ -73,6 +73,7 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     # Little data also needs thousands of steps; a million images need no more than 100 epochs.
     steps = max(1, num_images // batch)
     epochs = choose("epochs", min(800, max(100 if on_gpu else 10, round((20_000 if on_gpu else 8_000) / steps))))
+    choose("log.knn_every", choose_check_interval(epochs))
     choose("optim.name", "muon" if little else "adamw")
     choose("optim.lr", 8e-3 if little else 5e-4)
     choose("optim.warmup_epochs", min(10, round(epochs / 10, 6)))
@@ -84,6 +85,11 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
         choose("method.momentum", 0.996 if not little else 0.9 if loss == "infonce" else 0.97)
     choose("data.num_workers", cores)
     return replace(options, chosen)
+
+
+def choose_check_interval(epochs: float) -> float:
+    """Epochs between checks: about twenty of them in a run, and no more than one an epoch."""
+    return max(1.0, round(epochs / 20))
 
 
 def choose_prototypes(num_images: int) -> int:

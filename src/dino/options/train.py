@@ -198,8 +198,9 @@ class OptimOptions(Options, section="optim."):
 class LogOptions(Options, section="log."):
     every: PositiveInt = 10
     """Steps between log lines; metrics leave the device only then."""
-    knn_every: NonNegativeFloat = 1
-    """Epochs between k-NN and feature-health checks. 0: only before and after training."""
+    knn_every: NonNegativeFloat | None = None
+    """Epochs between k-NN and feature-health checks. 0: only before and after training. None: 1, or a twentieth of a longer
+    run."""
     evaluate: tuple[str, ...] = ()
     """Evaluations to make then, each as one word: "knn --data labeled/ --k 20", see `dino eval NAME --help`."""
     checkpoint_minutes: PositiveFloat = 10
@@ -220,9 +221,10 @@ class TrainOptions(Options):
     overwrite: bool = False
     """Replace the run that is in the run directory: what a run writes is deleted, all else stays."""
     epochs: PositiveFloat | None = None
-    """Passes over the images, e.g. 30 or 0.5. None: chosen from the number of images, or what `minutes` allow."""
+    """Passes over the images, e.g. 30 or 0.5. None: what `minutes` allow, or on a GPU chosen from the number of images."""
     minutes: PositiveFloat | None = None
-    """Instead of epochs: how long the command may take, with its checks and its report. The speed is measured first."""
+    """Instead of epochs: how long the command may take, with its checks and its report. The speed is measured first. None:
+    30 on a CPU where no epochs are given."""
     hours: PositiveFloat | None = None
     """The same in hours; added to `minutes` if both are given."""
     batch_size: PositiveInt | None = None
