@@ -83,9 +83,12 @@ def test_torch_export_is_loaded_again_and_agrees(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ["timm:resnet18", "resnet_nano", "vit_nano_hybrid"])
 @pytest.mark.parametrize("to", ["onnx", "torch-export", "timm", "safetensors"])
-def test_a_convnet_is_exported(to, tmp_path):
-    source = save(tmp_path / "model", arch="timm:resnet18", image_size=64)
+def test_a_convnet_is_exported(to, arch, tmp_path):
+    if (to, arch) == ("timm", "vit_nano_hybrid"):
+        pytest.skip("timm has no such architecture")
+    source = save(tmp_path / "model", arch=arch, image_size=64)
     out = tmp_path / f"a{compare.FORMATS[to].ending}"
     differences = dino.export(str(source), to, str(out))
     assert [seen.size for seen in differences] == ["64x64", "160x64", "64x96"]

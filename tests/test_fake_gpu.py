@@ -39,6 +39,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "recomputed": {"recompute": "elementwise"},
     "gray": {"model.in_channels": 1},
     "LARS": {"optim.name": "lars"},
+    "Muon": {"optim.name": "muon"},
+    "convolutions": {"model.arch": "vit_nano_hybrid", "model.width": 32, "model.depth": 2, "model.num_heads": 2},
     "ResNet": OWN | {"model.arch": "timm:resnet18", "model.drop_path": 0.0},
     **VARIANTS,
 }
@@ -115,6 +117,12 @@ def test_bf16_is_for_gpus_that_do_not_emulate_it(monkeypatch, major, precision):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
     assert parallel.choose_precision("auto", GPU) == precision
+
+
+@pytest.mark.parametrize(("able", "precision"), [({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "fp32")])
+def test_bf16_is_for_processors_that_have_it(able, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert parallel.choose_precision("auto", torch.device("cpu")) == precision
 
 
 if __name__ == "__main__":

@@ -192,6 +192,43 @@ def test_lars_against_its_formula():
     torch.testing.assert_close(bias.detach().double(), b64, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(30, 8), (8, 30), (16, 16)])
+def test_muon_moves_along_all_directions_alike(shape):
+    """Singular values of about one, the singular vectors of the momentum, and AdamW's steps for all else."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    found, expected = optim.orthogonalize(matrix), torch.linalg.svd(matrix, full_matrices=False)
+    assert (torch.linalg.svdvals(found) - 1).abs().max() < 0.35
+    assert (found * (expected.U @ expected.Vh)).sum() / min(shape) > 0.8
+
+
+def test_muon_against_its_formula():
+    head = Head(12, 7, hidden_dim=10, bottleneck_dim=6)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), head)
+    groups = optim.group_parameters(net, matrices_apart=True)
+    assert [p.shape for p in groups[0]["params"]] == [(5, 3, 3, 3), (10, 12), (10, 10), (6, 10)]
+    assert [p.shape for p in groups[1]["params"]] == [(7, 6)]  # the prototypes
+    optimizer, kernel, bias = optim.Muon(groups, 0.0), net[0].weight, net[0].bias
+    reference = torch.nn.Parameter(bias.detach().clone())
+    adamw = torch.optim.AdamW([reference], lr=0.1, weight_decay=0.0)
+    optim.set_rates(optimizer, lr=0.1, weight_decay=0.5)
+    w, momentum = kernel.detach().clone(), torch.zeros_like(kernel)
+    for _ in range(3):
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        reference.grad, grad = bias.grad.clone(), kernel.grad.clone()
+        momentum = 0.95 * momentum + 0.05 * grad
+        update = optim.orthogonalize((0.05 * grad + 0.95 * momentum).flatten(1)).view_as(w)
+        w = w * (1 - 0.1 * 0.5) - 2 * 0.1 * 27**0.5 * update
+        optimizer.step()
+        adamw.step()
+    torch.testing.assert_close(kernel.detach(), w, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(bias, reference)
+    again = optim.Muon(optim.group_parameters(net, matrices_apart=True), 0.0)
+    again.load_state_dict(optimizer.state_dict())
+    assert torch.equal(again.state[kernel]["momentum"], optimizer.state[kernel]["momentum"])
+
+
 def test_shapes_in_signatures_are_checked_while_testing():
     """The test run checks every call against its annotations; users do not pay for that."""
     with pytest.raises(jaxtyping.TypeCheckError):

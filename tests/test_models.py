@@ -135,6 +135,21 @@ def test_a_dropped_branch_keeps_the_precision_of_the_residual():
         assert model(torch.randn(4, 3, 32, 32)).dtype == torch.float32
 
 
+def test_a_stem_of_convolutions_keeps_the_interface():
+    """[CLS] attention and tokens at every size, as for patches; only overlapping ones it does not have."""
+    model = create("vit_nano_hybrid", patch_size=8, image_size=32).eval()
+    images = torch.randn(2, 3, 48, 32)
+    assert model.grid(48, 32) == (6, 4)
+    attention = model.attention(images)
+    assert attention.shape == (2, 4, 25, 25)
+    torch.testing.assert_close(model.cls_attention(images), attention[:, :, 0, 1:])
+    torch.testing.assert_close(model.tokens(images)[-1][:, 0], model(images))
+    with pytest.raises(ValueError, match="no patches to overlap"):
+        model.overlap_patches(4)
+    with pytest.raises(ValueError, match="patch_size is 12; a stem of convolutions needs"):
+        create("vit_nano_hybrid", patch_size=12, image_size=48)
+
+
 def test_init_statistics():
     torch.manual_seed(0)
     model, head = create("vit_tiny"), Head(192, 4096)

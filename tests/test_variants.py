@@ -31,6 +31,7 @@ VARIANTS = {
     "mse": {"loss": "mse"},
     "byol": {"loss": "mse", "targets": "none", "predictor": True, "prototypes": False},
     "mocov2": {"loss": "infonce", "targets": "none", "queue_size": 48, "prototypes": False},
+    "mocov3": {"loss": "infonce", "targets": "none", "queue_size": 0, "prototypes": False},
     "predictor": {"predictor": True},
     "swav": {"targets": "sinkhorn", "follow": "student"},
     "previous-iteration": {"follow": "previous-iteration"},
@@ -138,6 +139,31 @@ def test_info_nce_is_a_cross_entropy_over_positive_and_negatives(v, n, temp, see
     plain, ours = torch.stack(terms).mean(), variants.info_nce(student, teacher, negatives, temp)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (ours, plain)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 4), st.floats(0.05, 1), st.integers(0, 999))
+def test_info_nce_of_a_step_is_a_cross_entropy_over_its_images(v, n, temp, seed):
+    student, teacher = double(seed, v, n, 7).requires_grad_(), double(seed + 1, 2, n, 7)
+    loss = variants.BatchInfoNce(temp)
+    targets, _ = loss.make_targets(teacher.flatten(0, 1), torch.zeros(7), temp, variants.TARGETS["none"])
+    terms = []
+    for q, s in pairs(v):
+        logits = F.normalize(student[s], dim=-1) @ F.normalize(teacher[q], dim=-1).T / temp
+        terms.append(F.cross_entropy(logits, torch.arange(n)))
+    plain, ours = torch.stack(terms).mean(), loss(student, targets.unflatten(0, (2, -1)))
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (ours, plain)))
+    # Some of the images, as where a step is computed in parts, still have all the others against them.
+    some = loss(student[:, :1], targets.unflatten(0, (2, -1))[:, :1])
+    first = [
+        F.cross_entropy(
+            F.normalize(student[s, :1], dim=-1) @ F.normalize(teacher[q], dim=-1).T / temp,
+            torch.zeros(1, dtype=torch.long),
+        )
+        for q, s in pairs(v)
+    ]
+    torch.testing.assert_close(some, torch.stack(first).mean())
 
 
 def test_negatives_replace_the_oldest_and_wrap():

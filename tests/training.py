@@ -32,4 +32,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sinkhorn": {"method.targets": "sinkhorn"},
     "byol": {"method.loss": "mse", "method.targets": "none", "head.prototypes": False, "head.predictor": True},
     "mocov2": {"method.loss": "infonce", "method.targets": "none", "head.prototypes": False, "method.queue_size": 24},
+    "mocov3": {"method.loss": "infonce", "method.targets": "none", "head.prototypes": False, "method.queue_size": 0},
 }

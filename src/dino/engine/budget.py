@@ -18,6 +18,7 @@ from dino.options.train import TrainOptions
 from dino.terminal import Terminal
 
 TRIAL = ".trial"  # folder in that of a run, for the time of its trial
+CHECKS_SHARE = 0.1  # of the time
 REPORT = 2.0  # seconds of a report, beside features of as many images as a check computes
 
 Make = Callable[[TrainOptions, Path, Terminal], Trainer]
@@ -68,17 +69,25 @@ def choose_length(options: TrainOptions, folder: Path, make: Make, terminal: Ter
             f"no step fits into {describe_time(limit)}, as checks and all else take {needed}; give more --minutes."
         )
     terminal.say(f"{epochs:g} epochs fit, at {1 / pace.step:,.1f} steps/s.")
-    return replace(options, {"epochs": epochs})
+    every = distributed.from_main(lambda: space_checks(pace, options, epochs, left))
+    return replace(options, {"epochs": epochs, "log.knn_every": every})
 
 
 def choose_epochs(pace: Pace, plan: Plan, seconds: float) -> float:
     """The epochs that fit into so many seconds; 0 if no step does. Many are a whole number, few have three digits."""
 
     def predict(steps: int) -> float:
-        epochs, every = steps / plan.steps_per_epoch, plan.options.log.knn_every
-        every = choose_check_interval(epochs) if every is None else every
+        every = space_checks(pace, plan.options, steps / plan.steps_per_epoch, seconds)
         return pace.predict(Plan(replace(plan.options, {"log.knn_every": every}), plan.steps_per_epoch), 0, steps)
 
     steps = bisect.bisect_right(range(1, 10**9), seconds, key=predict)
     epochs = steps / plan.steps_per_epoch
     return round(epochs) if epochs >= 50 else float(f"{epochs:.3g}")
+
+
+def space_checks(pace: Pace, options: TrainOptions, epochs: float, seconds: float) -> float:
+    """Epochs between checks, which take a tenth of the time at most where `options` leave them open."""
+    if options.log.knn_every is not None:
+        return options.log.knn_every
+    checks = CHECKS_SHARE * max(seconds, 0) / max(low(pace.checks), 1e-3)
+    return choose_check_interval(epochs, min(20, max(2, checks)))

@@ -29,7 +29,7 @@ from dino.options.train import ViewOptions
 from dino.randomness import CHECKS
 
 # At most so many images, so that a check takes much less time than an epoch; and 2 * PAIRS crops of each of CROPPED.
-BANK, QUERIES, MASKS, CROPPED, PAIRS = 5000, 1000, 200, 300, 2
+BANK, QUERIES, MASKS, CROPPED, PAIRS = 5000, 1000, 200, 200, 1
 COLORS, NEAREST = 8**3, 10  # bins of a color histogram; nearest images that are compared
 
 

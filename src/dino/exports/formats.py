@@ -18,7 +18,8 @@ from dino import errors, files
 from dino.data.evaluation_views import choose_edge
 from dino.data.normalize import MEAN, STD
 from dino.exports.positions import interpolate_symbolically
-from dino.models.vit import SIZES
+from dino.models import CONVNETS
+from dino.models.vit import HYBRIDS, SIZES
 from dino.weights import Weights, build_backbone, formats
 from dino.weights.formats import State
 
@@ -69,10 +70,14 @@ def write_timm(weights: Weights, out: Path) -> None:
         raise ValueError(
             f"{weights.where} has stem '{sizes['stem']}', which timm's folders cannot say; use safetensors."
         )
+    if sizes["arch"] in HYBRIDS:
+        raise ValueError(f"{weights.where} is a {sizes['arch']}, which timm does not have; use safetensors.")
     channels = sizes.get("in_channels", 3)
     config: dict[str, Any] = {"architecture": sizes["arch"].removeprefix("timm:"), "num_classes": 0}
     edge = sizes.get("image_size", 224)
-    if not sizes["arch"].startswith("timm:"):
+    if sizes["arch"] in CONVNETS:
+        config["architecture"], config["model_args"] = CONVNETS[sizes["arch"]]
+    elif not sizes["arch"].startswith("timm:"):
         config["architecture"] = "vit_small_patch16_224"  # of which every size is given, so that any ViT fits
         config["model_args"] = {
             "img_size": edge,

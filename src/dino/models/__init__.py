@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from dino import errors
 from dino.models.head import Head
 from dino.models.positions import PositionInterpolation
-from dino.models.vit import SIZES, ImageSizeError, Recompute, VisionTransformer
+from dino.models.vit import HYBRIDS, SIZES, ImageSizeError, Recompute, VisionTransformer
 
 if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
 
 __all__ = [
     "CONVNETS",
+    "HYBRIDS",
     "NO_ATTENTION",
     "SIZES",
     "Backbone",
@@ -116,14 +117,15 @@ def create(
 
         name, sizes = CONVNETS.get(arch, (arch.removeprefix(TIMM), {}))
         return TimmBackbone(name, image_size, in_channels, drop_path, stem or "default", sizes)
-    if arch not in SIZES:
+    if (own := SIZES.get(arch) or HYBRIDS.get(arch)) is None:
         import timm  # slow, and needed only to explain the mistake
 
-        near = errors.did_you_mean(arch, [*SIZES, *CONVNETS, *(TIMM + name for name in timm.list_models())])
+        near = errors.did_you_mean(arch, [*SIZES, *HYBRIDS, *CONVNETS, *(TIMM + name for name in timm.list_models())])
         raise ValueError(
-            f"there is no architecture '{arch}'; known are {', '.join([*SIZES, *CONVNETS])} and timm:NAME.{near}"
+            f"there is no architecture '{arch}'; known are {', '.join([*SIZES, *HYBRIDS, *CONVNETS])} and timm:NAME.{near}"
         )
     if stem not in (None, "default"):
         raise ValueError(f"stem '{stem}' is for ResNets; {arch} has patches, so choose a smaller patch_size instead.")
-    dim, layers, heads = (given or own for given, own in zip((width, depth, num_heads), SIZES[arch], strict=True))
-    return VisionTransformer(image_size, patch_size or 16, in_channels, dim, layers, heads, drop_path, pos_interp)
+    dim, layers, heads = (given or usual for given, usual in zip((width, depth, num_heads), own, strict=True))
+    sizes_of_own = (image_size, patch_size or 16, in_channels, dim, layers, heads)
+    return VisionTransformer(*sizes_of_own, drop_path, pos_interp, hybrid=arch in HYBRIDS)

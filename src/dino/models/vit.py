@@ -33,6 +33,9 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "vit_large": (1024, 24, 16),
 }
 
+# The same with a stem of convolutions in place of patches.
+HYBRIDS: dict[str, tuple[int, int, int]] = {"vit_nano_hybrid": (128, 3, 4)}
+
 # Results that "elementwise" keeps for the backward pass. Norms, GELU and sums are computed again from them.
 PRODUCTS = [
     torch.ops.aten.mm.default,
@@ -129,10 +132,41 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
+class ConvStem(nn.Module):
+    """Convolutions in place of patches (Xiao et al. 2021), which learn from little data. Each stage halves the map.
+
+    Raises:
+        ValueError: the patch size is no power of two.
+    """
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int):
+        stages = patch_size.bit_length() - 1
+        if patch_size != 2**stages or stages == 0:
+            raise ValueError(
+                f"patch_size is {patch_size}; a stem of convolutions needs 2, 4, 8, 16 or another power of two."
+            )
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = in_channels
+        for stage in range(stages):
+            before, width = width, max(32, dim >> (stages - 1 - stage))
+            for channels, stride in ((before, 2), (width, 1)):
+                layers += [
+                    nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, dim, 1)).to(memory_format=torch.channels_last)
+
+    def forward(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n p d"]:
+        return self.layers(images).flatten(2).transpose(1, 2)
+
+
 class VisionTransformer(nn.Module):
     """Images to features.
 
     Args:
+        hybrid: a stem of convolutions instead of patches.
         image_size: edge of the images the positions are learned for, pixels.
         patch_size: edge of a patch, pixels.
         drop_path: stochastic depth rate of the last block, rising linearly from 0 at the first.
@@ -156,6 +190,7 @@ class VisionTransformer(nn.Module):
         num_heads: int = 6,
         drop_path: float = 0.0,
         pos_interp: PositionInterpolation = "offset",
+        hybrid: bool = False,
     ):
         super().__init__()
         if dim % num_heads:
@@ -171,7 +206,7 @@ class VisionTransformer(nn.Module):
         rows, columns = self.grid(image_size, image_size)
         numbers = dim * (12 * dim * depth + rows * columns + in_channels * patch_size**2)
         check_memory(4 * numbers, f"a ViT of width {dim} and depth {depth} for images of {image_size} pixels")
-        self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
+        self.patch_embed = (ConvStem if hybrid else PatchEmbed)(patch_size, in_channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
@@ -244,9 +279,11 @@ class VisionTransformer(nn.Module):
         interpolated to that grid.
 
         Raises:
-            ValueError: patches cannot be centered so.
+            ValueError: patches cannot be centered so, or there are none.
         """
         patch = self.patch_size
+        if not isinstance(self.patch_embed, PatchEmbed):
+            raise ValueError("a stem of convolutions has no patches to overlap; leave --stride out.")
         if not 0 < stride < patch or (patch - stride) % 2:
             raise ValueError(
                 f"--stride is {stride}; it must be less than the patch size {patch} by an even number, e.g. {patch // 2}."

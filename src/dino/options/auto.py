@@ -38,7 +38,7 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     # Weights to start from know another method than this one.
     little = little and (options.init is None or options.model.arch == own)
     arch = choose("model.arch", own)
-    nano = arch.endswith("_nano")
+    nano = "_nano" in arch
     size = choose("views.global_size", 32 if image_edge < 48 else 64 if not on_gpu else 128 if little else 224)
     with_patches = arch.startswith("vit_")
     patch = choose("model.patch_size", 16 if size >= 128 else 8 if size >= 48 else 4) if with_patches else 16
@@ -87,9 +87,9 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     return replace(options, chosen)
 
 
-def choose_check_interval(epochs: float) -> float:
-    """Epochs between checks: about twenty of them in a run, and no more than one an epoch."""
-    return max(1.0, round(epochs / 20))
+def choose_check_interval(epochs: float, checks: float = 20) -> float:
+    """Epochs between about so many checks, of which there is no more than one an epoch."""
+    return max(1.0, round(epochs / checks))
 
 
 def choose_prototypes(num_images: int) -> int:

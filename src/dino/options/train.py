@@ -64,8 +64,8 @@ class DataOptions(Options, section="data."):
 
 class ModelOptions(Options, section="model."):
     arch: str | None = None
-    """Backbone: resnet_nano, vit_nano, vit_tiny, vit_small, vit_base, vit_large, or timm:NAME. None: chosen for data and
-    device."""
+    """Backbone: resnet_nano, vit_nano_hybrid, vit_nano, vit_tiny, vit_small, vit_base, vit_large, or timm:NAME. None: chosen
+    for data and device."""
     patch_size: Pixels | None = None
     """Edge of a patch of our own ViTs, pixels. None: 16, or 8 for views under 128 pixels, or 4 under 48."""
     width: Width | None = None

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dino import errors
-from dino.models import SIZES, Backbone, create
+from dino.models import CONVNETS, SIZES, Backbone, create
 from dino.models.vit import VisionTransformer
 from dino.weights import formats, pickles, releases, runs
 from dino.weights.checkpoints import list_checkpoints
@@ -184,7 +184,9 @@ def _recognize(content: Any, config: dict[str, Any], where: str, num_heads: int 
     if "architecture" in config and "pos_embed" not in names:  # not a ViT like ours, so timm builds it
         backbone, _, left_out = formats.split_network(content)
         state = {f"teacher.backbone.model.{name}": value for name, value in backbone.items()}
-        return Weights(where, {"arch": f"timm:{config['architecture']}"}, state, tuple(left_out))
+        built = config["architecture"], config.get("model_args", {})
+        arch = next((own for own, parts in CONVNETS.items() if parts == built), f"timm:{built[0]}")
+        return Weights(where, {"arch": arch}, state, tuple(left_out))
     for wrapper in ("state_dict", "model"):
         content = content.get(wrapper, content) if isinstance(content, dict) else content
     num_heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads") or num_heads
