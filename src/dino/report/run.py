@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dino.engine import prototypes
+from dino.engine.best import MEASURES
 from dino.engine.build import Plan
 from dino.engine.log import read_metrics, read_quarantine
 from dino.engine.monitor import Collapse, CollapseMonitor
@@ -63,12 +64,19 @@ class Run:
         """The metric of the k-NN accuracy to show: k = 20, or k = 10 where there are too few training images."""
         return next((name for name in ("knn20_top1", "knn10_top1") if self.get_metric(name)[0]), None)
 
+    @cached_property
+    def kept(self) -> float:
+        """The step of the teacher that the run keeps: the best, or the last where none was measured."""
+        measured = next((self.get_metric(name) for name in MEASURES if self.get_metric(name)[0]), ([], []))
+        later = [(value, step) for step, value in zip(*measured, strict=True) if step > 0]
+        return max(later)[1] if later else self.steps
+
     def compare(self, name: str) -> tuple[float | None, float | None]:
-        """A metric before the first step, and as it was measured last after it. None: it was not measured."""
+        """A metric before the first step, and of the teacher that the run keeps. None: it was not measured."""
         steps, values = self.get_metric(name)
         before = values[0] if steps and steps[0] == 0 else None
-        after = values[-1] if steps and steps[-1] > 0 else None
-        return before, after
+        later = [value for step, value in zip(steps, values, strict=True) if 0 < step <= self.kept]
+        return before, later[-1] if later else None
 
     @property
     def floors(self) -> dict[str, float]:
