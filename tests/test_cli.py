@@ -185,6 +185,7 @@ def test_recipes_resolve_and_survive_a_round_trip(name, tmp_path):
         options = auto.resolve(recipe.options, 50_000, 32 if "cifar10" in name else 400, gpu, 2)
         missing = {n for n, v in flatten(options).items() if v is None and n in RESOLVED}
         expected = set() if options.model.arch.startswith("vit_") else {"model.patch_size"}
+        expected |= set() if options.head.prototypes or options.head.out_dim else {"head.out_dim"}
         assert missing == expected | ({"method.momentum"} if options.method.teacher != "momentum" else set())
         (tmp_path / "a.toml").write_text(as_toml(options))
         assert toml.read_toml(tmp_path / "a.toml") == options
