@@ -40,7 +40,7 @@ Stem = Literal["default", "half", "small"]
 TIMM = "timm:"  # prefix of the architectures that timm builds
 NO_ATTENTION = (
     "this architecture has no attention maps: in its last block no [CLS] token looks at patches by softmax attention; "
-    "ViTs have them (vit_small, timm:vit_..., timm:deit_...)."
+    "ViTs have them (vit_nano_hybrid, vit_small, timm:vit_..., timm:deit_...)."
 )
 
 
