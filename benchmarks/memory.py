@@ -111,6 +111,9 @@ def main() -> None:
     wanted = {
         "model.arch": options.arch,
         "head.out_dim": options.prototypes,
+        "head.num_layers": 3,
+        "head.batch_norm": False,
+        "optim.name": "adamw",
         "model.drop_path": 0.0,
         "batch_size": high,
         "precision": "bf16",

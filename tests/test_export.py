@@ -70,8 +70,9 @@ def test_onnx_of_a_run_takes_any_number_and_size_of_images(run, tmp_path):
         np.testing.assert_allclose(tokens, model.tokens(images)[-1], rtol=0, atol=1e-5)
 
 
-def test_torch_export_is_loaded_again_and_agrees(tmp_path):
-    source = save(tmp_path / "model", arch="vit_nano", image_size=32, patch_size=8, depth=2, pos_interp="antialias")
+@pytest.mark.parametrize("arch", ["vit_nano", "vit_nano_hybrid"])
+def test_torch_export_is_loaded_again_and_agrees(arch, tmp_path):
+    source = save(tmp_path / "model", arch=arch, image_size=32, patch_size=8, depth=2, pos_interp="antialias")
     done = run_dino("export", source, "--to", "torch-export", "--out", tmp_path / "a.pt2")
     assert done.returncode == 0, done.stderr
     assert "Largest difference from the model itself:" in done.stdout
@@ -86,12 +87,14 @@ def test_torch_export_is_loaded_again_and_agrees(tmp_path):
 @pytest.mark.parametrize("arch", ["timm:resnet18", "resnet_nano", "vit_nano_hybrid"])
 @pytest.mark.parametrize("to", ["onnx", "torch-export", "timm", "safetensors"])
 def test_a_convnet_is_exported(to, arch, tmp_path):
-    if (to, arch) == ("timm", "vit_nano_hybrid"):
-        pytest.skip("timm has no such architecture")
+    if arch == "vit_nano_hybrid" and to != "safetensors":
+        pytest.skip("timm has none; graphs are traced in a process of its own below, where no types are checked")
     source = save(tmp_path / "model", arch=arch, image_size=64)
     out = tmp_path / f"a{compare.FORMATS[to].ending}"
     differences = dino.export(str(source), to, str(out))
-    assert [seen.size for seen in differences] == ["64x64", "160x64", "64x96"]
+    assert [seen.size for seen in differences] == (
+        ["64x64", "160x64", "64x96"] if arch == "timm:resnet18" else ["64x64", "112x64", "32x80"]
+    )
     assert all(seen.scale > 0.1 and seen.largest < 1e-4 * seen.scale for seen in differences)
     assert out.exists()
 

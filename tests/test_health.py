@@ -89,7 +89,14 @@ def test_features_that_are_all_the_same_retrieve_by_chance():
 def test_crops_are_the_same_at_every_check_and_in_the_order_of_images():
     torch.manual_seed(0)
     model = dino.create("vit_nano", patch_size=8, image_size=32).eval()
-    views = ViewOptions(global_size=32, global_scale=(0.4, 1), local_size=16, local_scale=(0.1, 0.4))
+    views = ViewOptions(
+        global_size=32,
+        global_scale=(0.4, 1),
+        local_size=16,
+        local_scale=(0.1, 0.4),
+        num_local=2,
+        blur_prob=(1.0, 0.1, 0.5),
+    )
     arguments = model, Scenes(12), list(range(12)), views
     first = extract_crops(*arguments, 0)
     assert first.shape == (12, PAIRS, 2, 96)

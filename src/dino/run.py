@@ -70,6 +70,8 @@ def run_training(options: TrainOptions) -> Path:
         device = distributed.start(options.device)
         held.callback(distributed.stop)
         set_threads(options, device)
+        if device.type == "cpu" and {options.epochs, options.budget, options.stop_after, options.resume} == {None}:
+            options = replace(options, {"minutes": 30})
         terminal = Terminal(distributed.is_main())
         folder = distributed.from_main(lambda: choose_folder(options))
         fresh = distributed.is_main() and not folder.exists()
@@ -121,8 +123,6 @@ def set_up(
             initialize_trainer(trainer, start)
         return trainer
 
-    if device.type == "cpu" and {options.epochs, options.budget, options.stop_after, options.resume} == {None}:
-        options = replace(options, {"minutes": 30})
     if options.budget is not None:
         options = budget.choose_length(options, folder, make, terminal, began)
     trainer = make(options, folder, terminal)

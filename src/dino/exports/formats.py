@@ -178,7 +178,7 @@ def write_onnx(weights: Weights, out: Path) -> None:
 
 
 def _trace(weights: Weights) -> ExportedProgram:
-    model: Any = build_backbone(weights)
+    model: Any = build_backbone(weights).to(memory_format=torch.contiguous_format)  # PyTorch warns of any other
     patch, height, width = model.patch_size, Dim.AUTO, Dim.AUTO
     if model.exports_any_size:
         height, width = patch * Dim("rows"), patch * Dim("columns")
