@@ -33,7 +33,7 @@ from dino.engine import parallel
 from dino.engine.train import Trainer
 from dino.machine import count_spare_cores
 from dino.options import replace
-from dino.options.train import TrainOptions
+from dino.options.recipes import find_recipe
 from dino.terminal import Terminal
 
 VIEWS = {"views.global_scale": views.OPTIONS.global_scale, "views.local_scale": views.OPTIONS.local_scale}
@@ -89,7 +89,8 @@ def measure(paths: list[Path], peer: views.Peer, folder: Path, options: Any) -> 
         "head.out_dim": options.prototypes,
         "log.knn_every": 0,
     }
-    wanted = replace(TrainOptions(), VIEWS | values)
+    values |= {} if on_gpu else {"precision": "fp32", "views.global_size": 96, "views.local_size": 48}
+    wanted = replace(find_recipe("vit_small_100ep").options, VIEWS | values)
     ours, _ = run.set_up(wanted, folder / "ours", device, Terminal(False))
     memory = InMemory(*(getattr(ours, name) for name in ("options", "run", "source", "batches", "device", "terminal")))
     if options.compile:

@@ -150,12 +150,7 @@ class ConvStem(nn.Module):
         width = in_channels
         for stage in range(stages):
             before, width = width, max(32, dim >> (stages - 1 - stage))
-            for channels, stride in ((before, 2), (width, 1)):
-                layers += [
-                    nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                ]
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, dim, 1)).to(memory_format=torch.channels_last)
 
     def forward(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n p d"]:
