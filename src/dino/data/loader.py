@@ -124,7 +124,8 @@ def _start_worker(_: int) -> None:
     """Workers leave signals to the training process and run one thread each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # which `nohup` asks for
+            signal.signal(number, signal.SIG_DFL)
     cv2.setNumThreads(0)
 
 

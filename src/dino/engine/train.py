@@ -252,7 +252,6 @@ class Trainer:
                 if self.signals.received:
                     break
         except WorkerDied as error:
-            time.sleep(0.2)  # the signal that ended it may be on its way to this process
             self.failure = None if self.signals.received else error
         yield from (self.batches[step] for step in range(self.step, stop))
 
