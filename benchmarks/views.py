@@ -33,17 +33,10 @@ from dino.data.render import CpuRenderer, crop
 from dino.data.scenes import Scenes
 from dino.data.views import draw_views
 from dino.options import required
-from dino.options.train import ViewOptions
+from dino.options.recipes import find_recipe
 from reference import imported
 
-OPTIONS = ViewOptions(
-    global_size=224,
-    local_size=96,
-    num_local=8,
-    global_scale=(0.4, 1.0),
-    local_scale=(0.05, 0.4),
-    blur_prob=(1.0, 0.1, 0.5),
-)
+OPTIONS = find_recipe("vit_small_100ep").options.views
 CHUNK = 8  # images between turns
 Peer = Callable[[Image.Image], list]  # an image's views, float32 [3, s, s]
 Clock = dict[str, list[float]]  # stage: CPU and wall seconds

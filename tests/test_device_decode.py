@@ -24,20 +24,14 @@ from dino.engine.train import Trainer, TrainingError
 from dino.options import flatten, replace, toml
 from dino.options.auto import resolve
 from dino.options.resume import check_resumable
-from dino.options.train import TrainOptions, ViewOptions
+from dino.options.train import TrainOptions
 from dino.terminal import Terminal
 from drawing import TO_DEVICE, as_bytes, draw_picture, encode_picture, encode_turned, without_tables
 from helpers import TINY, draw_images, run_dino, tiny_flags
+from training import SMALL_VIEWS
 
 CPU = torch.device("cpu")
-VIEWS = ViewOptions(
-    global_size=32,
-    local_size=16,
-    num_local=3,
-    global_scale=(0.4, 1.0),
-    local_scale=(0.05, 0.4),
-    blur_prob=(1.0, 0.1, 0.5),
-)
+VIEWS = SMALL_VIEWS
 read = functools.partial(device_decode.read_jpeg, largest=LARGEST)
 
 

@@ -21,8 +21,8 @@ from dino.features.extract import Features, extract
 from dino.html import read_row
 from dino.method import DINO, Network
 from dino.models import Head
-from dino.options.train import ViewOptions
 from helpers import draw_images
+from training import SMALL_VIEWS
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -94,15 +94,7 @@ def test_spread_covers_evenly():
 
 def test_online_evaluation_of_scenes_measures_everything_and_pixels_once():
     networks = [Network(dino.create("vit_nano", patch_size=8, image_size=32), Head(96, 16, 16, 16)) for _ in range(2)]
-    views = ViewOptions(
-        global_size=32,
-        global_scale=(0.4, 1),
-        local_size=16,
-        local_scale=(0.1, 0.4),
-        num_local=2,
-        blur_prob=(1.0, 0.1, 0.5),
-    )
-    measure = OnlineEvaluation(Scenes(60), Scenes(30, first=60), views, 0, torch.device("cpu"))
+    measure = OnlineEvaluation(Scenes(60), Scenes(30, first=60), SMALL_VIEWS, 0, torch.device("cpu"))
     first, second = measure(DINO(*networks), 0), measure(DINO(*networks), 1)
     assert {"knn10_top1", "knn20_top5", "effective_rank", "jaccard_best_head", "color_agreement"} <= first.keys()
     assert first["knn_queries"] == 30

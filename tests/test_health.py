@@ -11,7 +11,7 @@ import dino
 from dino.data.scenes import Scenes
 from dino.engine.health import LIDAR_FLOOR, feature_health, lidar, rankme, two_crop_retrieval
 from dino.eval.online import CROPPED, PAIRS, extract_crops
-from dino.options.train import ViewOptions
+from training import SMALL_VIEWS
 
 
 def test_feature_health_of_known_shapes():
@@ -89,20 +89,12 @@ def test_features_that_are_all_the_same_retrieve_by_chance():
 def test_crops_are_the_same_at_every_check_and_in_the_order_of_images():
     torch.manual_seed(0)
     model = dino.create("vit_nano", patch_size=8, image_size=32).eval()
-    views = ViewOptions(
-        global_size=32,
-        global_scale=(0.4, 1),
-        local_size=16,
-        local_scale=(0.1, 0.4),
-        num_local=2,
-        blur_prob=(1.0, 0.1, 0.5),
-    )
-    arguments = model, Scenes(12), list(range(12)), views
+    arguments = model, Scenes(12), list(range(12)), SMALL_VIEWS
     first = extract_crops(*arguments, 0)
     assert first.shape == (12, PAIRS, 2, 96)
     torch.rand(3)  # whatever else draws
     assert torch.equal(extract_crops(*arguments, 0), first)
     assert not torch.equal(extract_crops(*arguments, 1), first)
-    some = extract_crops(model, Scenes(12), [11, 2], views, 0)
+    some = extract_crops(model, Scenes(12), [11, 2], SMALL_VIEWS, 0)
     torch.testing.assert_close(some, first[[11, 2]])
     assert CROPPED <= 500  # a check stays quick

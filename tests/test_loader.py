@@ -11,17 +11,10 @@ from dino.data.loader import ViewBatches, iterate, order_epoch
 from dino.data.render import CpuRenderer
 from dino.data.sources import open_source
 from dino.engine.step import draw_drop_path_noise
-from dino.options.train import ViewOptions
 from helpers import draw_images
+from training import SMALL_VIEWS
 
-OPTIONS = ViewOptions(
-    global_size=32,
-    local_size=16,
-    num_local=3,
-    global_scale=(0.4, 1.0),
-    local_scale=(0.05, 0.4),
-    blur_prob=(1.0, 0.1, 0.5),
-)
+OPTIONS = SMALL_VIEWS
 
 
 @pytest.fixture(scope="module")

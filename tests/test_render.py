@@ -26,17 +26,10 @@ from dino.data.device_render import LARGEST, DeviceRenderer, Parameters, crop_ba
 from dino.data.normalize import MEAN, STD, normalize
 from dino.data.render import CpuRenderer, blur_kernels, crop
 from dino.data.views import HUE, Views, draw_views
-from dino.options.train import ViewOptions
+from dino.options.recipes import find_recipe
 
 SIZE = 160
-OPTIONS = ViewOptions(
-    global_size=224,
-    local_size=96,
-    num_local=8,
-    global_scale=(0.4, 1.0),
-    local_scale=(0.05, 0.4),
-    blur_prob=(1.0, 0.1, 0.5),
-)
+OPTIONS = find_recipe("vit_small_100ep").options.views
 PILLOW = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 
 

@@ -12,16 +12,9 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from dino.data.views import Views, draw_views
-from dino.options.train import ViewOptions
+from dino.options.recipes import find_recipe
 
-OPTIONS = ViewOptions(
-    global_size=224,
-    local_size=96,
-    num_local=8,
-    global_scale=(0.4, 1.0),
-    local_scale=(0.05, 0.4),
-    blur_prob=(1.0, 0.1, 0.5),
-)
+OPTIONS = find_recipe("vit_small_100ep").options.views
 SIZES = OPTIONS.sizes
 NUM = 3000
 LEVEL = 1e-3  # of some 150 tests of distributions; all seeds are fixed, so a test that passes keeps passing

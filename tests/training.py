@@ -10,10 +10,19 @@ import torch
 from dino.data.sources import open_source
 from dino.engine.train import Trainer
 from dino.options import replace
-from dino.options.train import TrainOptions
+from dino.options.train import TrainOptions, ViewOptions
 from dino.run import build_batches
 from dino.terminal import Terminal
 from helpers import TINY
+
+SMALL_VIEWS = ViewOptions(
+    global_size=32,
+    local_size=16,
+    num_local=3,
+    global_scale=(0.4, 1.0),
+    local_scale=(0.05, 0.4),
+    blur_prob=(1.0, 0.1, 0.5),
+)
 
 
 def build_trainer(images: Path, folder: Path, **changes: Any) -> Trainer:

@@ -86,12 +86,8 @@ def info_nce(
     """
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     against = (student @ negatives.T / temp).logsumexp(dim=-1)  # [v, n]
-    terms = []
-    for q, key in enumerate(teacher):
-        positive = (student * key).sum(dim=-1) / temp
-        loss = torch.logaddexp(positive, against) - positive
-        terms += [loss[:q], loss[q + 1 :]]
-    return torch.cat(terms).mean()
+    positives = [(student * key).sum(dim=-1) / temp for key in teacher]
+    return _mean_over_pairs([torch.logaddexp(positive, against) - positive for positive in positives])
 
 
 def batch_info_nce(
@@ -103,11 +99,15 @@ def batch_info_nce(
         keys: of all images of a step, those of `teacher` among them.
     """
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    terms = []
-    for q, key in enumerate(teacher):
-        loss = (student @ keys[:, q].T / temp).logsumexp(dim=-1) - (student * key).sum(dim=-1) / temp
-        terms += [loss[:q], loss[q + 1 :]]
-    return torch.cat(terms).mean()
+    against = [(student @ of_view.T / temp).logsumexp(dim=-1) for of_view in keys.unbind(dim=1)]
+    return _mean_over_pairs(
+        [each - (student * key).sum(dim=-1) / temp for each, key in zip(against, teacher, strict=True)]
+    )
+
+
+def _mean_over_pairs(losses: list[Tensor]) -> Float[Tensor, ""]:
+    """Mean over pairs of different views: losses [v, n] of all student views, for each teacher view in turn."""
+    return torch.cat([part for q, loss in enumerate(losses) for part in (loss[:q], loss[q + 1 :])]).mean()
 
 
 class SquaredDistance(nn.Module):

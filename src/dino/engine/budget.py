@@ -1,4 +1,4 @@
-"""How long a run should be: the epochs that fit into a budget of time, and what to tell of one that is too short."""
+"""How long a run should be: the epochs that fit into a budget of time, by a trial that leaves no trace."""
 
 from __future__ import annotations
 

@@ -42,8 +42,7 @@ def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
     wanted = {f"model.{name}": found.get(name) for name in sizes}
     for name in ("model.stem", "model.in_channels", "model.pos_interp"):
         wanted[name] = found.get(name.removeprefix("model."), usual[name])
-    if wanted["model.stem"] is None:  # of weights that do not say it
-        wanted["model.stem"] = "default"
+    wanted["model.stem"] = wanted["model.stem"] or "default"  # of weights that do not say it
     heads = start.part("teacher.head.")
     head = start.head or (infer_head(heads) if heads else {})
     # Fixed gains may be trained from here on; trained gains cannot be fixed at one.

@@ -24,44 +24,71 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
         on_gpu: whether training runs on a GPU.
         cores: processor cores for data workers of one rank.
     """
-    chosen: dict[str, Any] = {}
-
-    def choose(name: str, value: Any) -> Any:
-        section, _, leaf = name.rpartition(".")
-        given = getattr(getattr(options, section) if section else options, leaf)
-        if given is None:
-            chosen[name] = value
-        return value if given is None else given
-
+    choose = Choices(options)
     little = not on_gpu or num_images < LITTLE_DATA
     own = "resnet_nano" if not on_gpu else "timm:resnet18" if little else "vit_small"
     # Weights to start from know another method than this one.
     little = little and (options.init is None or options.model.arch == own)
     arch = choose("model.arch", own)
-    nano = "_nano" in arch
-    size = choose("views.global_size", 32 if image_edge < 48 else 64 if not on_gpu else 128 if little else 224)
+    choose_views(choose, arch, 32 if image_edge < 48 else 64 if not on_gpu else 128 if little else 224, little)
+    choose_method(choose, num_images, little, nano="_nano" in arch)
+    batch = choose("batch_size", max(1, min(64 if little else 256, num_images // 4)))
+    # Little data also needs thousands of steps; a million images need no more than 100 epochs.
+    steps = max(1, num_images // batch)
+    choose_schedules(choose, min(800, max(100 if on_gpu else 10, round((20_000 if on_gpu else 8_000) / steps))), little)
+    choose("data.num_workers", cores)
+    return replace(options, choose.chosen)
+
+
+class Choices:
+    """Values for the options that are None in `options`."""
+
+    def __init__(self, options: TrainOptions):
+        self.options = options
+        self.chosen: dict[str, Any] = {}
+
+    def __call__(self, name: str, value: Any) -> Any:
+        """What the user gave for the option `name`; else `value`, which is chosen then."""
+        given = self.given(name)
+        if given is None:
+            self.chosen[name] = value
+        return value if given is None else given
+
+    def given(self, name: str) -> Any:
+        section, _, leaf = name.rpartition(".")
+        return getattr(getattr(self.options, section) if section else self.options, leaf)
+
+
+def choose_views(choose: Choices, arch: str, size: int, little: bool) -> None:
+    """The views, of which the global ones have `size` pixels, and what of the backbone depends on them."""
+    size = choose("views.global_size", size)
     with_patches = arch.startswith("vit_")
-    patch = choose("model.patch_size", 16 if size >= 128 else 8 if size >= 48 else 4) if with_patches else 16
+    patch = choose("model.patch_size", 16 if size >= 128 else 8 if size >= 48 else 4) if with_patches else 1
     if with_patches or size >= 48:
         choose("model.stem", "default")
     else:
-        choose("model.stem", "half" if nano else "small" if "resnet" in arch else "default")
-    choose("model.drop_path", 0.0 if little else 0.1)
+        choose("model.stem", "half" if "_nano" in arch else "small" if "resnet" in arch else "default")
     local = 96 if size == 224 else size // 2
-    choose("views.local_size", max(patch, local // patch * patch) if with_patches else local)
+    choose("views.local_size", max(patch, local // patch * patch))
     choose("views.num_local", 2 if little else 8)
     # Crops of few pixels must share enough for their targets to agree.
     choose("views.global_scale", (0.25, 1.0) if little else (0.4, 1.0) if size >= 96 else (0.5, 1.0))
     choose("views.local_scale", (0.1, 0.5) if little else (0.05, 0.4) if size >= 96 else (0.3, 0.9))
     choose("views.blur_prob", (0.0, 0.0, 0.0) if little else (1.0, 0.1, 0.5))
 
-    asks_prototypes = (
-        options.head.out_dim or options.head.prototypes or options.method.teacher_temp or options.method.targets
-    )
+
+def choose_method(choose: Choices, num_images: int, little: bool, nano: bool) -> None:
+    """The loss, the teacher and the heads."""
+    of_prototypes = ("head.out_dim", "head.prototypes", "method.teacher_temp", "method.targets")
+    asks_prototypes = any(map(choose.given, of_prototypes))
     loss = choose("method.loss", "infonce" if little and not asks_prototypes else "cross-entropy")
     choose("method.targets", "none" if loss == "infonce" else "sinkhorn" if little and loss != "mse" else "centering")
     choose("method.queue_size", 0 if little else 65536)
     choose("method.student_temp", 0.2 if loss == "infonce" else 0.1)
+    if choose.given("method.teacher") == "momentum":
+        # In a short run a slow teacher stays close to its untrained start.
+        choose("method.momentum", 0.996 if not little else 0.9 if loss == "infonce" else 0.97)
+    choose("model.drop_path", 0.0 if little else 0.1)
     choose("head.num_layers", 2 if little else 3)
     choose("head.batch_norm", little)
     choose("head.hidden_dim", 512 if nano else 2048)
@@ -69,10 +96,10 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     if choose("head.prototypes", loss == "cross-entropy"):
         choose("head.out_dim", choose_prototypes(num_images))
 
-    batch = choose("batch_size", max(1, min(64 if little else 256, num_images // 4)))
-    # Little data also needs thousands of steps; a million images need no more than 100 epochs.
-    steps = max(1, num_images // batch)
-    epochs = choose("epochs", min(800, max(100 if on_gpu else 10, round((20_000 if on_gpu else 8_000) / steps))))
+
+def choose_schedules(choose: Choices, epochs: float, little: bool) -> None:
+    """The optimizer, and what changes in the course of a run of so many `epochs`."""
+    epochs = choose("epochs", epochs)
     choose("log.knn_every", choose_check_interval(epochs))
     choose("optim.name", "muon" if little else "adamw")
     choose("optim.lr", 8e-3 if little else 5e-4)
@@ -80,11 +107,6 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     start = choose("method.teacher_temp_start", 0.03 if little else 0.04)
     choose("method.teacher_temp", 0.07 if epochs >= 300 and not little else start)
     choose("method.teacher_temp_epochs", min(30, round(0.3 * epochs, 6)))
-    if options.method.teacher == "momentum":
-        # In a short run a slow teacher stays close to its untrained start.
-        choose("method.momentum", 0.996 if not little else 0.9 if loss == "infonce" else 0.97)
-    choose("data.num_workers", cores)
-    return replace(options, chosen)
 
 
 def choose_check_interval(epochs: float, checks: float = 20) -> float:
