@@ -223,6 +223,25 @@ def test_a_signal_to_the_whole_group_saves(photos, tmp_path, number):
 
 
 @pytest.mark.slow
+def test_under_nohup_a_terminal_that_closes_ends_neither_run_nor_workers(photos, tmp_path):
+    flags = tiny_flags(epochs=20_000, data__num_workers=2, log__knn_every=0)
+    command = ["nohup", *dino_command("train", "--data", photos, "--out", tmp_path / "run", *flags)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "teacher.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGHUP)
+    before = int(final_state(tmp_path / "run")["step"])
+    while int(final_state(tmp_path / "run")["step"]) < before + 10 and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert_goes_on(tmp_path / "run", stderr)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_worker_that_dies_ends_the_run_saved(photos, tmp_path, number):
     run = tmp_path / "run"
