@@ -39,6 +39,7 @@ class Hub(ThreadingHTTPServer):
         self.private: set[str] = set()  # repositories that only known tokens see
         self.cuts: list[int] = []  # the next downloads break off after so many bytes each
         self.broken: int | None = None  # every answer has this status
+        self.full = False  # no large file is taken
         self.requests: list[str] = []  # "GET /org/name/resolve/main/config.json bytes=100-"
         self.uploads: dict[str, bytes] = {}  # large files by SHA-256
 
@@ -174,6 +175,8 @@ class Handler(BaseHTTPRequestHandler):
                     if file["oid"] not in self.server.uploads:
                         file["actions"] = {"upload": {"href": where + file["oid"]}}
                 self.answer({"transfer": "basic", "objects": asked})
+            case "PUT", ["uploads", _] if self.server.full:
+                raise Refused(507, "", "The storage is full")
             case "PUT", ["uploads", oid] if hash_file(LARGE[0], body) == oid:
                 self.server.uploads[oid] = body
                 self.answer({})

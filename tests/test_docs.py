@@ -37,6 +37,7 @@ QUICK = {
 # Only parsed by the real parser of options, because:
 PARSED = {
     r"models \S": "it downloads",
+    r"export .*--push": "it uploads: test_push.py runs it",
     r"train .*--init vits16:full": "it downloads",
     r"app": "it serves until it is interrupted: test_app.py opens it in a browser",
     r"train .*--minutes": "it first measures the speed: test_budget.py runs it",

@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, ValueError):
             # All ranks fail alike; one of them says it.
             return _complain(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
-        if name in ("TrainingError", "CheckpointError", "DownloadError", "ExportError", "WorkerDied"):
+        if name in ("TrainingError", "CheckpointError", "DownloadError", "ExportError", "PushError", "WorkerDied"):
             return _complain(str(error), 1)
         if isinstance(error, OSError) and error.strerror:
             place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""

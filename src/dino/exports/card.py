@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from dino.weights.checkpoints import CheckpointError, read_newest
 
 
 def render_card(
-    name: str, to: str, out: Path, facts: dict[str, str], digest: str, edge: int, step: int | None = None
+    name: str,
+    to: str,
+    out: Path,
+    facts: dict[str, str],
+    digest: str,
+    edge: int,
+    step: int | None = None,
+    repo: str = "",
 ) -> str:
     """The Markdown text.
 
@@ -28,6 +36,7 @@ def render_card(
         digest: SHA-256 of the model's weights; only evaluations of these weights are listed.
         edge: of the images that the model was made for, pixels.
         step: of its run, after which it was taken. None: the last.
+        repo: ORG/NAME on the hub where it is read. With it, options that hold paths of this machine are left out.
     """
     path = Path(runs.split_name(name)[0]).expanduser()
     release = releases.find_release(name) if not path.exists() else None
@@ -42,10 +51,13 @@ def render_card(
         trained, figures = _describe_run(path, digest, step)
         facts = facts | trained
         options = (path / "config.toml").read_text()
+        if repo:
+            options = re.sub(r"""^\w+ = ["'](\w+:)*[/~\\].*\n""", "", options, flags=re.MULTILINE)
     return ENVIRONMENT.get_template("card.md.jinja").render(
         name=path.name,
         to=to,
         out=out.name,
+        repo=repo,
         license=license,
         version=__version__,
         facts=facts,

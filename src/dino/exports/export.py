@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+
+from huggingface_hub import constants
 
 from dino import files, weights
 from dino.exports import card, compare
+from dino.exports.push import log_in, upload
 from dino.options.commands import ExportOptions
 from dino.options.rules import checked
 from dino.weights import fingerprint
@@ -16,30 +20,44 @@ class ExportError(RuntimeError):
     """An export computes something else than its model; the message says how much."""
 
 
-@checked(ExportOptions, "model", "out", "num_heads", "offline")
+@checked(ExportOptions, "model", "out", "num_heads", "offline", "push", "private")
 def export(
     model: str | os.PathLike[str],
     to: str,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     num_heads: int | None = None,
     offline: bool = False,
+    push: str | None = None,
+    private: bool = False,
 ) -> list[compare.Difference]:
     """Write a model for others, with its card, and compare what was written with the model itself.
 
     Args:
         model: as `dino.load` takes it.
         to: a format: a key of `FORMATS` of `dino.exports.compare`.
-        out: file or folder to write; the card is its README.md, or lies beside it.
+        out: file or folder to write; the card is its README.md, or lies beside it. None: only `push`.
         num_heads, offline: as for `dino.load`.
+        push: ORG/NAME, a repository of Hugging Face's hub to upload it to; it is created if there is none.
+        private: of `push`: only its owners see it.
 
     Raises:
         ValueError: the model cannot be written so, or a package is missing.
-        ExportError: what was written computes something else. In all cases nothing is left at `out`.
+        ExportError: what was written computes something else. In both cases nothing is left at `out`.
+        PushError: the hub refuses it or cannot be reached; what was written stays at `out`.
     """
+    if push is None and (out is None or private):
+        raise ValueError(
+            "say where the export goes, with --out PATH or --push ORG/NAME or both; --private is of --push."
+        )
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model" + (compare.FORMATS[to].ending if to in compare.FORMATS else ""))
+            return export(model, to, path, num_heads, offline, push, private)
     path = Path(out).expanduser()
     if os.path.exists(path):  # of a name that is too long it is no error
         raise ValueError(f"--out {out} exists already; choose another name, or remove it.")
     compare.check_format(to, path)
+    api = log_in(push, offline) if push is not None else None
     found = weights.read(model, offline, num_heads, only_backbone=to != "reference-checkpoint")
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,10 +79,17 @@ def export(
         about = (fingerprint(backbone), backbone.image_size, found.step)
         text = card.render_card(os.fspath(model), to, path, facts, *about)
         (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
+    if api is not None and push is not None:
+        name = f"model{path.suffix or '.pth'}"
+        text = card.render_card(os.fspath(model), to, Path(name), facts, *about, repo=push)
+        written = {f.name: f for f in path.iterdir()} if path.is_dir() else {name: path}
+        upload(api, push, written | {"README.md": text.encode()}, private)
     return differences
 
 
 def export_command(options: ExportOptions) -> None:
-    differences = export(options.model, options.to, options.out, options.num_heads, options.offline)
-    print(f"{options.out}: {options.to} of {options.model}")
+    differences = export(**vars(options))
+    print(f"{options.out or options.push}: {options.to} of {options.model}")
     print(f"Largest difference from the model itself: {compare.describe_differences(differences, options.to)}")
+    if options.push is not None:
+        print(f"Pushed to {constants.ENDPOINT}/{options.push}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -215,13 +216,22 @@ class ModelsOptions(Options):
     """Never download; DINO_OFFLINE=1 in the environment means the same for every command."""
 
 
+ORG_NAME = Rule(
+    re.compile(r"[\w.-]+/[\w.-]+").fullmatch, "write ORG/NAME: your name or organization on the hub, and a name for it"
+)
+
+
 class ExportOptions(Options):
     model: Positional[str]
     """A run directory (its best teacher; with :last the last), a release, a weight file, or timm's or HF's folder."""
     to: Literal["onnx", "torch-export", "safetensors", "hf", "timm", "reference", "reference-checkpoint"]
     """Format to write; 'timm' and 'hf' are folders, the others files. Each is opened again and compared with the model."""
-    out: str
-    """File or folder to write; a model card goes into it as README.md, or beside it."""
+    out: str | None = None
+    """File or folder to write; a model card goes into it as README.md, or beside it. Not needed with --push."""
+    push: Annotated[str, ORG_NAME] | None = None
+    """ORG/NAME: upload it, with its card, to this repository of Hugging Face, which is created if there is none."""
+    private: bool = False
+    """With --push: only its owners see the repository."""
     num_heads: Few | None = None
     """Attention heads of a ViT of unusual width whose file does not say them."""
     offline: bool = False
