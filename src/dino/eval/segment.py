@@ -119,7 +119,7 @@ def survey(train: Part, test: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray]
             "learn and one to test on are needed."
         )
     if len(new := np.flatnonzero((asked > 0) & (learned == 0))):
-        say(f"{len(new)} classes of the test masks are in no training mask, for example {new[0]}; their IoU is 0.")
+        say(f"No training mask holds these classes of the test masks, so their IoU is 0: {', '.join(map(str, new))}.")
     return learned, asked, meaning
 
 
