@@ -196,7 +196,7 @@ def test_a_home_folder_is_found_wherever_it_is_named(tmp_path, monkeypatch):
     assert data.find_path("~nobody-of-this-name/data") == Path("~nobody-of-this-name/data")
 
 
-@pytest.mark.parametrize("evaluation", ["masks", "copydetect", "retrieval", "davis"])
+@pytest.mark.parametrize("evaluation", ["masks", "segment", "copydetect", "retrieval", "davis"])
 def test_evaluations_with_folders_of_their_own_know_the_home_folder(
     tmp_path, monkeypatch, saved_model, evaluation, capsys
 ):

@@ -12,9 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli_w
 import torch
+from PIL import Image
 
 import dino
 from dino import cli, run
@@ -75,9 +77,12 @@ def workspace(tmp_path_factory) -> Path:
     for name in ("originals", "copies", "distractors"):
         shutil.copytree(root / "photos/class0", root / name)
     for images, masks in (("ecssd/images", "ecssd/masks"), ("i", "m")):
-        for i in range(3):
+        (root / masks).mkdir(parents=True)
+        for i in range(6):
             draw_square(root / images / f"{i}.png", seed=i)
-            draw_square(root / masks / f"{i}.png")
+            Image.fromarray(np.pad(np.full((16, 16), 255, np.uint8), ((8, 16), (16, 24)))).save(
+                root / masks / f"{i}.png"
+            )
     encode_clip(root / "walk.mp4", [0, 0.1, 0.2])
     (root / "mine.toml").write_text(tomli_w.dumps(toml.to_dict(replace(TrainOptions(), TINY))))
     run = dino.train(data=str(root / "photos"), out=str(root / "runs/a"), **TINY | {"epochs": 1, "model.depth": 4})

@@ -20,7 +20,7 @@ from dino import bench
 from dino.data.scenes import Scenes
 from dino.engine import fit, init
 from dino.engine.train import Trainer
-from dino.eval import copydetect, finetune, knn, linear, lowshot, masks, online, propagation
+from dino.eval import copydetect, finetune, knn, linear, lowshot, masks, online, propagation, segment
 from dino.eval.supervised import LabeledBatch
 from dino.eval.sweep import Sweep
 from dino.features.cache import LabeledFeatures
@@ -95,6 +95,13 @@ def following(model: Any) -> None:
     assert [mask.shape for mask in found] == [(40, 60)] * 2
 
 
+def segmenting(model: Any) -> None:
+    features, _, grid = segment.describe(model, np.zeros((40, 60, 3), np.uint8), 32)
+    for build in (segment.build_knn, segment.build_linear):
+        classify = build(on_gpu(9, features.shape[1]), labels(9), 3, 2)
+        assert segment.enlarge_to_classes(classify(features.to(GPU)), grid, (40, 60)).is_cuda
+
+
 def reading(model: Any) -> None:
     for pooling in POOLINGS:
         found = [*extract_batches(model, Pictures(), 32, range(6), 4, pooling=pooling, fp16=True)]
@@ -113,6 +120,7 @@ EVALUATIONS: dict[str, Any] = {
     ),
     "scenes": lambda model: online.measure_scene_masks(model, Scenes(3), 32, GPU),
     "videos": following,
+    "classes of pixels": segmenting,
     "features": reading,
     "matches": lambda model: match_mutual(on_gpu(9, 8), on_gpu(7, 8)),
     "colors": lambda model: fit_axes([on_gpu(9, 8)]).colors(on_gpu(7, 8)),

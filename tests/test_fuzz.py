@@ -224,7 +224,7 @@ def test_what_a_file_says_of_its_model_is_checked_before_the_model_is_built(
         dino.load(tmp_path / "m")
 
 
-CHOSEN = {"eval masks": ["--data", "d"], "eval copydetect": ["--data", "d"]}
+CHOSEN = {f"eval {name}": ["--data", "d"] for name in ("masks", "segment", "copydetect")}
 WORDS = [
     "nan",
     "inf",

@@ -38,7 +38,7 @@ REQUIRED |= {"run": "r", "to": "onnx"}
 def make(kind: type[Options], **values: Any) -> Any:
     fields = dataclasses.fields(kind)
     needed = {f.name: REQUIRED[f.name] for f in fields if f.default is dataclasses.MISSING}
-    if kind in (evaluate.CopydetectOptions, evaluate.MasksOptions):
+    if kind in (evaluate.CopydetectOptions, evaluate.PairsOptions, evaluate.MasksOptions, evaluate.SegmentOptions):
         needed["data"] = "d"
     return kind(**needed | values)
 

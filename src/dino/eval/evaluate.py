@@ -33,7 +33,8 @@ from dino.weights import fingerprint, runs
 from dino.weights.checks import refuse_broken
 
 T = TypeVar("T")
-DATA_FIELDS = ("data", "val", "whiten", "originals", "copies", "distractors", "images", "masks")
+DATA_FIELDS = ("data", "val", "whiten", "originals", "copies", "distractors")
+DATA_FIELDS += ("images", "masks", "val_images", "val_masks")
 
 
 class Result(NamedTuple):

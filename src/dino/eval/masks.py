@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,19 +13,17 @@ from PIL import Image
 
 from dino.data.decode import BadImage
 from dino.data.labels import read_text
-from dino.data.sources import Files, open_listed, open_source
+from dino.data.sources import Files, Source, open_listed, open_source
 from dino.eval.evaluate import Result, choose_view_size, measure_each
 from dino.look.attention import enlarge, fit_to_patches, jaccard, map_attention, mass_mask
 from dino.look.patches import prepare_image
 from dino.models import NO_ATTENTION, Backbone
+from dino.options import required
 from dino.options.evaluate import MasksOptions
 
 MARGIN = 32  # by which JPEG may change a mask's black and white
 SIZE = 480  # pixels, for a model trained at 224
-LAYOUT = (
-    "expected are DATA/JPEGImages/NAME.jpg, DATA/SegmentationObject/NAME.png (or SegmentationClass) and "
-    "DATA/ImageSets/Segmentation/val.txt"
-)
+T = TypeVar("T")
 
 
 def open_masks(options: MasksOptions) -> tuple[Files, Files]:
@@ -32,28 +32,60 @@ def open_masks(options: MasksOptions) -> tuple[Files, Files]:
     Raises:
         ValueError: folders are not laid out as they should be, or a mask is missing.
     """
-    if options.data is None:
-        assert options.images is not None
-        assert options.masks is not None
-        images, others = open_source(options.images, "none"), open_source(options.masks, "none")
-        by_stem = {os.path.splitext(others.name(i))[0]: others.name(i) for i in range(len(others))}
-        stems = [os.path.splitext(images.name(i))[0] for i in range(len(images))]
-        if missing := [stem for stem in stems if stem not in by_stem]:
-            raise ValueError(
-                f"{len(missing)} of the {len(stems)} images of {options.images} have no mask of their name in "
-                f"{options.masks}, first {missing[0]}; add the masks or take the images out."
-            )
-        return images, open_listed(
-            Path(others.root), [by_stem[stem] for stem in stems], options.masks, "a mask to an image"
+    if options.data is not None:
+        return open_voc(options.data, "val", ("SegmentationObject", "SegmentationClass"))
+    return pair_folders(required(options.images), required(options.masks))
+
+
+def pair_folders(images: str, masks: str) -> tuple[Files, Files]:
+    """The images of a folder, and at the same positions the masks of their names; raises as `open_masks` does."""
+    found, others = open_source(images, "none"), open_source(masks, "none")
+    by_stem = {os.path.splitext(others.name(i))[0]: others.name(i) for i in range(len(others))}
+    stems = [os.path.splitext(found.name(i))[0] for i in range(len(found))]
+    if missing := [stem for stem in stems if stem not in by_stem]:
+        raise ValueError(
+            f"{len(missing)} of the {len(stems)} images of {images} have no mask of their name in {masks}, first "
+            f"{missing[0]}; add the masks or take the images out."
         )
-    root = Path(options.data).expanduser()
-    split = root / "ImageSets" / "Segmentation" / "val.txt"
-    folder = next((root / kind for kind in ("SegmentationObject", "SegmentationClass") if (root / kind).is_dir()), None)
+    return found, open_listed(Path(others.root), [by_stem[stem] for stem in stems], masks, "a mask to an image")
+
+
+def open_voc(data: str, part: str, kinds: Sequence[str]) -> tuple[Files, Files]:
+    """The images of a part ("val") of PASCAL VOC, and at the same positions the masks from the first folder of `kinds`
+    that exists; raises as `open_masks` does."""
+    root = Path(data).expanduser()
+    split = root / "ImageSets" / "Segmentation" / f"{part}.txt"
+    folder = next((root / kind for kind in kinds if (root / kind).is_dir()), None)
+    layout = (
+        f"expected are DATA/JPEGImages/NAME.jpg, DATA/{' or '.join(kinds)}/NAME.png and "
+        f"DATA/ImageSets/Segmentation/{part}.txt"
+    )
     if folder is None or not split.is_file():
-        raise ValueError(f"--data {root} is not laid out as PASCAL VOC; {LAYOUT}. Other data: --images and --masks.")
+        raise ValueError(f"--data {root} is not laid out as PASCAL VOC; {layout}. Other data: --images and --masks.")
     names = read_text(str(split)).split()
-    images = open_listed(root / "JPEGImages", [f"{name}.jpg" for name in names], str(split), LAYOUT)
-    return images, open_listed(folder, [f"{name}.png" for name in names], str(split), LAYOUT)
+    images = open_listed(root / "JPEGImages", [f"{name}.jpg" for name in names], str(split), layout)
+    return images, open_listed(folder, [f"{name}.png" for name in names], str(split), layout)
+
+
+def require_usable(found: Mapping[int, T | str], images: Source) -> list[T]:
+    """What was found of each image, by its position.
+
+    Raises:
+        ValueError: of some there is only a sentence why not.
+    """
+    if bad := [(i, reason) for i, reason in found.items() if isinstance(reason, str)]:
+        raise ValueError(
+            f"{len(bad)} of the {len(found)} images cannot be used, first {images.name(bad[0][0])} ({bad[0][1]}); repair "
+            "or remove them, every image counts."
+        )
+    return [each for each in found.values() if not isinstance(each, str)]
+
+
+def check_sizes(image: np.ndarray, mask: np.ndarray) -> None:
+    """Refuse a mask of another size than its image."""
+    if mask.shape != image.shape[:2]:
+        (h, w), (height, width) = mask.shape, image.shape[:2]
+        raise ValueError(f"its mask is {w} x {h} pixels and the image {width} x {height}; make them agree")
 
 
 def read_objects(path: Path) -> np.ndarray:
@@ -89,9 +121,7 @@ def read_pair(image: np.ndarray, indices: np.ndarray, size: int, patch_size: int
     Raises:
         ValueError: they differ in size, or are smaller than a patch.
     """
-    if indices.shape != image.shape[:2]:
-        (h, w), (height, width) = indices.shape, image.shape[:2]
-        raise ValueError(f"its mask is {w} x {h} pixels and the image {width} x {height}; make them agree")
+    check_sizes(image, indices)
     indices = fit_to_patches(indices, size, patch_size, Image.Resampling.NEAREST)
     objects = [i for i in np.unique(indices) if i not in (0, 255)]
     return fit_to_patches(image, size, patch_size), indices == np.array(objects, np.uint8)[:, None, None]
@@ -124,12 +154,7 @@ def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Re
         return measure_overlap(model, image, objects, options.mass)
 
     found = measure_each(range(len(images)), measure, "attention")  # one by one: images differ in size
-    if bad := [(i, reason) for i, reason in found.items() if isinstance(reason, str)]:
-        raise ValueError(
-            f"{len(bad)} of the {len(found)} images cannot be used, first {images.name(bad[0][0])} ({bad[0][1]}); repair "
-            "or remove them, every image counts."
-        )
-    used = [heads for heads in found.values() if not isinstance(heads, str) and len(heads)]
+    used = [heads for heads in require_usable(found, images) if len(heads)]
     if not used:
         raise ValueError(
             f"none of the {len(found)} masks holds an object; objects are white, or palette indices 1 to 254."

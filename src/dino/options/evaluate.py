@@ -93,7 +93,9 @@ class CopydetectOptions(RankingOptions):
             yield "give either --data with the Copydays folder, or --originals and --copies."
 
 
-class MasksOptions(EvalOptions):
+class PairsOptions(EvalOptions):
+    """For evaluations of images with masks."""
+
     data: str | None = None
     """PASCAL VOC: a folder DATA with DATA/JPEGImages/, DATA/SegmentationObject/ (or DATA/SegmentationClass/) and
     DATA/ImageSets/Segmentation/val.txt."""
@@ -102,12 +104,43 @@ class MasksOptions(EvalOptions):
     masks: str | None = None
     """A folder of masks of the same names and sizes: gray images whose bright half is the object, or palette images
     with an object to an index (0 is none, 255 is unknown)."""
-    mass: AttentionMass = 0.6
-    """Share of a head's attention that its mask keeps."""
 
     def contradictions(self) -> Iterator[str]:
         if (self.data is None) == (self.images is None) or (self.images is None) != (self.masks is None):
             yield "give either --data with the VOC folder, or --images and --masks."
+
+
+class MasksOptions(PairsOptions):
+    mass: AttentionMass = 0.6
+    """Share of a head's attention that its mask keeps."""
+
+
+class SegmentOptions(PairsOptions):
+    data: str | None = None
+    """PASCAL VOC: a folder DATA with DATA/JPEGImages/, DATA/SegmentationClass/ and DATA/ImageSets/Segmentation/train.txt
+    and val.txt."""
+    masks: str | None = None
+    """A folder of masks of the same names and sizes: gray or palette PNGs whose value is the class of the pixel. 0 is a
+    class too, often the background; 255 is unknown, or the object where all masks hold only 0 and 255."""
+    val_images: str | None = None
+    """Images to measure on, with --val-masks. None: a tenth, at most 1000, of the images."""
+    val_masks: str | None = None
+    """Their masks."""
+    k: PositiveInt = 20
+    """Number of neighbors of the k-NN."""
+    patches: PositiveInt = 50_000
+    """Most patches of training images to learn from, drawn evenly from all images."""
+    c: PositiveFloat = 0.01
+    """Inverse strength of the L2 penalty of the linear layer, sum of losses + |W|^2 / 2C."""
+    seed: Seed = 0
+    """Seed of the drawn patches."""
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if (self.val_images is None) != (self.val_masks is None) or (
+            self.data is not None and self.val_images is not None
+        ):
+            yield "give --val-images and --val-masks both or not at all, and only beside --images and --masks."
 
 
 class TrainedOptions(LabeledOptions):
@@ -223,5 +256,6 @@ EVALUATIONS: dict[str, tuple[str, type[EvalOptions]]] = {
     "retrieval": ("landmark retrieval, Oxford and Paris", RetrievalOptions),
     "copydetect": ("find the originals of copies", CopydetectOptions),
     "masks": ("overlap of attention with objects", MasksOptions),
+    "segment": ("classes of pixels: k-NN and linear on patches", SegmentOptions),
     "davis": ("objects followed through videos, J and F", DavisOptions),
 }
