@@ -36,9 +36,7 @@ def main() -> None:
     spread = [i * count // options.num if options.num < count else i % count for i in range(options.num)]
     source = Subset(source, spread)
     model = create(options.arch, image_size=size).to(device).eval()
-    whole = EvaluationViews(
-        source, range(len(source)), size, choose_batch_size(size), "center", torch.get_num_threads()
-    )
+    whole = EvaluationViews(source, range(len(source)), size, choose_batch_size(size), threads=torch.get_num_threads())
     batches = [part for item in range(len(whole)) for part in whole[item][0]]
     ready = [normalize(batch.to(device)) for batch in batches]
     with FlopCounterMode(display=False) as counter:

@@ -22,6 +22,7 @@ from dino.data.loader import ViewBatches
 from dino.engine import train
 from dino.engine.build import build_method
 from dino.engine.train import Trainer
+from dino.models import create
 from dino.options import replace
 from dino.options.auto import resolve
 from dino.options.train import TrainOptions
@@ -54,7 +55,8 @@ class Pictures:
 def to_gpu(module: nn.Module, device: torch.device | None = None, memory_format: object = None) -> nn.Module:
     if device is None:
         return module
-    for part in module.modules():
+    frozen = getattr(module, "_frozen", [])  # of a student, which moves it by itself
+    for part in (part for network in (module, *frozen) for part in network.modules()):
         for name, p in part._parameters.items():
             if p is not None:
                 part._parameters[name] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
@@ -89,11 +91,12 @@ def with_trainer(changes: dict[str, Any], work: Any) -> Any:
     wanted = {"device": "cuda", "precision": "bf16", "batch_size": len(source), "model.drop_path": 0.3}
     options = resolve(replace(TrainOptions(), TINY | wanted | changes), len(source), 50, on_gpu=True, cores=0)
     batches = ViewBatches(source, options.views, DeviceRenderer(GPU), len(source), options.seed)
-    batch, method = batches[0], build_method(options)
-    train.build_method = lambda _: method  # its initial weights are numbers, which fake tensors have not
+    frozen = create("vit_nano", patch_size=8, image_size=32) if options.method.frozen else None
+    batch, method = batches[0], build_method(options, frozen)
+    train.build_method = lambda *_: method  # its initial weights are numbers, which fake tensors have not
     without_backward(method.student)
     with tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=True):
-        subject = Trainer(options, Path(folder), source, batches, GPU, Terminal(False))
+        subject = Trainer(options, Path(folder), source, batches, GPU, Terminal(False), frozen=frozen)
         return work(subject, batch)
 
 

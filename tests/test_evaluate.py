@@ -21,6 +21,7 @@ from dino.eval import knn
 from dino.features import cache
 from dino.features.extract import POOLINGS, extract
 from dino.models import VisionTransformer
+from dino.models.preprocessing import IMAGENET
 from dino.options import replace
 from dino.options.evaluate import KnnOptions
 from dino.options.train import TrainOptions
@@ -153,8 +154,8 @@ def test_any_size_is_cut_to_whole_patches_and_no_less_than_one(model):
 def test_views_by_hand():
     image = np.zeros((60, 90, 3), np.uint8)
     image[:30] = 255
-    shapes = {name: view(image, 45).shape for name, view in RESIZES.items()}
-    assert shapes == {"center": (45, 45, 3), "stretched": (45, 45, 3), "shrunk": (30, 45, 3)}
+    shapes = {name: view(image, 45, IMAGENET).shape for name, view in RESIZES.items()}
+    assert shapes == {"as trained": (45, 45, 3), "stretched": (45, 45, 3), "shrunk": (30, 45, 3)}
     assert np.array_equal(RESIZES["shrunk"](image, 200), image)  # never enlarged
     assert RESIZES["stretched"](image, 30)[:14].min() > 200 > 50 > RESIZES["stretched"](image, 30)[16:].max()
 

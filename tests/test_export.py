@@ -53,6 +53,7 @@ def test_positions_of_a_graph_are_the_models(how, size):
     torch.testing.assert_close(interpolate_symbolically(positions, *size, how), expected, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 def test_onnx_of_a_run_takes_any_number_and_size_of_images(run, tmp_path):
     import onnxruntime
 
@@ -162,7 +163,7 @@ def test_the_card_says_how_the_run_was_trained_and_what_was_found(run, tmp_path,
 
 
 def test_the_card_of_a_release_has_the_published_figures_and_the_license():
-    text = card.render_card("vits16", "hf", Path("a-hf"), {}, "0", 224)
+    text = card.render_card("vits16", "hf", Path("a-hf"), {}, "0", dino.create("vit_nano"))
     assert "license: apache-2.0" in text
     assert "| published | k-NN, ImageNet top-1 | 74.5 |" in text
     assert "## Training options" not in text
@@ -177,8 +178,8 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(run, tmp_path, capsys,
         (run, "onnx", "a.onnx", "pip install 'dino[export]'"),
         (swin, "torch-export", "a.pt2", "windows"),
         (stem, "timm", "a", "stem 'small'"),
-        (stem, "hf", "a", "ViT only"),
-        (convnext, "reference", "a.pth", "holds no ViT, XCiT or ResNet"),
+        (stem, "hf", "a", "our own ViTs only"),
+        (convnext, "reference", "a.pth", "which the reference has not"),
     ):
         for name, needs in (("onnx", ("onnx", "no_such_package")), ("hf", ())):
             monkeypatch.setitem(compare.FORMATS, name, compare.FORMATS[name]._replace(needs=needs))

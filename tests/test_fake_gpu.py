@@ -38,6 +38,9 @@ STEPS: dict[str, dict[str, Any]] = {
     "in parts": {"accumulate": 3, "recompute": "blocks"},
     "recomputed": {"recompute": "elementwise"},
     "gray": {"model.in_channels": 1},
+    "frozen teacher": dict.fromkeys(("method.loss", "method.targets", "head.prototypes", "head.out_dim"))
+    | {"method.teacher": "frozen:vit_nano", "views.num_local": 0, "head.bottleneck_dim": 96},
+    "layer decay": {"optim.layer_decay": 0.5},
     "LARS": {"optim.name": "lars"},
     "Muon": {"optim.name": "muon"},
     "convolutions": {"model.arch": "vit_nano_hybrid", "model.width": 32, "model.depth": 2, "model.num_heads": 2},

@@ -21,6 +21,7 @@ from dino.features.extract import Features, extract
 from dino.html import read_row
 from dino.method import DINO, Network
 from dino.models import Head
+from dino.models.preprocessing import IMAGENET
 from helpers import draw_images
 from training import SMALL_VIEWS
 
@@ -108,7 +109,7 @@ def test_scene_masks_of_a_perfect_model_is_one_hundred():
     scenes = Scenes(5)
 
     class Oracle:
-        in_channels = 3
+        preprocessing = IMAGENET
 
         def grid(self, height, width):
             return height, width
@@ -131,7 +132,7 @@ def test_the_mean_map_may_be_better_than_every_head_and_has_a_figure_of_its_own(
     class Halves:
         """One head looks at the upper halves of objects, the other at the lower ones."""
 
-        in_channels = 3
+        preprocessing = IMAGENET
 
         def grid(self, height, width):
             return height, width

@@ -25,6 +25,7 @@ from dino.eval import finetune
 from dino.eval.finetune import FINETUNE_RECIPES, Classifier, FinetuneRecipe, Finetuning
 from dino.eval.supervised import LabeledBatch
 from dino.models import create
+from dino.models.preprocessing import IMAGENET
 from dino.options import replace
 from dino.options.evaluate import FinetuneOptions
 from dino.options.train import TrainOptions
@@ -69,8 +70,9 @@ def test_groups():
     assert found["backbone.patch_embed.proj.weight"] == (0.125, 0.05)
     assert found["backbone.pos_embed"] == found["backbone.cls_token"] == (0.125, 0)
     assert {group["lr_scale"] for group in finetune.group_by_layer(model, 0.05, 1.0)} == {1}
-    with pytest.raises(ValueError, match="leave it at 1"):
-        finetune.group_by_layer(Classifier(create("timm:resnet18", image_size=32), 3, 1.0, 0), 0.05, 0.5)
+    convnet = Classifier(create("timm:resnet18", image_size=32), 3, 1.0, 0)
+    scales = {group["lr_scale"] for group in finetune.group_by_layer(convnet, 0.05, 0.5)}
+    assert scales == {0.5**i for i in range(10)}  # the classifier, eight blocks and the stem
 
 
 def test_rates_are_those_of_deits_schedule():
@@ -156,7 +158,7 @@ def test_the_strongest_augmentation_still_shows_something():
     image = Image.fromarray(np.full((20, 20, 3), 200, np.uint8))
     (policy,) = (
         part
-        for part in finetune.build_augmentation(16, FINETUNE_RECIPES["imagenet"]).transforms
+        for part in finetune.build_augmentation(16, FINETUNE_RECIPES["imagenet"], IMAGENET).transforms
         if hasattr(part, "ops")
     )
     assert {op.magnitude for op in policy.ops} == {9}

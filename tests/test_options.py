@@ -95,7 +95,7 @@ def test_wrong_types_and_words_are_refused_with_the_name_of_the_option(kind):
     ("name", "value", "said"),
     [
         ("method.targets", "centering-x", "centering, softmax-batch, sinkhorn, none. Did you mean 'centering'?"),
-        ("method.teacher", "ema", "momentum, previous-epoch, previous-iteration, student."),
+        ("method.teacher", "ema", "momentum, previous-epoch, previous-iteration, student or frozen:NAME."),
         ("optim.name", "adam", "adamw, sgd, lars, muon. Did you mean 'adamw'?"),
         ("log.every", 2.5, "it must be a whole number."),
         ("batch_size", 12.5, "it must be a whole number."),
@@ -165,15 +165,17 @@ def test_choices_are_the_entries_of_the_tables():
     from dino.exports import compare
     from dino.features import extract, search
     from dino.look import pictures
-    from dino.models import CONVNETS, head, vit
+    from dino.models import CONVNETS, head, preprocessing, vit
     from dino.models.timm_backbone import TimmBackbone
 
     def choices(kind: type[Options], name: str) -> set[Any]:
         return set(find_choices(get_types(kind)[name]))
 
     assert choices(train.MethodOptions, "targets") == set(variants.TARGETS)
-    assert choices(train.MethodOptions, "loss") == set(variants.LOSSES)
-    assert choices(train.MethodOptions, "teacher") == set(variants.TEACHERS)
+    assert choices(train.MethodOptions, "loss") == {*variants.LOSSES, "cosine"}  # which is of a frozen teacher
+    assert set(train.TEACHERS) == set(variants.TEACHERS)
+    assert choices(train.ModelOptions, "interpolation") == set(get_args(preprocessing.Interpolation))
+    assert choices(train.ModelOptions, "resize") == set(get_args(preprocessing.Resize))
     assert choices(train.OptimOptions, "name") == set(optim.OPTIMIZERS)
     assert choices(train.HeadOptions, "activation") == set(head.ACTIVATIONS) == set(get_args(head.Activation))
     assert choices(train.ModelOptions, "pos_interp") == set(get_args(vit.PositionInterpolation))

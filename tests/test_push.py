@@ -13,6 +13,7 @@ import yaml
 import dino
 from dino import cli
 from dino.exports import card
+from dino.weights import fingerprint
 from helpers import TINY, draw_images, run_dino
 from hub import Hub
 
@@ -58,6 +59,9 @@ def test_a_pushed_run_is_loaded_by_its_name(run, hub, to, tmp_path):
     else:
         found = timm.create_model("hf-hub:org/net", pretrained=True).eval()(images)
     torch.testing.assert_close(found, dino.load(run)(images), rtol=0, atol=1e-5)
+    again = dino.load("hf:org/net")
+    assert torch.equal(again(images), dino.load(run)(images))
+    assert (again.preprocessing.choose_edge(32), again.view_size) == (32, 32)
     front, text = read_card(hub, "org/net")
     library = {"hf": "transformers", "timm": "timm"}[to]
     expected = {
@@ -81,12 +85,13 @@ def test_a_file_is_pushed_with_its_card_and_kept(run, hub, tmp_path):
     assert (served / "model.safetensors").read_bytes() == out.read_bytes()
     assert 'dino.load("hf:org/net")' in read_card(hub, "org/net")[1]
     assert 'dino.load("mine.safetensors")' in out.with_name("mine.safetensors.md").read_text()
+    assert fingerprint(dino.load("hf:org/net")) == fingerprint(dino.load(run))
     dino.export(run, "reference", push="org/net")  # again: a commit in the same repository, nothing is deleted
     assert sorted(path.name for path in served.iterdir()) == ["README.md", "model.pth", "model.safetensors"]
 
 
 def test_the_card_of_a_graph_downloads_it_by_name():
-    text = card.render_card("vits16", "onnx", Path("model.onnx"), {}, "0", 224, repo="org/graph")
+    text = card.render_card("vits16", "onnx", Path("model.onnx"), {}, "0", dino.create("vit_nano"), repo="org/graph")
     assert 'InferenceSession(hf_hub_download("org/graph", "model.onnx"))' in text
     assert "from huggingface_hub import hf_hub_download\nimport onnxruntime\n" in text
 

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
 from dino.data.device_render import LARGEST, DeviceRenderer, Parameters, crop_batch
-from dino.data.normalize import MEAN, STD, normalize
+from dino.data.normalize import normalize
 from dino.data.render import CpuRenderer, blur_kernels, crop
 from dino.data.views import HUE, Views, draw_views
+from dino.models.preprocessing import MEAN, STD
 from dino.options.recipes import find_recipe
 
 SIZE = 160

@@ -14,6 +14,7 @@ from dino import cli
 from dino.data.normalize import normalize
 from dino.engine import parallel
 from dino.engine.log import read_metrics
+from dino.models.preprocessing import GRAY
 from dino.models.timm_backbone import TimmBackbone
 from dino.options import replace
 from dino.options.train import TrainOptions
@@ -177,7 +178,7 @@ def test_any_number_of_channels(name, channels):
 
 def test_one_channel_is_luma_with_luminous_statistics():
     views = torch.randint(0, 256, (2, 3, 5, 4, 3), dtype=torch.uint8)
-    gray = normalize(views, 1)
+    gray = normalize(views, GRAY)
     assert gray.shape == (6, 1, 5, 4)
     weights = torch.tensor([0.299, 0.587, 0.114])
     luma = (views.flatten(0, 1).double() / 255 @ weights.double()).unsqueeze(1)
@@ -194,7 +195,7 @@ def test_one_channel_is_luma_with_luminous_statistics():
         (lambda: dino.create("timm:resnet5"), "Did you mean 'resnet50'"),
         (lambda: dino.create("timm:hf_hub:someone/model"), "timm has no architecture"),
         (lambda: dino.create("timm:resnet18", patch_size=8, depth=3), "fixes its own patch_size and depth"),
-        (lambda: dino.create("timm:resnet18", pos_interp="size"), "option of our own ViTs"),
+        (lambda: dino.create("timm:resnet18", pos_interp="size"), "for learned positions"),
         (lambda: dino.create("timm:vit_tiny_patch16_224", image_size=40), "does not take images of 40x40"),
         (lambda: dino.create("timm:crossvit_tiny_240", image_size=64), "timm:crossvit_tiny_240"),
         (lambda: dino.create("timm:coat_tiny"), "several maps"),

@@ -22,7 +22,7 @@ from dino.options import auto, replace, toml
 from dino.options.train import TrainOptions
 from dino.report import verdict as rules
 from dino.report.run import Run
-from dino.report.verdict import Verdict, judge, measure_margin, warn
+from dino.report.verdict import RELEASED, Verdict, judge, measure_margin, warn
 from dino.weights.releases import find_release
 from helpers import TINY, as_flags, draw_images
 
@@ -80,7 +80,7 @@ def follow(verdict: Verdict, images: Path) -> None:
     if words[0] == "app":
         assert Path(vars(options)["model"], "config.toml").exists()
     elif getattr(options, "init", None):
-        assert find_release(vars(options)["init"])
+        assert find_release(vars(options)["init"]) or vars(options)["init"] == RELEASED
     elif "--resume" not in words:  # there is no checkpoint to resume
         assert cli.main([*words, "--stop-after", "1"]) == 0
 
@@ -97,9 +97,9 @@ CASES: dict[str, tuple[dict[str, Any], str, str | None, str, str]] = {
     "by chance": (
         {"knn": {"untrained": 25.0, "trained": 28.0}},
         *("not", "unclear", "better than raw pixels and color histograms, not measurably better than the untrained network."),
-        "--init vits16",
+        f"--init {RELEASED}",
     ),
-    "below pixels": ({"knn": BETTER, "pixels": 50.0}, "not", "unclear", ", worse than raw pixels.", "--init vits16"),
+    "below pixels": ({"knn": BETTER, "pixels": 50.0}, "not", "unclear", ", worse than raw pixels.", f"--init {RELEASED}"),
     "rising, below": ({"knn": FLAT | {"trained": 35.0}, "pixels": 50.0}, "not", "rising", "worse than", "--epochs 12"),
     "given up": ({"knn": FLAT, "init": "vits16"}, "not", "unclear", "not measurably", "--epochs 12"),
     "few steps": (
@@ -107,7 +107,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str | None, str, str]] = {
         *("not", "few steps", "", "--epochs 154"),
     ),
     "some steps": ({"knn": FLAT, "steps": 2000, "epochs": 2}, "not", "few steps", "", "--epochs 4"),
-    "few images": ({"knn": FLAT, "steps": 132, "count": 90}, "not", "few images", "", "--init vits16"),
+    "few images": ({"knn": FLAT, "steps": 132, "count": 90}, "not", "few images", "", f"--init {RELEASED}"),
     "stopped": ({"knn": FLAT, "steps": 2000}, "not", "stopped", "", "--resume"),
     "color": ({"knn": FLAT, "colors": 28.0, "last": COLOR}, "not", "color", "", "--views.gray-prob 0.5"),
     "color, gray": (
@@ -192,7 +192,7 @@ def test_a_short_run_says_so_before_it_starts_and_at_its_end(images, tmp_path, c
     assert "Warning: 52 steps are few" in before
     assert "color histograms" in after
     assert "Verdict: " in after
-    assert f"Next: dino train --init vits16 --epochs 10 --data {images} --out {run}-2" in after
+    assert f"Next: dino train --init timm:vit_small_patch14_dinov2.lvd142m --data {images} --out {run}-2" in after
     page = (run / "report.html").read_text()
     assert '<div class="verdict not">' in page
     assert '<p class="figure">' not in page  # nothing large

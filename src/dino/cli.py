@@ -61,7 +61,7 @@ COMMANDS: dict[str, Command] = {
     "app": Command("a page to explore what a model sees", commands.AppOptions, "dino.app:command"),
     "report": Command("write a run's report.html again", commands.ReportOptions, "dino.run:report_command"),
     "models": Command(
-        "list or download the released weights", commands.ModelsOptions, "dino.weights.releases:models_command"
+        "list weights to start from, or download some", commands.ModelsOptions, "dino.weights.starts:models_command"
     ),
     "export": Command(
         "write a model for other libraries and runtimes", commands.ExportOptions, "dino.exports.export:export_command"

@@ -25,6 +25,7 @@ from dino.engine.train import Trainer
 from dino.eval import evaluate
 from dino.eval.online import OnlineEvaluation
 from dino.machine import check_cores, check_workers, count_spare_cores, describe_device
+from dino.models import Backbone
 from dino.options import auto, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base, free_length
@@ -32,7 +33,7 @@ from dino.options.resume import check_resumable
 from dino.options.rules import parse_bytes
 from dino.options.train import TrainOptions
 from dino.report.run import Run
-from dino.report.verdict import judge, warn
+from dino.report.verdict import advise_start, judge, warn
 from dino.terminal import Terminal
 from dino.weights.checkpoints import list_checkpoints
 
@@ -84,8 +85,11 @@ def run_training(options: TrainOptions) -> Path:
             f"{trainer.plan.total} steps of {trainer.options.batch_size}, on {describe_device(device)}; "
             f"run directory {folder}"
         )
-        for text in [] if options.resume else warn(options, len(trainer.source), trainer.plan.total):
-            terminal.say(f"Warning: {text}", style="yellow")
+        if options.resume is None:
+            for text in warn(options, len(trainer.source), trainer.plan.total):
+                terminal.say(f"Warning: {text}", style="yellow")
+            if advice := advise_start(options, len(trainer.source)):
+                terminal.say(advice)
         complete = trainer.fit()
         if distributed.is_main():
             finish(trainer, complete, held_out)
@@ -115,10 +119,13 @@ def set_up(
     source, held_out = distributed.from_main(lambda: open_data(options, folder))
     terminal.say(describe(source, options.data.path))
     start = distributed.from_main(lambda: read_start(options, folder))
+    frozen = load_frozen(options)
 
     def make(options: TrainOptions, folder: Path, terminal: Terminal) -> Trainer:
+        if frozen is not None:
+            options = replace(options, {"head.bottleneck_dim": frozen.embed_dim})
         resolved = resolve_options(options, source, start, device, terminal)
-        trainer = build_trainer(resolved, folder, (source, held_out), device, terminal)
+        trainer = build_trainer(resolved, folder, (source, held_out), device, terminal, frozen)
         if start is not None:
             initialize_trainer(trainer, start)
         return trainer
@@ -153,6 +160,22 @@ def read_start(options: TrainOptions, folder: Path) -> weights.Weights | None:
     return weights.read(options.init, num_heads=options.model.num_heads)
 
 
+def load_frozen(options: TrainOptions) -> Backbone | None:
+    """The teacher that does not learn; None where there is none."""
+    name = options.method.frozen
+    if name is None:
+        return None
+    if options.head.bottleneck_dim is not None and options.resume is None:
+        raise ValueError("head.bottleneck_dim is as wide as the features of a frozen teacher; leave it out.")
+    found = weights.build_backbone(distributed.from_main(lambda: weights.read(name, only_backbone=True)))
+    if found.in_channels != options.model.in_channels:
+        raise ValueError(
+            f"the frozen teacher {name} takes {found.in_channels} channel(s) and the student {options.model.in_channels}; "
+            "choose --model.in-channels alike."
+        )
+    return found
+
+
 def resolve_options(
     options: TrainOptions, source: Source, start: weights.Weights | None, device: torch.device, terminal: Terminal
 ) -> TrainOptions:
@@ -163,7 +186,15 @@ def resolve_options(
     resolved = auto.resolve(adopted, len(source), probe(source), device.type == "cuda", workers)
     check(resolved, source, device)
     given = flatten(options)
-    chosen = {name: value for name, value in flatten(resolved).items() if given[name] is None and value is not None}
+    idle = "method.teacher_temp" if resolved.method.loss != "cross-entropy" else "none"  # vectors have no temperature
+    chosen = {
+        name: value
+        for name, value in flatten(resolved).items()
+        if given[name] is None and value is not None and not name.startswith(idle)
+    }
+    arch = required(resolved.model.arch)
+    if options.init is None and options.resume is None and arch.startswith("timm:"):
+        terminal.say(f"{arch} starts with fresh weights; its trained ones, where timm has some: --init {arch}")
     if chosen and options.resume is None:
         values = (
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in chosen.items()
@@ -173,13 +204,19 @@ def resolve_options(
 
 
 def build_trainer(
-    options: TrainOptions, folder: Path, data: tuple[Source, Source | None], device: torch.device, terminal: Terminal
+    options: TrainOptions,
+    folder: Path,
+    data: tuple[Source, Source | None],
+    device: torch.device,
+    terminal: Terminal,
+    frozen: Backbone | None = None,
 ) -> Trainer:
     """The trainer with fresh weights, its evaluations, and its steps cut to the memory of `options.fit`."""
     more = [evaluate.EvaluationCallback.parse(text, folder) for text in options.log.evaluate]
-    callback = OnlineEvaluation(*data, options.views, options.seed, device, more)
+    trained = options.init is not None
+    callback = OnlineEvaluation(*data, options.views, options.seed, device, more, starts_trained=trained)
     batches = build_batches(options, data[0], device)
-    trainer = Trainer(options, folder, data[0], batches, device, terminal, callback)
+    trainer = Trainer(options, folder, data[0], batches, device, terminal, callback, frozen)
     if options.fit is not None:
         step, images = trainer.training_step, batches.batch_size // batches.world_size
         split, needed = distributed.gather(fit.fit_memory(step, options, images, parse_bytes(options.fit)))[0]
@@ -260,7 +297,12 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
     """Print the figures that were reached and how to go on, and write the report."""
     folder, terminal = trainer.run, trainer.terminal
     run = Run.read(folder, len(trainer.source))
-    if not complete:
+    if trainer.hurts:
+        since = f"from step {trainer.best.worse_since} to step {trainer.step}"
+        terminal.say(
+            f"Ended early: {since} every check found less than the weights that the run started from; they are kept."
+        )
+    elif not complete:
         terminal.say(f"Stopped and saved after step {trainer.step}.")
     floors = "".join(f"; {what} {value:.1f} %" for what, value in run.floors.items())
     mean_map = "".join(
@@ -272,7 +314,7 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
     ):
         before, after = run.compare(key)
         if before is not None and after is not None:
-            terminal.say(f"{what}: {before:.1f} % untrained -> {after:.1f} % trained{others}")
+            terminal.say(f"{what}: {before:.1f} % {run.words[0]} -> {after:.1f} % {run.words[1]}{others}")
     for line in judge(run).lines:
         terminal.say(line)
     if best := trainer.best.found:

@@ -128,7 +128,7 @@ def _pixels(image: ImageFile.ImageFile, stream: BinaryIO, max_pixels: int | None
     pixels = _faultless_jpeg(image, stream)
     if pixels is None:
         image.load()  # some formats store their EXIF after the pixels
-        pixels = _rgb(image)
+        pixels = to_rgb(image)
     swap, flip = _turn(image)
     if swap:
         pixels = cv2.transpose(pixels)
@@ -156,9 +156,9 @@ def _turn(image: Image.Image) -> tuple[bool, int | None]:
         return as_it_is
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
     """[h, w, 3] uint8."""
-    pixels, convert = np.empty((image.height, image.width, 3), np.uint8), _to_rgb
+    pixels, convert = np.empty((image.height, image.width, 3), np.uint8), _drop_alpha
     if image.mode in ("I", "F"):
         convert = _stretch(image)
     elif image.mode.startswith("I;16"):
@@ -180,7 +180,7 @@ def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
         yield slice(top, end), image.crop((0, top, image.width, end))
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _drop_alpha(image: Image.Image) -> np.ndarray:
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB"))
     image = image.convert("RGBA")

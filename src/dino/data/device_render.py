@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.device_decode import Jpeg, decode_jpegs, read_jpeg
-from dino.data.normalize import LUMA
 from dino.data.render import HUE_STEPS, CpuRenderer, Renderer, blur_kernels, crop
 from dino.data.sources import Source
 from dino.data.views import CONTRAST, HUE, SATURATION, Views
+from dino.models.preprocessing import LUMA
 
 LARGEST = 640  # edge in pixels; the worker cuts the views of larger images
 ALIGNMENT = 8  # row lengths are multiples of this, as fast products in half precision need

@@ -8,18 +8,15 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from dino.models.preprocessing import IMAGENET, Preprocessing
+
 LONGEST = 64  # times the shorter side. What lies beyond is cut off before an image is resized
 
 
-def choose_edge(size: int) -> int:
-    """Shorter side to which an image is resized before its central square of `size` is taken, pixels."""
-    return size * 256 // 224 if size >= 128 else size
+def resize_and_crop(image: np.ndarray, size: int, wanted: Preprocessing = IMAGENET) -> np.ndarray:
+    """The evaluation view: the shorter side to `wanted.choose_edge(size)`, then the central square.
 
-
-def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The reference's evaluation view: shorter side to size * 256 / 224 by bicubic, then the central square.
-
-    Below 128 pixels the shorter side becomes `size` itself, so that small images keep their border.
+    As in the reference that is size * 256 / 224 by bicubic, where the weights want nothing else.
 
     Args:
         image: [h, w, 3] uint8.
@@ -32,32 +29,41 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     top, left = max(0, (height - LONGEST * width) // 2), max(0, (width - LONGEST * height) // 2)
     image = image[top : height - top, left : width - left]
     height, width = image.shape[:2]
-    edge = choose_edge(size)
+    edge = wanted.choose_edge(size)
     scale = edge / min(height, width)
     # torchvision's Resize truncates the longer side, too.
     new_width, new_height = (edge, int(height * scale)) if width <= height else (int(width * scale), edge)
-    resized = Image.fromarray(image).resize((max(new_width, edge), max(new_height, edge)), Image.Resampling.BICUBIC)
+    resized = Image.fromarray(image).resize((max(new_width, edge), max(new_height, edge)), _find_filter(wanted))
     left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-def stretch(image: np.ndarray, size: int) -> np.ndarray:
-    """The whole image as a square, its aspect ratio ignored, by bicubic."""
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+def stretch(image: np.ndarray, size: int, wanted: Preprocessing = IMAGENET) -> np.ndarray:
+    """The whole image as a square, its aspect ratio ignored."""
+    return np.asarray(Image.fromarray(image).resize((size, size), _find_filter(wanted)))
 
 
-def shrink(image: np.ndarray, size: int) -> np.ndarray:
+def shrink(image: np.ndarray, size: int, wanted: Preprocessing = IMAGENET) -> np.ndarray:
     """The whole image with its longer side at `size` at most, its aspect ratio kept; a smaller image stays as it is."""
     small = Image.fromarray(image)
     small.thumbnail((size, size), Image.Resampling.LANCZOS)
     return np.asarray(small)
 
 
-Resize = Literal["center", "stretched", "shrunk"]
+def make_square(image: np.ndarray, size: int, wanted: Preprocessing) -> np.ndarray:
+    """The view of an image [h, w, 3] uint8 that weights want: [size, size, 3]."""
+    return (resize_and_crop if wanted.resize == "center" else stretch)(image, size, wanted)
 
-# From an image [h, w, 3] uint8 and a size, pixels, to the view that the model gets.
-RESIZES: dict[Resize, Callable[[np.ndarray, int], np.ndarray]] = {
-    "center": resize_and_crop,
+
+def _find_filter(wanted: Preprocessing) -> Image.Resampling:
+    return Image.Resampling[wanted.interpolation.upper()]
+
+
+Resize = Literal["as trained", "stretched", "shrunk"]
+
+# From an image [h, w, 3] uint8, a size in pixels and what the weights want to the view that the model gets.
+RESIZES: dict[Resize, Callable[[np.ndarray, int, Preprocessing], np.ndarray]] = {
+    "as trained": make_square,
     "stretched": stretch,
     "shrunk": shrink,
 }

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino.data.normalize import LUMA
 from dino.data.sources import Source
 from dino.data.views import CONTRAST, HUE, SATURATION, Views
+from dino.models.preprocessing import LUMA
 
 HUE_STEPS = 255  # hues of Pillow's color circle, as torchvision counts them
 

@@ -18,10 +18,16 @@ MEASURES = ("knn20_top1", "knn10_top1", WITHOUT_LABELS)  # the first that a run 
 
 
 class BestTeacher:
-    """Remembers the teacher's backbone as it was when it measured best. A checkpoint holds all of it."""
+    """Remembers the teacher's backbone as it was when it measured best. A checkpoint holds all of it.
 
-    def __init__(self) -> None:
+    Args:
+        starts_trained: the run starts from weights, which may stay the best.
+    """
+
+    def __init__(self, starts_trained: bool = False) -> None:
+        self.starts_trained = starts_trained
         self.highest: Best | None = None  # of step 0, until a later one was measured
+        self.worse_since: int | None = None  # the first check of those in a row that were worse than the start
         self.weights: State = {}  # on the CPU; {}: of no step after 0
         self.written = False  # to their file
 
@@ -38,10 +44,21 @@ class BestTeacher:
             return
         if step == 0:
             self.highest = Best(step, measure, score, before=score)
+            if self.starts_trained:
+                self._keep(backbone)
         elif best is None or not self.weights or score >= best.score:  # of equal scores the later: it saw more
             self.highest = Best(step, measure, score, best and best.before)
-            self.weights = {name: value.detach().to("cpu", copy=True) for name, value in backbone.state_dict().items()}
-            self.written = False
+            self._keep(backbone)
+        if step and best is not None and best.before is not None and self.starts_trained:
+            self.worse_since = None if score >= best.before else step if self.worse_since is None else self.worse_since
+
+    def _keep(self, backbone: nn.Module) -> None:
+        self.weights = {name: value.detach().to("cpu", copy=True) for name, value in backbone.state_dict().items()}
+        self.written = False
+
+    def is_worse_since(self, step: int, total: int) -> bool:
+        """Whether for a quarter of the run, of `total` steps, every check has found less than at the start."""
+        return self.worse_since is not None and 4 * (step - self.worse_since) >= total
 
     def save(self, run: Path) -> None:
         """Write it to its file in the directory `run`, if it is not there yet."""
@@ -50,8 +67,10 @@ class BestTeacher:
             self.written = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"found": self.highest and self.highest._asdict(), "weights": self.weights}
+        found = self.highest and self.highest._asdict()
+        return {"found": found, "weights": self.weights, "worse_since": self.worse_since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.highest, self.weights = state["found"] and Best(**state["found"]), state["weights"]
+        self.worse_since = state.get("worse_since")
         self.written = False  # what lies there may be damaged, or of a later step

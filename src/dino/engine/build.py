@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dino import schedules
+from dino.distillation import Distillation, TokenNetwork
 from dino.engine.step import Rates
 from dino.machine import check_memory
 from dino.method import DINO, Network
@@ -54,6 +55,7 @@ class Plan:
             weight_decay=schedules.cosine(step, total, optim.weight_decay, optim.weight_decay_end),
             momentum=schedules.cosine(step, total, method.momentum or 0.0, 1.0),
             teacher_temp=schedules.linear_then_constant(unit, start, end, warmup),
+            freeze_backbone=step < self.steps(options.start.frozen_epochs or 0.0),
             freeze_last_layer=step < min(self.steps(optim.freeze_last_layer), total // 3),
             epoch_ends=(step + 1) % self.steps_per_epoch == 0,
         )
@@ -72,11 +74,20 @@ def model_arguments(options: TrainOptions) -> dict[str, Any]:
         "pos_interp": m.pos_interp,
         "in_channels": m.in_channels,
         "stem": m.stem,
+        "mean": m.mean,
+        "std": m.std,
+        "interpolation": m.interpolation,
+        "resize": m.resize,
+        "crop": m.crop,
+        "eval_size": m.eval_size,
     }
 
 
-def build_method(options: TrainOptions) -> DINO:
+def build_method(options: TrainOptions, frozen: Backbone | None = None) -> DINO:
     """Student and teacher with fresh weights drawn from the seed.
+
+    Args:
+        frozen: the network whose features the student learns, where the options name one; not needed to know sizes.
 
     Raises:
         ValueError: the architecture does not exist, or cannot take views of these sizes.
@@ -103,12 +114,14 @@ def build_method(options: TrainOptions) -> DINO:
             prototypes=required(h.prototypes),
             predictor=predictor,
         )
-        return Network(backbone, head)
+        return (TokenNetwork if m.frozen else Network)(backbone, head)
 
     student, teacher = (
         network(required(options.model.drop_path), h.norm_last_layer, h.predictor),
         network(0.0, True, False),
     )
+    if isinstance(student, TokenNetwork) and isinstance(teacher, TokenNetwork):
+        return Distillation(student, teacher, frozen, m.center_momentum)
     rules = (required(m.targets), required(m.loss), m.teacher)
     return combine(student, teacher, *rules, required(m.student_temp), m.center_momentum, required(m.queue_size))
 

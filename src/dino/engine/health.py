@@ -1,6 +1,6 @@
 """Scores of features that need no labels: how many directions they use, and whether they know an image by its crops.
 
-Each is a function of tensors, and more is better. Letters: n images, q augmented crops of each, d features.
+Each is a function of tensors, and more is better. Letters: n images, d features.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dino.variants import feature_spread
-
-LIDAR_FLOOR = 1e-4  # delta of LiDAR: keeps directions in which no crops differ from counting without bound
 
 
 @torch.no_grad()
@@ -27,30 +25,13 @@ def feature_health(features: Float[Tensor, "n d"]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def rankme(features: Float[Tensor, "n d"]) -> float:
-    """exp of the entropy of s / sum(s), for the singular values s of the features as they are: from 1 to min(n, d).
+def linear_cka(first: Float[Tensor, "n d"], second: Float[Tensor, "n e"]) -> float:
+    """How alike two networks see the same images: 1 where features differ by a rotation and a scale only, else less.
 
-    RankMe (Garrido et al. 2023, Eq. 1 and 2).
+    Linear centered kernel alignment (Kornblith et al. 2019, section 3).
     """
-    return exp_entropy(torch.linalg.svdvals(features.double())).item()
-
-
-@torch.no_grad()
-def lidar(crops: Float[Tensor, "n q d"]) -> float:
-    """exp of the entropy of v / sum(v), for the eigenvalues v of W^-1/2 B W^-1/2: from 1 to min(n - 1, d).
-
-    B is the covariance of the images' means over their crops, and W = delta I + the mean covariance of an image's crops
-    about its mean. A direction counts as far as it tells images apart more than it tells crops of one image apart. LiDAR
-    (Thilak et al. 2023, section 4), without whose small constant within the logarithm 0 log 0 is 0.
-    """
-    crops = crops.double()
-    means = crops.mean(dim=1)
-    between = (means - means.mean(dim=0)) / len(means) ** 0.5
-    within = (crops - means[:, None]).flatten(0, 1) / (crops.shape[0] * crops.shape[1]) ** 0.5
-    covariance = within.T @ within + LIDAR_FLOOR * torch.eye(crops.shape[2], dtype=crops.dtype, device=crops.device)
-    values, axes = torch.linalg.eigh(covariance)
-    # Eigenvalues of a matrix times its transpose are squares of its singular values.
-    return exp_entropy(torch.linalg.svdvals(between @ (axes / values.sqrt())).square()).item()
+    x, y = ((z - z.mean(dim=0)).double() for z in (first, second))
+    return ((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()).clamp(min=1e-12)).item()
 
 
 @torch.no_grad()

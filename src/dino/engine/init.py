@@ -25,6 +25,7 @@ from dino.weights import Weights
 from dino.weights.checks import load_strictly
 from dino.weights.formats import fill_sizes, infer_head
 
+PATCHES, LARGEST = "patch_embed.proj.weight", 224  # views of more pixels cost more than they teach
 CENTER_IMAGES = 4096  # enough to estimate the mean to a small fraction of the deviation
 
 
@@ -40,8 +41,8 @@ def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
         asked |= {f"model.{name}": value for name, value in fill_sizes(sizes).items()}
         found["arch"] = sizes["arch"]
     wanted = {f"model.{name}": found.get(name) for name in sizes}
-    for name in ("model.stem", "model.in_channels", "model.pos_interp"):
-        wanted[name] = found.get(name.removeprefix("model."), usual[name])
+    for name in ("stem", "in_channels", "pos_interp", "mean", "std", "interpolation", "resize", "crop"):
+        wanted[f"model.{name}"] = found.get(name, usual[f"model.{name}"])
     wanted["model.stem"] = wanted["model.stem"] or "default"  # of weights that do not say it
     heads = start.part("teacher.head.")
     head = start.head or (infer_head(heads) if heads else {})
@@ -53,7 +54,12 @@ def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
                 f"{name} is {asked[name]} but the weights of --init {options.init} have {value}; leave the option out, or "
                 "start from other weights."
             )
-    wanted["views.global_size"] = found.get("image_size")
+    if heads:
+        wanted["start.frozen_epochs"] = 0.0
+    patch = next((value.shape[-1] for name, value in start.backbone().items() if name.endswith(PATCHES)), 32)
+    edge = asked["views.global_size"] or min(LARGEST, found.get("eval_size") or found.get("image_size") or LARGEST)
+    wanted["views.global_size"] = max(1, edge // patch) * patch
+    wanted["views.local_size"] = max(1, round(edge * 96 / 224 / patch)) * patch
     return replace(options, {name: value for name, value in wanted.items() if asked[name] == usual[name]})
 
 

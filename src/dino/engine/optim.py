@@ -1,40 +1,88 @@
-"""Optimization: parameter groups, LARS and Muon, and clipping to the reference's letter but without its syncs."""
+"""Which parameters learn and how fast, LARS and Muon, and clipping to the reference's letter but without its syncs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dino.models.preprocessing import Preprocessed
 from dino.options import required
 from dino.options.train import OptimOptions
 
+MATRICES, DECAYED, PLAIN = range(3)  # kinds of parameters: Muon's, others whose decay is scheduled, never decayed
 
-def group_parameters(module: nn.Module, matrices_apart: bool = False) -> list[dict[str, Any]]:
-    """Two groups: weights, whose decay is scheduled, and biases and one-dimensional parameters, never decayed.
+
+def number_layers(module: nn.Module) -> dict[str, int]:
+    """Layers that each parameter lies below the last one: 0 for the last layer of a backbone, and for all outside of it."""
+    below = {name: 0 for name, _ in module.named_parameters()}
+    for prefix, part in module.named_modules():
+        if isinstance(part, Preprocessed):
+            layers = part.number_layers()
+            stem = f"{prefix}." if prefix else ""
+            below |= {stem + name: max(layers.values()) - layer for name, layer in layers.items()}
+    return below
+
+
+def choose_trained(backbone: nn.Module, rule: str) -> None:
+    """Let only those parameters of `backbone` learn that `rule` names, as `dino.options.train.StartOptions.train` does.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    names = [name for name, _ in backbone.named_parameters()]
+    chosen = set(names)
+    if rule == "attention-proj":
+        chosen = {name for name in names if ".attn.proj." in name}
+    elif rule == "norms":
+        norms = [name for name, part in backbone.named_modules() if "norm" in type(part).__name__.lower()]
+        chosen = {name for name in names if name.rpartition(".")[0] in norms}
+    elif rule.startswith("last:"):
+        below, count = number_layers(backbone), int(rule.removeprefix("last:"))
+        blocks = sorted({depth for name, depth in below.items() if re.search(r"\.\d+\.", name)})
+        if count >= len(blocks):
+            raise ValueError(f"start.train is {rule}, but this backbone has {len(blocks)} blocks; use fewer, or all.")
+        chosen = {name for name in names if below[name] <= blocks[count - 1]}
+    if not chosen:
+        raise ValueError(f"start.train is {rule}, which this backbone has not; use all, norms or last:N.")
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
+def group_parameters(module: nn.Module, matrices_apart: bool = False, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Groups of weights, whose decay is scheduled, and of biases and one-dimensional parameters, which never decay.
 
     Args:
-        matrices_apart: the matrices and convolutions, but not the prototypes, are a first group of their own.
+        matrices_apart: the matrices and convolutions, but not the prototypes, are groups of their own, the first.
+        layer_decay: the share of the learning rate, `scale`, is this from one layer to the one before; then there are groups
+            for each layer.
     """
-    matrices, decayed, plain = [], [], []
+    groups: dict[tuple[int, float], list[nn.Parameter]] = {(DECAYED, 1.0): [], (PLAIN, 1.0): []}
+    if matrices_apart:
+        groups[MATRICES, 1.0] = []
+    below = number_layers(module) if layer_decay != 1 else {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
+        kind = DECAYED
         if parameter.ndim == 1 or name.endswith(".bias"):
-            plain.append(parameter)
+            kind = PLAIN
         elif matrices_apart and parameter.ndim in (2, 4) and "last_layer" not in name:
-            matrices.append(parameter)
-        else:
-            decayed.append(parameter)
-    first = [{"params": matrices}] if matrices_apart else []
-    return [*first, {"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+            kind = MATRICES
+        scale = layer_decay ** below.get(name, 0)
+        groups.setdefault((kind, scale), []).append(parameter)
+    return [
+        {"params": parameters, "kind": kind, "scale": scale} | ({"weight_decay": 0.0} if kind == PLAIN else {})
+        for (kind, scale), parameters in sorted(groups.items(), key=lambda group: group[0])
+    ]
 
 
 def create_optimizer(options: OptimOptions, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of `options.name`; learning rate and decay are set at every step by `set_rates`."""
-    groups = group_parameters(module, matrices_apart=options.name == "muon")
+    groups = group_parameters(module, options.name == "muon", options.layer_decay or 1.0)
     return OPTIMIZERS[required(options.name)](groups, options.weight_decay)
 
 
@@ -52,10 +100,11 @@ def create_sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    for group in optimizer.param_groups[:-1]:
-        group["weight_decay"] = weight_decay
+    last = len(optimizer.param_groups) - 1
+    for i, group in enumerate(optimizer.param_groups):
+        group["lr"] = lr * group.get("scale", 1.0)
+        if group.get("kind", PLAIN if i == last else DECAYED) != PLAIN:  # checkpoints of before do not say it
+            group["weight_decay"] = weight_decay
 
 
 def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
@@ -116,22 +165,24 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        group = self.param_groups[0]
-        for p in group["params"]:
-            if p.grad is None:
+        for i, group in enumerate(self.param_groups):
+            if group.get("kind", MATRICES if i == 0 else DECAYED) != MATRICES:
                 continue
-            state = self.state[p]
-            if not state:
-                state |= {
-                    "step": torch.zeros(()),
-                    "momentum": torch.zeros_like(p),
-                }  # AdamW asks each state for its step
-            state["momentum"].lerp_(p.grad, 1 - self.momentum)
-            update = orthogonalize(p.grad.lerp(state["momentum"], self.momentum).flatten(1))
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update.view(p.shape), alpha=-2 * group["lr"] * max(update.shape) ** 0.5)
-            p.grad = None  # AdamW leaves it alone
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._move(p, group["lr"], group["weight_decay"])
         super().step()
+
+    def _move(self, p: Tensor, lr: float, weight_decay: float) -> None:
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}  # AdamW asks each state for its step
+        state["momentum"].lerp_(p.grad, 1 - self.momentum)
+        update = orthogonalize(p.grad.lerp(state["momentum"], self.momentum).flatten(1))
+        p.mul_(1 - lr * weight_decay)
+        p.add_(update.view(p.shape), alpha=-2 * lr * max(update.shape) ** 0.5)
+        p.grad = None  # AdamW leaves it alone
 
 
 def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:

@@ -29,6 +29,7 @@ class Rates(NamedTuple):
     momentum: float  # of the teacher
     teacher_temp: float
     freeze_last_layer: bool = False  # leave the prototypes where they are
+    freeze_backbone: bool = False  # only the head learns
     epoch_ends: bool = False  # with this step
 
 
@@ -93,6 +94,8 @@ class TrainingStep:
             grad_norm = optim.clip_per_parameter_(method.student.parameters(), self.clip_grad)
             if rates.freeze_last_layer:
                 method.cancel_last_layer_gradients()
+            if rates.freeze_backbone:
+                self.method.student.backbone.zero_grad(set_to_none=True)
             self.scaler.step(optimizer)
             self.scaler.update()
         with self.time("EMA"):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.stateful import Stateful
 
 from dino import distributed, errors, weights
 from dino.data.device_decode import Undecodable
@@ -32,6 +33,7 @@ from dino.engine.signals import Signals
 from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
 from dino.machine import measure_peak_memory
 from dino.method import DINO
+from dino.models import Backbone
 from dino.options import flatten_names, required
 from dino.options.resume import check_resumable
 from dino.options.toml import to_dict
@@ -41,7 +43,8 @@ from dino.terminal import Terminal
 from dino.weights.checkpoints import are_finite, find_tensors
 from dino.weights.checks import load_strictly
 
-Callback = Callable[[DINO, int], dict[str, float]]  # measures the method after so many steps; all ranks call it
+# Measures the method after so many steps; all ranks call it. Its state, if it has one, is kept in checkpoints.
+Callback = Callable[[DINO, int], dict[str, float]]
 
 
 class TrainingError(Exception):
@@ -60,26 +63,31 @@ class Trainer:
         device: torch.device,
         terminal: Terminal,
         callback: Callback | None = None,
+        frozen: Backbone | None = None,
     ):
         self.options, self.run, self.source, self.batches = options, run, source, batches
         self.device, self.terminal, self.callback = device, terminal, callback
         self.render = batches.renderer.finish
         self.render_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.plan = Plan(options, batches.steps_per_epoch)
-        self.method = build_method(options).to(device)
+        self.frozen = frozen
+        self.method = build_method(options, frozen).to(device)
+        optim.choose_trained(self.method.student.backbone, options.start.train)
         precision = parallel.choose_precision(options.precision, device)
         optimizer = optim.create_optimizer(options.optim, self.method.student)
         self.training_step = TrainingStep(self.method, optimizer, device, precision, options.optim.clip_grad)
         self.training_step.set_split(self._check_split(Split(options.accumulate, options.recompute)))
         self._share_batch_norm()
         self.monitor = CollapseMonitor(options.head.out_dim or 1, batches.batch_size // batches.world_size)
-        self.prototypes, self.best = PrototypeMonitor(self.training_step), BestTeacher()
+        self.prototypes = PrototypeMonitor(self.training_step)
+        self.best = BestTeacher(starts_trained=options.init is not None)
         self.checkpoints = Checkpoints(run / "checkpoints", options.log.keep)
         self.quarantine = Quarantine(run / "quarantine.jsonl", len(source), options.data.max_bad_fraction)
         self.step = 0  # steps done
         self.pace, self.told = Pace(required(options.data.num_workers)), False
         self.signals = Signals(terminal)
         self.failure: Exception | None = None  # a reason to save and end
+        self.hurts = False  # training has made the weights that it started from worse, for long
         self.metrics: MetricsLog | None = None
         self.knn: dict[str, float] = {}
         self.status = ""
@@ -119,7 +127,9 @@ class Trainer:
             "monitor": self.monitor.state_dict(),
             "prototypes": self.prototypes.state_dict(),
             "best": self.best.state_dict(),
+            "callback": self.callback.state_dict() if isinstance(self.callback, Stateful) else {},
             "options": to_dict(self.options),
+            "frozen": None if self.frozen is None else weights.fingerprint(self.frozen),
             "data": self.source.fingerprint,
         }
 
@@ -142,6 +152,11 @@ class Trainer:
                 f"--resume {self.run}: the images are not the ones this run was started with (fingerprint "
                 f"{self.source.fingerprint[:12]}, was {trained[:12]}); restore them or start a new run."
             )
+        if self.frozen is not None and state["frozen"] != weights.fingerprint(self.frozen):
+            raise ValueError(
+                f"--resume {self.run}: the weights of {self.options.method.frozen} are not those that this run learned from; "
+                "restore them, or start a new run."
+            )
         of_no_more_use = {name: getattr(self.options, name) for name in ("init", "out", "overwrite")}
         check_resumable(flatten_names(state["options"]) | of_no_more_use, self.options)
         load_strictly(self.method, state["method"], str(found.path))
@@ -151,6 +166,8 @@ class Trainer:
         for name, part in (("prototypes", self.prototypes), ("best", self.best)):
             if name in state:  # not in checkpoints of before
                 part.load_state_dict(state[name])
+        if isinstance(self.callback, Stateful):
+            self.callback.load_state_dict(state.get("callback", {}))
         self.step = state["step"]
         return True
 
@@ -196,7 +213,7 @@ class Trainer:
                     self.metrics.close()
         if self.failure is not None:
             raise self._end(str(self.failure)) from self.failure
-        return self.step >= total
+        return self.step >= total or self.hurts
 
     def _end(self, reason: str) -> TrainingError:
         return TrainingError(
@@ -234,6 +251,7 @@ class Trainer:
                 self._measure()
                 started = time.monotonic()
             self._show(stop)
+            ending = ending or (measure and self._agree_to_end())
             if epoch_ends or ending or self.step == stop or now - saved > 60 * log.checkpoint_minutes:
                 self.save()
                 saved = started = time.monotonic()
@@ -257,7 +275,7 @@ class Trainer:
 
     def _agree_to_end(self) -> bool:
         """Whether a signal or a failure asks any rank to end; all ranks call it. Among GPUs it waits for the device."""
-        asked = float(self.signals.received or self.failure is not None or self.pace.is_over())
+        asked = float(self.signals.received or self.failure is not None or self.hurts or self.pace.is_over())
         device = self.device if distributed.world_size() > 1 else "cpu"
         return bool(distributed.sum_(torch.tensor(asked, device=device)))
 
@@ -288,7 +306,7 @@ class Trainer:
                 except Undecodable:  # decoding in this process names the file, and takes the stand-in of a worker
                     groups = self._render(self.batches.decode_batch(self.step))
             with time("normalize"):
-                groups = [normalize(g, self.options.model.in_channels) for g in groups]
+                groups = [normalize(g, self.training_step.backbone.preprocessing) for g in groups]
         if self.render_stream is not None:
             step = torch.cuda.current_stream(self.device)
             step.wait_stream(self.render_stream)
@@ -376,6 +394,7 @@ class Trainer:
         if values and self.metrics is not None:
             self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)
         self.best.consider(self.step, values, self.method.teacher.backbone)
+        self.hurts = self.options.start.stop and self.best.is_worse_since(self.step, self.plan.total)
         self.knn = {"k-NN": values["knn20_top1"]} if "knn20_top1" in values else {}
         distributed.barrier()
 

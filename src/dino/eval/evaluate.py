@@ -232,7 +232,7 @@ def choose_view_size(size: int | None, model: Backbone, usual: int) -> int:
     Raises:
         ValueError: it is smaller than a patch.
     """
-    chosen = size or min(usual, usual * model.image_size // 224)
+    chosen = size or min(usual, usual * model.view_size // 224)
     if chosen < model.patch_size:
         raise ValueError(f"--size is {chosen}, smaller than one patch of {model.patch_size} pixels; use a larger one.")
     return chosen

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +26,13 @@ from dino.eval.evaluate import Result, locate_work
 from dino.eval.supervised import LabeledBatch, LabeledBatches, compute_accuracies, save_weights, train_supervised
 from dino.features.extract import extract, select_labels
 from dino.models import Backbone
+from dino.models.preprocessing import Preprocessing
 from dino.options.evaluate import FinetuneOptions
 from dino.randomness import open_weights, seed_finetuning_step, seed_mixing
 from dino.weights import fingerprint
 
 MIX_GROUP = 16  # images; mixing stays within groups of a batch, so that it does not depend on the number of ranks
 WARMUP_LR = 1e-6
-AFTER_BLOCKS = 10**6  # the last layer's number
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Classifier(nn.Module):
         super().__init__()
         assert isinstance(backbone, nn.Module)
         self.backbone = backbone.requires_grad_(True)
-        self.in_channels, self.embed_dim = backbone.in_channels, backbone.embed_dim
+        self.preprocessing, self.embed_dim = backbone.preprocessing, backbone.embed_dim
         self.head = nn.Linear(backbone.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02, generator=open_weights(seed))
         self.head.weight.data.mul_(head_scale)
@@ -94,14 +93,9 @@ class Classifier(nn.Module):
 
     def group_matcher(self, coarse: bool) -> Callable[[str], int]:
         """timm asks for this to group parameters by layer."""
-        return find_layer
-
-
-def find_layer(name: str) -> int:
-    """The layer of a parameter: 0 before the blocks, i + 1 for block i, `AFTER_BLOCKS` for last norm and classifier."""
-    if block := re.search(r"(^|\.)blocks\.(\d+)\.", name):
-        return int(block[2]) + 1
-    return AFTER_BLOCKS if name.startswith("head.") or re.search(r"(^|\.)(fc_)?norm\.", name) else 0
+        layers = {f"backbone.{name}": layer for name, layer in self.backbone.number_layers().items()}
+        last = max(layers.values()) + (not self.backbone.has_attention)
+        return lambda name: layers.get(name, last)
 
 
 def group_by_layer(model: Classifier, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
@@ -109,13 +103,8 @@ def group_by_layer(model: Classifier, weight_decay: float, layer_decay: float) -
 
     One-dimensional parameters, positions and the [CLS] token do not decay, as in DeiT. With b blocks the classifier and
     the last norm have scale 1, block i (from 0) layer_decay^(b - i), and what comes before layer_decay^(b + 1).
-
-    Raises:
-        ValueError: layer-wise decay was asked for and there are no numbered blocks.
     """
     names = [name for name, _ in model.named_parameters()]
-    if layer_decay != 1 and not any(0 < find_layer(name) < AFTER_BLOCKS for name in names):
-        raise ValueError("layer_decay needs a model of numbered blocks, such as a ViT; leave it at 1.")
     undecayed = [name for name in names if name.endswith((".bias", "pos_embed", "cls_token"))]
     return param_groups_layer_decay(model, weight_decay, undecayed, layer_decay=layer_decay)
 
@@ -190,7 +179,7 @@ def resolve_recipe(options: FinetuneOptions) -> FinetuneRecipe:
     return recipe
 
 
-def build_augmentation(size: int, recipe: FinetuneRecipe) -> Any:
+def build_augmentation(size: int, recipe: FinetuneRecipe, wanted: Preprocessing) -> Any:
     """DeiT's, of timm: random crop and flip, RandAugment (without it, color jitter), erasing; [3, size, size]."""
     try:
         augmentation: Any = create_transform(
@@ -198,7 +187,9 @@ def build_augmentation(size: int, recipe: FinetuneRecipe) -> Any:
             is_training=True,
             auto_augment=recipe.rand_augment or None,
             color_jitter=0.3,
-            interpolation="bicubic",
+            interpolation=wanted.interpolation,
+            mean=wanted.mean,
+            std=wanted.std,
             re_prob=recipe.erasing,
             re_mode="pixel",
         )
@@ -218,7 +209,7 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
         raise ValueError(f"fine-tuning augments in color, but this model takes {model.in_channels} channel(s).")
     folder = locate_work(options, "finetune")
     train_on, test = open_labeled_pair(options.data, options.val)
-    size, recipe, digest = options.size or model.image_size, resolve_recipe(options), fingerprint(model)
+    size, recipe, digest = options.size or model.view_size, resolve_recipe(options), fingerprint(model)
     model.grid(size, size)
     precision = "fp32" if options.precision == "auto" and device.type == "cpu" else options.precision
     if (precision := parallel.choose_precision(precision, device)) == "fp16":
@@ -232,7 +223,7 @@ def evaluate(model: Backbone, options: FinetuneOptions, device: torch.device) ->
             )
         parallel.synchronize_batch_norm(tuned)
     recipe, seed = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, len(train_on))), options.seed
-    augmentation = build_augmentation(size, recipe)
+    augmentation = build_augmentation(size, recipe, model.preprocessing)
     batches = LabeledBatches(
         train_on, augmentation, size, recipe.batch_size, seed, recipe.repeats, group=MIX_GROUP, drop_last=True
     )

@@ -58,7 +58,7 @@ def classify(
 def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Result:
     """`classify` on [CLS] features of the evaluation view, exact, in float32."""
     train, test = open_labeled_pair(options.data, options.val)
-    size = options.size or model.image_size
+    size = options.size or model.view_size
     bank, queries = (
         cache.load_labeled(model, source, size, what) for source, what in ((train, "training"), (test, "test"))
     )

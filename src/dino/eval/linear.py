@@ -50,7 +50,7 @@ COLUMNS: dict[Pooling, dict[Pooling, tuple[int, int]]] = {
 
 def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Source, device: torch.device) -> Result:
     """Train many classifiers on a part of the training features, choose one on the rest, and train it again on all."""
-    size, widest = options.size or model.image_size, find_widest_pooling(model)
+    size, widest = options.size or model.view_size, find_widest_pooling(model)
     bank = cache.load_labeled(model, train, size, "training", widest)
     asked = cache.load_labeled(model, test, size, "test", widest)
     width = model.embed_dim
@@ -116,7 +116,9 @@ class FrozenTraining:
 
     @torch.no_grad()
     def step(self, step: int, batch: LabeledBatch) -> Tensor:
-        images = normalize(batch.images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)[None], self.model.in_channels)
+        images = normalize(
+            batch.images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)[None], self.model.preprocessing
+        )
         features = POOLINGS[self.pooling](self.model, images).float()
         scale = schedules.cosine(step // self.per_epoch, self.epochs, 1.0, 0.0)
         loss = self.sweep.step(features, batch.labels, batch.total, scale)
@@ -137,7 +139,7 @@ class FrozenTraining:
 def run_paper(model: Backbone, options: LinearOptions, train: Source, test: Source, device: torch.device) -> Result:
     """The paper's protocol. Of several learning rates and decays, the one best on held-out training images counts."""
     folder = locate_work(options, "linear")
-    size, original = options.size or model.image_size, options.protocol == "original"
+    size, original = options.size or model.view_size, options.protocol == "original"
     pooling: Pooling = options.pooling[0] if options.pooling else find_paper_pooling(model)
     rates, decays = options.lr or (0.001,), options.weight_decay or (0.0,)
     asked = cache.load_labeled(model, test, size, "test", pooling)
@@ -181,7 +183,7 @@ def build_crops(size: int) -> v2.Transform:
 
 def find_widest_pooling(model: Backbone) -> Pooling:
     """The pooling that contains all others of a model: [CLS] of four blocks and the patches, or of the last block only."""
-    edge = model.image_size
+    edge = model.view_size
     parameter = next(iter(model.parameters()))
     try:
         with torch.no_grad():

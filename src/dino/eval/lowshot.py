@@ -132,7 +132,7 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
         raise ValueError(
             f"k is {options.k}, but {name} of the training images are {len(fewest)}; lower --k or take more."
         )
-    size, num_classes = options.size or model.image_size, len(train.classes)
+    size, num_classes = options.size or model.view_size, len(train.classes)
     bank, queries = (
         cache.load_labeled(model, source, size, what) for source, what in ((train, "training"), (test, "test"))
     )

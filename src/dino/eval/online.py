@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ from dino.options import replace, required
 from dino.options.train import ViewOptions
 from dino.randomness import CHECKS
 
-# At most so many images, so that a check takes much less time than an epoch; and 2 * PAIRS crops of each of CROPPED.
-BANK, QUERIES, MASKS, CROPPED, PAIRS = 5000, 1000, 200, 200, 1
+# At most so many images, so that a check takes much less time than an epoch; and two crops of each of CROPPED.
+BANK, QUERIES, MASKS, CROPPED = 5000, 1000, 200, 200
 COLORS, NEAREST = 8**3, 10  # bins of a color histogram; nearest images that are compared
 
 
@@ -45,6 +46,8 @@ class OnlineEvaluation:
         more: other evaluations, over all ranks.
         floors_done: the k-NN of pixels and of color histograms, which never changes, has been measured.
         colors: color histograms of the images that are measured; None: not counted yet.
+        starts_trained: the run starts from weights; then it is measured how far the features drift from theirs.
+        start: features of the weights that the run started from, [n, d]; None: not measured yet.
     """
 
     train: Source
@@ -55,6 +58,14 @@ class OnlineEvaluation:
     more: Sequence[evaluate.EvaluationCallback] = ()
     floors_done: bool = False
     colors: Features | None = None
+    starts_trained: bool = False
+    start: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.start = state_dict.get("start")
 
     @property
     def size(self) -> int:
@@ -62,21 +73,23 @@ class OnlineEvaluation:
 
     def __call__(self, method: DINO, step: int) -> dict[str, float]:
         backbone: Backbone = method.teacher.backbone  # pyright: ignore[reportAssignmentType]
-        result = self._monitor(backbone) if distributed.is_main() else {}
+        result = self._monitor(backbone, step) if distributed.is_main() else {}
         for evaluation in self.more:
             result |= evaluation(backbone, step)
         return result
 
-    def _monitor(self, backbone: Backbone) -> dict[str, float]:
+    def _monitor(self, backbone: Backbone, step: int) -> dict[str, float]:
         images = self.train if self.held_out is None else self.held_out
         queries = extract(backbone, images, self.size, evenly_spaced(len(images), QUERIES))
         result = health.feature_health(queries.values) if len(queries.values) > 1 else {}
+        if self.starts_trained and step == 0:
+            self.start = queries.values
+        if self.start is not None and len(self.start) == len(queries.values):
+            result["cka_start"] = health.linear_cka(self.start, queries.values)
         if result:
             cropped = queries.indices[evenly_spaced(len(queries.indices), CROPPED)].tolist()
             crops = extract_crops(backbone, images, cropped, self.views, self.seed)
-            found = [health.two_crop_retrieval(*pair) for pair in crops.permute(1, 2, 0, 3)]
-            result |= {"rankme": health.rankme(queries.values), "lidar": health.lidar(crops.flatten(1, 2))}
-            result["two_crop_retrieval"] = sum(found) / PAIRS
+            result["two_crop_retrieval"] = health.two_crop_retrieval(*crops.unbind(dim=1))
         edge = min(self.size, 64)
         views = None if self.colors else read_views(images, queries, edge)
         self.colors = self.colors or count_colors(required(views))
@@ -105,27 +118,26 @@ class OnlineEvaluation:
 
 
 def extract_crops(model: Backbone, source: Source, positions: Sequence[int], views: ViewOptions, seed: int) -> Tensor:
-    """Features [n, PAIRS, 2, d] of crops of the images at `positions`.
+    """Features [n, 2, d] of two crops of each of the images at `positions`.
 
-    A pair is the two global views of an epoch, of random numbers that the training does not use.
+    They are the global views of an epoch, of random numbers that the training does not use.
     """
     pair, renderer = replace(views, {"num_local": 0}), CpuRenderer()
 
     def draw(position: int) -> list[np.ndarray]:
         image = read_or_gray(source, position)
-        shape = np.array([image.shape[:2]])
-        drawn = (draw_views(pair, seed, CHECKS + i, [position], shape) for i in range(PAIRS))
-        return [crop for each in drawn for crop in renderer.prepare([image], each)[0][:, 0].numpy()]
+        drawn = draw_views(pair, seed, CHECKS, [position], np.array([image.shape[:2]]))
+        return [*renderer.prepare([image], drawn)[0][:, 0].numpy()]
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         crops = [crop for found in pool.map(draw, positions) for crop in found]
     features = extract(model, Images(crops), required(views.global_size), num_workers=0, resize="shrunk").values
-    return features.unflatten(0, (-1, PAIRS, 2))
+    return features.unflatten(0, (-1, 2))
 
 
 def read_views(source: Source, found: Features, edge: int) -> Features:
     """Evaluation views of the same images, uint8 [m, edge, edge, 3], if they can be read."""
-    views = EvaluationViews(source, found.indices.tolist(), edge, len(found.indices), "center", torch.get_num_threads())
+    views = EvaluationViews(source, found.indices.tolist(), edge, len(found.indices), threads=torch.get_num_threads())
     runs, indices, bad = views[0]
     values = runs[0][0] if runs else torch.zeros(0, edge, edge, 3, dtype=torch.uint8)
     return Features(values, np.array(indices, np.int64), bad)
@@ -177,7 +189,7 @@ def measure_scene_masks(model: Backbone, scenes: Scenes, size: int, device: torc
     scenes = scenes.at(size)
     images = torch.from_numpy(np.stack([resize_and_crop(scenes.read(i), size) for i in chosen]))[None]
     truth = torch.from_numpy(np.stack([scenes.mask(i) for i in chosen]))
-    maps = map_attention(model, normalize(images.to(device), model.in_channels)).float().cpu()
+    maps = map_attention(model, normalize(images.to(device), model.preprocessing)).float().cpu()
     masks = mass_mask(torch.cat([maps, maps.mean(dim=1, keepdim=True)], dim=1))
     overlap = jaccard(enlarge(masks, (truth.shape[-2], truth.shape[-1])) > 0, truth[:, None])
     heads, mean_map = overlap[:, :-1], overlap[:, -1]

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dino.data.normalize import STD
 from dino.features.extract import require_finite
 from dino.look.patches import prepare_image
 from dino.models import Backbone
@@ -106,7 +105,7 @@ def extract_frame(model: Backbone, image: np.ndarray, view: tuple[int, int], ori
     resized = cv2.resize(image, (view[1], view[0]), interpolation=cv2.INTER_LINEAR)
     pixels = prepare_image(model, resized)
     if original and model.in_channels == 3:
-        pixels[:, 0] *= STD[0] / 0.228
+        pixels[:, 0] *= model.preprocessing.std[0] / 0.228
     return require_finite(model.tokens(pixels)[-1][0, 1:].float(), model).unflatten(0, model.grid(*view))
 
 

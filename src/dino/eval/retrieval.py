@@ -127,7 +127,7 @@ def score_rankings(
 def evaluate(model: Backbone, options: RetrievalOptions, device: torch.device) -> Result:
     """`score_rankings` of exact rankings by the cosine of [CLS] features, in float32."""
     truth = read_ground_truth(options.data)
-    size, scales = PUBLISHED.get(truth.name, (model.image_size, 3))
+    size, scales = PUBLISHED.get(truth.name, (model.view_size, 3))
     size, scales = options.size or size, options.scales or scales
     database, queries = (
         open_listed(truth.folder, part, truth.path, LAYOUT) for part in (truth.database, truth.queries)

@@ -8,10 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dino.data.evaluation_views import choose_edge
-from dino.data.normalize import MEAN, STD
 from dino.engine.log import read_metrics
 from dino.html import ENVIRONMENT
+from dino.models import Backbone
 from dino.version import __version__
 from dino.weights import releases, runs
 from dino.weights.checkpoints import CheckpointError, read_newest
@@ -23,7 +22,7 @@ def render_card(
     out: Path,
     facts: dict[str, str],
     digest: str,
-    edge: int,
+    model: Backbone,
     step: int | None = None,
     repo: str = "",
 ) -> str:
@@ -34,7 +33,7 @@ def render_card(
         to: the format of `out`.
         facts: about the model and the check, by name.
         digest: SHA-256 of the model's weights; only evaluations of these weights are listed.
-        edge: of the images that the model was made for, pixels.
+        model: what was exported.
         step: of its run, after which it was taken. None: the last.
         repo: ORG/NAME on the hub where it is read. With it, options that hold paths of this machine are left out.
     """
@@ -62,10 +61,8 @@ def render_card(
         version=__version__,
         facts=facts,
         digest=digest,
-        edge=edge,
-        resized=choose_edge(edge),
-        mean=MEAN,
-        std=STD,
+        edge=model.view_size,
+        wanted=model.preprocessing,
         figures=figures,
         options=options,
     )

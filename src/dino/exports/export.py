@@ -76,7 +76,7 @@ def export(
         }
         if found.best is not None:
             facts["of the teachers of its run"] = found.best.why
-        about = (fingerprint(backbone), backbone.image_size, found.step)
+        about = (fingerprint(backbone), backbone, found.step)
         text = card.render_card(os.fspath(model), to, path, facts, *about)
         (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
     if api is not None and push is not None:

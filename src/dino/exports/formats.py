@@ -9,23 +9,41 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dino import errors, files
-from dino.data.evaluation_views import choose_edge
-from dino.data.normalize import MEAN, STD
 from dino.exports.positions import interpolate_symbolically
 from dino.models import CONVNETS
+from dino.models.preprocessing import choose_preprocessing
+from dino.models.timm_backbone import choose_pooling, split_arguments
 from dino.models.vit import HYBRIDS, SIZES
 from dino.weights import Weights, build_backbone, formats
 from dino.weights.formats import State
 
 
 def write_reference(weights: Weights, out: Path) -> None:
-    """The reference's backbone-only file."""
+    """The reference's backbone-only file.
+
+    Raises:
+        ValueError: the reference has no such network.
+    """
+    if "timm:" in weights.arguments["arch"]:
+        try:
+            found, state = formats.recognize(formats.to_reference(weights.backbone()), weights.where)
+        except ValueError:
+            found, state = {}, {}
+        if (
+            found.get("arch") != weights.arguments["arch"].partition(".")[0]
+            or state.keys() != weights.backbone().keys()
+        ):
+            raise ValueError(
+                f"{weights.where} is a {weights.arguments['arch']}, which the reference has not; use --to timm."
+            )
     torch.save(formats.to_reference(weights.backbone()), out)
 
 
@@ -72,9 +90,17 @@ def write_timm(weights: Weights, out: Path) -> None:
         )
     if sizes["arch"] in HYBRIDS:
         raise ValueError(f"{weights.where} is a {sizes['arch']}, which timm does not have; use safetensors.")
-    channels = sizes.get("in_channels", 3)
-    config: dict[str, Any] = {"architecture": sizes["arch"].removeprefix("timm:"), "num_classes": 0}
-    edge = sizes.get("image_size", 224)
+    channels, edge, wanted = sizes.get("in_channels", 3), sizes.get("image_size", 224), choose_preprocessing(sizes)
+    view = wanted.size or edge
+    architecture, given = split_arguments(sizes["arch"].removeprefix("timm:"))
+    config: dict[str, Any] = {"architecture": architecture, "num_classes": 0}
+    of_timm = sizes["arch"].startswith("timm:")
+    if of_timm and timm.models.get_pretrained_cfg_value(
+        architecture, "fixed_input_size"
+    ):  # it has positions for one size
+        given["img_size"] = edge
+    if given := choose_pooling(architecture) | given:
+        config["model_args"] = given
     if sizes["arch"] in CONVNETS:
         config["architecture"], config["model_args"] = CONVNETS[sizes["arch"]]
     elif not sizes["arch"].startswith("timm:"):
@@ -89,11 +115,12 @@ def write_timm(weights: Weights, out: Path) -> None:
         }
         config["pos_interp"] = sizes.get("pos_interp", "offset")
     config["pretrained_cfg"] = {
-        "input_size": [channels, edge, edge],
-        "mean": list(MEAN),
-        "std": list(STD),
-        "interpolation": "bicubic",
-        "crop_pct": 1.0 if choose_edge(edge) == edge else 0.875,
+        "input_size": [channels, view, view],
+        "mean": list(wanted.mean),
+        "std": list(wanted.std),
+        "interpolation": wanted.interpolation,
+        "crop_pct": wanted.crop or (1.0 if wanted.choose_edge(view) == view else 0.875),
+        "crop_mode": "center" if wanted.resize == "center" else "squash",
         "num_classes": 0,
     }
     _save_folder(formats.to_timm(weights.backbone()), out, {"config.json": config})
@@ -103,8 +130,9 @@ def write_hf(weights: Weights, out: Path) -> None:
     """A folder for `transformers.ViTModel` and its image processor."""
     sizes = formats.fill_sizes(weights.arguments)
     if sizes["arch"] not in SIZES:
-        raise ValueError(f"{weights.where} is a {sizes['arch']}; Hugging Face's ViTModel is a ViT only.")
-    edge, channels = sizes["image_size"], sizes.get("in_channels", 3)
+        raise ValueError(f"{weights.where} is a {sizes['arch']}, and hf writes our own ViTs only; use --to timm.")
+    edge, channels, wanted = sizes["image_size"], sizes.get("in_channels", 3), choose_preprocessing(sizes)
+    view, square = wanted.size or edge, {"height": wanted.size or edge, "width": wanted.size or edge}
     config = {
         "architectures": ["ViTModel"],
         "model_type": "vit",
@@ -120,12 +148,12 @@ def write_hf(weights: Weights, out: Path) -> None:
     }
     processor = {
         "image_processor_type": "BitImageProcessor",  # ViT's cannot crop in all versions
-        "size": {"shortest_edge": choose_edge(edge)},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": edge, "width": edge},
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "size": {"shortest_edge": wanted.choose_edge(view)} if wanted.resize == "center" else square,
+        "resample": int(Image.Resampling[wanted.interpolation.upper()]),
+        "do_center_crop": wanted.resize == "center",
+        "crop_size": square,
+        "image_mean": list(wanted.mean),
+        "image_std": list(wanted.std),
     }
     configs = {"config.json": config} | ({"preprocessor_config.json": processor} if channels == 3 else {})
     _save_folder(formats.to_hf(weights.backbone()), out, configs)

@@ -43,7 +43,7 @@ def load_or_extract(
     size: int,
     pooling: Pooling = "cls",
     progress: str | None = None,
-    resize: Resize = "center",
+    resize: Resize = "as trained",
 ) -> Features:
     """`extract` over all ranks, or its result from the cache. Every rank gets the features of all images."""
 
@@ -52,7 +52,8 @@ def load_or_extract(
 
     if not _in_use.get():
         return compute()
-    key = [fingerprint(model), source.fingerprint, source.stamp(), str(size), resize, pooling, str(len(source))]
+    key = [fingerprint(model), str(model.preprocessing), source.fingerprint, source.stamp(), str(size), resize, pooling]
+    key.append(str(len(source)))
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = files.cache_folder() / "features" / f"{name}.safetensors"
     found = _load(path) if distributed.is_main() else None

@@ -62,10 +62,10 @@ def embed(
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
     pool = find_pooling(pooling)
     network = weights.load(model).to(distributed.start(device)) if isinstance(model, str) else model
-    source, size = open_images(data) if isinstance(data, str) else data, size or network.image_size
+    source, size = open_images(data) if isinstance(data, str) else data, size or network.view_size
     blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(network.parameters()).device)
     with torch.no_grad():
-        shape = pool(network, normalize(blank, network.in_channels)).shape[1:]  # [d] or [p, d]
+        shape = pool(network, normalize(blank, network.preprocessing)).shape[1:]  # [d] or [p, d]
     shard = shard or max(1, min(SHARD, MOST_VALUES // shape.numel()))
     batch = min(choose_batch_size(size), shard)
     shard = -(-shard // batch) * batch

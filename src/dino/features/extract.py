@@ -21,6 +21,7 @@ from dino.data.normalize import normalize
 from dino.data.sources import Source
 from dino.machine import count_spare_cores
 from dino.models import Backbone
+from dino.models.preprocessing import IMAGENET, Preprocessing
 from dino.options import required
 from dino.options.commands import EmbedOptions
 from dino.options.rules import checked
@@ -34,10 +35,17 @@ class EvaluationViews(Dataset[tuple[list[Tensor], list[int], Bad]]):
     """
 
     def __init__(
-        self, source: Source, indices: Sequence[int], size: int, batch_size: int, resize: Resize, threads: int = 1
+        self,
+        source: Source,
+        indices: Sequence[int],
+        size: int,
+        batch_size: int,
+        resize: Resize = "as trained",
+        threads: int = 1,
+        wanted: Preprocessing = IMAGENET,
     ):
         self.source, self.indices, self.size, self.batch_size = source, indices, size, batch_size
-        self.resize, self.threads = RESIZES[resize], threads
+        self.resize, self.threads, self.wanted = RESIZES[resize], threads, wanted
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
@@ -53,7 +61,7 @@ class EvaluationViews(Dataset[tuple[list[Tensor], list[int], Bad]]):
 
     def _read(self, index: int) -> np.ndarray | BadImage:
         try:
-            return self.resize(self.source.read(index), self.size)
+            return self.resize(self.source.read(index), self.size, self.wanted)
         except BadImage as error:
             return error
 
@@ -178,7 +186,7 @@ def extract_batches(
     num_workers: int | None = None,
     progress: str | None = None,
     pooling: Pooling = "cls",
-    resize: Resize = "center",
+    resize: Resize = "as trained",
     fp16: bool = False,
 ) -> Iterator[Features]:
     """The features of `extract` in batches of `batch_size` indices; the last batch may be smaller.
@@ -191,13 +199,13 @@ def extract_batches(
     if num_workers is None:  # starting processes costs more than a few hundred small images
         num_workers = count_spare_cores() if on_gpu and len(indices) * size**2 > 2e7 else 0
     threads = 1 if num_workers else torch.get_num_threads()
-    views = EvaluationViews(source, indices, size, batch_size, resize, threads)
+    views = EvaluationViews(source, indices, size, batch_size, resize, threads, model.preprocessing)
     batches = iterate(views, 0, len(views), num_workers, on_gpu)
     pool = find_pooling(pooling)
     late: list[Features] = []  # on the device
     for runs, positions, bad in track(batches, len(views), progress) if progress else batches:
         with torch.autocast(device.type, torch.float16, enabled=fp16 and on_gpu):
-            images = (normalize(run.to(device, non_blocking=True), model.in_channels) for run in runs)
+            images = (normalize(run.to(device, non_blocking=True), model.preprocessing) for run in runs)
             values = [pool(model, run).float() for run in images]
         found = torch.cat(values) if values else torch.zeros(0, model.embed_dim)
         late.append(Features(found, np.array(positions, dtype=np.int64), bad))
@@ -217,7 +225,7 @@ def extract(
     progress: str | None = None,
     pooling: Pooling = "cls",
     shared: bool = False,
-    resize: Resize = "center",
+    resize: Resize = "as trained",
 ) -> Features:
     """Features of the images of `source` (those at `indices`), in order, in float32 as the reference does.
 

@@ -60,7 +60,7 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return self._extract(_list_images(X))
 
     def _extract(self, images: Sequence[Any]) -> np.ndarray:
-        size = self.size or self.model_.image_size
+        size = self.size or self.model_.view_size
         found = extract(self.model_, Images(images), size, batch_size=self.batch_size, pooling=self.pooling)
         if found.bad:
             name, reason = found.bad[0]

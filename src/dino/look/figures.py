@@ -23,7 +23,7 @@ def extract_labeled(options: TsneOptions, **sources: Source) -> Iterator[tuple[T
     """[CLS] features [m, d] of length 1, labels [m] and positions [m] of the readable images of each source."""
     model = weights.load(options.model).to(distributed.start(options.device))
     for what, source in sources.items():
-        found = cache.load_labeled(model, source, options.size or model.image_size, what)
+        found = cache.load_labeled(model, source, options.size or model.view_size, what)
         yield F.normalize(found.values, dim=1), found.labels, found.indices
 
 

@@ -22,7 +22,7 @@ BASIS_IMAGES, BASIS_PATCHES = 64, 1024  # a basis is fitted to at most so many i
 def prepare_image(model: Backbone, image: np.ndarray) -> Tensor:
     """One image [h, w, 3] uint8 as normalized input of `model` [1, channels, h, w], on its device."""
     pixels = torch.from_numpy(np.array(image))[None, None].to(next(model.parameters()).device)
-    return normalize(pixels, model.in_channels)
+    return normalize(pixels, model.preprocessing)
 
 
 @torch.no_grad()

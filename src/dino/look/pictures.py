@@ -45,7 +45,7 @@ def choose_size(model: Backbone, size: int | None) -> int:
         raise ValueError(
             f"--size is {size}, not a multiple of the patch size {patch}; use {max(1, size // patch) * patch}."
         )
-    return size or 2 * model.image_size // patch * patch
+    return size or 2 * model.view_size // patch * patch
 
 
 def fit_image(model: Backbone, image: AnyImage, size: int | None = None) -> np.ndarray:

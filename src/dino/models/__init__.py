@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dino import errors
 from dino.models.head import Head
 from dino.models.positions import PositionInterpolation
+from dino.models.preprocessing import Interpolation, Preprocessing, Resize, choose_preprocessing
 from dino.models.vit import HYBRIDS, SIZES, ImageSizeError, Recompute, VisionTransformer
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Backbone(Protocol):
     in_channels: int
     image_size: int  # it was built for, pixels
     patch_size: int  # edge of a cell, pixels
+    preprocessing: Preprocessing  # of pictures
     has_attention: bool
     exports_any_size: bool  # in multiples of `patch_size`; False: torch.export finds out
     recomputable: tuple[Recompute, ...]  # choices of `set_recompute`
@@ -61,6 +63,8 @@ class Backbone(Protocol):
 
     @property
     def pos_interp(self) -> PositionInterpolation | None: ...  # how it interpolates positions; None: in its own way
+    @property
+    def view_size(self) -> int: ...  # edge of an evaluation's view, pixels
     @property
     def name(self) -> str: ...  # the paper's or timm's, e.g. "vit_small/16"; "" where it has none
     def __call__(self, images: Tensor) -> Tensor: ...  # [n, embed_dim]
@@ -71,6 +75,7 @@ class Backbone(Protocol):
     def set_recompute(self, what: Recompute) -> None: ...  # activation checkpointing
     def set_drop_path(self, rate: float) -> bool: ...  # False: it keeps the rate that it was built with
     def resize_positions(self, state: dict[str, Tensor]) -> dict[str, Tensor]: ...  # for its own `image_size`
+    def number_layers(self) -> dict[str, int]: ...  # of each parameter, from 0, for layer-wise rates
     def overlap_patches(self, stride: int) -> None: ...  # finer maps; ValueError: cannot
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
@@ -86,6 +91,12 @@ def create(
     stem: Stem | None = None,
     drop_path: float = 0.0,
     pos_interp: PositionInterpolation = "offset",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    interpolation: Interpolation | None = None,
+    resize: Resize | None = None,
+    crop: float | None = None,
+    eval_size: int | None = None,
 ) -> VisionTransformer | TimmBackbone:
     """Create a backbone with fresh weights: one of ours by name, or "timm:NAME" for any architecture of timm.
 
@@ -96,27 +107,41 @@ def create(
         in_channels: channels of the images, 1 or more.
         stem: makes a ResNet's first convolution 3x3, of stride 1 ("small") or 2 ("half"), without pooling.
         drop_path: stochastic depth rate, where the architecture has it.
-        pos_interp: of our own ViTs, how positions are interpolated for other sizes.
+        pos_interp: how a ViT's positions are interpolated for other sizes; "offset" is timm's own way for a ViT of timm.
+        mean, std, interpolation, resize, crop, eval_size: of its pictures, see `Preprocessing` (whose size is `eval_size`).
 
     Raises:
         ValueError: an unknown name, a size that the architecture cannot take, or an option it does not have.
     """
-    sizes = {"patch_size": patch_size, "image_size": image_size, "width": width, "depth": depth, "num_heads": num_heads}
-    for name, value in (sizes | {"in_channels": in_channels}).items():
+    sizes = {"patch_size": patch_size, "width": width, "depth": depth, "num_heads": num_heads}
+    for name, value in (sizes | {"image_size": image_size, "in_channels": in_channels}).items():
         if value is not None and (not isinstance(value, Integral) or value < 1):
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
     if not (isinstance(drop_path, Real) and 0 <= drop_path < 1):
         raise ValueError(f"drop_path is {drop_path!r}; it must be in [0, 1).")
+    pictures = {"in_channels": in_channels, "mean": mean, "std": std, "interpolation": interpolation}
+    preprocessing = choose_preprocessing(pictures | {"resize": resize, "crop": crop, "eval_size": eval_size})
+    model = _build(arch, sizes, image_size, in_channels, stem or "default", drop_path, pos_interp)
+    model.preprocessing = preprocessing
+    return model
+
+
+def _build(
+    arch: str,
+    sizes: dict[str, int | None],
+    image_size: int,
+    in_channels: int,
+    stem: Stem,
+    drop_path: float,
+    pos_interp: PositionInterpolation,
+) -> VisionTransformer | TimmBackbone:
     if arch.startswith(TIMM) or arch in CONVNETS:
-        given = {"patch_size": patch_size, "width": width, "depth": depth, "num_heads": num_heads}
-        if fixed := [name for name, value in given.items() if value is not None]:
+        if fixed := [name for name, value in sizes.items() if value is not None]:
             raise ValueError(f"{arch} fixes its own {' and '.join(fixed)}; leave that out, or choose another name.")
-        if pos_interp != "offset":
-            raise ValueError(f"pos_interp is an option of our own ViTs; {arch} interpolates positions in its own way.")
         from dino.models.timm_backbone import TimmBackbone
 
-        name, sizes = CONVNETS.get(arch, (arch.removeprefix(TIMM), {}))
-        return TimmBackbone(name, image_size, in_channels, drop_path, stem or "default", sizes)
+        name, own = CONVNETS.get(arch, (arch.removeprefix(TIMM), {}))
+        return TimmBackbone(name, image_size, in_channels, drop_path, stem, pos_interp, own)
     if (own := SIZES.get(arch) or HYBRIDS.get(arch)) is None:
         import timm  # slow, and needed only to explain the mistake
 
@@ -124,8 +149,9 @@ def create(
         raise ValueError(
             f"there is no architecture '{arch}'; known are {', '.join([*SIZES, *HYBRIDS, *CONVNETS])} and timm:NAME.{near}"
         )
-    if stem not in (None, "default"):
+    if stem != "default":
         raise ValueError(f"stem '{stem}' is for ResNets; {arch} has patches, so choose a smaller patch_size instead.")
-    dim, layers, heads = (given or usual for given, usual in zip((width, depth, num_heads), own, strict=True))
-    sizes_of_own = (image_size, patch_size or 16, in_channels, dim, layers, heads)
+    given = (sizes[name] for name in ("width", "depth", "num_heads"))
+    dim, layers, heads = (size or usual for size, usual in zip(given, own, strict=True))
+    sizes_of_own = (image_size, sizes["patch_size"] or 16, in_channels, dim, layers, heads)
     return VisionTransformer(*sizes_of_own, drop_path, pos_interp, hybrid=arch in HYBRIDS)

@@ -6,20 +6,27 @@ that an architecture takes are found by running a copy of it on PyTorch's meta d
 Letters: n images, p prefix tokens ([CLS], registers), d width, h heads.
 """
 
+import ast
 import copy
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from jaxtyping import Float
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import group_parameters
+from timm.models.eva import Eva
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
 from dino import errors
 from dino.models import NO_ATTENTION, Recompute, Stem
+from dino.models.positions import PositionInterpolation, interpolate_positions
+from dino.models.preprocessing import Preprocessed
 
 # Options for every architecture; one that does not know an option is built without it.
 OPTIONS: dict[str, Any] = {
@@ -29,21 +36,27 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-class TimmBackbone(nn.Module):
+# In these the last block's attention passes its softmaxed map through `attn_drop`. By name, because timm has moved them.
+ATTENTIONS = ("Attention", "AttentionRope", "EvaAttention")
+
+
+class TimmBackbone(Preprocessed, nn.Module):
     """The architecture `name` without its classifier.
 
     Args:
-        name: as in `timm.list_models()`.
+        name: as in `timm.list_models()`, and in brackets arguments of timm's class that differ from those of the name:
+            "vit_small_patch14_dinov2(depth=4, num_heads=3)".
         image_size: edge of its images, pixels.
         drop_path: stochastic depth rate, as timm spreads it over the layers.
         stem: for ResNets on small images: a 3x3 convolution of stride 1 ("small") or 2 ("half"), no pooling.
+        pos_interp: "size" interpolates a ViT's positions as Hugging Face does, anything else as timm does.
         sizes: arguments of timm's class that differ from those of `name`.
+        weights: file of pretrained weights, in any form that timm converts from. None: fresh weights.
 
     Raises:
         ValueError: no such architecture, or it does not take these options.
     """
 
-    pos_interp = None
     exports_any_size = False
     recomputable: tuple[Recompute, ...] = ("nothing", "blocks")
     num_drop_path = 0  # its stochastic depth draws its own noise
@@ -55,19 +68,39 @@ class TimmBackbone(nn.Module):
         in_channels: int = 3,
         drop_path: float = 0.0,
         stem: Stem = "default",
+        pos_interp: PositionInterpolation | None = None,
         sizes: dict[str, Any] | None = None,
+        weights: Path | None = None,
     ):
         super().__init__()
+        self.name, self.image_size, self.in_channels = name, image_size, in_channels
+        name, given = split_arguments(name)
         if not timm.is_model(name):
             raise ValueError(f"timm has no architecture '{name}'.{errors.did_you_mean(name, timm.list_models())}")
-        self.name, self.image_size, self.in_channels = name, image_size, in_channels
-        options = OPTIONS | {"img_size": image_size, "drop_path_rate": drop_path} | (sizes or {})
+        options = (
+            OPTIONS
+            | choose_pooling(name)
+            | {"img_size": image_size, "drop_path_rate": drop_path}
+            | (sizes or {})
+            | given
+        )
+        if weights is not None:
+            # The number of classes is one that no file has, so that timm drops any classifier.
+            options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights), "num_classes": -1}}
         self.model, known = build_timm(name, in_channels, options)
         if drop_path and "drop_path_rate" not in known:
             raise ValueError(f"drop_path is {drop_path}, but timm:{name} has no stochastic depth; use 0.")
         if stem != "default":
             _shrink_stem(self.model, name, stride={"small": 1, "half": 2}[stem])
+        self.pos_interp: PositionInterpolation | None = None
+        if pos_interp == "size":
+            if type(self.model) is not TimmViT or self.model.pos_embed is None:
+                raise ValueError(
+                    f"pos_interp 'size' is for learned positions, which timm:{name} has not; leave it out."
+                )
+            self.pos_interp, self.model.__class__ = pos_interp, _HuggingFaceViT  # a class, so that copies keep it
         self.model.to(memory_format=torch.channels_last)  # convolutions are up to a third faster so
+        self.register_state_dict_post_hook(_make_contiguous)
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         self._prefix: int | None = getattr(self.model, "num_prefix_tokens", None)
         rows, _ = self.grid(image_size, image_size)
@@ -77,8 +110,10 @@ class TimmBackbone(nn.Module):
 
     def forward(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n d"]:
         """The feature that timm gives to a classifier: the normed [CLS] token or the pooled last map."""
-        if _is_empty(images):
-            return self(images.new_zeros(1, *images.shape[1:]))[:0]
+        if not torch.compiler.is_compiling():
+            self.grid(images.shape[-2], images.shape[-1])  # says what is wrong with a size
+            if _is_empty(images):
+                return self(images.new_zeros(1, *images.shape[1:]))[:0]
         return self.model.forward_head(self.model.forward_features(images))
 
     def set_recompute(self, what: Recompute) -> None:
@@ -90,7 +125,24 @@ class TimmBackbone(nn.Module):
         return False
 
     def resize_positions(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return state
+        """See `VisionTransformer.resize_positions`; another square grid of learned positions becomes this one's."""
+        own, given = getattr(self.model, "pos_embed", None), state.get("model.pos_embed")
+        if own is None or given is None or own.shape == given.shape or own.ndim != 3:
+            return state
+        prefix = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
+        grid = [*self.grid(self.image_size, self.image_size)]
+        antialias = self.pos_interp != "size"
+        resized = resample_abs_pos_embed(given, grid, num_prefix_tokens=prefix, antialias=antialias)
+        return state | {"model.pos_embed": resized}
+
+    def number_layers(self) -> dict[str, int]:
+        """The layer of each parameter, by timm's own grouping. What follows a ViT's blocks is a layer of its own."""
+        groups: Any = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
+        after = 1 + max(groups.values()) if isinstance(self.model, TimmViT | Eva) else 0
+        return {
+            f"model.{name}": after if after and layer and not name.startswith("blocks.") else layer
+            for name, layer in groups.items()
+        }
 
     def overlap_patches(self, stride: int) -> None:
         raise ValueError("only our own ViTs (and the releases) can overlap their patches; leave --stride out.")
@@ -107,13 +159,15 @@ class TimmBackbone(nn.Module):
             return [tokens[:0] for tokens in self.tokens(images.new_zeros(1, *images.shape[1:]), layers)]
         if layers == 1:
             return [self._tokens(self.model.forward_features(images))]
-        if not isinstance(self.model, TimmViT):
+        if not isinstance(self.model, TimmViT | Eva) or not self._prefix:
             raise ValueError(
                 f"layers is {layers}, but earlier layers of timm:{self.name} have other maps than the last; use 1."
             )
         if not 1 <= layers <= len(self.model.blocks):
             raise ValueError(f"layers is {layers}; this model has 1 to {len(self.model.blocks)} blocks.")
-        kept = self.model.get_intermediate_layers(images, n=layers, norm=True, return_prefix_tokens=True)
+        kept: Any = self.model.forward_intermediates(
+            images, layers, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+        )
         return [self._tokens(torch.cat([prefix, cells], dim=1)) for cells, prefix in kept]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -145,15 +199,15 @@ class TimmBackbone(nn.Module):
         if not self.has_attention:
             raise ValueError(f"timm:{self.name}: {NO_ATTENTION}")
         seen: list[Tensor] = []
-        block: Any = self.model.blocks[-1]
-        hook = block.attn.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        attention: Any = self.model.blocks[-1].attn
+        hook = attention.attn_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        fused, attention.fused_attn = attention.fused_attn, False  # the fused kernel never holds the map
         try:
             self.model.forward_features(images)
         finally:
             hook.remove()
-        q, k, _ = block.attn.qkv(seen[0]).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = block.attn.q_norm(q[:, :, :1] if only_cls else q), block.attn.k_norm(k)
-        return (q @ k.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
+            attention.fused_attn = fused
+        return seen[0][:, :, :1] if only_cls else seen[0]
 
     def cls_attention(self, images: Float[Tensor, "n c height width"]) -> Float[Tensor, "n h cells"]:
         """Where [CLS] looks: `attention`'s row 0 over the patches. Raises as `attention` does."""
@@ -195,6 +249,47 @@ class TimmBackbone(nn.Module):
         return torch.cat([image[:, None], cells], dim=1)
 
 
+class _HuggingFaceViT(TimmViT):
+    """timm's ViT that interpolates positions as Hugging Face's, without antialiasing."""
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        (n, rows, columns, _), positions = x.shape, self.pos_embed
+        assert positions is not None
+        prefix = [token.expand(n, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        if self.no_embed_class:  # the position of [CLS] is in its token
+            positions = interpolate_positions(torch.cat([positions[:, :1], positions], dim=1), rows, columns, "size")
+            return torch.cat([*prefix, x.flatten(1, 2) + positions[:, 1:]], dim=1)
+        return torch.cat([*prefix, x.flatten(1, 2)], dim=1) + interpolate_positions(positions, rows, columns, "size")
+
+
+def _make_contiguous(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """safetensors and others refuse tensors whose channels come last in memory."""
+    state |= {name: value.contiguous() for name, value in state.items() if name.startswith(prefix)}
+
+
+def choose_pooling(name: str) -> dict[str, Any]:
+    """DINOv3's feature is that of its authors, [CLS], where timm by itself takes the mean of the patches."""
+    return {"global_pool": "token"} if name.startswith("vit_") and "_dinov3" in name else {}
+
+
+def split_arguments(name: str) -> tuple[str, dict[str, Any]]:
+    """The name of timm's model, and the arguments in brackets behind it.
+
+    Raises:
+        ValueError: what stands in the brackets are no arguments.
+    """
+    name, bracket, rest = name.partition("(")
+    if not bracket:
+        return name, {}
+    try:
+        call = ast.parse(f"f({rest}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        assert not call.args
+        return name, {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise ValueError(f"timm:{name}({rest} is no architecture; write arguments as timm:{name}(depth=4).") from error
+
+
 def build_timm(name: str, in_channels: int, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """timm's model `name`, and those of the `options` that the architecture knows."""
     options = dict(options)
@@ -233,7 +328,7 @@ def _shrink_stem(model: Any, name: str, stride: int) -> None:
 
 
 def _has_cls_attention(model: nn.Module) -> bool:
-    if not isinstance(model, TimmViT) or model.cls_token is None or model.global_pool != "token":
+    if not isinstance(model, TimmViT | Eva) or model.cls_token is None or model.global_pool != "token":
         return False
-    # By name, not isinstance: timm has moved the class between versions, and subclasses compute something else.
-    return type(getattr(model.blocks[-1], "attn", None)).__name__ == "Attention"
+    # By name, not isinstance: subclasses compute something else.
+    return type(getattr(model.blocks[-1], "attn", None)).__name__ in ATTENTIONS

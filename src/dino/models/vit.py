@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from dino.machine import check_memory
 from dino.models.positions import PositionInterpolation, interpolate_positions
+from dino.models.preprocessing import Preprocessed
 from dino.models.stems import ConvStem, PatchEmbed
 
 Recompute = Literal["nothing", "elementwise", "blocks"]
@@ -124,7 +125,7 @@ class Block(nn.Module):
         return self.drop_path(x, lambda x: self.mlp(self.norm2(x)), x, second)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Preprocessed, nn.Module):
     """Images to features.
 
     Args:
@@ -234,6 +235,14 @@ class VisionTransformer(nn.Module):
         rows, columns = self.grid(self.image_size, self.image_size)
         return state | {"pos_embed": interpolate_positions(state["pos_embed"], rows, columns, self.pos_interp)}
 
+    def number_layers(self) -> dict[str, int]:
+        """The layer of each parameter: 0 before the blocks, then a block each, and after the blocks."""
+        found = {}
+        for name, _ in self.named_parameters():
+            part, number, *_ = f"{name}.".split(".")
+            found[name] = {"blocks": int(number) + 1 if number.isdigit() else 0, "norm": self.depth + 1}.get(part, 0)
+        return found
+
     def overlap_patches(self, stride: int) -> None:
         """Cut a patch every `stride` pixels from now on, so that patches overlap and maps are finer.
 
@@ -254,13 +263,19 @@ class VisionTransformer(nn.Module):
         self.patch_embed.proj.stride = stride, stride
         self.patch_embed.proj.padding = (patch - stride) // 2, (patch - stride) // 2
 
-    def tokens(self, images: Float[Tensor, "n c height width"], layers: int = 1) -> list[Float[Tensor, "n t d"]]:
-        """Normed tokens ([CLS] first) after each of the last `layers` blocks, oldest first."""
+    def tokens(
+        self,
+        images: Float[Tensor, "n c height width"],
+        layers: int = 1,
+        drop_path_noise: Float[Tensor, "branches n"] | None = None,
+    ) -> list[Float[Tensor, "n t d"]]:
+        """Normed tokens ([CLS] first) after each of the last `layers` blocks, oldest first; noise as for `forward`."""
         if not 1 <= layers <= self.depth:
             raise ValueError(f"layers is {layers}; this model has 1 to {self.depth} blocks.")
+        noise = [None] * self.depth if drop_path_noise is None else drop_path_noise.unflatten(0, (-1, 2)).unbind()
         x, kept = self._embed(images), []
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = self._run(block, x, only_cls=False, noise=noise[i])
             if i >= self.depth - layers:
                 kept.append(self.norm(x))
         return kept

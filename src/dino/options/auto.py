@@ -27,15 +27,20 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     choose = Choices(options)
     little = not on_gpu or num_images < LITTLE_DATA
     own = "resnet_nano" if not on_gpu else "timm:resnet18" if little else "vit_small"
+    batch = choose("batch_size", max(1, min(64 if little else 256, num_images // 4)))
+    if not on_gpu and not options.method.frozen:
+        choose("views.num_local", 2)
     # Weights to start from know another method than this one.
     little = little and (options.init is None or options.model.arch == own)
     arch = choose("model.arch", own)
     choose_views(choose, arch, 32 if image_edge < 48 else 64 if not on_gpu else 128 if little else 224, little)
     choose_method(choose, num_images, little, nano="_nano" in arch)
-    batch = choose("batch_size", max(1, min(64 if little else 256, num_images // 4)))
     # Little data also needs thousands of steps; a million images need no more than 100 epochs.
     steps = max(1, num_images // batch)
-    choose_schedules(choose, min(800, max(100 if on_gpu else 10, round((20_000 if on_gpu else 8_000) / steps))), little)
+    continued = options.init is not None
+    choose_schedules(
+        choose, min(800, max(100 if on_gpu else 10, round((20_000 if on_gpu else 8_000) / steps))), little, continued
+    )
     choose("data.num_workers", cores)
     return replace(options, choose.chosen)
 
@@ -70,7 +75,8 @@ def choose_views(choose: Choices, arch: str, size: int, little: bool) -> None:
         choose("model.stem", "half" if "_nano" in arch else "small" if "resnet" in arch else "default")
     local = 96 if size == 224 else size // 2
     choose("views.local_size", max(patch, local // patch * patch))
-    choose("views.num_local", 2 if little else 8)
+    if "views.num_local" not in choose.chosen:
+        choose("views.num_local", 0 if choose.options.method.frozen else 2 if little else 8)
     # Crops of few pixels must share enough for their targets to agree.
     choose("views.global_scale", (0.25, 1.0) if little else (0.4, 1.0) if size >= 96 else (0.5, 1.0))
     choose("views.local_scale", (0.1, 0.5) if little else (0.05, 0.4) if size >= 96 else (0.3, 0.9))
@@ -81,13 +87,18 @@ def choose_method(choose: Choices, num_images: int, little: bool, nano: bool) ->
     """The loss, the teacher and the heads."""
     of_prototypes = ("head.out_dim", "head.prototypes", "method.teacher_temp", "method.targets")
     asks_prototypes = any(map(choose.given, of_prototypes))
-    loss = choose("method.loss", "infonce" if little and not asks_prototypes else "cross-entropy")
-    choose("method.targets", "none" if loss == "infonce" else "sinkhorn" if little and loss != "mse" else "centering")
+    frozen = choose.options.method.frozen is not None
+    usual = "infonce" if little and not asks_prototypes else "cross-entropy"
+    loss = choose("method.loss", "cosine" if frozen else usual)
+    choose(
+        "method.targets",
+        "none" if loss in ("infonce", "cosine") else "sinkhorn" if little and loss != "mse" else "centering",
+    )
     choose("method.queue_size", 0 if little else 65536)
     choose("method.student_temp", 0.2 if loss == "infonce" else 0.1)
-    if choose.given("method.teacher") == "momentum":
+    if frozen or choose.given("method.teacher") == "momentum":
         # In a short run a slow teacher stays close to its untrained start.
-        choose("method.momentum", 0.996 if not little else 0.9 if loss == "infonce" else 0.97)
+        choose("method.momentum", 0.99 if frozen else 0.996 if not little else 0.9 if loss == "infonce" else 0.97)
     choose("model.drop_path", 0.0 if little else 0.1)
     choose("head.num_layers", 2 if little else 3)
     choose("head.batch_norm", little)
@@ -97,12 +108,15 @@ def choose_method(choose: Choices, num_images: int, little: bool, nano: bool) ->
         choose("head.out_dim", choose_prototypes(num_images))
 
 
-def choose_schedules(choose: Choices, epochs: float, little: bool) -> None:
-    """The optimizer, and what changes in the course of a run of so many `epochs`."""
+def choose_schedules(choose: Choices, epochs: float, little: bool, continued: bool) -> None:
+    """The optimizer, and what changes in the course of a run of so many `epochs`, which may start from weights."""
     epochs = choose("epochs", epochs)
     choose("log.knn_every", choose_check_interval(epochs))
     choose("optim.name", "muon" if little else "adamw")
-    choose("optim.lr", 8e-3 if little else 5e-4)
+    choose("optim.lr", 8e-3 if little else 1e-4 if continued else 5e-4)
+    choose("optim.layer_decay", 0.8 if continued and not little else 1.0)
+    if continued:
+        choose("start.frozen_epochs", round(0.05 * epochs, 6))
     choose("optim.warmup_epochs", min(10, round(epochs / 10, 6)))
     start = choose("method.teacher_temp_start", 0.03 if little else 0.04)
     choose("method.teacher_temp", 0.07 if epochs >= 300 and not little else start)

@@ -211,7 +211,7 @@ class ReportOptions(Options):
 
 class ModelsOptions(Options):
     name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
-    """Download this release ('vits16', 'vits16:full', 'vits16:linear') and print where it lies."""
+    """Download this release ('vits16', 'vits16:full', 'vits16:linear'), timm:NAME or hf:ORG/NAME, and print where it lies."""
     offline: bool = False
     """Never download; DINO_OFFLINE=1 in the environment means the same for every command."""
 

@@ -10,6 +10,7 @@ writes options as TOML.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -83,6 +84,19 @@ class ModelOptions(Options, section="model."):
     chosen for the size of the views."""
     in_channels: Literal[1, 3] = 3
     """Channels the backbone sees: 3 colors, or 1, their luma (after the colors of a view were changed)."""
+    mean: tuple[Share, ...] | None = None
+    """Mean of each channel (white is 1), subtracted from pixels. None: ImageNet's, or that of the weights of --init."""
+    std: tuple[PositiveFloat, ...] | None = None
+    """Standard deviation of each channel, which pixels are divided by. None: as for the mean."""
+    interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] | None = None
+    """How an evaluation resizes images. None: bicubic, or as the weights of --init want it."""
+    resize: Literal["center", "stretched"] | None = None
+    """What an evaluation sees of an image: its central square, or all of it stretched. None: the square, or as the weights
+    of --init want it."""
+    crop: Area | None = None
+    """Edge of the central square as a share of the shorter side. None: 0.875, or 1 for views under 128 pixels."""
+    eval_size: Pixels | None = None
+    """Edge of an evaluation's view, pixels. None: that of the global views."""
 
 
 class HeadOptions(Options, section="head."):
@@ -110,14 +124,25 @@ class HeadOptions(Options, section="head."):
     """One more hidden layer on the student's side only (BYOL)."""
 
 
+TEACHERS = ("momentum", "previous-epoch", "previous-iteration", "student")
+Teacher = Annotated[
+    str,
+    Rule(
+        lambda value: value in TEACHERS or re.fullmatch(r"frozen:.+", value),
+        f"choose {', '.join(TEACHERS)} or frozen:NAME",
+    ),
+]
+
+
 class MethodOptions(Options, section="method."):
-    teacher: Literal["momentum", "previous-epoch", "previous-iteration", "student"] = "momentum"
-    """What the teacher is: a moving average of the student, or the student itself then or now (paper Fig. 6)."""
+    teacher: Teacher = "momentum"
+    """What the teacher is: momentum (a moving average of the student), previous-epoch, previous-iteration or student (paper
+    Fig. 6); or frozen:NAME, trained weights whose features the student learns (a name as for --init)."""
     momentum: Share | None = None
     """Teacher momentum at the first step; rises to 1 on a cosine. None: chosen from the batch and run length."""
-    loss: Literal["cross-entropy", "mse", "infonce"] | None = None
-    """Between distributions over prototypes (DINO), normalized vectors (BYOL), or one against negatives (MoCo). None:
-    cross-entropy, or infonce for little data."""
+    loss: Literal["cross-entropy", "mse", "infonce", "cosine"] | None = None
+    """Between distributions over prototypes (DINO), normalized vectors (BYOL), one against negatives (MoCo), or features of
+    a frozen teacher. None: cross-entropy, infonce for little data, or cosine with a frozen teacher."""
     queue_size: NonNegativeInt | None = None
     """Negatives that infonce remembers. 0: none, but the other images of the step (MoCo-v3). None: 65536, or 0 for little
     data."""
@@ -134,6 +159,32 @@ class MethodOptions(Options, section="method."):
     3 iterations of Sinkhorn-Knopp (SwAV), or nothing. None: centering, or sinkhorn for little data."""
     center_momentum: Share = 0.9
     """Momentum of the center (paper Eq. 4)."""
+
+    @property
+    def frozen(self) -> str | None:
+        """The name of the frozen teacher."""
+        return self.teacher.removeprefix("frozen:") if self.teacher.startswith("frozen:") else None
+
+
+Trained = Annotated[
+    str,
+    Rule(
+        re.compile(r"all|attention-proj|norms|last:[1-9][0-9]{0,3}").fullmatch,
+        "choose all, attention-proj, norms, or last:N for the last N blocks",
+    ),
+]
+
+
+class StartOptions(Options, section="start."):
+    """Of training that starts from weights (--init)."""
+
+    frozen_epochs: NonNegativeFloat | None = None
+    """Epochs at the start in which only the heads learn. None: a twentieth of the run where the weights bring no heads."""
+    train: Trained = "all"
+    """What of the backbone learns: all, attention-proj (the output projections of attention), norms, or last:N (the last N
+    blocks and the last norm). The heads always learn."""
+    stop: bool = True
+    """End the run when for a quarter of it every check finds the model worse than the weights it started from."""
 
 
 class ViewOptions(Options, section="views."):
@@ -183,6 +234,9 @@ class OptimOptions(Options, section="optim."):
     """Peak learning rate for a batch of 256; scaled by batch_size / 256. None: 5e-4, or 8e-3 for vit_nano."""
     min_lr: NonNegativeFloat = 1e-6
     """Learning rate at the end of the cosine (not scaled)."""
+    layer_decay: Annotated[float, between(0.01, 1)] | None = None
+    """The learning rate of a block is this times that of the next one; what comes before the blocks has the least. None: 1,
+    or 0.8 with --init."""
     warmup_epochs: NonNegativeFloat | None = None
     """Epochs of linear learning-rate warm-up from 0. None: 10, or a tenth of a shorter run."""
     weight_decay: NonNegativeFloat = 0.04
@@ -217,7 +271,8 @@ class TrainOptions(Options):
     resume: str | None = None
     """Run directory to continue; all other options come from its config.toml. Moved images: with --data, their new place."""
     init: str | None = None
-    """Weights to start from: a run (its last step), a release ('vits16:full', see `dino models`) or a file. None: fresh."""
+    """Trained weights to start from: a run (its last step), a release ('vits16:full', see `dino models`), timm:NAME,
+    hf:ORG/NAME or a file. None: fresh ones."""
     overwrite: bool = False
     """Replace the run that is in the run directory: what a run writes is deleted, all else stays."""
     epochs: PositiveFloat | None = None
@@ -255,6 +310,7 @@ class TrainOptions(Options):
     model: ModelOptions = ModelOptions()
     head: HeadOptions = HeadOptions()
     method: MethodOptions = MethodOptions()
+    start: StartOptions = StartOptions()
     views: ViewOptions = ViewOptions()
     optim: OptimOptions = OptimOptions()
     log: LogOptions = LogOptions()
@@ -280,13 +336,21 @@ class TrainOptions(Options):
             low, high = getattr(self.views, name) or (1, 1)
             if low > high:
                 yield f"views.{name} is {low} {high}; give the lower bound first."
+        if self.init is None and self.resume is None and (self.start != StartOptions()):
+            yield "start.* is of training that starts from weights; give them with --init, or leave it out."
         if head.bottleneck and head.num_layers == 0:
             yield f"head.num_layers is {head.num_layers}; use at least 1, the layer into the bottleneck."
         if not head.bottleneck and (head.predictor or head.prototypes is False):
             yield "head.bottleneck is False: then the head must end in prototypes and has no place for a predictor."
         if head.prototypes is False and method.loss == "cross-entropy":
             yield "head.prototypes is False but method.loss cross-entropy needs them; use --method.loss mse or infonce."
-        if method.teacher != "momentum" and method.momentum is not None:
+        if method.frozen:
+            for name, usual in (("method.loss", "cosine"), ("views.num_local", 0), ("head.prototypes", False)):
+                if (given := flatten(self)[name]) not in (None, usual):
+                    yield f"{name} is {given}, but a student of a frozen teacher has its own; leave it out."
+        elif method.loss == "cosine":
+            yield "method.loss is cosine, which is for a frozen teacher; give one with --method.teacher frozen:NAME."
+        elif method.teacher != "momentum" and method.momentum is not None:
             yield (
                 f"method.momentum is {method.momentum} but method.teacher is {method.teacher}, which has none; leave one out."
             )

@@ -95,6 +95,7 @@ def list_charts(run: Run) -> list[Chart]:
         Chart("Attention on objects", [Panel(heads, "{:.1f} %")]),
         Chart("Feature health", [rank, spread]),
         Chart("Knowing an image by its crops", [crops]),
+        Chart("Likeness to the start", [Panel({"linear CKA": "cka_start"})]),
         Chart("Prototype usage", [usage, useful]),
         Chart("Center and gradients", [center, gradients]),
         Chart("Schedules", schedules, columns=2),

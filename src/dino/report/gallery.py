@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from markupsafe import Markup
 
 from dino.data.decode import BadImage
-from dino.data.evaluation_views import resize_and_crop
+from dino.data.evaluation_views import make_square, resize_and_crop
 from dino.data.normalize import normalize
 from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
@@ -102,12 +102,12 @@ class Gallery:
 
     def render_neighbors(self) -> Markup:
         """Rows of a query and the training images with the most similar features."""
-        size, held_out = self.model.image_size, self.shown is not self.source
-        squares = [resize_and_crop(picture.pixels, size) for picture in self.pictures]
+        size, held_out = self.model.view_size, self.shown is not self.source
+        squares = [make_square(picture.pixels, size, self.model.preprocessing) for picture in self.pictures]
         bank = extract(self.model, self.source, size, self._choose_bank())
         with torch.no_grad():
             batch = torch.from_numpy(np.stack(squares))[None].to(self.device)
-            queries = self.model(normalize(batch, self.model.in_channels)).float().cpu()
+            queries = self.model(normalize(batch, self.model.preprocessing)).float().cpu()
         nearest = find_neighbors(F.normalize(queries, dim=1), F.normalize(bank.values, dim=1), NUM_NEIGHBORS + 1)
         rows = []
         for picture, square, cosines, places in zip(self.pictures, squares, *nearest, strict=True):
@@ -144,7 +144,7 @@ class Gallery:
     @cached_property
     def close_size(self) -> int:
         """Twice the training resolution shows finer maps. More than 512 pixels are slow and show little more."""
-        own, patch = self.model.image_size, self.model.patch_size
+        own, patch = self.model.view_size, self.model.patch_size
         size = min(max(own, min(2 * own, 512)) // patch, math.isqrt(MOST_PATCHES)) * patch
         try:
             self.model.grid(size, size)
@@ -166,7 +166,7 @@ class Gallery:
     def _choose_bank(self) -> Sequence[int]:
         """Positions of the training images among which neighbors are searched, fewer for a large model on a CPU."""
         model = self.model
-        cells = math.prod(model.grid(model.image_size, model.image_size))
+        cells = math.prod(model.grid(model.view_size, model.view_size))
         work = (1 + cells) * sum(parameter.numel() for parameter in model.parameters())
         most = MAX_BANK if self.device.type == "cuda" else int(min(MAX_BANK, max(200, MAX_CPU_WORK / work)))
         return evenly_spaced(len(self.source), most)

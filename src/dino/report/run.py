@@ -64,18 +64,29 @@ class Run:
         """The metric of the k-NN accuracy to show: k = 20, or k = 10 where there are too few training images."""
         return next((name for name in ("knn20_top1", "knn10_top1") if self.get_metric(name)[0]), None)
 
+    @property
+    def words(self) -> tuple[str, str]:
+        """The network before the first step, and the one that the run keeps, for figures."""
+        return ("before", "after") if self.options.init else ("untrained", "trained")
+
     @cached_property
     def kept(self) -> float:
-        """The step of the teacher that the run keeps: the best, or the last where none was measured."""
+        """The step of the teacher that the run keeps: the best, or the last where none was measured.
+
+        It is 0 where the weights that the run started from were never reached.
+        """
         measured = next((self.get_metric(name) for name in MEASURES if self.get_metric(name)[0]), ([], []))
-        later = [(value, step) for step, value in zip(*measured, strict=True) if step > 0]
+        later = [(value, step) for step, value in zip(*measured, strict=True) if step > 0 or self.options.init]
         return max(later)[1] if later else self.steps
 
     def compare(self, name: str) -> tuple[float | None, float | None]:
-        """A metric before the first step, and of the teacher that the run keeps. None: it was not measured."""
+        """A metric before the first step, and of the teacher that the run keeps (of the last, where it keeps the start).
+
+        None: it was not measured.
+        """
         steps, values = self.get_metric(name)
         before = values[0] if steps and steps[0] == 0 else None
-        later = [value for step, value in zip(steps, values, strict=True) if 0 < step <= self.kept]
+        later = [value for step, value in zip(steps, values, strict=True) if 0 < step <= (self.kept or self.steps)]
         return before, later[-1] if later else None
 
     @property

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dino.options import flatten, replace, required
+from dino.options.auto import LITTLE_DATA
 from dino.options.train import TrainOptions
 from dino.report.run import Run
 
+RELEASED = "timm:vit_small_patch14_dinov2.lvd142m"  # a good start for photographs of all kinds
 FEW_IMAGES, FEW_STEPS = 500, 1000  # below, hardly any run learns much
 ENOUGH_STEPS = 4000  # what the automatic choice gives to few images
 COLOR_EXCESS = (
@@ -28,7 +30,7 @@ COLOR_EXCESS = (
 class Reason(NamedTuple):
     """Why a run is not better, or could be better yet, and what to run next."""
 
-    name: Literal["collapse", "stopped", "few images", "few steps", "color", "rising", "unclear"]
+    name: Literal["collapse", "stopped", "few images", "few steps", "color", "rising", "hurts", "unclear"]
     text: str
     command: str
 
@@ -53,14 +55,23 @@ class Verdict:
 def warn(options: TrainOptions, images: int, steps: int) -> list[str]:
     """What to say before a run that will hardly learn; one that starts from weights needs less."""
     numbers = (
-        (
-            images,
-            FEW_IMAGES,
-            "images are few; with less than some hundreds start from released weights (--init vits16).",
-        ),
+        (images, FEW_IMAGES, "images are few; with less than some hundreds start from released weights."),
         (steps, FEW_STEPS, "steps are few; a model goes on learning for some thousands (--minutes or --epochs)."),
     )
     return [f"{count:,} {text}" for count, least, text in numbers if count < least and options.init is None]
+
+
+def advise_start(options: TrainOptions, images: int) -> str:
+    """That released weights are likely the better start for so few photographs, with the command; "" if they are not."""
+    if options.init or options.method.frozen or images >= LITTLE_DATA or options.data.path == "scenes":
+        return ""
+    command = ["dino", "train", "--init", RELEASED, *_write_data(options)]
+    return f"Of photographs, {images:,} are few: starting from released weights is likely better: {shlex.join(command)}"
+
+
+def _write_data(options: TrainOptions) -> list[str]:
+    given = {"--data": options.data.path, "--data.val": options.data.val, "--data.labels": options.data.labels}
+    return [str(word) for pair in given.items() if pair[1] not in (None, "auto") for word in pair]
 
 
 def judge(run: Run) -> Verdict:
@@ -78,11 +89,15 @@ def judge(run: Run) -> Verdict:
         "worse than": [what for what in floors if floors[what] - after > margins[what]],
     }
     headline = ", ".join(f"{how} {_join(names)}" for how, names in groups.items() if names) + "."
-    chance = f"On {count:,} held-out images a difference of up to {max(margins.values()):.1f} points may be chance."
+    sentences = [
+        f"On {count:,} held-out images a difference of up to {max(margins.values()):.1f} points may be chance."
+    ]
+    if alike := run.get_metric("cka_start")[1]:
+        sentences.append(f"Its features are {alike[-1]:.2f} like those it started from (linear CKA; 1 is the same).")
     reasons = _find_reasons(run, is_rising(run, count), "color histograms" in groups["better than"])
     if len(groups["better than"]) < len(floors):
-        return Verdict("not", headline, [chance], next(reasons))
-    return Verdict("better", headline, [chance], next((r for r in reasons if r.name in ("stopped", "rising")), None))
+        return Verdict("not", headline, sentences, next(reasons))
+    return Verdict("better", headline, sentences, next((r for r in reasons if r.name in ("stopped", "rising")), None))
 
 
 def _judge_without_labels(run: Run) -> Verdict:
@@ -90,7 +105,7 @@ def _judge_without_labels(run: Run) -> Verdict:
     for name, what in (("effective_rank", "Effective rank"), ("two_crop_retrieval", "Two-crop retrieval")):
         before, after = run.compare(name)
         if before is not None and after is not None:
-            sentences.append(f"{what}: {before:.1f} untrained -> {after:.1f} trained.")
+            sentences.append(f"{what}: {before:.1f} {run.words[0]} -> {after:.1f} {run.words[1]}.")
     if run.knn is None:
         sentences.append(
             "To give labels, sort images into a folder for each class, or list path,label in a CSV file (--data.labels); "
@@ -128,13 +143,15 @@ def _find_reasons(run: Run, rising: bool = False, beyond_color: bool = False) ->
     o, steps = run.options, f"{run.steps:,} steps"
     per_epoch = run.total / required(o.epochs)
     longer = _repeat(run, {"epochs": max(2 * required(o.epochs), math.ceil(ENOUGH_STEPS / per_epoch))})
-    given = {"--data": o.data.path, "--data.val": o.data.val, "--data.labels": o.data.labels, "--out": _name_next(run)}
-    words = [word for pair in given.items() if pair[1] not in (None, "auto") for word in pair]
-    released = shlex.join(["dino", "train", "--init", "vits16", "--epochs", "10", *map(str, words)])
+    released = shlex.join(["dino", "train", "--init", RELEASED, *_write_data(o), "--out", _name_next(run)])
     for step, (kind, _) in reversed(run.collapses.items()):
         text = f"It collapsed by step {step:,}: its targets no longer differed from image to image."
         yield Reason("collapse", text, _repeat(run, *_list_cures(o, kind)))
-    if not run.complete:
+    if o.init and run.kept == 0:
+        text = "Training made the weights it started from worse on these images, so the run keeps those (step 0)."
+        rates = {"optim.lr": required(o.optim.lr) / 4}
+        yield Reason("hurts", text, _repeat(run, {"start.train": "attention-proj"} | rates, rates))
+    elif not run.complete:
         resume = shlex.join(["dino", "train", "--resume", str(run.folder)])
         yield Reason("stopped", f"It stopped after {run.steps:,} of {run.total:,} steps.", resume)
     if run.num_images < FEW_IMAGES and o.init is None:

@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dino import errors
-from dino.models import CONVNETS, SIZES, Backbone, create
+from dino.models import SIZES, Backbone, create
 from dino.models.vit import VisionTransformer
-from dino.weights import formats, pickles, releases, runs
+from dino.terminal import say
+from dino.weights import formats, hub, pickles, pictures, releases, runs
 from dino.weights.checkpoints import list_checkpoints
 from dino.weights.checks import check_arguments, check_fit, load_strictly
+from dino.weights.folders import open_folder, open_timm, read_config
 from dino.weights.formats import State
 from dino.weights.runs import CONFIG, WEIGHTS, save
 
@@ -68,14 +70,15 @@ class Weights:
 
 
 def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) -> VisionTransformer | TimmBackbone:
-    """The (teacher's) backbone that `name` stands for, in evaluation mode on the CPU.
+    """The (teacher's) backbone that `name` stands for, trainable, in evaluation mode, on the CPU.
 
-    Its `image_size` is what it was trained at.
+    Its `image_size` is what it was trained at. `model.transform` prepares a picture, `model.embed` gives the features of
+    many, as the weights want their pictures.
 
     Args:
         name: a run directory ('runs/a' is its best teacher, 'runs/a:last' the last), a release ('dino_vits16',
-            'vits16:full'; see `dino models`), a .pth, .pt or .safetensors file, or a folder that timm or Hugging Face's
-            `ViTModel` saved.
+            'vits16:full'; see `dino models`), pretrained weights of timm ('timm:NAME') or of a repository of Hugging Face's
+            hub ('hf:ORG/NAME'), a .pth, .pt or .safetensors file, or a folder that timm or transformers saved.
         offline: never download; $DINO_OFFLINE=1 means the same.
         changes: arguments of `create` that the file does not hold or that should differ, e.g. ``num_heads=3`` or
             ``pos_interp="antialias"``.
@@ -100,7 +103,8 @@ def build_backbone(weights: Weights, **changes: Any) -> VisionTransformer | Timm
         raise error if str(error).startswith(where) else ValueError(f"{where} cannot be built: {error}") from error
     load_strictly(model, state, where)
     vars(model)["where"] = where  # for messages
-    return model.eval().requires_grad_(False)
+    pictures.attach(model)
+    return model.eval()
 
 
 def read(
@@ -114,9 +118,11 @@ def read(
             backbone is kept; with more, it is the last that is read.
     """
     text, last = runs.split_name(name)
-    path = _locate(text, offline)
+    path = Path(text) if is_remote(text) else _locate(text, offline)
     try:
-        if list_checkpoints(path / "checkpoints"):
+        if is_remote(text):
+            opened = _open_remote(text, offline)
+        elif list_checkpoints(path / "checkpoints"):
             opened = runs.open_run(path, last, only_backbone)
         else:
             opened = _open_folder(path, last) if path.is_dir() else _open_file(path)
@@ -141,26 +147,32 @@ def _locate(name: str, offline: bool) -> Path:
     if releases.find_release(name) is None:
         raise ValueError(
             f"there is no run, weight file or release '{name}'; give the --out folder of a training run, a .pth or "
-            ".safetensors file, or a name that `dino models` lists."
+            ".safetensors file, a name that `dino models` lists, timm:NAME or hf:ORG/NAME."
         )
     return releases.fetch_release(name, offline)
 
 
 def _open_folder(folder: Path, last: bool) -> runs.Opened:
     """A run directory without checkpoints, or a folder that timm or Hugging Face saved."""
-    config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
+    config = read_config(folder / CONFIG)
     if "model" in config and (folder / WEIGHTS).is_file():
         return runs.open_run(folder, last, only_backbone=True)
-    if not config or not (folder / "model.safetensors").is_file():
-        raise ValueError(
-            f"{folder} holds no {WEIGHTS} or model.safetensors with its {CONFIG}; give the --out folder of a training "
-            "run, or a folder that timm or Hugging Face saved."
-        )
-    for key, rule in {"model_type": "vit", "hidden_act": "gelu", "qkv_bias": True}.items():  # timm says none of these
-        if config.get(key, rule) != rule:
-            raise ValueError(f"{folder / CONFIG} says {key} {config[key]}; only {key} {rule} can be read.")
-    content = load_file(folder / "model.safetensors")
-    return runs.Opened(folder, content, {name: config[name] for name in config if name != "model"})
+    return open_folder(folder, str(folder))
+
+
+def is_remote(name: str) -> bool:
+    """Whether weights are named by where they are published: `timm:NAME`, `hf:ORG/NAME`."""
+    return hub.is_hub_name(name) and not Path(name).exists()
+
+
+def _open_remote(name: str, offline: bool) -> runs.Opened:
+    found, (kind, _, rest) = hub.fetch_named(name, offline), name.partition(":")
+    say(f"{name}: trained weights, commit {found.folder.name[:12]}.")
+    if kind == "timm":
+        return open_timm(f"timm:{rest.partition('@')[0]}", found.weights, hub.find_timm(rest)[-1], name)
+    if (found.folder / CONFIG).is_file():
+        return open_folder(found.folder, name)
+    return _open_file(found.weights)._replace(where=Path(name))  # a file of `dino export`
 
 
 def _open_file(path: Path) -> runs.Opened:
@@ -181,18 +193,14 @@ def _recognize(content: Any, config: dict[str, Any], where: str, num_heads: int 
         return _read_our_checkpoint(content, where)
     if {"teacher", "student"} & names:
         return _read_reference_checkpoint(content, where, num_heads)
-    if "architecture" in config and "pos_embed" not in names:  # not a ViT like ours, so timm builds it
-        backbone, _, left_out = formats.split_network(content)
-        state = {f"teacher.backbone.model.{name}": value for name, value in backbone.items()}
-        built = config["architecture"], config.get("model_args", {})
-        arch = next((own for own, parts in CONVNETS.items() if parts == built), f"timm:{built[0]}")
-        return Weights(where, {"arch": arch}, state, tuple(left_out))
+    if "arch" in config:  # one of our ConvNets, written for timm
+        state = {f"teacher.backbone.model.{name}": value for name, value in content.items()}
+        return Weights(where, {"arch": config["arch"]} | config["pictures"], state)
     for wrapper in ("state_dict", "model"):
         content = content.get(wrapper, content) if isinstance(content, dict) else content
     num_heads = config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads") or num_heads
     found = _read_networks({"teacher": content}, where, num_heads)
-    if "pos_interp" in config:  # written by `dino export`
-        found.arguments["pos_interp"] = config["pos_interp"]
+    found.arguments.update(config.get("pictures", {}))
     return found
 
 
@@ -200,6 +208,9 @@ def _read_our_checkpoint(content: dict[str, Any], where: str) -> Weights:
     options = content["options"]
     arguments = {key: value for key, value in options["model"].items() if key != "drop_path"}
     arguments["image_size"] = options["views"]["global_size"]
+    if options["method"]["teacher"].startswith("frozen:"):  # its head leads to another network's features
+        state = {name: value for name, value in content["method"].items() if ".backbone." in name}
+        return Weights(where, arguments, state)
     return Weights(where, arguments, content["method"], head=options["head"], optimizer=content["optimizer"])
 
 

@@ -26,6 +26,10 @@ TOLERATED = frozenset(
     f"{layer}.{leaf}" for layer in ("fc", "head", "classifier", "pooler.dense") for leaf in ("weight", "bias")
 )
 
+_WRAPPERS = re.compile(
+    r"^(backbone\.)?((vit|dinov2|dinov2_with_registers|dinov3_vit)\.|model\.(?=(layer|embeddings|norm|stages)\.))?"
+)
+
 _HF: NameMap = {"patch_embed.proj": ("embeddings.patch_embeddings.projection",), "norm": ("layernorm",)}
 _HF_BLOCK: NameMap = {
     "norm1": ("layernorm_before",),
@@ -165,14 +169,12 @@ def to_hf(state: State) -> State:
 def split_network(state: State) -> tuple[State, State, list[str]]:
     """One network of the reference, with any wrapper's prefix: its backbone, its head ({}: none), and the names left out.
 
-    ``module.`` is DistributedDataParallel's, ``backbone.`` the multi-crop wrapper's, ``vit.`` that of Hugging Face's
+    ``module.`` is DistributedDataParallel's, ``backbone.`` the multi-crop wrapper's, and the others those of Hugging Face's
     models with a classifier.
     """
     plain = {name.removeprefix("module."): value for name, value in state.items()}
     heads = {name for name in plain if name.startswith(("head.mlp.", "head.last_layer.", "head.predictor."))}
-    backbone = {
-        name.removeprefix("backbone.").removeprefix("vit."): value for name, value in plain.items() if name not in heads
-    }
+    backbone = {_WRAPPERS.sub("", name, count=1): value for name, value in plain.items() if name not in heads}
     left_out = sorted(backbone.keys() & TOLERATED)
     head = {name.removeprefix("head."): value for name, value in plain.items() if name in heads}
     return {name: value for name, value in backbone.items() if name not in TOLERATED}, head, left_out

@@ -16,11 +16,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-
 from dino import errors
 from dino.files import cache_folder
-from dino.options.commands import ModelsOptions
 from dino.paper import FIGURES
 from dino.terminal import Terminal
 
@@ -84,9 +81,13 @@ def find_release(name: str) -> tuple[str, str] | None:
     return release, part
 
 
-def _locate_cached(file: str) -> Path:
+def locate_cached(file: str) -> Path:
     """Where a release's file lies in the cache, whether it has been downloaded or not."""
     return cache_folder() / Path(file).name
+
+
+def is_offline(asked: bool) -> bool:
+    return asked or os.environ.get("DINO_OFFLINE", "0") not in ("", "0")
 
 
 def fetch_release(name: str, offline: bool = False) -> Path:
@@ -101,10 +102,10 @@ def fetch_release(name: str, offline: bool = False) -> Path:
         raise errors.unknown("release", name, RELEASES)
     release, part = found
     url = f"{os.environ.get('DINO_RELEASES', BASE).rstrip('/')}/{RELEASES[release].files[part]}"
-    path = _locate_cached(url)
+    path = locate_cached(url)
     recorded = path.with_name(path.name + ".sha256")
     if not path.is_file():
-        if offline or os.environ.get("DINO_OFFLINE", "0") not in ("", "0"):
+        if is_offline(offline):
             raise DownloadError(f"{name} is not in the cache and downloads are off; put {url} at {path}.")
         if not url.startswith(("https://", "http://")):
             raise ValueError(f"$DINO_RELEASES is {url}; give an address that begins with https:// or http://.")
@@ -169,20 +170,3 @@ def _append_rest(url: str, part: Path, terminal: Terminal) -> None:
             terminal.update(file.tell(), part.stem, f"{file.tell() / 1e6:.0f} MB")
         if total not in (None, file.tell()):
             raise ConnectionError(f"the connection was cut after {file.tell():,} of {total:,} bytes")
-
-
-def models_command(options: ModelsOptions) -> None:
-    """List the reference's releases, or download one and print its path."""
-    from rich.table import Table
-
-    if options.name:
-        print(fetch_release(options.name, options.offline))
-        return
-    table = Table(title=f"Releases of the reference ({LICENSE}, {BASE})", title_justify="left")
-    for name in ("name", "architecture", "MB", "k-NN", "linear", "license", "parts (* cached)"):
-        table.add_column(name, justify="right" if name in ("MB", "k-NN", "linear") else "left", no_wrap=True)
-    for name, release in RELEASES.items():
-        parts = " ".join(part + "*" * _locate_cached(file).is_file() for part, file in release.files.items())
-        figures = (f"{value:.1f}" if value is not None else "" for value in (release.knn, release.linear))
-        table.add_row(name, release.arch, str(release.megabytes), *figures, LICENSE, parts)
-    Console(width=None if os.isatty(1) else 120).print(table)

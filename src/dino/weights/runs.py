@@ -54,6 +54,8 @@ class Best(NamedTuple):
         """The end of a sentence."""
         name, form = _SCORES.get(self.measure, (self.measure, "{:.3g}"))
         text = f"the best by {name} ({form.format(self.score)})"
+        if self.step == 0:
+            return f"that the run started from, {text}"
         if self.before is not None and self.score <= self.before:
             text += f", but no better than before training ({form.format(self.before)})"
         return text

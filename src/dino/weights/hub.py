@@ -1,0 +1,166 @@
+"""Weights by name from a hub that speaks Hugging Face's protocol: `timm:NAME` and `hf:ORG/NAME`, each with `@REVISION`.
+
+huggingface_hub downloads, keeps and resumes; $HF_TOKEN, $HF_ENDPOINT, $HF_HOME and $HF_HUB_OFFLINE mean what they mean
+there. Only configurations and tensors are read, never code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dino import errors
+from dino.weights.releases import DownloadError, is_offline
+
+PREFIXES = ("timm:", "hf:")
+# The first of these that a repository has. Shards are listed in an index.
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "model.pth")
+
+
+class Downloaded(NamedTuple):
+    """Files of one commit in huggingface_hub's cache."""
+
+    folder: Path
+    weights: Path
+
+
+def is_hub_name(name: str) -> bool:
+    return name.startswith(PREFIXES)
+
+
+def fetch_named(name: str, offline: bool) -> Downloaded:
+    """The files of `timm:NAME` or `hf:ORG/NAME`; errors as for `fetch`."""
+    kind, _, rest = name.partition(":")
+    if kind == "hf":
+        return fetch(rest, offline)
+    repository, files, _ = find_timm(rest)
+    return fetch(repository, offline, files)
+
+
+def fetch(repository: str, offline: bool, first: tuple[str, ...] = ()) -> Downloaded:
+    """Download the weights and configurations of `repository`, "ORG/NAME" or "ORG/NAME@REVISION", or find them in the cache.
+
+    Args:
+        first: names of weight files to try before the usual ones.
+
+    Raises:
+        DownloadError: it cannot be had; says why, and the page to visit.
+    """
+    import huggingface_hub
+    from huggingface_hub import _CACHED_NO_EXIST
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    name, _, revision = repository.partition("@")
+    offline = is_offline(offline)
+
+    def get(file: str, commit: str | None = revision or None) -> Path:
+        return Path(huggingface_hub.hf_hub_download(name, file, revision=commit, local_files_only=offline))
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each of its tries
+    with _explain(repository, offline):
+        found, unreachable = None, None
+        for file in (*first, *FILES):
+            try:
+                found = get(file)
+                break
+            except LocalEntryNotFoundError as error:
+                unreachable = error
+                if not offline:
+                    break  # the network is gone; each further try would take half a minute
+            except EntryNotFoundError:
+                continue
+        if found is None and unreachable is not None:
+            raise unreachable
+        if found is None:
+            raise DownloadError(
+                f"{repository} has none of {', '.join((*first, *FILES))} on {_page(name)}; give a repository of timm or "
+                "transformers weights."
+            )
+        commit = found.parent.name  # all files of one commit, should the branch move meanwhile
+        for file in ("config.json", "preprocessor_config.json"):
+            try:
+                get(file, commit)
+            except LocalEntryNotFoundError:
+                if huggingface_hub.try_to_load_from_cache(name, file, revision=commit) is not _CACHED_NO_EXIST:
+                    raise  # it may be there, and without it the weights would be read in another way
+            except EntryNotFoundError:
+                continue
+        if found.suffix == ".json":
+            for file in sorted({*json.loads(found.read_text())["weight_map"].values()}):
+                get(file, commit)
+    return Downloaded(found.parent, found)
+
+
+@contextlib.contextmanager
+def _explain(repository: str, offline: bool) -> Iterator[None]:
+    """Raise what huggingface_hub raises as one sentence."""
+    from huggingface_hub import errors as hub
+
+    name, _, revision = repository.partition("@")
+    page = _page(name)
+    try:
+        yield
+    except hub.GatedRepoError as error:
+        raise DownloadError(
+            f"{name} is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN."
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise DownloadError(f"{name} has no revision '{revision}'; {page}/tree/main lists its branches.") from error
+    except hub.RepositoryNotFoundError as error:
+        raise DownloadError(
+            f"there is no repository {name} that you may read at {page}; check the name, and for a private one log in with "
+            "`hf auth login` or set HF_TOKEN."
+        ) from error
+    except hub.HFValidationError as error:
+        raise ValueError(f"'{repository}' is no name of a repository; write ORG/NAME or ORG/NAME@REVISION.") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        why = "offline mode is on" if offline else f"{page} cannot be reached"
+        raise DownloadError(f"{repository} is not in the cache, and {why}; load it once with a network.") from error
+    except hub.HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise DownloadError(f"{repository} could not be downloaded ({errors.first_line(error)}).") from error
+        raise DownloadError(
+            f"{page} refused the token that you are logged in with; log in again with `hf auth login`, or set HF_TOKEN."
+        ) from error
+    except OSError as error:  # among them what the network raises, and a full disk
+        raise DownloadError(
+            f"{repository} could not be downloaded from {page} ({errors.find_reason(error)})."
+        ) from error
+
+
+def _page(name: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{name}"
+
+
+def find_timm(name: str) -> tuple[str, tuple[str, ...], dict[str, Any]]:
+    """timm's pretrained weights `name`: their repository, unusual files that may hold them, and their configuration.
+
+    Raises:
+        ValueError: timm has no such weights.
+    """
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    plain, _, revision = name.partition("@")
+    if not timm.is_model(plain):
+        raise ValueError(f"timm has no architecture '{plain}'.{errors.did_you_mean(plain, timm.list_models())}")
+    try:
+        found = get_pretrained_cfg(plain, allow_unregistered=False)
+    except RuntimeError:
+        found = None
+    if found is None or not found.hf_hub_id:
+        tags = timm.list_pretrained(f"{plain.partition('.')[0]}.*")
+        raise ValueError(
+            f"timm has no weights 'timm:{name}'; "
+            + (f"it has {', '.join(tags[:8])}." if tags else "use --model.arch for a fresh network.")
+        )
+    repository = found.hf_hub_id + (f"@{revision}" if revision else "")
+    own = found.hf_hub_filename or ""
+    files = ("open_clip_model.safetensors", own) if "open_clip" in own else (own,) * bool(own)
+    return repository, files, found.to_dict()
