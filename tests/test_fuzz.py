@@ -211,7 +211,7 @@ def test_a_damaged_weight_file(made, tmp_path, capsys, seed):
         ('{"model": {"arch": "vit_large", "patch_size": 8, "image_size": 32}}', "does not fit this model"),
         ('{"model": {"arch": "vit_nano", "mood": 1}}', "it says mood, which is of another version"),
         ('{"model": ' + DEEP + "}", "holds damaged weights"),
-        ("[]", "holds no teacher.safetensors"),
+        ("[]", "holds list and no configuration"),
     ],
 )
 def test_what_a_file_says_of_its_model_is_checked_before_the_model_is_built(

@@ -487,7 +487,7 @@ def test_a_run_begun_from_weights_resumes_to_the_bit(photos, tmp_path):
 
 def test_other_sizes_are_interpolated(tmp_path):
     given = full_weights()
-    options = replace(TrainOptions(), {"views.global_size": 96, "head.out_dim": 64, "model.num_heads": 3})
+    options = replace(TrainOptions(), {"init": "x", "views.global_size": 96, "head.out_dim": 64, "model.num_heads": 3})
     adopted = init.adopt(options, given)
     assert (adopted.model.patch_size, adopted.head.hidden_dim, adopted.head.batch_norm) == (8, 32, True)
     method = build_method(auto.resolve(replace(adopted, {"views.local_size": 48}), 1000, 300, on_gpu=False, cores=1))
