@@ -63,7 +63,7 @@ def warn(options: TrainOptions, images: int, steps: int) -> list[str]:
 
 def advise_start(options: TrainOptions, images: int) -> str:
     """That released weights are likely the better start for so few photographs, with the command; "" if they are not."""
-    if options.init or options.method.frozen or images >= LITTLE_DATA or options.data.path == "scenes":
+    if options.init or options.method.frozen or images >= LITTLE_DATA or options.data.path.startswith("scenes"):
         return ""
     command = ["dino", "train", "--init", RELEASED, *_write_data(options)]
     return f"Of photographs, {images:,} are few: starting from released weights is likely better: {shlex.join(command)}"
