@@ -16,6 +16,14 @@ from dino.weights.formats import State, split_network
 from dino.weights.runs import CONFIG, Opened
 
 PROCESSOR = "preprocessor_config.json"
+# What timm's networks cannot be told, and must be so, by `model_type`.
+RULES: dict[str, dict[str, Any]] = {
+    "vit": {"hidden_act": "gelu", "qkv_bias": True},
+    "dinov2": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+    "dinov2_with_registers": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+    "dinov3_vit": {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "key_bias": False},
+    "dinov3_convnext": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+}
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -34,21 +42,19 @@ def open_folder(folder: Path, where: str) -> Opened:
         )
     if "architecture" in config:
         return _open_timm_folder(config, weights, where)
+    return _open_transformers_folder(folder, config, weights, where)
+
+
+def _open_transformers_folder(folder: Path, config: dict[str, Any], weights: Path, where: str) -> Opened:
+    """A ViT becomes ours, and a network of another family timm's."""
     kind = config.get("model_type", "vit")
-    if kind not in ("vit", *FAMILIES):
+    if kind not in RULES:
         raise ValueError(
-            f"{where} is of Hugging Face's type {kind}; known are vit, {', '.join(FAMILIES)}. timm has CLIP's and SigLIP's, "
+            f"{where} is of Hugging Face's type {kind}; known are {', '.join(RULES)}. timm has CLIP's and SigLIP's, "
             "e.g. timm:vit_base_patch16_clip_224.openai."
         )
-    gated = bool(config.get("use_gated_mlp"))
-    rules = {
-        "vit": {"hidden_act": "gelu", "qkv_bias": True},
-        "dinov2": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
-        "dinov2_with_registers": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
-        "dinov3_vit": {"hidden_act": "silu" if gated else "gelu", "layer_norm_eps": 1e-5, "key_bias": False},
-        "dinov3_convnext": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
-    }
-    for key, rule in rules[kind].items():  # timm's networks have no choice here
+    rules = RULES[kind] | ({"hidden_act": "silu"} if config.get("use_gated_mlp") else {})
+    for key, rule in rules.items():
         if config.get(key, rule) != rule:
             raise ValueError(f"{folder / CONFIG} says {key} {config[key]}; only {key} {rule} can be read.")
     pictures = read_processor(folder / PROCESSOR)
@@ -58,14 +64,14 @@ def open_folder(folder: Path, where: str) -> Opened:
     state, _, _ = split_network(read_tensors(weights))
     arch, state = FAMILIES[kind](config, state)
     edge = config["image_size"]
-    arguments = {
+    model = {
         "arch": arch,
         "image_size": edge[0] if isinstance(edge, list) else edge,
         "in_channels": config.get("num_channels", 3),
+        # With registers transformers interpolates positions as timm does.
+        "pos_interp": "size" if kind == "dinov2" else "offset",
     }
-    # With registers transformers interpolates positions as timm does.
-    model = arguments | ({"pos_interp": "size"} if kind == "dinov2" else {}) | pictures
-    return Opened(Path(where), {f"model.{name}": value for name, value in state.items()}, {"model": model})
+    return Opened(Path(where), {f"model.{name}": value for name, value in state.items()}, {"model": model | pictures})
 
 
 def _open_timm_folder(config: dict[str, Any], weights: Path, where: str) -> Opened:
