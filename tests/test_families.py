@@ -167,6 +167,10 @@ def test_timms_weights_by_name_tag_and_revision(hub, capsys):
         ),
         ({"size": {"height": 56, "width": 56}, "resample": 2}, "DINOv3ViTImageProcessor"),
         (
+            {"size": {"height": 72, "width": 72}, "crop_size": {"height": 56, "width": 56}, "do_center_crop": True},
+            "DeiTImageProcessor",
+        ),
+        (
             {"size": {"height": 42, "width": 42}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
             "SiglipImageProcessor",
         ),
@@ -180,8 +184,10 @@ def test_pictures_are_prepared_as_the_weights_want(processor, kind, hub, tmp_pat
     (hub.root / f"org/{kind}/preprocessor_config.json").write_text(json.dumps(given | processor))
     path = draw_photo(tmp_path / "photos")
     prepare = transformers.AutoImageProcessor.from_pretrained(f"org/{kind}")
-    expected = own(prepare(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]).pooler_output
+    pixels = prepare(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+    expected = own(pixels).pooler_output
     model = dino.load(f"hf:org/{kind}")
+    assert (model.transform(path) - pixels[0]).abs().mean() < 0.03  # another crop differs by tenths
     assert torch.cosine_similarity(model.embed([path]), expected).item() > 1 - 1e-3
     assert torch.cosine_similarity(model.embed([Image.open(path)]), expected).item() > 1 - 1e-3
     dino.embed(f"hf:org/{kind}", tmp_path / "photos", tmp_path / "embedding")

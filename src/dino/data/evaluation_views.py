@@ -52,7 +52,11 @@ def shrink(image: np.ndarray, size: int, wanted: Preprocessing = IMAGENET) -> np
 
 def make_square(image: np.ndarray, size: int, wanted: Preprocessing) -> np.ndarray:
     """The view of an image [h, w, 3] uint8 that weights want: [size, size, 3]."""
-    return (resize_and_crop if wanted.resize == "center" else stretch)(image, size, wanted)
+    if wanted.resize == "center":
+        return resize_and_crop(image, size, wanted)
+    edge = wanted.choose_edge(size)
+    start = round((edge - size) / 2)
+    return stretch(image, edge, wanted)[start : start + size, start : start + size]
 
 
 def _find_filter(wanted: Preprocessing) -> Image.Resampling:

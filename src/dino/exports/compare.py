@@ -71,7 +71,15 @@ def compare(found: Weights, to: str, out: Path) -> list[Difference]:
     cells, generator, differences = max(2, own.image_size // patch), torch.Generator().manual_seed(0), []
     for number, rows, columns in ((2, cells, cells), (1, cells + 3, cells), (3, max(2, cells // 2), cells + 1)):
         images = torch.randn(number, own.in_channels, rows * patch, columns * patch, generator=generator)
-        given, expected = run(images), [model(images) for model in models]
+        expected = [model(images) for model in models]
+        try:
+            given = run(images)
+        except (AssertionError, RuntimeError) as error:  # PyTorch's word for a graph of fewer sizes than were asked for
+            size = f"{rows * patch}x{columns * patch}"
+            raise ValueError(
+                f"the {to} of {found.where} does not take images of {size} ({errors.first_line(error)}); use --to onnx, "
+                "safetensors or timm."
+            ) from error
         largest, alike = (
             max((a - b).abs().max().item() for a, b in zip(given, each, strict=False)) for each in expected
         )

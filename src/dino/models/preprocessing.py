@@ -24,9 +24,9 @@ class Preprocessing:
     Args:
         mean, std: of a channel, white = 1; one number each where the network takes the luma of the colors.
         interpolation: of the resize, with antialiasing.
-        resize: "center" keeps the aspect ratio and takes the central square, "stretched" makes the whole image a square.
-        crop: edge of the central square over the shorter side it is cut from. None: 224 / 256 from 128 pixels on, below that
-            1, so that small images keep their border.
+        resize: "center" keeps the aspect ratio, "stretched" makes the whole image a square; then the central square is taken.
+        crop: edge of that square over the shorter side it is cut from. None: 224 / 256 from 128 pixels on, below that 1, so
+            that small images keep their border; 1 for what is stretched.
         size: edge of the square in an evaluation, pixels. None: the network's own `image_size`.
     """
 
@@ -40,7 +40,7 @@ class Preprocessing:
     def choose_edge(self, size: int) -> int:
         """Shorter side to which an image is resized before its central square of `size` is taken, pixels."""
         if self.crop is None:
-            return size * 256 // 224 if size >= 128 else size
+            return size * 256 // 224 if size >= 128 and self.resize == "center" else size
         return int(size / self.crop + 1e-6)  # as timm: 255.9999 is 256
 
 

@@ -130,11 +130,15 @@ def read_processor(path: Path) -> dict[str, Any]:
         found |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     if (filter := config.get("resample")) in _FILTERS:
         found["interpolation"] = _FILTERS[filter]
-    if config.get("do_center_crop") and crop:
+    cropped = config.get("do_center_crop") and crop
+    if isinstance(config.get("size"), dict):
+        found["resize"] = "stretched" if "height" in config["size"] else "center"
+    elif not cropped:  # an old file's number
+        found["resize"] = "stretched"
+    if cropped:
         found |= {"eval_size": crop, "crop": min(1.0, crop / (size or crop))}
     elif size:
-        stretched = "height" in config["size"] if isinstance(config["size"], dict) else True
-        found |= {"eval_size": size, "crop": 1.0, "resize": "stretched" if stretched else "center"}
+        found |= {"eval_size": size, "crop": 1.0}
     return found
 
 
