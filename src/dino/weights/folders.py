@@ -130,12 +130,12 @@ def read_processor(path: Path) -> dict[str, Any]:
         found |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     if (filter := config.get("resample")) in _FILTERS:
         found["interpolation"] = _FILTERS[filter]
-    cropped = config.get("do_center_crop") and crop
+    cropped = bool(config.get("do_center_crop")) and crop is not None
     if isinstance(config.get("size"), dict):
         found["resize"] = "stretched" if "height" in config["size"] else "center"
     elif not cropped:  # an old file's number
         found["resize"] = "stretched"
-    if cropped:
+    if cropped and crop is not None:
         found |= {"eval_size": crop, "crop": min(1.0, crop / (size or crop))}
     elif size:
         found |= {"eval_size": size, "crop": 1.0}
