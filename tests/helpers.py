@@ -53,6 +53,19 @@ def draw_images(folder: Path, count: int = 24, classes: int = 3, seed: int = 0) 
     return folder
 
 
+def save_small_timm(folder: Path, mean: float | None = None, **sizes: int) -> Path:
+    """A small ViT with registers as timm saves it, whose pictures have another mean if one is given."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    net = timm.create_model("vit_small_patch14_reg4_dinov2", **sizes)
+    if mean is not None:
+        net.pretrained_cfg |= {"mean": (mean,) * 3, "std": (0.5, 0.5, 0.5)}
+    timm.models.save_for_hf(net, folder, model_args=sizes)
+    return folder
+
+
 TINY = {
     "epochs": 3,
     "batch_size": 4,

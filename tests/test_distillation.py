@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +12,7 @@ from dino.distillation import Distillation, TokenNetwork, renormalize
 from dino.engine.log import read_metrics
 from dino.models import Head
 from dino.models.preprocessing import IMAGENET, Preprocessing
-from helpers import TINY, as_flags, assert_same_bits, draw_images, final_state, run_dino
+from helpers import TINY, as_flags, assert_same_bits, draw_images, final_state, run_dino, save_small_timm
 
 OPEN = ("views.num_local", "head.out_dim", "head.bottleneck_dim", "head.prototypes", "method.loss", "method.targets")
 STUDENT = {"epochs": 2, "batch_size": 8} | dict.fromkeys(OPEN)
@@ -27,13 +26,8 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
     """A ViT of another patch size, width and normalization than its students have."""
-    folder = tmp_path_factory.mktemp("big") / "net"
-    torch.manual_seed(0)
     sizes = {"embed_dim": 48, "depth": 2, "num_heads": 2, "img_size": 42}
-    net = timm.create_model("vit_small_patch14_reg4_dinov2", **sizes)
-    net.pretrained_cfg["mean"], net.pretrained_cfg["std"] = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    timm.models.save_for_hf(net, folder, model_args=sizes)
-    return folder
+    return save_small_timm(tmp_path_factory.mktemp("big") / "net", mean=0.5, **sizes)
 
 
 def distill(big, photos, out, **changes):

@@ -141,6 +141,16 @@ def test_other_libraries_make_the_same_pixels_of_a_photograph(edge, to, tmp_path
     assert (pixels - expected).abs().max() < (1e-5 if to == "timm" else 0.04)
 
 
+@pytest.mark.parametrize("to", ["timm", "hf"])
+def test_pictures_that_are_stretched_and_cut_stay_so(to, tmp_path):
+    wanted = {"resize": "stretched", "crop": 0.8, "interpolation": "bilinear", "mean": (0.5, 0.4, 0.3)}
+    model = weights.read(save(tmp_path / "model", arch="vit_nano", patch_size=16, image_size=64, **wanted))
+    compare.FORMATS[to].write(model, tmp_path / "out")
+    again, before = dino.load(tmp_path / "out"), weights.build_backbone(model)
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 140, 3), np.uint8)
+    assert torch.equal(again.transform(pixels), before.transform(pixels))
+
+
 def test_the_card_says_how_the_run_was_trained_and_what_was_found(run, tmp_path, capsys):
     assert cli.main(["eval", "knn", str(run), "--data", str(run.parent / "photos"), "--k", "1", "--device", "cpu"]) == 0
     other = json.loads((run / "eval" / "knn.json").read_text())

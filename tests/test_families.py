@@ -21,7 +21,7 @@ from transformers import (
 import dino
 from dino import cli
 from dino.data.decode import BadImage
-from dino.models.timm_backbone import split_arguments
+from dino.models.timm_names import split_arguments
 from dino.weights.families import convert_dinov2
 from dino.weights.releases import DownloadError
 from hub import Hub

@@ -22,9 +22,7 @@ from dino.options.train import TrainOptions
 from dino.report.run import Run
 from dino.report.verdict import advise_start, judge
 from dino.weights.runs import WEIGHTS
-from helpers import TINY, assert_same_bits, draw_images, final_state, run_dino, tiny_flags
-
-NO_HEADS = {"init": "start", "epochs": 2, "batch_size": 8}
+from helpers import TINY, assert_same_bits, draw_images, final_state, run_dino, save_small_timm, tiny_flags
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +33,8 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A small trained network without heads, of timm."""
-    folder = tmp_path_factory.mktemp("start") / "net"
-    torch.manual_seed(0)
-    net = timm.create_model("vit_small_patch14_reg4_dinov2", embed_dim=32, depth=3, num_heads=2, img_size=28)
-    timm.models.save_for_hf(net, folder, model_args={"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 28})
-    return folder
+    sizes = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 28}
+    return save_small_timm(tmp_path_factory.mktemp("start") / "net", **sizes)
 
 
 def continue_from(start, photos, out, **changes):

@@ -186,11 +186,11 @@ def resolve_options(
     resolved = auto.resolve(adopted, len(source), probe(source), device.type == "cuda", workers)
     check(resolved, source, device)
     given = flatten(options)
-    idle = "method.teacher_temp" if resolved.method.loss != "cross-entropy" else "none"  # vectors have no temperature
+    sharpens = resolved.method.loss == "cross-entropy"  # other losses compare vectors, which have no temperature
     chosen = {
         name: value
         for name, value in flatten(resolved).items()
-        if given[name] is None and value is not None and not name.startswith(idle)
+        if given[name] is None and value is not None and (sharpens or not name.startswith("method.teacher_temp"))
     }
     arch = required(resolved.model.arch)
     if options.init is None and options.resume is None and arch.startswith("timm:"):

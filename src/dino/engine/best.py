@@ -50,7 +50,10 @@ class BestTeacher:
             self.highest = Best(step, measure, score, best and best.before)
             self._keep(backbone)
         if step and best is not None and best.before is not None and self.starts_trained:
-            self.worse_since = None if score >= best.before else step if self.worse_since is None else self.worse_since
+            if score >= best.before:
+                self.worse_since = None
+            elif self.worse_since is None:
+                self.worse_since = step
 
     def _keep(self, backbone: nn.Module) -> None:
         self.weights = {name: value.detach().to("cpu", copy=True) for name, value in backbone.state_dict().items()}

@@ -100,11 +100,17 @@ def create_sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    last = len(optimizer.param_groups) - 1
-    for i, group in enumerate(optimizer.param_groups):
+    for kind, group in list_groups(optimizer):
         group["lr"] = lr * group.get("scale", 1.0)
-        if group.get("kind", PLAIN if i == last else DECAYED) != PLAIN:  # checkpoints of before do not say it
+        if kind != PLAIN:
             group["weight_decay"] = weight_decay
+
+
+def list_groups(optimizer: torch.optim.Optimizer) -> list[tuple[int, dict[str, Any]]]:
+    """Kinds and parameter groups. Checkpoints of before do not say the kinds: matrices were first, and plain ones last."""
+    groups = optimizer.param_groups
+    before = {0: MATRICES, len(groups) - 1: PLAIN}
+    return [(group.get("kind", before.get(i, DECAYED)), group) for i, group in enumerate(groups)]
 
 
 def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
@@ -165,9 +171,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for i, group in enumerate(self.param_groups):
-            if group.get("kind", MATRICES if i == 0 else DECAYED) != MATRICES:
-                continue
+        for group in (group for kind, group in list_groups(self) if kind == MATRICES):
             for p in group["params"]:
                 if p.grad is not None:
                     self._move(p, group["lr"], group["weight_decay"])

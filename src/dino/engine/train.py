@@ -70,7 +70,7 @@ class Trainer:
         self.render = batches.renderer.finish
         self.render_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.plan = Plan(options, batches.steps_per_epoch)
-        self.frozen = frozen
+        self.frozen = None if frozen is None else weights.fingerprint(frozen)  # once, for it takes a while
         self.method = build_method(options, frozen).to(device)
         optim.choose_trained(self.method.student.backbone, options.start.train)
         precision = parallel.choose_precision(options.precision, device)
@@ -129,7 +129,7 @@ class Trainer:
             "best": self.best.state_dict(),
             "callback": self.callback.state_dict() if isinstance(self.callback, Stateful) else {},
             "options": to_dict(self.options),
-            "frozen": None if self.frozen is None else weights.fingerprint(self.frozen),
+            "frozen": self.frozen,
             "data": self.source.fingerprint,
         }
 
@@ -152,7 +152,7 @@ class Trainer:
                 f"--resume {self.run}: the images are not the ones this run was started with (fingerprint "
                 f"{self.source.fingerprint[:12]}, was {trained[:12]}); restore them or start a new run."
             )
-        if self.frozen is not None and state["frozen"] != weights.fingerprint(self.frozen):
+        if self.frozen != state.get("frozen"):
             raise ValueError(
                 f"--resume {self.run}: the weights of {self.options.method.frozen} are not those that this run learned from; "
                 "restore them, or start a new run."
@@ -249,9 +249,9 @@ class Trainer:
             first, started, waited = self.step, now, 0.0
             if measure:
                 self._measure()
+                ending = ending or self._agree_to_end()
                 started = time.monotonic()
             self._show(stop)
-            ending = ending or (measure and self._agree_to_end())
             if epoch_ends or ending or self.step == stop or now - saved > 60 * log.checkpoint_minutes:
                 self.save()
                 saved = started = time.monotonic()

@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -20,7 +19,7 @@ from dino import errors, files
 from dino.exports.positions import interpolate_symbolically
 from dino.models import CONVNETS
 from dino.models.preprocessing import choose_preprocessing
-from dino.models.timm_backbone import choose_pooling, split_arguments
+from dino.models.timm_names import choose_pooling, split_arguments
 from dino.models.vit import HYBRIDS, SIZES
 from dino.weights import Weights, build_backbone, formats
 from dino.weights.formats import State
@@ -32,19 +31,15 @@ def write_reference(weights: Weights, out: Path) -> None:
     Raises:
         ValueError: the reference has no such network.
     """
-    if "timm:" in weights.arguments["arch"]:
+    state, arch = formats.to_reference(weights.backbone()), weights.arguments["arch"]
+    if arch.startswith("timm:"):
         try:
-            found, state = formats.recognize(formats.to_reference(weights.backbone()), weights.where)
+            known = formats.recognize(state, weights.where)[0]["arch"]
         except ValueError:
-            found, state = {}, {}
-        if (
-            found.get("arch") != weights.arguments["arch"].partition(".")[0]
-            or state.keys() != weights.backbone().keys()
-        ):
-            raise ValueError(
-                f"{weights.where} is a {weights.arguments['arch']}, which the reference has not; use --to timm."
-            )
-    torch.save(formats.to_reference(weights.backbone()), out)
+            known = ""
+        if known != arch.partition(".")[0]:
+            raise ValueError(f"{weights.where} is a {arch}, which the reference has not; use --to timm.")
+    torch.save(state, out)
 
 
 def write_reference_checkpoint(weights: Weights, out: Path) -> None:
@@ -95,10 +90,11 @@ def write_timm(weights: Weights, out: Path) -> None:
     architecture, given = split_arguments(sizes["arch"].removeprefix("timm:"))
     config: dict[str, Any] = {"architecture": architecture, "num_classes": 0}
     of_timm = sizes["arch"].startswith("timm:")
-    if of_timm and timm.models.get_pretrained_cfg_value(
-        architecture, "fixed_input_size"
-    ):  # it has positions for one size
-        given["img_size"] = edge
+    if of_timm:
+        from timm.models import get_pretrained_cfg_value  # timm takes a second to import
+
+        if get_pretrained_cfg_value(architecture, "fixed_input_size"):  # it has positions for one size
+            given["img_size"] = edge
     if given := choose_pooling(architecture) | given:
         config["model_args"] = given
     if sizes["arch"] in CONVNETS:
@@ -132,7 +128,8 @@ def write_hf(weights: Weights, out: Path) -> None:
     if sizes["arch"] not in SIZES:
         raise ValueError(f"{weights.where} is a {sizes['arch']}, and hf writes our own ViTs only; use --to timm.")
     edge, channels, wanted = sizes["image_size"], sizes.get("in_channels", 3), choose_preprocessing(sizes)
-    view, square = wanted.size or edge, {"height": wanted.size or edge, "width": wanted.size or edge}
+    view = wanted.size or edge
+    whole = wanted.choose_edge(view)
     config = {
         "architectures": ["ViTModel"],
         "model_type": "vit",
@@ -148,10 +145,10 @@ def write_hf(weights: Weights, out: Path) -> None:
     }
     processor = {
         "image_processor_type": "BitImageProcessor",  # ViT's cannot crop in all versions
-        "size": {"shortest_edge": wanted.choose_edge(view)} if wanted.resize == "center" else square,
+        "size": {"shortest_edge": whole} if wanted.resize == "center" else {"height": whole, "width": whole},
         "resample": int(Image.Resampling[wanted.interpolation.upper()]),
-        "do_center_crop": wanted.resize == "center",
-        "crop_size": square,
+        "do_center_crop": True,
+        "crop_size": {"height": view, "width": view},
         "image_mean": list(wanted.mean),
         "image_std": list(wanted.std),
     }

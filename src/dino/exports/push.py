@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from dino import errors
 from dino.version import __version__
+from dino.weights.releases import is_offline
 
 
 class PushError(RuntimeError):
@@ -30,7 +30,7 @@ def log_in(repo: str, offline: bool = False) -> HfApi:
         ValueError: no such name is possible, there is no token, or the network may not be used.
         PushError: the token is not valid, or the hub cannot be reached.
     """
-    if offline or constants.HF_HUB_OFFLINE or os.environ.get("DINO_OFFLINE", "0") not in ("", "0"):
+    if is_offline(offline) or constants.HF_HUB_OFFLINE:
         raise ValueError(
             f"--push {repo} needs the network; leave out --offline, unset DINO_OFFLINE and HF_HUB_OFFLINE."
         )

@@ -6,7 +6,6 @@ that an architecture takes are found by running a copy of it on PyTorch's meta d
 Letters: n images, p prefix tokens ([CLS], registers), d width, h heads.
 """
 
-import ast
 import copy
 import functools
 import math
@@ -25,8 +24,9 @@ from torch import Tensor, nn
 
 from dino import errors
 from dino.models import NO_ATTENTION, Recompute, Stem
-from dino.models.positions import PositionInterpolation, interpolate_positions
+from dino.models.positions import PositionInterpolation
 from dino.models.preprocessing import Preprocessed
+from dino.models.timm_names import choose_pooling, split_arguments
 
 # Options for every architecture; one that does not know an option is built without it.
 OPTIONS: dict[str, Any] = {
@@ -77,13 +77,8 @@ class TimmBackbone(Preprocessed, nn.Module):
         name, given = split_arguments(name)
         if not timm.is_model(name):
             raise ValueError(f"timm has no architecture '{name}'.{errors.did_you_mean(name, timm.list_models())}")
-        options = (
-            OPTIONS
-            | choose_pooling(name)
-            | {"img_size": image_size, "drop_path_rate": drop_path}
-            | (sizes or {})
-            | given
-        )
+        own = {"img_size": image_size, "drop_path_rate": drop_path}
+        options = OPTIONS | choose_pooling(name) | own | (sizes or {}) | given
         if weights is not None:
             # The number of classes is one that no file has, so that timm drops any classifier.
             options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights), "num_classes": -1}}
@@ -95,9 +90,7 @@ class TimmBackbone(Preprocessed, nn.Module):
         self.pos_interp: PositionInterpolation | None = None
         if pos_interp == "size":
             if type(self.model) is not TimmViT or self.model.pos_embed is None:
-                raise ValueError(
-                    f"pos_interp 'size' is for learned positions, which timm:{name} has not; leave it out."
-                )
+                raise ValueError(f"pos_interp 'size' is for learned positions, which timm:{name} lacks; leave it out.")
             self.pos_interp, self.model.__class__ = pos_interp, _HuggingFaceViT  # a class, so that copies keep it
         self.model.to(memory_format=torch.channels_last)  # convolutions are up to a third faster so
         self.register_state_dict_post_hook(_make_contiguous)
@@ -112,8 +105,8 @@ class TimmBackbone(Preprocessed, nn.Module):
         """The feature that timm gives to a classifier: the normed [CLS] token or the pooled last map."""
         if not torch.compiler.is_compiling():
             self.grid(images.shape[-2], images.shape[-1])  # says what is wrong with a size
-            if _is_empty(images):
-                return self(images.new_zeros(1, *images.shape[1:]))[:0]
+        if _is_empty(images):
+            return self(images.new_zeros(1, *images.shape[1:]))[:0]
         return self.model.forward_head(self.model.forward_features(images))
 
     def set_recompute(self, what: Recompute) -> None:
@@ -129,11 +122,8 @@ class TimmBackbone(Preprocessed, nn.Module):
         own, given = getattr(self.model, "pos_embed", None), state.get("model.pos_embed")
         if own is None or given is None or own.shape == given.shape or own.ndim != 3:
             return state
-        prefix = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
-        grid = [*self.grid(self.image_size, self.image_size)]
-        antialias = self.pos_interp != "size"
-        resized = resample_abs_pos_embed(given, grid, num_prefix_tokens=prefix, antialias=antialias)
-        return state | {"model.pos_embed": resized}
+        grid = self.grid(self.image_size, self.image_size)
+        return state | {"model.pos_embed": _resample(self.model, given, grid, antialias=self.pos_interp != "size")}
 
     def number_layers(self) -> dict[str, int]:
         """The layer of each parameter, by timm's own grouping. What follows a ViT's blocks is a layer of its own."""
@@ -253,41 +243,25 @@ class _HuggingFaceViT(TimmViT):
     """timm's ViT that interpolates positions as Hugging Face's, without antialiasing."""
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        (n, rows, columns, _), positions = x.shape, self.pos_embed
-        assert positions is not None
+        n, rows, columns, _ = x.shape
+        assert self.pos_embed is not None
+        positions = _resample(self, self.pos_embed, (rows, columns), antialias=False)
         prefix = [token.expand(n, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
-        if self.no_embed_class:  # the position of [CLS] is in its token
-            positions = interpolate_positions(torch.cat([positions[:, :1], positions], dim=1), rows, columns, "size")
-            return torch.cat([*prefix, x.flatten(1, 2) + positions[:, 1:]], dim=1)
-        return torch.cat([*prefix, x.flatten(1, 2)], dim=1) + interpolate_positions(positions, rows, columns, "size")
+        x = x.flatten(1, 2)
+        if self.no_embed_class:
+            return torch.cat([*prefix, x + positions], dim=1)
+        return torch.cat([*prefix, x], dim=1) + positions
+
+
+def _resample(model: Any, positions: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
+    """Positions of a square grid, behind those of prefix tokens if `model` has such, for another grid."""
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    return resample_abs_pos_embed(positions, [*grid], num_prefix_tokens=prefix, antialias=antialias)
 
 
 def _make_contiguous(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """safetensors and others refuse tensors whose channels come last in memory."""
     state |= {name: value.contiguous() for name, value in state.items() if name.startswith(prefix)}
-
-
-def choose_pooling(name: str) -> dict[str, Any]:
-    """DINOv3's feature is that of its authors, [CLS], where timm by itself takes the mean of the patches."""
-    return {"global_pool": "token"} if name.startswith("vit_") and "_dinov3" in name else {}
-
-
-def split_arguments(name: str) -> tuple[str, dict[str, Any]]:
-    """The name of timm's model, and the arguments in brackets behind it.
-
-    Raises:
-        ValueError: what stands in the brackets are no arguments.
-    """
-    name, bracket, rest = name.partition("(")
-    if not bracket:
-        return name, {}
-    try:
-        call = ast.parse(f"f({rest}", mode="eval").body
-        assert isinstance(call, ast.Call)
-        assert not call.args
-        return name, {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError, AssertionError) as error:
-        raise ValueError(f"timm:{name}({rest} is no architecture; write arguments as timm:{name}(depth=4).") from error
 
 
 def build_timm(name: str, in_channels: int, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -10,7 +10,7 @@ Letters: n images, t tokens (1 + patches), q tokens that are asked for (t or 1),
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -194,11 +194,15 @@ class VisionTransformer(Preprocessed, nn.Module):
             drop_path_noise: uniform numbers in [0, 1), for each of `num_drop_path` branches in the order of the blocks;
                 they decide which samples skip the branch. Drawn here where None.
         """
-        noise = [None] * self.depth if drop_path_noise is None else drop_path_noise.unflatten(0, (-1, 2)).unbind()
+        noise = self._share_noise(drop_path_noise)
         x = self._embed(images)
         for i, block in enumerate(self.blocks):
             x = self._run(block, x, i == self.depth - 1, noise[i])
         return self.norm(x)[:, 0]
+
+    def _share_noise(self, noise: Tensor | None) -> Sequence[Tensor | None]:
+        """Each block's part of the noise for stochastic depth: of its two branches."""
+        return [None] * self.depth if noise is None else noise.unflatten(0, (-1, 2)).unbind()
 
     def _run(self, block: nn.Module, x: Tensor, only_cls: bool, noise: Tensor | None) -> Tensor:
         if not self.training or self.recompute == "nothing" or (self.recompute == "blocks" and only_cls):
@@ -239,8 +243,8 @@ class VisionTransformer(Preprocessed, nn.Module):
         """The layer of each parameter: 0 before the blocks, then a block each, and after the blocks."""
         found = {}
         for name, _ in self.named_parameters():
-            part, number, *_ = f"{name}.".split(".")
-            found[name] = {"blocks": int(number) + 1 if number.isdigit() else 0, "norm": self.depth + 1}.get(part, 0)
+            outside = self.depth + 1 if name.startswith("norm.") else 0
+            found[name] = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else outside
         return found
 
     def overlap_patches(self, stride: int) -> None:
@@ -272,7 +276,7 @@ class VisionTransformer(Preprocessed, nn.Module):
         """Normed tokens ([CLS] first) after each of the last `layers` blocks, oldest first; noise as for `forward`."""
         if not 1 <= layers <= self.depth:
             raise ValueError(f"layers is {layers}; this model has 1 to {self.depth} blocks.")
-        noise = [None] * self.depth if drop_path_noise is None else drop_path_noise.unflatten(0, (-1, 2)).unbind()
+        noise = self._share_noise(drop_path_noise)
         x, kept = self._embed(images), []
         for i, block in enumerate(self.blocks):
             x = self._run(block, x, only_cls=False, noise=noise[i])

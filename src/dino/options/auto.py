@@ -28,11 +28,10 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     little = not on_gpu or num_images < LITTLE_DATA
     own = "resnet_nano" if not on_gpu else "timm:resnet18" if little else "vit_small"
     batch = choose("batch_size", max(1, min(64 if little else 256, num_images // 4)))
-    if not on_gpu and not options.method.frozen:
-        choose("views.num_local", 2)
     # Weights to start from know another method than this one.
     little = little and (options.init is None or options.model.arch == own)
     arch = choose("model.arch", own)
+    choose("views.num_local", 0 if options.method.frozen else 2 if little or not on_gpu else 8)
     choose_views(choose, arch, 32 if image_edge < 48 else 64 if not on_gpu else 128 if little else 224, little)
     choose_method(choose, num_images, little, nano="_nano" in arch)
     # Little data also needs thousands of steps; a million images need no more than 100 epochs.
@@ -75,8 +74,6 @@ def choose_views(choose: Choices, arch: str, size: int, little: bool) -> None:
         choose("model.stem", "half" if "_nano" in arch else "small" if "resnet" in arch else "default")
     local = 96 if size == 224 else size // 2
     choose("views.local_size", max(patch, local // patch * patch))
-    if "views.num_local" not in choose.chosen:
-        choose("views.num_local", 0 if choose.options.method.frozen else 2 if little else 8)
     # Crops of few pixels must share enough for their targets to agree.
     choose("views.global_scale", (0.25, 1.0) if little else (0.4, 1.0) if size >= 96 else (0.5, 1.0))
     choose("views.local_scale", (0.1, 0.5) if little else (0.05, 0.4) if size >= 96 else (0.3, 0.9))

@@ -18,8 +18,9 @@ from dino.options import flatten, replace, required
 from dino.options.auto import LITTLE_DATA
 from dino.options.train import TrainOptions
 from dino.report.run import Run
+from dino.weights.starts import STARTS
 
-RELEASED = "timm:vit_small_patch14_dinov2.lvd142m"  # a good start for photographs of all kinds
+RELEASED = STARTS[0].name  # a good start for photographs of all kinds
 FEW_IMAGES, FEW_STEPS = 500, 1000  # below, hardly any run learns much
 ENOUGH_STEPS = 4000  # what the automatic choice gives to few images
 COLOR_EXCESS = (

@@ -118,17 +118,18 @@ def read(
             backbone is kept; with more, it is the last that is read.
     """
     text, last = runs.split_name(name)
-    path = Path(text) if is_remote(text) else _locate(text, offline)
+    remote = hub.is_hub_name(text)
+    path = Path(text) if remote else _locate(text, offline)
     try:
-        if is_remote(text):
+        if remote:
             opened = _open_remote(text, offline)
         elif list_checkpoints(path / "checkpoints"):
             opened = runs.open_run(path, last, only_backbone)
         else:
             opened = _open_folder(path, last) if path.is_dir() else _open_file(path)
         found = _recognize(opened.content, opened.config, str(opened.where), num_heads)
-        found = dataclasses.replace(found, step=opened.step, best=opened.best)
-        check_arguments(found.arguments, str(opened.where))
+        arguments = check_arguments(found.arguments, str(opened.where))  # JSON has lists for tuples
+        found = dataclasses.replace(found, arguments=arguments, step=opened.step, best=opened.best)
         if not all(isinstance(value, Tensor) for value in found.state.values()):
             raise TypeError("what should be a tensor is none")
         return found
@@ -160,16 +161,11 @@ def _open_folder(folder: Path, last: bool) -> runs.Opened:
     return open_folder(folder, str(folder))
 
 
-def is_remote(name: str) -> bool:
-    """Whether weights are named by where they are published: `timm:NAME`, `hf:ORG/NAME`."""
-    return hub.is_hub_name(name) and not Path(name).exists()
-
-
 def _open_remote(name: str, offline: bool) -> runs.Opened:
-    found, (kind, _, rest) = hub.fetch_named(name, offline), name.partition(":")
+    found = hub.fetch_named(name, offline)
     say(f"{name}: trained weights, commit {found.folder.name[:12]}.")
-    if kind == "timm":
-        return open_timm(f"timm:{rest.partition('@')[0]}", found.weights, hub.find_timm(rest)[-1], name)
+    if found.pretrained_cfg is not None:
+        return open_timm(name.partition("@")[0], found.weights, found.pretrained_cfg, name)
     if (found.folder / CONFIG).is_file():
         return open_folder(found.folder, name)
     return _open_file(found.weights)._replace(where=Path(name))  # a file of `dino export`

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from dino.models.timm_names import name_architecture
+
 State = dict[str, torch.Tensor]
 Config = dict[str, Any]
 Family = tuple[str, State]
@@ -65,7 +67,7 @@ def convert_dinov2(config: Config, state: State) -> Family:
         given["reg_tokens"] = count
     if not config.get("qkv_bias", True):
         given["qkv_bias"] = False
-    return name_architecture(f"vit_{size}_patch14_{'reg4_' * registers}dinov2", given), state
+    return "timm:" + name_architecture(f"vit_{size}_patch14_{'reg4_' * registers}dinov2", given), state
 
 
 def convert_dinov3(config: Config, state: State) -> Family:
@@ -85,7 +87,7 @@ def convert_dinov3(config: Config, state: State) -> Family:
         given["num_reg_tokens"] = registers
     if config.get("rope_theta", 100.0) != 100:
         given["rope_temperature"] = config["rope_theta"]
-    return name_architecture(f"vit_{size}_patch16_dinov3{'_qkvb' * biased}", given), state
+    return "timm:" + name_architecture(f"vit_{size}_patch16_dinov3{'_qkvb' * biased}", given), state
 
 
 def convert_convnext(config: Config, state: State) -> Family:
@@ -93,7 +95,7 @@ def convert_convnext(config: Config, state: State) -> Family:
     depths, widths = tuple(config["depths"]), tuple(config["hidden_sizes"])
     size = _CONVNEXTS.get((widths[0], depths[2]))
     given = {} if size else {"depths": depths, "dims": widths}
-    return name_architecture(f"convnext_{size or 'tiny'}", given), _rename(state, _CONVNEXT)
+    return "timm:" + name_architecture(f"convnext_{size or 'tiny'}", given), _rename(state, _CONVNEXT)
 
 
 FAMILIES: dict[str, Callable[[Config, State], Family]] = {
@@ -136,8 +138,3 @@ def _find_size(config: Config, patch: int, sizes: _Sizes) -> tuple[str, dict[str
     if config["patch_size"] != patch:
         given["patch_size"] = config["patch_size"]
     return sizes.get(own, next(iter(sizes.values()))), given
-
-
-def name_architecture(arch: str, given: dict[str, Any]) -> str:
-    """timm's name with arguments, as `dino.models.timm_backbone.split_arguments` reads it."""
-    return "timm:" + arch + (f"({', '.join(f'{name}={value!r}' for name, value in given.items())})" if given else "")

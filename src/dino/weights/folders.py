@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from dino import errors
 from dino.models import CONVNETS
+from dino.models.timm_names import choose_pooling, name_architecture
 from dino.weights import hub, pickles
-from dino.weights.families import FAMILIES, name_architecture
+from dino.weights.families import FAMILIES
 from dino.weights.formats import State, split_network
 from dino.weights.runs import CONFIG, Opened
 
@@ -76,8 +77,6 @@ def _open_transformers_folder(folder: Path, config: dict[str, Any], weights: Pat
 
 def _open_timm_folder(config: dict[str, Any], weights: Path, where: str) -> Opened:
     """A folder that timm saved, or `dino export` for timm: then it may be a ViT of ours, and says how to interpolate."""
-    from dino.models.timm_backbone import choose_pooling
-
     name, given = config["architecture"], config.get("model_args") or {}
     pictures = config.get("pretrained_cfg") or config
     own = next((arch for arch, parts in CONVNETS.items() if parts == (name, given)), None)
@@ -87,7 +86,7 @@ def _open_timm_folder(config: dict[str, Any], weights: Path, where: str) -> Open
         return Opened(Path(where), read_tensors(weights), config | found)
     # What timm says of pooling where it saves a DINOv3 is its own default, not that of the weights.
     ignored = ("num_classes", "in_chans", "img_size", *choose_pooling(name))
-    arch = name_architecture(name, {key: value for key, value in given.items() if key not in ignored})
+    arch = "timm:" + name_architecture(name, {key: value for key, value in given.items() if key not in ignored})
     edge = given.get("img_size")
     return open_timm(arch, weights, pictures, where, edge[0] if isinstance(edge, list) else edge)
 
@@ -162,6 +161,7 @@ def _read_size(size: Any) -> int | None:
 def read_tensors(path: Path) -> State:
     """The tensors of a file, or of all files in an index."""
     if path.suffix == ".json":
-        shards = sorted({*json.loads(path.read_text())["weight_map"].values()})
-        return {name: value for shard in shards for name, value in load_file(path.with_name(shard)).items()}
+        return {
+            name: value for shard in hub.list_shards(path) for name, value in load_file(path.with_name(shard)).items()
+        }
     return load_file(path) if path.suffix == ".safetensors" else pickles.load_pickle(path)

@@ -26,10 +26,12 @@ class Downloaded(NamedTuple):
 
     folder: Path
     weights: Path
+    pretrained_cfg: dict[str, Any] | None = None  # timm's, of `timm:NAME`
 
 
 def is_hub_name(name: str) -> bool:
-    return name.startswith(PREFIXES)
+    """Whether weights are named by where they are published. A path that exists is taken as such."""
+    return name.startswith(PREFIXES) and not Path(name).exists()
 
 
 def fetch_named(name: str, offline: bool) -> Downloaded:
@@ -37,8 +39,8 @@ def fetch_named(name: str, offline: bool) -> Downloaded:
     kind, _, rest = name.partition(":")
     if kind == "hf":
         return fetch(rest, offline)
-    repository, files, _ = find_timm(rest)
-    return fetch(repository, offline, files)
+    repository, files, config = find_timm(rest)
+    return fetch(repository, offline, files)._replace(pretrained_cfg=config)
 
 
 def fetch(repository: str, offline: bool, first: tuple[str, ...] = ()) -> Downloaded:
@@ -60,22 +62,19 @@ def fetch(repository: str, offline: bool, first: tuple[str, ...] = ()) -> Downlo
     def get(file: str, commit: str | None = revision or None) -> Path:
         return Path(huggingface_hub.hf_hub_download(name, file, revision=commit, local_files_only=offline))
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each of its tries
     with _explain(repository, offline):
-        found, unreachable = None, None
+        missing: Exception | None = None
         for file in (*first, *FILES):
             try:
                 found = get(file)
                 break
-            except LocalEntryNotFoundError as error:
-                unreachable = error
-                if not offline:
-                    break  # the network is gone; each further try would take half a minute
-            except EntryNotFoundError:
-                continue
-        if found is None and unreachable is not None:
-            raise unreachable
-        if found is None:
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) and not offline:
+                    raise  # the network is gone; each further try would take half a minute
+                missing = error
+        else:
+            if isinstance(missing, LocalEntryNotFoundError):
+                raise missing
             raise DownloadError(
                 f"{repository} has none of {', '.join((*first, *FILES))} on {_page(name)}; give a repository of timm or "
                 "transformers weights."
@@ -90,18 +89,25 @@ def fetch(repository: str, offline: bool, first: tuple[str, ...] = ()) -> Downlo
             except EntryNotFoundError:
                 continue
         if found.suffix == ".json":
-            for file in sorted({*json.loads(found.read_text())["weight_map"].values()}):
+            for file in list_shards(found):
                 get(file, commit)
     return Downloaded(found.parent, found)
 
 
+def list_shards(index: Path) -> list[str]:
+    """The names of the files that an index of shards lists."""
+    return sorted({*json.loads(index.read_text())["weight_map"].values()})
+
+
 @contextlib.contextmanager
 def _explain(repository: str, offline: bool) -> Iterator[None]:
-    """Raise what huggingface_hub raises as one sentence."""
+    """Raise what huggingface_hub raises as one sentence, and keep it from telling of each of its tries."""
     from huggingface_hub import errors as hub
 
     name, _, revision = repository.partition("@")
-    page = _page(name)
+    page, logger = _page(name), logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     except hub.GatedRepoError as error:
@@ -130,6 +136,8 @@ def _explain(repository: str, offline: bool) -> Iterator[None]:
         raise DownloadError(
             f"{repository} could not be downloaded from {page} ({errors.find_reason(error)})."
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _page(name: str) -> str:

@@ -45,14 +45,14 @@ STARTS = (
 
 def models_command(options: ModelsOptions) -> None:
     """List good weights to start from, or download those of a name and print their path."""
-    if options.name:
-        print(fetch(options.name, options.offline))
+    if name := options.name:
+        of_hub = hub.is_hub_name(name)
+        print(
+            hub.fetch_named(name, options.offline).weights if of_hub else releases.fetch_release(name, options.offline)
+        )
         return
-    width = None if os.isatty(1) else 130
-    console = Console(width=width)
-    console.print(
-        _draw("Releases of DINO's authors (in parts: * cached)", [(*row,) for row in _list_releases()], "parts")
-    )
+    console = Console(width=None if os.isatty(1) else 130)
+    console.print(_draw("Releases of DINO's authors (in parts: * cached)", _list_releases(), "parts"))
     rows = [
         (start.name, start.architecture, str(start.megabytes), _write(start.knn), _write(start.linear), start.license)
         for start in STARTS
@@ -62,13 +62,6 @@ def models_command(options: ModelsOptions) -> None:
         "Any other: timm:NAME (timm.list_pretrained()) and hf:ORG/NAME (vit, dinov2, dinov2_with_registers, dinov3_vit, "
         "dinov3_convnext, and what timm or dino saved), each with @REVISION.\nFigures: ImageNet top-1, %, as published."
     )
-
-
-def fetch(name: str, offline: bool) -> str:
-    """Where the weights `name` lie, downloaded if they are not there yet. Errors as for `dino.load`."""
-    if not hub.is_hub_name(name):
-        return str(releases.fetch_release(name, offline))
-    return str(hub.fetch_named(name, offline).weights)
 
 
 def _list_releases() -> list[tuple[str, ...]]:
