@@ -93,7 +93,9 @@ def with_trainer(changes: dict[str, Any], work: Any) -> Any:
     batches = ViewBatches(source, options.views, DeviceRenderer(GPU), len(source), options.seed)
     frozen = create("vit_nano", patch_size=8, image_size=32) if options.method.frozen else None
     batch, method = batches[0], build_method(options, frozen)
-    train.build_method = lambda *_: method  # its initial weights are numbers, which fake tensors have not
+    # Initial weights and a digest of weights are numbers, which fake tensors have not.
+    train.build_method = lambda *_: method
+    train.weights.fingerprint = lambda _: ""
     without_backward(method.student)
     with tempfile.TemporaryDirectory() as folder, FakeTensorMode(allow_non_fake_inputs=True):
         subject = Trainer(options, Path(folder), source, batches, GPU, Terminal(False), frozen=frozen)

@@ -94,7 +94,9 @@ def judge(run: Run) -> Verdict:
         f"On {count:,} held-out images a difference of up to {max(margins.values()):.1f} points may be chance."
     ]
     if alike := run.get_metric("cka_start")[1]:
-        sentences.append(f"Its features are {alike[-1]:.2f} like those it started from (linear CKA; 1 is the same).")
+        sentences.append(
+            f"Likeness of its features to those of the start (linear CKA): {alike[-1]:.2f}; 1 is the same."
+        )
     reasons = _find_reasons(run, is_rising(run, count), "color histograms" in groups["better than"])
     if len(groups["better than"]) < len(floors):
         return Verdict("not", headline, sentences, next(reasons))
@@ -149,9 +151,9 @@ def _find_reasons(run: Run, rising: bool = False, beyond_color: bool = False) ->
         text = f"It collapsed by step {step:,}: its targets no longer differed from image to image."
         yield Reason("collapse", text, _repeat(run, *_list_cures(o, kind)))
     if o.init and run.kept == 0:
-        text = "Training made the weights it started from worse on these images, so the run keeps those (step 0)."
-        rates = {"optim.lr": required(o.optim.lr) / 4}
-        yield Reason("hurts", text, _repeat(run, {"start.train": "attention-proj"} | rates, rates))
+        text = "No check found better than the weights it started from, so the run keeps those."
+        part = {"start.train": "attention-proj" if "vit" in required(o.model.arch) else "norms"}
+        yield Reason("hurts", text, _repeat(run, {"optim.lr": required(o.optim.lr) / 4} | part))
     elif not run.complete:
         resume = shlex.join(["dino", "train", "--resume", str(run.folder)])
         yield Reason("stopped", f"It stopped after {run.steps:,} of {run.total:,} steps.", resume)

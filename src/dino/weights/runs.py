@@ -54,14 +54,14 @@ class Best(NamedTuple):
         """The end of a sentence."""
         name, form = _SCORES.get(self.measure, (self.measure, "{:.3g}"))
         text = f"the best by {name} ({form.format(self.score)})"
-        if self.step == 0:
-            return f"that the run started from, {text}"
-        if self.before is not None and self.score <= self.before:
+        if self.step and self.before is not None and self.score <= self.before:
             text += f", but no better than before training ({form.format(self.before)})"
         return text
 
     def describe(self, last: int) -> str:
         """Which teacher of a run of `last` steps is taken, and why: an object of a sentence."""
+        if self.step == 0:
+            return f"the weights that the run started from, {self.why}"
         if self.step == last:
             return f"the teacher of step {last:,}, the last and {self.why}"
         return f"the teacher of step {self.step:,} of {last:,}, {self.why}"
