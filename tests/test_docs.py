@@ -145,7 +145,8 @@ def execute(words: list[str]) -> None:
         assert cli.main(arguments) == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# test_fine_tuning.py runs that page on real images.
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "fine-tuning"], ids=lambda page: page.name)
 def test_page_runs(page, session):
     for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language == "python":

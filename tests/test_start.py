@@ -179,15 +179,17 @@ def test_the_start_is_kept_where_training_hurts(start, tmp_path, capsys):
 
 def test_worse_for_a_quarter_of_the_run_is_for_long():
     network, best = torch.nn.Linear(1, 1), BestTeacher(starts_trained=True)
-    found = []
+    found, few = [], []
     for step, score in enumerate([50.0, 49.0, 51.0, 40.0, 45.0, 48.0, 49.0]):
         best.consider(step, {"knn20_top1": score}, network)
-        found.append(best.is_worse_since(step, total=12))
+        found.append(best.is_worse_for_long(total=12))
+        few.append(best.is_worse_for_long(total=4))
     assert found == [False, False, False, False, False, False, True]
+    assert few == [False, False, False, False, False, True, True], "of three checks"
     assert best.found.step == 2
     again = BestTeacher(starts_trained=True)
     again.load_state_dict(best.state_dict())
-    assert again.is_worse_since(6, 12)
+    assert again.is_worse_for_long(12)
 
 
 def test_a_run_from_weights_resumes_to_the_bit(start, photos, tmp_path):

@@ -298,7 +298,7 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
     folder, terminal = trainer.run, trainer.terminal
     run = Run.read(folder, len(trainer.source))
     if trainer.hurts:
-        since = f"from step {trainer.best.worse_since} to step {trainer.step}"
+        since = f"from step {trainer.best.worse[0]} to step {trainer.step}"
         terminal.say(
             f"Ended early: {since} every check found less than the weights that the run started from; they are kept."
         )

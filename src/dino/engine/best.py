@@ -27,7 +27,7 @@ class BestTeacher:
     def __init__(self, starts_trained: bool = False) -> None:
         self.starts_trained = starts_trained
         self.highest: Best | None = None  # of step 0, until a later one was measured
-        self.worse_since: int | None = None  # the first check of those in a row that were worse than the start
+        self.worse: list[int] = []  # the steps of the last checks in a row that found less than at the start
         self.weights: State = {}  # on the CPU; {}: of no step after 0
         self.written = False  # to their file
 
@@ -50,18 +50,15 @@ class BestTeacher:
             self.highest = Best(step, measure, score, best and best.before)
             self._keep(backbone)
         if step and best is not None and best.before is not None and self.starts_trained:
-            if score >= best.before:
-                self.worse_since = None
-            elif self.worse_since is None:
-                self.worse_since = step
+            self.worse = [] if score >= best.before else [*self.worse, step]
 
     def _keep(self, backbone: nn.Module) -> None:
         self.weights = {name: value.detach().to("cpu", copy=True) for name, value in backbone.state_dict().items()}
         self.written = False
 
-    def is_worse_since(self, step: int, total: int) -> bool:
-        """Whether for a quarter of the run, of `total` steps, every check has found less than at the start."""
-        return self.worse_since is not None and 4 * (step - self.worse_since) >= total
+    def is_worse_for_long(self, total: int) -> bool:
+        """Whether for a quarter of the run, of `total` steps, every check (three at least) found less than at the start."""
+        return len(self.worse) >= 3 and 4 * (self.worse[-1] - self.worse[0]) >= total
 
     def save(self, run: Path) -> None:
         """Write it to its file in the directory `run`, if it is not there yet."""
@@ -71,9 +68,9 @@ class BestTeacher:
 
     def state_dict(self) -> dict[str, Any]:
         found = self.highest and self.highest._asdict()
-        return {"found": found, "weights": self.weights, "worse_since": self.worse_since}
+        return {"found": found, "weights": self.weights, "worse": self.worse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.highest, self.weights = state["found"] and Best(**state["found"]), state["weights"]
-        self.worse_since = state.get("worse_since")
+        self.worse = state.get("worse", [])
         self.written = False  # what lies there may be damaged, or of a later step

@@ -394,7 +394,7 @@ class Trainer:
         if values and self.metrics is not None:
             self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)
         self.best.consider(self.step, values, self.method.teacher.backbone)
-        self.hurts = self.options.start.stop and self.best.is_worse_since(self.step, self.plan.total)
+        self.hurts = self.options.start.stop and self.best.is_worse_for_long(self.plan.total)
         self.knn = {"k-NN": values["knn20_top1"]} if "knn20_top1" in values else {}
         distributed.barrier()
 

@@ -26,6 +26,7 @@ from dino import errors
 from dino.models import NO_ATTENTION, Recompute, Stem
 from dino.models.positions import PositionInterpolation
 from dino.models.preprocessing import Preprocessed
+from dino.models.stems import put_channels_last
 from dino.models.timm_names import choose_pooling, split_arguments
 
 # Options for every architecture; one that does not know an option is built without it.
@@ -92,8 +93,7 @@ class TimmBackbone(Preprocessed, nn.Module):
             if type(self.model) is not TimmViT or self.model.pos_embed is None:
                 raise ValueError(f"pos_interp 'size' is for learned positions, which timm:{name} lacks; leave it out.")
             self.pos_interp, self.model.__class__ = pos_interp, _HuggingFaceViT  # a class, so that copies keep it
-        self.model.to(memory_format=torch.channels_last)  # convolutions are up to a third faster so
-        self.register_state_dict_post_hook(_make_contiguous)
+        put_channels_last(self.model)
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         self._prefix: int | None = getattr(self.model, "num_prefix_tokens", None)
         rows, _ = self.grid(image_size, image_size)
@@ -257,11 +257,6 @@ def _resample(model: Any, positions: Tensor, grid: tuple[int, int], antialias: b
     """Positions of a square grid, behind those of prefix tokens if `model` has such, for another grid."""
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     return resample_abs_pos_embed(positions, [*grid], num_prefix_tokens=prefix, antialias=antialias)
-
-
-def _make_contiguous(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """safetensors and others refuse tensors whose channels come last in memory."""
-    state |= {name: value.contiguous() for name, value in state.items() if name.startswith(prefix)}
 
 
 def build_timm(name: str, in_channels: int, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

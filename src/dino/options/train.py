@@ -184,7 +184,7 @@ class StartOptions(Options, section="start."):
     """What of the backbone learns: all, attention-proj (the output projections of attention), norms, or last:N (the last N
     blocks and the last norm). The heads always learn."""
     stop: bool = True
-    """End the run when for a quarter of it every check finds the model worse than the weights it started from."""
+    """End the run when for a quarter of it every check (three at least) finds the model worse than at the start."""
 
 
 class ViewOptions(Options, section="views."):
