@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zlib
 from pathlib import Path
@@ -51,6 +53,27 @@ def draw_images(folder: Path, count: int = 24, classes: int = 3, seed: int = 0) 
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(path)
     return folder
+
+
+def pack_images(folder: Path, out: Path, shards: int = 3, **labels: str) -> Path:
+    """The images of a folder as tar files, in the order of their paths; `labels`: an ending, and how the class is written."""
+    files = sorted(folder.glob("*/*"))
+    out.mkdir(parents=True, exist_ok=True)
+    for number, part in enumerate(np.array_split(np.array(files, object), shards)):
+        with tarfile.open(out / f"{number:04d}.tar", "w") as tar:
+            for file in part:
+                name = file.relative_to(folder).as_posix()
+                add_member(tar, name, file.read_bytes())
+                for ending, form in labels.items():
+                    text = form.replace("CLASS", file.parent.name)
+                    add_member(tar, f"{os.path.splitext(name)[0]}.{ending}", text.encode())
+    return out
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
 
 
 def save_small_timm(folder: Path, mean: float | None = None, **sizes: int) -> Path:

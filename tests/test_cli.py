@@ -317,6 +317,7 @@ def test_held_out_images_of_other_classes_are_refused(photos, tmp_path, capsys):
         (["train", "--views.global-scale", "1"], "views.global_scale is (1.0,); give 2 values."),
         (["train", "--device", "mps"], "device is 'mps'; choose one of auto, cpu, cuda."),
         (["eval", "knn", "m"], "--data is missing; --help explains it."),
+        (["embed", "m", "--data", "x", "--out", "y"], "data is given by its place and not as '--data'"),
         (["eval", "knn", "m", "--data", "d", "--temp", "nan"], "temp is nan; it must be a finite number."),
         (["eval", "knn", "no\nmodel", "--data", "d"], "there is no run, weight file or release 'no\\nmodel'"),
         (["eval", "knn", "m" * 300, "--data", "d"], "File name too long"),

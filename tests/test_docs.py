@@ -23,7 +23,7 @@ from dino import cli, run
 from dino.options import auto, replace, toml
 from dino.options.train import TrainOptions
 from drawing import draw_square, draw_video, encode_clip, lay_out_landmarks
-from helpers import TINY, as_flags, draw_images, run_dino
+from helpers import TINY, as_flags, draw_images, pack_images, run_dino
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,6 +84,7 @@ def workspace(tmp_path_factory) -> Path:
             Image.fromarray(np.pad(np.full((16, 16), 255, np.uint8), ((8, 16), (16, 24)))).save(
                 root / masks / f"{i}.png"
             )
+    pack_images(labeled, root / "shards")
     encode_clip(root / "walk.mp4", [0, 0.1, 0.2])
     (root / "mine.toml").write_text(tomli_w.dumps(toml.to_dict(replace(TrainOptions(), TINY))))
     run = dino.train(data=str(root / "photos"), out=str(root / "runs/a"), **TINY | {"epochs": 1, "model.depth": 4})

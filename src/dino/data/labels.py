@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import os
+from collections.abc import Set
 from pathlib import Path
 from posixpath import normpath
 
@@ -37,12 +38,16 @@ def assign_labels(labels: str, names: list[str], path: str, root: str) -> tuple[
 
 
 def _number(values: list[str | None]) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """Class names in order (numbers by value) and the position of each value among them, -1 where unknown."""
-    known = {value for value in values if value is not None}
-    numeric = all(value.isascii() and value.isdecimal() for value in known)
-    classes = tuple(sorted(known, key=lambda value: (int(value) if numeric else 0, value)))
+    """Class names in order and the position of each value among them, -1 where unknown."""
+    classes = sort_classes({value for value in values if value is not None})
     position: dict[str | None, int] = {name: index for index, name in enumerate(classes)}
     return classes, np.array([position.get(value, -1) for value in values], np.int64) if classes else None
+
+
+def sort_classes(names: Set[str]) -> tuple[str, ...]:
+    """Class names in order, numbers by value."""
+    numeric = all(name.isascii() and name.isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numeric else 0, name)))
 
 
 def _from_table(labels: str, names: list[str], root: str) -> list[str | None]:

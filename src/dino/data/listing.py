@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import mmap
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -45,9 +46,16 @@ class Names:
     """Many file names as one bytes object and int64 offsets. Each name ends with NUL, which no file name contains."""
 
     def __init__(self, names: Iterable[str | bytes]):
-        self.blob = b"".join(os.fsencode(name) + b"\0" for name in names)
+        self.blob: bytes | mmap.mmap = b"".join(os.fsencode(name) + b"\0" for name in names)
         ends = np.flatnonzero(np.frombuffer(self.blob, np.uint8) == 0)
         self._starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
+
+    @classmethod
+    def mapped(cls, blob: mmap.mmap, starts: np.ndarray) -> Names:
+        """Names of a file that is mapped into memory, each of which begins at one of the `starts`, int64 [n + 1]."""
+        names = cls(())
+        names.blob, names._starts = blob, starts
+        return names
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -59,7 +67,7 @@ class Names:
         return os.fsdecode(self.blob[self._starts[index] : self._starts[index + 1] - 1])
 
     def split(self) -> list[str]:
-        return os.fsdecode(self.blob).split("\0")[:-1]
+        return os.fsdecode(self.blob[:]).split("\0")[:-1]
 
 
 def locate(spec: str | os.PathLike[str]) -> str:
@@ -101,7 +109,7 @@ def _scan(root: str, skip: Path | None) -> list[bytes]:
             with os.scandir(where) as entries:
                 for entry in entries:
                     name, lower = prefix + entry.name, entry.name.lower()
-                    if lower.startswith(b".") or lower in _JUNK:
+                    if is_junk(lower):
                         continue
                     linked = entry.is_symlink()  # only links need another look at the disk
                     if os.path.isdir(entry.path) if linked else entry.is_dir():
@@ -128,6 +136,11 @@ def _scan(root: str, skip: Path | None) -> list[bytes]:
         said.append(f"folders that may not be read: {len(closed)}, first {closed[0]}")
     _say_once(root, *said)
     return sorted(names)
+
+
+def is_junk(name: bytes) -> bool:
+    """Whether a file or folder of this name is hidden, or a system's own."""
+    return name.startswith(b".") or name.lower() in _JUNK
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""What `--data` may be, for every command: a folder of images, a list file, or one of the `KINDS` of data with a prefix.
+"""What `--data` may be, for every command: a folder of images or of tar files, a list file, or one of the `KINDS` of data
+with a prefix.
 
 No other module reads such a spec. A new kind of data is a class (a `Source`), a function that opens it, and a line in
 `KINDS`. Evaluations that need more than images and classes (masks, videos, copies) know their own folders.
@@ -18,6 +19,7 @@ from dino import errors, files
 from dino.data.decode import BadImage
 from dino.data.listing import save_names
 from dino.data.scenes import open_scenes
+from dino.data.shards import find_shards, is_pattern, open_shards
 from dino.data.sources import Files, Source, Subset, evenly_spaced, hold_out, open_source
 from dino.data.torchvision_sets import open_torchvision
 from dino.options import required
@@ -64,13 +66,15 @@ def _split_path(spec: AnyPath) -> tuple[str, str]:
 def make_absolute(spec: AnyPath) -> str:
     """`spec` such that it means the same from another working directory."""
     head, path = _split_path(spec)
-    return head + files.absolute_if_exists(path)
+    return head + (os.path.abspath(os.path.expanduser(path)) if is_pattern(path) else files.absolute_if_exists(path))
 
 
 def find_path(spec: AnyPath) -> Path | None:
-    """The folder or list file of a spec; None where its images are made and not stored."""
-    path = _split_path(spec)[1]
-    return Path(os.path.expanduser(path)) if path else None
+    """The folder or file of a spec, of a pattern the folder; None where its images are made and not stored."""
+    path = os.path.expanduser(_split_path(spec)[1])
+    while is_pattern(path):
+        path = os.path.dirname(path) or "."
+    return Path(path) if path else None
 
 
 def get_name(spec: AnyPath) -> str:
@@ -79,7 +83,7 @@ def get_name(spec: AnyPath) -> str:
     words = spec.split(":")[: 2 if kind is not None and kind.in_folder else 1]
     if kind is not None:
         return words[-1]
-    path = Path(spec).expanduser().resolve()
+    path = required(find_path(spec)).resolve()
     return (path.name if path.is_dir() else path.stem) or "run"
 
 
@@ -106,12 +110,15 @@ def split_folders(data: AnyPath, val: AnyPath | None) -> tuple[str, str | None]:
 def _open_parts(
     spec: AnyPath, labels: str = "auto", record: Path | None = None, trust: bool = False
 ) -> tuple[Source, Source | None]:
-    """The training and the test images of a spec; a folder or list (see `open_source`) has no test images."""
+    """The training and the test images of a spec; a folder, list (see `open_source`) or shards have no test images."""
     kind, spec = find_kind(spec), os.fspath(spec)
     prefix = spec.partition(":")[0]
     if kind is None and prefix.isalpha() and prefix != spec and not os.path.exists(spec):
         raise errors.unknown("kind of data", prefix, KINDS)
-    return (open_source(spec, labels, record, trust), None) if kind is None else kind.open(spec)
+    if kind is not None:
+        return kind.open(spec)
+    shards = find_shards(spec)
+    return (open_source(spec, labels, record, trust) if shards is None else open_shards(shards, labels)), None
 
 
 def _get_test(train: Source, test: Source | None) -> Source:

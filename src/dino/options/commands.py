@@ -108,7 +108,7 @@ class NeighborsOptions(TsneOptions):
 
 class EmbedOptions(InferenceOptions):
     data: Positional[str]
-    """Images: a folder, a list of files (.txt, .csv), scenes:NUMBER, or torchvision:NAME:FOLDER."""
+    """Images: a folder, a list of files (.txt, .csv), tar files, scenes:NUMBER, or torchvision:NAME:FOLDER."""
     out: str
     """Folder of Parquet files to write, e.g. x.parquet. The same command again goes on where it stopped."""
     pooling: Literal["cls", "average", "gem", "patches"] = "cls"

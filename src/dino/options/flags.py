@@ -93,10 +93,16 @@ def parse_flags(
         CHECKED.reset(token)
     if unknown:
         flag = unknown[0].partition("=")[0][:99]
+        if _is_positional(kind, flag.removeprefix("--")):
+            raise ValueError(f"{flag[2:]} is given by its place and not as '{flag}'; --help shows the order.")
         near = did_you_mean(flag, [f"--{name.replace('_', '-')}" for name in flatten(options)])
         raise ValueError(f"there is no option '{flag}'; --help lists them.{near}")
     if missing := [name for name in needed if getattr(options, name) is None]:
-        dashes = "" if "Positional" in repr(get_types(kind)[missing[0]]) else "--"
+        dashes = "" if _is_positional(kind, missing[0]) else "--"
         raise ValueError(f"{dashes}{missing[0]} is missing; --help explains it.")
     options.check()
     return options
+
+
+def _is_positional(kind: type, name: str) -> bool:
+    return "Positional" in repr(get_types(kind).get(name))
