@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dino import randomness
-from dino.data.loader import order_epoch
+from dino.data.order import order_epoch
 from dino.data.scenes import Scenes
 from dino.eval.lowshot import deal_folds
 from dino.eval.supervised import draw_per_class

@@ -94,7 +94,7 @@ def measure_data(batches: ViewBatches, workers: int, limit: float) -> dict[str, 
     threads = torch.get_num_threads()
     if workers:
         torch.set_num_threads(1)  # as in a worker
-    images, read, indices, started = [], 0.0, batches.indices(0)[:64], time.perf_counter()
+    images, read, indices, started = [], 0.0, batches.indices(0)[0][:64], time.perf_counter()
     for index in indices:
         begun = time.perf_counter()
         with contextlib.suppress(BadImage):

@@ -151,10 +151,25 @@ def parse(arguments: list[str]) -> tuple[str, Options]:
         known = sorted(n for n in COMMANDS if n.startswith(f"{name} ")) or list(COMMANDS)
         near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
         raise ValueError(f"there is no command '{name}'; known are {', '.join(known)}.{near}")
-    kind = COMMANDS[name].options
+    kind, flags = COMMANDS[name].options, join_repeated(flags)
     if issubclass(kind, TrainOptions):
         return name, parse_train(flags, kind, name)
     return name, parse_flags(kind, flags, f"dino {name}")
+
+
+def join_repeated(flags: list[str]) -> list[str]:
+    """Flags in which several times --data, or several times --val, became one, whose value has a line for each."""
+    for names in (("--data", "--data.path"), ("--val", "--data.val")):
+        given = [i for i, flag in enumerate(flags) if flag.partition("=")[0] in names]
+        if len(given) < 2 or (given[-1] == len(flags) - 1 and "=" not in flags[-1]):
+            continue
+        values, taken = [], {*given}
+        for i in given:
+            values.append(flags[i].partition("=")[2] if "=" in flags[i] else flags[i + 1])
+            taken |= set() if "=" in flags[i] else {i + 1}
+        first = flags[given[0]].partition("=")[0]
+        flags = [flag for i, flag in enumerate(flags) if i not in taken] + ["=".join((first, "\n".join(values)))]
+    return flags
 
 
 def parse_train(flags: list[str], kind: type[TrainOptions] = TrainOptions, name: str = "train") -> TrainOptions:

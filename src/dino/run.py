@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from dino.weights.checkpoints import list_checkpoints
 
 def train(
     recipe: str | os.PathLike[str] | TrainOptions | None = None,
-    data: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     out: str | os.PathLike[str] | None = None,
     **changes: Any,
 ) -> Path:
@@ -49,13 +50,15 @@ def train(
     Args:
         recipe: a recipe's name, a TOML file or complete options. None: the options of the run to resume, else the demo
             without `data`, else options chosen for the data.
-        data: a folder, list file, 'scenes', or 'torchvision:NAME:FOLDER'.
+        data: a folder, list file, tar files, 'scenes', or 'torchvision:NAME:FOLDER'; or several of these.
         out: run directory to write.
         changes: any option by its dotted name, e.g. ``epochs=30`` or ``**{"optim.lr": 1e-3}``.
 
     Raises:
         ValueError: an option or the data is unusable, or a run cannot be resumed so; nothing has been written then.
     """
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        data = "\n".join([os.fspath(each) for each in data])
     changes |= {name: value for name, value in (("data.path", data), ("out", out)) if value is not None}
     if not isinstance(recipe, TrainOptions):
         recipe = choose_base(recipe, "data.path" in changes, changes.get("resume"))

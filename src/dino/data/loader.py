@@ -1,12 +1,11 @@
 """Batches of views by step number: item `s` is the batch of step `s`, whoever asks for it and whenever.
 
-The order is a permutation keyed by (seed, epoch) and every view is keyed by (seed, epoch, sample). So the number of
-workers and ranks changes nothing, and a resumed run starts at a later step.
+The order is keyed by (seed, epoch) and every view by (seed, epoch, sample). So the number of workers and ranks changes
+nothing, and a resumed run starts at a later step.
 """
 
 from __future__ import annotations
 
-import functools
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -20,12 +19,12 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, default_convert
 
 from dino.data.decode import BadImage
+from dino.data.order import Order
 from dino.data.render import Renderer
 from dino.data.sources import Source
 from dino.data.views import Views, draw_views
 from dino.machine import check_workers
 from dino.options.train import ViewOptions
-from dino.randomness import Stream, open_stream
 
 MOST_UNREADABLE = 1000  # images in a row after which a batch is given up
 
@@ -44,12 +43,6 @@ class Batch(NamedTuple):
     bad: Bad
 
 
-@functools.lru_cache(maxsize=2)
-def order_epoch(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The order in which epoch `epoch` visits the images: a permutation of 0..num_images-1."""
-    return open_stream(Stream.ORDER, seed, epoch).permutation(num_images)
-
-
 class ViewBatches(Dataset[Batch]):
     """Rank `rank` of `world_size` gets its contiguous share of every global batch."""
 
@@ -65,13 +58,13 @@ class ViewBatches(Dataset[Batch]):
     ):
         self.source, self.options, self.renderer, self.seed = source, options, renderer, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.steps_per_epoch = len(source) // batch_size
+        self.steps_per_epoch, self.order = len(source) // batch_size, Order(source, seed)
 
-    def indices(self, step: int) -> np.ndarray:
-        """Positions in the source of this rank's samples at `step`."""
+    def indices(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the source of this rank's samples at `step`, and their numbers by which views are drawn."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = order_epoch(self.seed, epoch, len(self.source))
-        return order[batch * self.batch_size : (batch + 1) * self.batch_size][self.share]
+        positions, numbers = self.order.visit(epoch, batch * self.batch_size, (batch + 1) * self.batch_size)
+        return positions[self.share], numbers[self.share]
 
     @property
     def share(self) -> slice:
@@ -88,14 +81,14 @@ class ViewBatches(Dataset[Batch]):
 
     def _read_batch(self, step: int, read: Read) -> Batch:
         bad: Bad = []
-        indices = self.indices(step)
+        indices, numbers = self.indices(step)
         found = [read_with_stand_in(self.source, int(index), bad, MOST_UNREADABLE, read) for index in indices]
         images = [entry[0] for entry in found if entry is not None]
         if len(images) < len(found):
             return Batch([], None, bad)
         shapes = np.array([image.shape[:2] for image in images])
         epoch = step // self.steps_per_epoch
-        views = draw_views(self.options, self.seed, epoch, indices.tolist(), shapes)
+        views = draw_views(self.options, self.seed, epoch, numbers.tolist(), shapes)
         return Batch(self.renderer.prepare(images, views), views, bad)
 
 

@@ -1,5 +1,5 @@
-"""What `--data` may be, for every command: a folder of images or of tar files, a list file, or one of the `KINDS` of data
-with a prefix.
+"""What `--data` may be, for every command: a folder of images or of tar files, a list file, one of the `KINDS` of data
+with a prefix, or several of these, a line each.
 
 No other module reads such a spec. A new kind of data is a class (a `Source`), a function that opens it, and a line in
 `KINDS`. Evaluations that need more than images and classes (masks, videos, copies) know their own folders.
@@ -16,11 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from dino import errors, files
-from dino.data.decode import BadImage
+from dino.data.decode import IMAGE_SUFFIXES, BadImage
+from dino.data.labels import read_text
 from dino.data.listing import save_names
 from dino.data.scenes import open_scenes
 from dino.data.shards import find_shards, is_pattern, open_shards
 from dino.data.sources import Files, Source, Subset, evenly_spaced, hold_out, open_source
+from dino.data.together import Together
 from dino.data.torchvision_sets import open_torchvision
 from dino.options import required
 from dino.options.train import TrainOptions
@@ -63,14 +65,34 @@ def _split_path(spec: AnyPath) -> tuple[str, str]:
     return f"{prefix}:{name}:", path
 
 
+def split_sources(spec: AnyPath) -> list[str]:
+    """The specs of several sources: the lines of `spec`, or of the list file that it names; else `spec` itself."""
+    spec = os.fspath(spec)
+    if "\n" in spec and not os.path.exists(spec):
+        return [line for line in map(str.strip, spec.split("\n")) if line]
+    path = os.path.abspath(os.path.expanduser(spec))
+    if not path.lower().endswith(".txt") or not os.path.isfile(path):
+        return [spec]
+    lines = [line for line in map(str.strip, read_text(path).split("\n")) if line and not line.startswith("#")]
+    named = [
+        line if find_kind(line) else os.path.join(os.path.dirname(path), os.path.expanduser(line)) for line in lines
+    ]
+    others = [line for line in named if os.path.splitext(line)[1].lower() not in IMAGE_SUFFIXES]
+    return named if any(find_kind(line) or os.path.isdir(line) for line in others) else [spec]
+
+
 def make_absolute(spec: AnyPath) -> str:
     """`spec` such that it means the same from another working directory."""
+    if len(specs := split_sources(spec)) > 1:
+        return "\n".join(map(make_absolute, specs))
     head, path = _split_path(spec)
     return head + (os.path.abspath(os.path.expanduser(path)) if is_pattern(path) else files.absolute_if_exists(path))
 
 
 def find_path(spec: AnyPath) -> Path | None:
-    """The folder or file of a spec, of a pattern the folder; None where its images are made and not stored."""
+    """The folder or file of a spec, of a pattern the folder; None where its images are made and not stored, or of several."""
+    if len(split_sources(spec)) > 1:
+        return None
     path = os.path.expanduser(_split_path(spec)[1])
     while is_pattern(path):
         path = os.path.dirname(path) or "."
@@ -79,6 +101,8 @@ def find_path(spec: AnyPath) -> Path | None:
 
 def get_name(spec: AnyPath) -> str:
     """A short name of the data, for a folder: its prefix, the NAME after it, or the name of its folder or list."""
+    if len(specs := split_sources(spec)) > 1:
+        return "+".join(map(get_name, specs))[:60]
     kind, spec = find_kind(spec), os.fspath(spec)
     words = spec.split(":")[: 2 if kind is not None and kind.in_folder else 1]
     if kind is not None:
@@ -108,10 +132,26 @@ def split_folders(data: AnyPath, val: AnyPath | None) -> tuple[str, str | None]:
 
 
 def _open_parts(
-    spec: AnyPath, labels: str = "auto", record: Path | None = None, trust: bool = False
+    spec: AnyPath,
+    labels: str = "auto",
+    record: Path | None = None,
+    trust: bool = False,
+    weights: tuple[float, ...] | None = None,
 ) -> tuple[Source, Source | None]:
     """The training and the test images of a spec; a folder, list (see `open_source`) or shards have no test images."""
-    kind, spec = find_kind(spec), os.fspath(spec)
+    specs = split_sources(spec)
+    if weights is not None and len(weights) != len(specs):
+        raise ValueError(
+            f"data.weights gives {len(weights)} numbers for {len(specs)} sources of images; give one for each --data."
+        )
+    if len(specs) > 1:
+        opened = [
+            _open_parts(each, labels, record and record.with_stem(f"{record.stem}-{number}"), trust)[0]
+            for number, each in enumerate(specs)
+        ]
+        names = [get_name(each) for each in specs]
+        return Together(opened, names if len({*names}) == len(names) else specs, weights), None
+    kind, spec = find_kind(specs[0]), specs[0]
     prefix = spec.partition(":")[0]
     if kind is None and prefix.isalpha() and prefix != spec and not os.path.exists(spec):
         raise errors.unknown("kind of data", prefix, KINDS)
@@ -135,7 +175,7 @@ def open_training_pair(options: TrainOptions, folder: Path | None, trust: bool =
     """Training and held-out images; with `trust`, those of a folder or list are the files recorded in the run's `folder`."""
     data, record = options.data, None if folder is None else folder / RECORD
     path, val = split_folders(data.path, data.val)
-    train, test = _open_parts(path, data.labels, record, trust)
+    train, test = _open_parts(path, data.labels, record, trust, data.weights)
     if isinstance(train, Files) and not train.classes:
         _say_places(path, train)
     if val is not None:
@@ -150,8 +190,13 @@ def record_files(source: Source, folder: Path) -> None:
     """Write the names of the files of `source` into the run directory `folder`, for its resume."""
     while isinstance(source, Subset):
         source = source.source
-    if isinstance(source, Files):
-        save_names(folder / RECORD, source.path, source.names)
+    parts = {RECORD: source}
+    if isinstance(source, Together):
+        record = Path(RECORD)
+        parts = {f"{record.stem}-{number}{record.suffix}": part for number, part in enumerate(source.sources)}
+    for name, part in parts.items():
+        if isinstance(part, Files):
+            save_names(folder / name, part.path, part.names)
 
 
 def _say_places(spec: str, source: Source) -> None:

@@ -25,7 +25,7 @@ class Shards:
     """A `Source` of the images in tar files. `name(i)` is SHARD/NAME."""
 
     def __init__(self, index: Index, classes: tuple[str, ...], labels: np.ndarray | None):
-        self.index, self.classes, self.labels = index, classes, labels
+        self.index, self.classes, self.labels, self.bounds = index, classes, labels, index.bounds
         digest = hashlib.sha256(index.fingerprint.encode())
         if labels is not index.labels:
             digest.update(str(classes).encode() + (b"" if labels is None else labels.astype("<i8").tobytes()))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,11 +18,14 @@ from dino.data.labels import assign_labels
 from dino.data.listing import Names, list_names, locate
 from dino.randomness import Stream, draw_words
 
+MOST_LISTED = 2**24  # images; the positions of a part of more are not listed
+
 
 class Source(Protocol):
     """Images by position. The order is fixed: a position means the same image in every process and run.
 
-    A source of files may also have `read_bytes(index) -> bytes | None`; see `read_bytes`.
+    A source of files may also have `read_bytes(index) -> bytes | None`, and one of many images `bounds` and `parts`; see
+    the functions `read_bytes`, `find_bounds` and `find_parts`.
     """
 
     @property
@@ -101,24 +105,86 @@ class Subset:
         assert chosen.ndim == 1
         assert not chosen.size or (chosen.min() >= 0 and chosen.max() < len(source))
         self.source, self.indices, self.classes = source, chosen, source.classes
-        self.labels = None if source.labels is None else source.labels[chosen]
         digest = hashlib.sha256(source.fingerprint.encode() + chosen.astype("<i8").tobytes())
         self.fingerprint = digest.hexdigest()
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self._labels
+
+    @functools.cached_property
+    def _labels(self) -> np.ndarray | None:
+        return None if self.source.labels is None else self.source.labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    def locate(self, index: int) -> int:
+        """The position in `source`."""
+        return int(self.indices[index])
+
+    def count_before(self, positions: np.ndarray) -> np.ndarray | None:
+        """How many of these images lie before each position of `source`; None where they have another order."""
+        return np.searchsorted(self.indices, positions) if (np.diff(self.indices) > 0).all() else None
+
     def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
+        return self.source.name(self.locate(index))
 
     def stamp(self) -> str:
         return self.source.stamp()
 
     def read(self, index: int) -> np.ndarray:
-        return self.source.read(int(self.indices[index]))
+        return self.source.read(self.locate(index))
 
     def read_bytes(self, index: int) -> bytes | None:
-        return read_bytes(self.source, int(self.indices[index]))
+        return read_bytes(self.source, self.locate(index))
+
+
+class Remaining(Subset):
+    """All images of a large source but few, without a list of them. `left_out`: sorted positions."""
+
+    def __init__(self, source: Source, left_out: np.ndarray):
+        self.source, self.left_out, self.classes = source, left_out, source.classes
+        digest = hashlib.sha256(b"remaining" + source.fingerprint.encode() + left_out.astype("<i8").tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    @functools.cached_property
+    def _labels(self) -> np.ndarray | None:
+        return None if self.source.labels is None else np.delete(self.source.labels, self.left_out)
+
+    def __len__(self) -> int:
+        return len(self.source) - len(self.left_out)
+
+    def locate(self, index: int) -> int:
+        kept_before = self.left_out - np.arange(len(self.left_out))  # images that remain before each that does not
+        return index + int(np.searchsorted(kept_before, index, side="right"))
+
+    def count_before(self, positions: np.ndarray) -> np.ndarray | None:
+        return positions - np.searchsorted(self.left_out, positions)
+
+
+class Parts(NamedTuple):
+    """Where the sources lie that were put together, int64 [parts + 1], and how often their images are visited."""
+
+    bounds: np.ndarray
+    weights: tuple[float, ...]
+
+
+def find_parts(source: Source) -> Parts | None:
+    """The parts of a source that are visited in other proportions than their sizes; None: there are none."""
+    if isinstance(source, Subset):
+        found = find_parts(source.source)
+        bounds = None if found is None else source.count_before(found.bounds)
+        return None if found is None or bounds is None else Parts(bounds, found.weights)
+    return getattr(source, "parts", None)
+
+
+def find_bounds(source: Source) -> np.ndarray | None:
+    """The first positions of neighbors that are best read together, as those in a shard, and the end; None: of none."""
+    if isinstance(source, Subset):
+        found = find_bounds(source.source)
+        return None if found is None else source.count_before(found)
+    return getattr(source, "bounds", None)
 
 
 def read_bytes(source: Source, index: int) -> bytes | None:
@@ -136,6 +202,10 @@ def hold_out(source: Source, fraction: float, maximum: int, seed: int) -> tuple[
     count = min(maximum, round(fraction * len(source)), len(source) - 1)
     if count <= 0:
         return source, None
+    if len(source) > MOST_LISTED:
+        drawn = draw_words(Stream.HELD_OUT, seed, 2 * count) % np.uint64(len(source))
+        held = np.sort(np.array([*dict.fromkeys(drawn.tolist())][:count]))
+        return Remaining(source, held), Subset(source, held)
     order = np.argsort(draw_words(Stream.HELD_OUT, seed, len(source)), kind="stable")
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino import distributed, files
-from dino.data.loader import Bad, iterate, order_epoch, read_with_stand_in
+from dino.data.loader import Bad, iterate, read_with_stand_in
+from dino.data.order import order_epoch
 from dino.data.sources import Source
 from dino.engine.checkpoint import Checkpoints
 from dino.eval.evaluate import locate_result

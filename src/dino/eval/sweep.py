@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dino import schedules
-from dino.data.loader import order_epoch
+from dino.data.order import order_epoch
 from dino.features.extract import Pooling
 from dino.features.neighbors import split_rows
 from dino.options.evaluate import LinearOptions
