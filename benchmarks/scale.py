@@ -19,6 +19,7 @@ from dino.data import order
 from dino.data.index import Index, Shard
 from dino.data.shards import Shards
 from dino.data.sources import hold_out
+from dino.data.storage import Reader
 
 CHUNK = 10**6
 
@@ -57,6 +58,7 @@ def visit(source: Shards, queue: multiprocessing.Queue[tuple[float, float, float
     """What a worker does but read: the positions of every 100th step of an epoch, with names and places."""
     (before, _), started, visits = own_memory(), time.perf_counter(), order.Order(source, 0)
     steps = range(0, len(source) // 256, 100)
+    count = 0
     for count, step in enumerate(steps):
         positions, _ = visits.visit(0, step * 256, (step + 1) * 256)
         for position in positions[:8].tolist():
@@ -80,7 +82,7 @@ def main() -> None:
     shards = [Shard(f"/shards/{i:06d}.tar", f"{i:06d}.tar", "1") for i in range(number)]
     started = time.perf_counter()
     index = Index(folder, shards)
-    train, _ = hold_out(Shards(index, index.classes, index.labels), 0.1, 1000, 0)
+    train, _ = hold_out(Shards(index, index.classes, index.labels, Reader()), 0.1, 1000, 0)
     train.name(len(train) - 1)
     print(f"{options.images:,} images in {number:,} shards: opened in {time.perf_counter() - started:.2f} s")
     queue: multiprocessing.Queue[tuple[float, float, float]] = multiprocessing.Queue()

@@ -44,6 +44,7 @@ PARSED = {
     r".*(timm:\S+\.\S|hf:\S)": "it downloads: test_families.py loads by name, test_start.py and test_distillation.py train",
     r"app": "it serves until it is interrupted: test_app.py opens it in a browser",
     r"train .*--minutes": "it first measures the speed: test_budget.py runs it",
+    r"train .*s3://": "it reads from an object store: test_storage.py starts one",
     r"ablate": "six to nine trainings, each a process: test_ablate.py runs them",
 }
 

@@ -111,6 +111,12 @@ def read_text(path: str) -> str:
     return content
 
 
+def read_lines(path: str) -> list[str]:
+    """The lines of a list file, without empty ones and those that begin with '#'."""
+    lines = (line.strip() for line in read_text(path).split("\n"))
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def suggest_path(path: str) -> str:
     """Advice about the missing `path`: an existing name like the first part of it that is wrong."""
     while not os.path.exists(parent := os.path.dirname(path)):

@@ -21,7 +21,8 @@ import numpy as np
 
 from dino import files
 from dino.data.decode import AVIF_SUFFIXES, HEIF_SUFFIXES, IMAGE_SUFFIXES
-from dino.data.labels import read_table, read_text, suggest_path
+from dino.data.labels import read_lines, read_table, suggest_path
+from dino.data.storage import is_remote, list_files
 from dino.terminal import say
 
 _VERSION = 1  # of the record's format
@@ -71,8 +72,10 @@ class Names:
 
 
 def locate(spec: str | os.PathLike[str]) -> str:
-    """Absolute path of the folder or list file that `spec` names."""
+    """Absolute path of the folder or list file, or the address of the folder, that `spec` names."""
     spec = os.fspath(spec)
+    if is_remote(spec):
+        return spec.rstrip("/")
     if not spec or "\0" in spec:
         raise ValueError(f"The data path is {spec!r}, which is no path; give a folder of images or a list file.")
     path = os.path.abspath(os.path.expanduser(spec))
@@ -138,6 +141,18 @@ def _scan(root: str, skip: Path | None) -> list[bytes]:
     return sorted(names)
 
 
+def _scan_remote(folder: str) -> list[str]:
+    """As `_scan`, of a folder at an address."""
+    names = [name for name in list_files(folder) if not any(map(is_junk, os.fsencode(name).split(b"/")))]
+    images = [name for name in names if os.fsencode(name).lower().endswith(_SUFFIXES)]
+    others = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in {*names} - {*images})
+    if not images:
+        raise ValueError(_no_images(folder, others, []))
+    if others:
+        _say_once(folder, f"{others.total():,} other files left out ({_count_kinds(others)})")
+    return images
+
+
 def is_junk(name: bytes) -> bool:
     """Whether a file or folder of this name is hidden, or a system's own."""
     return name.startswith(b".") or name.lower() in _JUNK
@@ -181,11 +196,7 @@ def _no_images(root: str, others: Counter[str], closed: list[str]) -> str:
 
 
 def _read_list(path: str) -> list[str]:
-    if path.lower().endswith(".csv"):
-        names = [name for name, _ in read_table(path)]
-    else:
-        lines = (line.strip() for line in read_text(path).split("\n"))
-        names = [line for line in lines if line and not line.startswith("#")]
+    names = [name for name, _ in read_table(path)] if path.lower().endswith(".csv") else read_lines(path)
     if not names:
         raise ValueError(f"The list '{path}' names no image; write one path per line.")
     folder, unique = os.path.dirname(path), {}
@@ -215,8 +226,12 @@ def list_names(path: str, record: Path | None, trust: bool) -> Names:
     """
     recorded = _load(record) if trust and record is not None else None
     if recorded is None:
+        if is_remote(path):
+            return Names(_scan_remote(path))
         return Names(_scan(path, record and record.parent) if os.path.isdir(path) else _read_list(path))
     root, names = recorded
+    if is_remote(path):
+        return names
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     some = {names[round(i)] for i in np.linspace(0, len(names) - 1, 1000)} if root != path else ()
     if missing := [name for name in some if not os.path.exists(os.path.join(folder, name))]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,12 +16,13 @@ import cv2
 import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset, default_convert
+from torch.utils.data import DataLoader, Dataset, default_convert, get_worker_info
 
 from dino.data.decode import BadImage
 from dino.data.order import Order
 from dino.data.render import Renderer
-from dino.data.sources import Source
+from dino.data.sources import Source, read_ahead
+from dino.data.storage import Unreachable
 from dino.data.views import Views, draw_views
 from dino.machine import check_workers
 from dino.options.train import ViewOptions
@@ -82,6 +83,7 @@ class ViewBatches(Dataset[Batch]):
     def _read_batch(self, step: int, read: Read) -> Batch:
         bad: Bad = []
         indices, numbers = self.indices(step)
+        announce(self.source, lambda step: self.indices(step)[0].tolist(), step)
         found = [read_with_stand_in(self.source, int(index), bad, MOST_UNREADABLE, read) for index in indices]
         images = [entry[0] for entry in found if entry is not None]
         if len(images) < len(found):
@@ -90,6 +92,14 @@ class ViewBatches(Dataset[Batch]):
         epoch = step // self.steps_per_epoch
         views = draw_views(self.options, self.seed, epoch, numbers.tolist(), shapes)
         return Batch(self.renderer.prepare(images, views), views, bad)
+
+
+def announce(source: Source, find: Callable[[int], Sequence[int]], item: int) -> None:
+    """Begin to read the images that item `item` needs, and those of the next item of this worker; `find` says which."""
+    worker = get_worker_info()
+    for coming in (item, item + (1 if worker is None else worker.num_workers)):
+        if indices := find(coming):
+            read_ahead(source, indices)
 
 
 def read_with_stand_in(
@@ -158,6 +168,8 @@ def iterate(batches: Dataset[T], start: int, stop: int, num_workers: int, pin_me
             item = next(items)
         except StopIteration:
             return
+        except Unreachable as error:  # of a worker, whose trace PyTorch puts before the sentence
+            raise Unreachable(str(error).strip().rpartition("Unreachable: ")[2]) from None
         except Exception as error:
             if reason := _find_dead_worker(getattr(items, "_workers", ()), error):
                 raise WorkerDied(reason) from error

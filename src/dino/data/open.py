@@ -8,6 +8,7 @@ No other module reads such a spec. A new kind of data is a class (a `Source`), a
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,14 +18,16 @@ import numpy as np
 
 from dino import errors, files
 from dino.data.decode import IMAGE_SUFFIXES, BadImage
-from dino.data.labels import read_text
+from dino.data.labels import read_lines
 from dino.data.listing import save_names
 from dino.data.scenes import open_scenes
-from dino.data.shards import find_shards, is_pattern, open_shards
+from dino.data.shards import SUFFIX, find_shards, is_pattern, open_shards
 from dino.data.sources import Files, Source, Subset, evenly_spaced, hold_out, open_source
+from dino.data.storage import Reader, is_remote, join
 from dino.data.together import Together
 from dino.data.torchvision_sets import open_torchvision
 from dino.options import required
+from dino.options.rules import parse_bytes
 from dino.options.train import TrainOptions
 from dino.terminal import say
 
@@ -73,12 +76,9 @@ def split_sources(spec: AnyPath) -> list[str]:
     path = os.path.abspath(os.path.expanduser(spec))
     if not path.lower().endswith(".txt") or not os.path.isfile(path):
         return [spec]
-    lines = [line for line in map(str.strip, read_text(path).split("\n")) if line and not line.startswith("#")]
-    named = [
-        line if find_kind(line) else os.path.join(os.path.dirname(path), os.path.expanduser(line)) for line in lines
-    ]
-    others = [line for line in named if os.path.splitext(line)[1].lower() not in IMAGE_SUFFIXES]
-    return named if any(find_kind(line) or os.path.isdir(line) for line in others) else [spec]
+    named = [line if find_kind(line) else join(os.path.dirname(path), line) for line in read_lines(path)]
+    others = [line for line in named if os.path.splitext(line)[1].lower() not in {*IMAGE_SUFFIXES, SUFFIX}]
+    return named if any(find_kind(line) or is_remote(line) or os.path.isdir(line) for line in others) else [spec]
 
 
 def make_absolute(spec: AnyPath) -> str:
@@ -86,12 +86,14 @@ def make_absolute(spec: AnyPath) -> str:
     if len(specs := split_sources(spec)) > 1:
         return "\n".join(map(make_absolute, specs))
     head, path = _split_path(spec)
+    if is_remote(path):
+        return path
     return head + (os.path.abspath(os.path.expanduser(path)) if is_pattern(path) else files.absolute_if_exists(path))
 
 
 def find_path(spec: AnyPath) -> Path | None:
-    """The folder or file of a spec, of a pattern the folder; None where its images are made and not stored, or of several."""
-    if len(split_sources(spec)) > 1:
+    """The folder or file of a spec, of a pattern the folder. None: of several, of none (images are made), or elsewhere."""
+    if len(split_sources(spec)) > 1 or is_remote(spec):
         return None
     path = os.path.expanduser(_split_path(spec)[1])
     while is_pattern(path):
@@ -107,6 +109,9 @@ def get_name(spec: AnyPath) -> str:
     words = spec.split(":")[: 2 if kind is not None and kind.in_folder else 1]
     if kind is not None:
         return words[-1]
+    if is_remote(spec):
+        words = [word for word in re.split(r"[/:]+", spec) if word and not is_pattern(word)]
+        return words[-1].removesuffix(SUFFIX)
     path = required(find_path(spec)).resolve()
     return (path.name if path.is_dir() else path.stem) or "run"
 
@@ -137,6 +142,7 @@ def _open_parts(
     record: Path | None = None,
     trust: bool = False,
     weights: tuple[float, ...] | None = None,
+    reader: Reader | None = None,
 ) -> tuple[Source, Source | None]:
     """The training and the test images of a spec; a folder, list (see `open_source`) or shards have no test images."""
     specs = split_sources(spec)
@@ -146,19 +152,22 @@ def _open_parts(
         )
     if len(specs) > 1:
         opened = [
-            _open_parts(each, labels, record and record.with_stem(f"{record.stem}-{number}"), trust)[0]
+            _open_parts(each, labels, record and record.with_stem(f"{record.stem}-{number}"), trust, reader=reader)[0]
             for number, each in enumerate(specs)
         ]
         names = [get_name(each) for each in specs]
         return Together(opened, names if len({*names}) == len(names) else specs, weights), None
     kind, spec = find_kind(specs[0]), specs[0]
     prefix = spec.partition(":")[0]
-    if kind is None and prefix.isalpha() and prefix != spec and not os.path.exists(spec):
+    reader = reader or Reader()
+    if kind is None and not is_remote(spec) and prefix.isalpha() and prefix != spec and not os.path.exists(spec):
         raise errors.unknown("kind of data", prefix, KINDS)
     if kind is not None:
         return kind.open(spec)
     shards = find_shards(spec)
-    return (open_source(spec, labels, record, trust) if shards is None else open_shards(shards, labels)), None
+    if shards is None:
+        return open_source(spec, labels, record, trust, reader), None
+    return open_shards(spec, shards, labels, reader), None
 
 
 def _get_test(train: Source, test: Source | None) -> Source:
@@ -175,7 +184,8 @@ def open_training_pair(options: TrainOptions, folder: Path | None, trust: bool =
     """Training and held-out images; with `trust`, those of a folder or list are the files recorded in the run's `folder`."""
     data, record = options.data, None if folder is None else folder / RECORD
     path, val = split_folders(data.path, data.val)
-    train, test = _open_parts(path, data.labels, record, trust, data.weights)
+    reader = Reader(parse_bytes(data.cache) if data.cache else 0)
+    train, test = _open_parts(path, data.labels, record, trust, data.weights, reader)
     if isinstance(train, Files) and not train.classes:
         _say_places(path, train)
     if val is not None:

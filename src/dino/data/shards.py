@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import re
@@ -13,9 +12,21 @@ import numpy as np
 
 from dino.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from dino.data.index import Index, Shard, open_index
-from dino.data.labels import assign_labels, read_text
+from dino.data.labels import assign_labels, read_lines
 from dino.data.listing import is_junk
+from dino.data.storage import (
+    Place,
+    Reader,
+    Unreachable,
+    describe_all,
+    find_matching,
+    is_remote,
+    join,
+    list_folder,
+    read_through,
+)
 from dino.data.tar import Entry, read_tar
+from dino.options import required
 
 SUFFIX = ".tar"
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -24,8 +35,9 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 class Shards:
     """A `Source` of the images in tar files. `name(i)` is SHARD/NAME."""
 
-    def __init__(self, index: Index, classes: tuple[str, ...], labels: np.ndarray | None):
+    def __init__(self, index: Index, classes: tuple[str, ...], labels: np.ndarray | None, reader: Reader):
         self.index, self.classes, self.labels, self.bounds = index, classes, labels, index.bounds
+        self.reader = reader
         digest = hashlib.sha256(index.fingerprint.encode())
         if labels is not index.labels:
             digest.update(str(classes).encode() + (b"" if labels is None else labels.astype("<i8").tobytes()))
@@ -43,62 +55,54 @@ class Shards:
     def read(self, index: int) -> np.ndarray:
         return decode(self.read_bytes(index))
 
+    def find_place(self, index: int) -> Place:
+        shard = self.index.shards[self.index.find_shard(index)]
+        return Place(shard.path, int(self.index.offsets[index]), int(self.index.lengths[index]), shard.version)
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        self.reader.read_ahead([self.find_place(index) for index in indices])
+
     def read_bytes(self, index: int) -> bytes:
-        shard, length = self.index.shards[self.index.find_shard(index)], int(self.index.lengths[index])
+        place = self.find_place(index)
         try:
-            with open(shard.path, "rb", buffering=0) as file:
-                file.seek(int(self.index.offsets[index]))
-                content = file.read(length)
+            content = self.reader.read(place)
+        except Unreachable:
+            raise
         except OSError as error:
-            raise BadImage(f"its shard cannot be read ({error.strerror})") from error
-        if len(content) < length:
+            raise BadImage(f"its shard cannot be read ({error.strerror or 'it is not there'})") from error
+        if len(content) < required(place.length):
             raise BadImage("its shard has become shorter")
         return content
 
 
 def find_shards(spec: str) -> list[str] | None:
-    """The tar files that a spec of data names, in their order; None where it names something else.
-
-    Raises:
-        ValueError: one is missing, or named twice.
-    """
-    path = os.path.abspath(os.path.expanduser(spec))
-    if os.path.isdir(path):
-        return _find_in_folder(path)
-    patterns = [path]
+    """The tar files that a spec of data names, in their order; None where it names something else."""
+    path = spec if is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
+    if path.lower().endswith(SUFFIX):
+        return _expand(path)
     if path.lower().endswith(".txt") and os.path.isfile(path):
-        patterns = [line for line in map(str.strip, read_text(path).split("\n")) if line and not line.startswith("#")]
-        patterns = [os.path.normpath(os.path.join(os.path.dirname(path), line)) for line in patterns]
-    if not patterns or not patterns[0].lower().endswith(SUFFIX):
+        lines = [join(os.path.dirname(path), line) for line in read_lines(path)]
+        are_shards = bool(lines) and all(line.lower().endswith(SUFFIX) for line in lines)
+        return [file for line in lines for file in _expand(line)] if are_shards else None
+    if not is_remote(path) and not os.path.isdir(path):
         return None
-    found = [file for pattern in patterns for file in _expand(pattern)]
-    if missing := [file for file in found if not os.path.isfile(file)]:
-        raise ValueError(
-            f"of the {len(found)} shards of '{spec}', {len(missing)} are missing, first {missing[0]}; check the path."
-        )
-    if twice := [file for file, count in Counter(found).items() if count > 1]:
-        raise ValueError(f"'{spec}' names {twice[0]} twice; name each shard once.")
-    return found
-
-
-def _find_in_folder(folder: str) -> list[str] | None:
-    """The tar files right in a folder, unless it also holds images or folders."""
     try:
-        with os.scandir(folder) as entries:
-            seen = [(entry.name, entry.is_dir()) for entry in entries if not is_junk(os.fsencode(entry.name))]
+        inside = {name: is_folder for name, is_folder in list_folder(path).items() if not is_junk(os.fsencode(name))}
     except OSError:  # to be said where images are looked for
         return None
-    endings = {os.path.splitext(name)[1].lower() for name, _ in seen}
-    if SUFFIX not in endings or IMAGE_SUFFIXES & endings or any(is_folder for _, is_folder in seen):
-        return None
-    return sorted(os.path.join(folder, name) for name, _ in seen if name.lower().endswith(SUFFIX))
+    endings = {os.path.splitext(name)[1].lower() for name in inside}
+    if SUFFIX not in endings or IMAGE_SUFFIXES & endings or any(inside.values()):
+        return None  # a folder of images in which a tar file lies, or of folders
+    return sorted(os.path.join(path, name) for name in inside if name.lower().endswith(SUFFIX))
 
 
 def _expand(pattern: str) -> list[str]:
     """The paths that {0000..0127}, {a,b}, * and ? stand for."""
     braces = _BRACES.search(pattern)
     if braces is None:
-        return (sorted(glob.glob(pattern)) or [pattern]) if is_pattern(pattern) else [pattern]
+        if not is_pattern(pattern):
+            return [pattern]
+        return find_matching(pattern) or [pattern]
     first, _, last = braces[1].partition("..")
     words = braces[1].split(",")
     if first.isdecimal() and last.isdecimal():
@@ -108,28 +112,38 @@ def _expand(pattern: str) -> list[str]:
 
 def is_pattern(path: str) -> bool:
     """Whether it may stand for several paths."""
-    return not os.path.exists(path) and any(sign in path for sign in "{*?")
+    return any(sign in path for sign in "{*?") and not os.path.exists(path)
 
 
-def open_shards(paths: Sequence[str], labels: str) -> Shards:
-    """The images of the tar files at `paths`; see `open_source` for `labels`. 'folders' means those within the shards, too.
+def open_shards(spec: str, paths: Sequence[str], labels: str, reader: Reader) -> Shards:
+    """The images of the tar files at `paths`, which `spec` names; see `open_source` for `labels`.
+
+    'folders' also means the labels within the shards.
 
     Raises:
-        ValueError: one cannot be read, none holds an image, or the labels cannot be what was meant.
+        ValueError: one is missing, named twice or cannot be read, none holds an image, or the labels cannot be meant.
     """
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    shards = []
-    for path in paths:
-        status = os.stat(path)
-        shards.append(Shard(path, os.path.relpath(path, root), f"{status.st_size} {status.st_mtime_ns}"))
+    if twice := [path for path, count in Counter(paths).items() if count > 1]:
+        raise ValueError(f"'{spec}' names {twice[0]} twice; name each shard once.")
+    versions = describe_all(paths)
+    if missing := [path for path, version in zip(paths, versions, strict=True) if version is None]:
+        raise ValueError(
+            f"of the {len(paths)} shards of '{spec}', {len(missing)} are missing, first {missing[0]}; check the path."
+        )
+    parts = [path.replace("://", ":/") for path in paths]
+    root = os.path.commonpath([os.path.dirname(part) for part in parts])
+    shards = [
+        Shard(path, os.path.relpath(part, root), version or "")
+        for path, part, version in zip(paths, parts, versions, strict=True)
+    ]
     index = open_index(shards, _read_shard)
     if labels == "none" or (labels == "auto" and not index.classes):
-        return Shards(index, (), None)
+        return Shards(index, (), None, reader)
     if labels in ("auto", "folders") and index.classes:
-        return Shards(index, index.classes, index.labels)
-    return Shards(index, *assign_labels(labels, index.names.split(), root, root))
+        return Shards(index, index.classes, index.labels, reader)
+    return Shards(index, *assign_labels(labels, index.names.split(), root, root), reader)
 
 
 def _read_shard(shard: Shard) -> Iterator[Entry]:
-    with open(shard.path, "rb") as file:
-        yield from read_tar(file, shard.path)
+    with read_through(shard.path) as stream:
+        yield from read_tar(stream, shard.path)

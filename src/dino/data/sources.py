@@ -16,6 +16,7 @@ import numpy as np
 from dino.data.decode import BadImage, decode, open_file
 from dino.data.labels import assign_labels
 from dino.data.listing import Names, list_names, locate
+from dino.data.storage import Place, Reader, is_remote, list_files
 from dino.randomness import Stream, draw_words
 
 MOST_LISTED = 2**24  # images; the positions of a part of more are not listed
@@ -24,8 +25,8 @@ MOST_LISTED = 2**24  # images; the positions of a part of more are not listed
 class Source(Protocol):
     """Images by position. The order is fixed: a position means the same image in every process and run.
 
-    A source of files may also have `read_bytes(index) -> bytes | None`, and one of many images `bounds` and `parts`; see
-    the functions `read_bytes`, `find_bounds` and `find_parts`.
+    A source of files may also have `read_bytes(index) -> bytes | None` and `read_ahead(indices)`, and one of many images
+    `bounds` and `parts`; see the functions `read_bytes`, `read_ahead`, `find_bounds` and `find_parts`.
     """
 
     @property
@@ -61,12 +62,19 @@ class Source(Protocol):
 class Files:
     """A `Source` of image files. `name(i)` is relative to `root` (or as written in the list file).
 
-    `path` is the folder or the list that names them.
+    `path` is the folder or the list that names them. `reader` reads those that are not on a disk.
     """
 
     def __init__(
-        self, root: str, names: Names, classes: tuple[str, ...] = (), labels: np.ndarray | None = None, path: str = ""
+        self,
+        root: str,
+        names: Names,
+        classes: tuple[str, ...] = (),
+        labels: np.ndarray | None = None,
+        path: str = "",
+        reader: Reader | None = None,
     ):
+        self.reader = reader or Reader()
         self.root, self.names, self.classes, self.labels, self.path = root, names, classes, labels, path or root
         digest = hashlib.sha256(names.blob)
         if labels is not None:
@@ -81,6 +89,8 @@ class Files:
 
     def stamp(self) -> str:
         digest = hashlib.sha256()
+        if is_remote(self.root):
+            return hashlib.sha256(repr(list_files(self.root)).encode(errors="surrogateescape")).hexdigest()
         for index in range(len(self)):
             try:
                 status = os.stat(os.path.join(self.root, self.names[index]))
@@ -89,10 +99,24 @@ class Files:
                 digest.update(b"gone;")
         return digest.hexdigest()
 
+    def find_place(self, index: int) -> Place:
+        return Place(os.path.join(self.root, self.names[index]))
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        if is_remote(self.root):
+            self.reader.read_ahead([self.find_place(index) for index in indices])
+
     def read(self, index: int) -> np.ndarray:
+        if is_remote(self.root):
+            return decode(self.read_bytes(index) or b"")
         return decode(os.path.join(self.root, self.names[index]))
 
     def read_bytes(self, index: int) -> bytes | None:
+        if is_remote(self.root):
+            try:
+                return self.reader.read(self.find_place(index))
+            except FileNotFoundError as error:
+                raise BadImage("it is not there") from error
         with open_file(os.path.join(self.root, self.names[index])) as stream:
             return stream.getvalue() if isinstance(stream, io.BytesIO) else None
 
@@ -129,6 +153,9 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self.source.name(self.locate(index))
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        read_ahead(self.source, [self.locate(index) for index in indices])
 
     def stamp(self) -> str:
         return self.source.stamp()
@@ -193,6 +220,12 @@ def read_bytes(source: Source, index: int) -> bytes | None:
     return None if read is None else read(index)
 
 
+def read_ahead(source: Source, indices: Sequence[int]) -> None:
+    """Tell a source what `read` or `read_bytes` will be asked for, where that takes a while."""
+    if (begin := getattr(source, "read_ahead", None)) is not None:
+        begin(indices)
+
+
 def hold_out(source: Source, fraction: float, maximum: int, seed: int) -> tuple[Source, Source | None]:
     """Training images and min(maximum, round(fraction * n)) held-out ones, both in the order of `source`.
 
@@ -211,7 +244,11 @@ def hold_out(source: Source, fraction: float, maximum: int, seed: int) -> tuple[
 
 
 def open_source(
-    spec: str | os.PathLike[str], labels: str = "auto", record: Path | None = None, trust: bool = False
+    spec: str | os.PathLike[str],
+    labels: str = "auto",
+    record: Path | None = None,
+    trust: bool = False,
+    reader: Reader | None = None,
 ) -> Files:
     """The images of a folder (searched at any depth, sorted by path) or of a list file (in the order of the list).
 
@@ -227,10 +264,10 @@ def open_source(
     Raises ValueError, in one sentence, when the spec or the labels cannot be what was meant.
     """
     path = locate(spec)
-    root = path if os.path.isdir(path) else os.path.dirname(path)
+    root = path if is_remote(path) or os.path.isdir(path) else os.path.dirname(path)
     names = list_names(path, record, trust)
     classes, indices = assign_labels(labels, names.split(), path, root)
-    return Files(root, names, classes, indices, path)
+    return Files(root, names, classes, indices, path, reader)
 
 
 def open_listed(folder: Path, names: Sequence[str], by: str, layout: str) -> Files:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dino.data.labels import sort_classes
-from dino.data.sources import Parts, Source, find_bounds, read_bytes
+from dino.data.sources import Parts, Source, find_bounds, read_ahead, read_bytes
 
 
 class Together:
@@ -53,6 +53,12 @@ class Together:
 
     def stamp(self) -> str:
         return hashlib.sha256("\n".join(source.stamp() for source in self.sources).encode()).hexdigest()
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        found = [self.locate(index) for index in indices]
+        for number, source in enumerate(self.sources):
+            if wanted := [position for which, position in found if which == number]:
+                read_ahead(source, wanted)
 
     def read(self, index: int) -> np.ndarray:
         number, position = self.locate(index)

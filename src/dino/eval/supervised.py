@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dino import distributed, files
-from dino.data.loader import Bad, iterate, read_with_stand_in
+from dino.data.loader import Bad, announce, iterate, read_with_stand_in
 from dino.data.order import order_epoch
 from dino.data.sources import Source
 from dino.engine.checkpoint import Checkpoints
@@ -80,6 +80,7 @@ class LabeledBatches(Dataset[LabeledBatch]):
         return [(int(order[p // self.repeats]), int(p % self.repeats)) for p in mine], len(positions)
 
     def __getitem__(self, step: int) -> LabeledBatch:
+        announce(self.source, lambda step: [index for index, _ in self.samples(step)[0]], step)
         samples, count = self.samples(step)
         images, labels, bad = [], [], Bad()
         for index, copy in samples:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from dino import distributed, errors
 from dino.data.decode import BadImage
 from dino.data.evaluation_views import RESIZES, Resize
-from dino.data.loader import Bad, iterate
+from dino.data.loader import Bad, announce, iterate
 from dino.data.normalize import normalize
 from dino.data.sources import Source
 from dino.machine import count_spare_cores
@@ -51,13 +51,17 @@ class EvaluationViews(Dataset[tuple[list[Tensor], list[int], Bad]]):
         return -(-len(self.indices) // self.batch_size)
 
     def __getitem__(self, item: int) -> tuple[list[Tensor], list[int], Bad]:
-        chosen = [int(index) for index in self.indices[item * self.batch_size : (item + 1) * self.batch_size]]
+        announce(self.source, self._choose, item)
+        chosen = self._choose(item)
         with ThreadPoolExecutor(self.threads) as pool:
             read = list(zip(chosen, pool.map(self._read, chosen), strict=True))
         views = [(index, view) for index, view in read if isinstance(view, np.ndarray)]
         bad = [(self.source.name(index), view.reason) for index, view in read if isinstance(view, BadImage)]
         runs = groupby((view for _, view in views), lambda view: view.shape)
         return [torch.from_numpy(np.stack(list(run)))[None] for _, run in runs], [index for index, _ in views], bad
+
+    def _choose(self, item: int) -> list[int]:
+        return [int(index) for index in self.indices[item * self.batch_size : (item + 1) * self.batch_size]]
 
     def _read(self, index: int) -> np.ndarray | BadImage:
         try:

@@ -47,9 +47,12 @@ Prototypes = Annotated[int, between(1, 2**24)]
 class DataOptions(Options, section="data."):
     path: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "scenes"
     """Images to learn from: a folder (searched at any depth), a list file (.txt or .csv), tar files ('shards/{000..127}.tar',
-    or their folder), 'scenes' (built in), or torchvision:NAME:FOLDER. Given several times: several sources."""
+    or their folder), an address of these (s3://...), 'scenes' (built in), or torchvision:NAME:FOLDER. Given several times:
+    several sources."""
     weights: tuple[PositiveFloat, ...] | None = None
     """How often images of each source are visited, in proportion, one number for each --data. None: every image as often."""
+    cache: MemorySize | None = None
+    """Keep images that are read from an address (s3://, https://) on this disk, e.g. 20GB of them. None: none."""
     val: str | None = None
     """Held-out images for the monitors: a folder or list. None: the test images that belong to `path`, else a share of the
     training images is set aside."""
