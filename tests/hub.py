@@ -133,6 +133,10 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_PUT = do_POST = do_GET
 
     def route(self, parts: list[str], body: bytes) -> None:
+        if parts[:2] == ["api", "datasets"]:  # which lie in the folder "datasets"
+            parts = ["api", "models", f"datasets/{parts[2]}", *parts[3:]]
+        elif parts[0] == "datasets":
+            parts = [f"datasets/{parts[1]}", *parts[2:]]
         if ".." in parts:
             raise Refused(404, "EntryNotFound", "Entry not found")
         match self.command, parts:

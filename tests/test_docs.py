@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import tomli_w
 import torch
@@ -44,6 +45,7 @@ PARSED = {
     r".*(timm:\S+\.\S|hf:\S)": "it downloads: test_families.py loads by name, test_start.py and test_distillation.py train",
     r"app": "it serves until it is interrupted: test_app.py opens it in a browser",
     r"train .*--minutes": "it first measures the speed: test_budget.py runs it",
+    r"train .*hf://": "it downloads: test_tables.py does so",
     r"train .*s3://": "it reads from an object store: test_storage.py starts one",
     r"ablate": "six to nine trainings, each a process: test_ablate.py runs them",
 }
@@ -86,6 +88,9 @@ def workspace(tmp_path_factory) -> Path:
                 root / masks / f"{i}.png"
             )
     pack_images(labeled, root / "shards")
+    (root / "tables").mkdir()
+    images = sorted(labeled.glob("*/*"))
+    pandas.DataFrame({"image": [path.read_bytes() for path in images]}).to_parquet(root / "tables/0.parquet")
     encode_clip(root / "walk.mp4", [0, 0.1, 0.2])
     (root / "mine.toml").write_text(tomli_w.dumps(toml.to_dict(replace(TrainOptions(), TINY))))
     run = dino.train(data=str(root / "photos"), out=str(root / "runs/a"), **TINY | {"epochs": 1, "model.depth": 4})

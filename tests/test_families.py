@@ -21,9 +21,9 @@ from transformers import (
 import dino
 from dino import cli
 from dino.data.decode import BadImage
+from dino.downloads import DownloadError
 from dino.models.timm_names import split_arguments
 from dino.weights.families import convert_dinov2
-from dino.weights.releases import DownloadError
 from hub import Hub
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

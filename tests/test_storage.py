@@ -57,7 +57,7 @@ def test_shards_in_a_bucket(store, folder, tmp_path, spec):
 
 @pytest.mark.parametrize("kind", ["files", "tars"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_is_the_one_from_the_disk_whatever_the_answers(store, folder, tmp_path, kind, workers):
+def test_a_run_is_the_one_from_the_disk_whatever_the_answers(store, folder, tmp_path, kind, workers, capfd):
     data = folder if kind == "files" else pack_images(folder, tmp_path / "shards")
     address = store.upload(data, "bucket/data")
     changes = TINY | {"epochs": 1, "data.num_workers": workers}
@@ -66,6 +66,7 @@ def test_a_run_is_the_one_from_the_disk_whatever_the_answers(store, folder, tmp_
     dino.train(data=address, out=tmp_path / "remote", **changes)
     assert_same_bits(final_state(tmp_path / "local"), final_state(tmp_path / "remote"))
     assert not (tmp_path / "remote/quarantine.jsonl").exists()
+    assert "Traceback" not in capfd.readouterr().err, "of a worker that closes what it has inherited"
 
 
 def test_a_run_goes_on_after_the_store_was_gone(store, folder, tmp_path, monkeypatch, capsys):

@@ -25,6 +25,7 @@ import dino
 from dino import cli, weights
 from dino.data.normalize import normalize
 from dino.data.sources import open_source
+from dino.downloads import DownloadError
 from dino.engine import init
 from dino.engine.build import build_method
 from dino.engine.log import read_metrics
@@ -335,7 +336,7 @@ def test_a_release_is_downloaded_once_and_checked_after(server, tmp_path):
     assert len(server.asked) == 1
     path = releases.fetch_release("vits16")
     path.write_bytes(server.content[:-1] + b"x")
-    with pytest.raises(releases.DownloadError, match="has changed since it was downloaded"):
+    with pytest.raises(DownloadError, match="has changed since it was downloaded"):
         dino.load("vits16")
 
 
@@ -348,7 +349,7 @@ def test_a_cut_connection_is_continued_where_it_stopped(server):
 
 def test_a_connection_that_stays_cut_keeps_what_arrived(server, tmp_path):
     server.cuts = 3
-    with pytest.raises(releases.DownloadError, match="connection was cut"):
+    with pytest.raises(DownloadError, match="connection was cut"):
         releases.fetch_release("vits16")
     assert list((tmp_path / "cache").glob("*.part"))
     assert releases.fetch_release("vits16").read_bytes() == server.content  # the next call goes on
@@ -356,22 +357,22 @@ def test_a_connection_that_stays_cut_keeps_what_arrived(server, tmp_path):
 
 def test_a_file_damaged_on_the_way_is_not_kept(server, tmp_path):
     server.damage = True
-    with pytest.raises(releases.DownloadError, match="damaged"):
+    with pytest.raises(DownloadError, match="damaged"):
         releases.fetch_release("vits16")
     assert not list((tmp_path / "cache").glob("*.pth*"))
 
 
 def test_without_network_or_permission_to_use_it(server, tmp_path, monkeypatch, capsys):
-    with pytest.raises(releases.DownloadError, match="downloads are off"):
+    with pytest.raises(DownloadError, match="downloads are off"):
         dino.load("vits16", offline=True)
     monkeypatch.setenv("DINO_OFFLINE", "1")
     assert cli.main(["models", "vits16"]) == 1
     assert "downloads are off" in capsys.readouterr().err
     monkeypatch.delenv("DINO_OFFLINE")
-    with pytest.raises(releases.DownloadError, match="404"):
+    with pytest.raises(DownloadError, match="404"):
         releases.fetch_release("vits8")
     monkeypatch.setenv("DINO_RELEASES", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(releases.DownloadError, match="check the network"):
+    with pytest.raises(DownloadError, match="check the network"):
         releases.fetch_release("vits16")
     with pytest.raises(ValueError, match="no part 'x'"):
         releases.find_release("vits16:x")

@@ -22,9 +22,9 @@ def assign_labels(labels: str, names: list[str], path: str, root: str) -> tuple[
     if labels == "none":
         return (), None
     if labels not in ("auto", "folders"):
-        return _number(_from_table(labels, names, root))
+        return number_classes(_from_table(labels, names, root))
     if labels == "auto" and path.lower().endswith(".csv") and any(label is not None for _, label in read_table(path)):
-        return _number(_from_table(path, names, root))
+        return number_classes(_from_table(path, names, root))
     heads = [name.partition("/")[0] if "/" in name else None for name in names]
     found = set(heads)
     if labels == "auto" and (len(found) < 2 or len(names) < 2 * len(found) or found & {None, "", ".."}):
@@ -34,10 +34,10 @@ def assign_labels(labels: str, names: list[str], path: str, root: str) -> tuple[
             f"no image of '{path}' lies in a sub-folder that names its class; write CLASS/image.jpg there (to train "
             "without classes, use labels 'auto' or 'none')."
         )
-    return _number(heads)
+    return number_classes(heads)
 
 
-def _number(values: list[str | None]) -> tuple[tuple[str, ...], np.ndarray | None]:
+def number_classes(values: list[str | None]) -> tuple[tuple[str, ...], np.ndarray | None]:
     """Class names in order and the position of each value among them, -1 where unknown."""
     classes = sort_classes({value for value in values if value is not None})
     position: dict[str | None, int] = {name: index for index, name in enumerate(classes)}

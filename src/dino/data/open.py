@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dino import errors, files
+from dino import distributed, errors, files
 from dino.data.decode import IMAGE_SUFFIXES, BadImage
 from dino.data.labels import read_lines
 from dino.data.listing import save_names
@@ -24,8 +24,11 @@ from dino.data.scenes import open_scenes
 from dino.data.shards import SUFFIX, find_shards, is_pattern, open_shards
 from dino.data.sources import Files, Source, Subset, evenly_spaced, hold_out, open_source
 from dino.data.storage import Reader, is_remote, join
+from dino.data.tables import SUFFIX as TABLE_SUFFIX
+from dino.data.tables import find_tables, open_tables
 from dino.data.together import Together
 from dino.data.torchvision_sets import open_torchvision
+from dino.downloads import fetch_dataset
 from dino.options import required
 from dino.options.rules import parse_bytes
 from dino.options.train import TrainOptions
@@ -35,6 +38,8 @@ MOST_HELD_OUT = 1000  # images
 RECORD = "files.jsonl"  # in a run directory: the names of its images
 # Folders of training and of test images in one folder, by their usual names, small or capital.
 TRAIN_FOLDERS, TEST_FOLDERS = ("train", "training"), ("val", "valid", "validation", "test", "testing")
+
+HUB = "hf://datasets/"  # begins ORG/NAME or ORG/NAME@REVISION on the hub of Hugging Face
 
 AnyPath = str | os.PathLike[str]
 
@@ -111,7 +116,7 @@ def get_name(spec: AnyPath) -> str:
         return words[-1]
     if is_remote(spec):
         words = [word for word in re.split(r"[/:]+", spec) if word and not is_pattern(word)]
-        return words[-1].removesuffix(SUFFIX)
+        return words[-1].partition("@")[0].removesuffix(SUFFIX).removesuffix(TABLE_SUFFIX)
     path = required(find_path(spec)).resolve()
     return (path.name if path.is_dir() else path.stem) or "run"
 
@@ -164,6 +169,14 @@ def _open_parts(
         raise errors.unknown("kind of data", prefix, KINDS)
     if kind is not None:
         return kind.open(spec)
+    if spec.startswith(HUB):
+        folder = distributed.from_main(lambda: fetch_dataset(spec.removeprefix(HUB)))
+        tables, shards = ([*map(str, sorted(folder.rglob(f"*{suffix}")))] for suffix in (TABLE_SUFFIX, SUFFIX))
+        if tables:
+            return open_tables(spec, tables, labels)
+        return (open_shards(spec, shards, labels, reader) if shards else open_source(folder, labels)), None
+    if (tables := find_tables(spec)) is not None:
+        return open_tables(spec, tables, labels)
     shards = find_shards(spec)
     if shards is None:
         return open_source(spec, labels, record, trust, reader), None

@@ -103,8 +103,7 @@ class Files:
         return Place(os.path.join(self.root, self.names[index]))
 
     def read_ahead(self, indices: Sequence[int]) -> None:
-        if is_remote(self.root):
-            self.reader.read_ahead([self.find_place(index) for index in indices])
+        self.reader.read_ahead([self.find_place(index) for index in indices])
 
     def read(self, index: int) -> np.ndarray:
         if is_remote(self.root):

@@ -27,6 +27,8 @@ _VERSION = ("size", "ETag", "etag", "LastModified", "updated", "mtime")  # what 
 # They do not go away by waiting.
 _FINAL = (FileNotFoundError, PermissionError, ImportError, NotImplementedError)
 
+_OPENED: dict[int, Any] = {}  # file systems; a fork that let go of those that it inherits would try to close them
+
 T = TypeVar("T")
 
 
@@ -64,9 +66,11 @@ def open_filesystem(path: str) -> tuple[Any, str]:
     """
     fsspec = errors.import_optional("fsspec", f"{path} needs fsspec", "data")
     try:
-        return fsspec.core.url_to_fs(path)
+        system, inside = fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{path} cannot be opened: {errors.first_line(error)} (pip install 'dino[data]').") from error
+    _OPENED[id(system)] = system
+    return system, inside
 
 
 def ask(path: str, question: Callable[[Any, str], T]) -> T:
@@ -222,8 +226,9 @@ class Reader:
         return Reader, (self.most,)
 
     def read_ahead(self, places: Sequence[Place]) -> None:
-        """Begin to read what `read` will be asked for, where that takes a while."""
+        """Begin to read what `read` will be asked for."""
         if not is_remote(places[0].path):
+            _tell_disk(places)
             return
         if self.process != os.getpid():  # a fork has no threads
             self._begin()
@@ -290,6 +295,15 @@ class Reader:
             say(
                 f"Warning: images are no longer kept in {path.parent.parent} ({errors.find_reason(error)}); the run goes on."
             )
+
+
+def _tell_disk(places: Sequence[Place]) -> None:
+    """Let the system read from its disks what will be wanted, many places at a time, where it can."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for place in places:
+        with contextlib.suppress(OSError), open(place.path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), place.offset, place.length or 0, os.POSIX_FADV_WILLNEED)
 
 
 def sweep(folder: Path, most: int) -> None:

@@ -11,8 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from dino import errors
+from dino.downloads import is_offline
 from dino.version import __version__
-from dino.weights.releases import is_offline
 
 
 class PushError(RuntimeError):

@@ -47,8 +47,8 @@ Prototypes = Annotated[int, between(1, 2**24)]
 class DataOptions(Options, section="data."):
     path: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "scenes"
     """Images to learn from: a folder (searched at any depth), a list file (.txt or .csv), tar files ('shards/{000..127}.tar',
-    or their folder), an address of these (s3://...), 'scenes' (built in), or torchvision:NAME:FOLDER. Given several times:
-    several sources."""
+    or their folder), Parquet files, an address of these (s3://...), hf://datasets/ORG/NAME, 'scenes' (built in), or
+    torchvision:NAME:FOLDER. Given several times: several sources."""
     weights: tuple[PositiveFloat, ...] | None = None
     """How often images of each source are visited, in proportion, one number for each --data. None: every image as often."""
     cache: MemorySize | None = None

@@ -1,20 +1,13 @@
-"""Weights by name from a hub that speaks Hugging Face's protocol: `timm:NAME` and `hf:ORG/NAME`, each with `@REVISION`.
-
-huggingface_hub downloads, keeps and resumes; $HF_TOKEN, $HF_ENDPOINT, $HF_HOME and $HF_HUB_OFFLINE mean what they mean
-there. Only configurations and tensors are read, never code.
-"""
+"""Weights by name from a hub that speaks Hugging Face's protocol: `timm:NAME` and `hf:ORG/NAME`, each with `@REVISION`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dino import errors
-from dino.weights.releases import DownloadError, is_offline
+from dino.downloads import DownloadError, explain, is_offline, page
 
 PREFIXES = ("timm:", "hf:")
 # The first of these that a repository has. Shards are listed in an index.
@@ -62,7 +55,7 @@ def fetch(repository: str, offline: bool, first: tuple[str, ...] = ()) -> Downlo
     def get(file: str, commit: str | None = revision or None) -> Path:
         return Path(huggingface_hub.hf_hub_download(name, file, revision=commit, local_files_only=offline))
 
-    with _explain(repository, offline):
+    with explain(repository, offline):
         missing: Exception | None = None
         for file in (*first, *FILES):
             try:
@@ -76,7 +69,7 @@ def fetch(repository: str, offline: bool, first: tuple[str, ...] = ()) -> Downlo
             if isinstance(missing, LocalEntryNotFoundError):
                 raise missing
             raise DownloadError(
-                f"{repository} has none of {', '.join((*first, *FILES))} on {_page(name)}; give a repository of timm or "
+                f"{repository} has none of {', '.join((*first, *FILES))} on {page(name)}; give a repository of timm or "
                 "transformers weights."
             )
         commit = found.parent.name  # all files of one commit, should the branch move meanwhile
@@ -97,53 +90,6 @@ def fetch(repository: str, offline: bool, first: tuple[str, ...] = ()) -> Downlo
 def list_shards(index: Path) -> list[str]:
     """The names of the files that an index of shards lists."""
     return sorted({*json.loads(index.read_text())["weight_map"].values()})
-
-
-@contextlib.contextmanager
-def _explain(repository: str, offline: bool) -> Iterator[None]:
-    """Raise what huggingface_hub raises as one sentence, and keep it from telling of each of its tries."""
-    from huggingface_hub import errors as hub
-
-    name, _, revision = repository.partition("@")
-    page, logger = _page(name), logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except hub.GatedRepoError as error:
-        raise DownloadError(
-            f"{name} is gated: ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN."
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise DownloadError(f"{name} has no revision '{revision}'; {page}/tree/main lists its branches.") from error
-    except hub.RepositoryNotFoundError as error:
-        raise DownloadError(
-            f"there is no repository {name} that you may read at {page}; check the name, and for a private one log in with "
-            "`hf auth login` or set HF_TOKEN."
-        ) from error
-    except hub.HFValidationError as error:
-        raise ValueError(f"'{repository}' is no name of a repository; write ORG/NAME or ORG/NAME@REVISION.") from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        why = "offline mode is on" if offline else f"{page} cannot be reached"
-        raise DownloadError(f"{repository} is not in the cache, and {why}; load it once with a network.") from error
-    except hub.HfHubHTTPError as error:
-        if error.response.status_code != 401:
-            raise DownloadError(f"{repository} could not be downloaded ({errors.first_line(error)}).") from error
-        raise DownloadError(
-            f"{page} refused the token that you are logged in with; log in again with `hf auth login`, or set HF_TOKEN."
-        ) from error
-    except OSError as error:  # among them what the network raises, and a full disk
-        raise DownloadError(
-            f"{repository} could not be downloaded from {page} ({errors.find_reason(error)})."
-        ) from error
-    finally:
-        logger.setLevel(level)
-
-
-def _page(name: str) -> str:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{name}"
 
 
 def find_timm(name: str) -> tuple[str, tuple[str, ...], dict[str, Any]]:

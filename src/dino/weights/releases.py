@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dino import errors
+from dino.downloads import DownloadError, is_offline
 from dino.files import cache_folder
 from dino.paper import FIGURES
 from dino.terminal import Terminal
@@ -24,10 +25,6 @@ from dino.terminal import Terminal
 BASE = "https://dl.fbaipublicfiles.com/dino"
 LICENSE = "Apache-2.0"
 ATTEMPTS, TIMEOUT, CHUNK = 3, 30, 1 << 20
-
-
-class DownloadError(Exception):
-    """A file could not be downloaded; the message says why and what to do."""
 
 
 class Release(NamedTuple):
@@ -84,10 +81,6 @@ def find_release(name: str) -> tuple[str, str] | None:
 def locate_cached(file: str) -> Path:
     """Where a release's file lies in the cache, whether it has been downloaded or not."""
     return cache_folder() / Path(file).name
-
-
-def is_offline(asked: bool) -> bool:
-    return asked or os.environ.get("DINO_OFFLINE", "0") not in ("", "0")
 
 
 def fetch_release(name: str, offline: bool = False) -> Path:
