@@ -59,14 +59,14 @@ def format_difference(values: Sequence[float], base: Sequence[float]) -> str:
 
 
 def format_set(name: str, found: dict[str, list[dict[str, Any]]], floors: Floors) -> str:
-    """The Markdown table of one set: settings, the first of them the base, their untrained networks, and the floors."""
+    """The Markdown table of one set: settings, their untrained networks and the floors; "auto" (or the first) is the base."""
 
     def gather(setting: str, state: str, key: str) -> list[float]:
         return [run[state][key] for run in found[setting] if key in run[state]]
 
     figures = [run[state] for runs in found.values() for run in runs for state in ("trained", "untrained")]
     columns = [key for key in COLUMNS if any(key in one for one in (*figures, *floors.values()))]
-    base, first = next(iter(found)), columns[0] if columns else ""
+    base, first = "auto" if "auto" in found else next(iter(found)), columns[0] if columns else ""
     against = f"{COLUMNS.get(first, '')} against {base}"
     rows = [
         [name, "seeds", *(COLUMNS[key] for key in columns), against],

@@ -82,7 +82,7 @@ def main() -> None:
     shards = [Shard(f"/shards/{i:06d}.tar", f"{i:06d}.tar", "1") for i in range(number)]
     started = time.perf_counter()
     index = Index(folder, shards)
-    train, _ = hold_out(Shards(index, index.classes, index.labels, Reader()), 0.1, 1000, 0)
+    train, _ = hold_out(Shards(index, Reader(), labeled=True), 0.1, 1000, 0)
     train.name(len(train) - 1)
     print(f"{options.images:,} images in {number:,} shards: opened in {time.perf_counter() - started:.2f} s")
     queue: multiprocessing.Queue[tuple[float, float, float]] = multiprocessing.Queue()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import itertools
+import logging
 import os
 import threading
 import time
@@ -40,6 +41,7 @@ class ObjectStore(ThreadingHTTPServer):
         self.delay, self.fails, self.cuts = 0.0, 0, 0
         self.asked: list[str] = []  # the ranges of files
         self.numbers = itertools.count(1)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # of the server behind
         self.behind = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 
     def __enter__(self) -> ObjectStore:

@@ -7,26 +7,33 @@ beside the shards, or in the cache where that cannot be written.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from dino import distributed, files
+from dino import files
 from dino.data.labels import sort_classes
 from dino.data.listing import Names
 from dino.data.loader import iterate
 from dino.data.tar import Entry
 from dino.machine import count_cores
 from dino.terminal import track
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 _VERSION = 1  # of the files' format
 _FOLDER = ".dino-index"  # beside the shards
@@ -56,21 +63,48 @@ class Index:
 
     def __init__(self, folder: Path, shards: Sequence[Shard]):
         self.folder, self.shards = folder, shards
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        self.classes, self.fingerprint = tuple(about["classes"]), about["fingerprint"]
-        self.bounds = np.load(folder / "bounds.npy")
-        self.offsets, self.lengths, starts = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("offsets", "lengths", "starts")
-        )
-        self.labels = np.load(folder / "labels.npy", mmap_mode="r") if self.classes else None
-        with (folder / "names").open("rb") as file:
-            self.names = Names.mapped(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), starts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Index, (self.folder, self.shards)
+        return Index, (self.folder, self.shards)  # another process opens the files itself
+
+    def _map(self, name: str) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        return json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
+
+    @functools.cached_property
+    def bounds(self) -> np.ndarray:
+        return np.load(self.folder / "bounds.npy")
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        return self._map("offsets")
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        return self._map("lengths")
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        return self._map("labels") if self.classes else None
+
+    @functools.cached_property
+    def names(self) -> Names:
+        with (self.folder / "names").open("rb") as file:
+            return Names.mapped(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), self._map("starts"))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.about["classes"])
+
+    @property
+    def fingerprint(self) -> str:
+        return self.about["fingerprint"]
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return int(self.bounds[-1])
 
     def find_shard(self, position: int) -> int:
         return int(np.searchsorted(self.bounds, position, side="right")) - 1
@@ -91,15 +125,22 @@ def open_index(shards: Sequence[Shard], read: Callable[[Shard], Iterable[Entry]]
     )
     folder = place / joined.key
 
-    def build() -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    with _alone(place):  # ranks that ask for the same wait for the first
         if not (folder / "about.json").is_file():
-            place.mkdir(parents=True, exist_ok=True)
             _read_shards(shards, place, read)
             _join(shards, place, folder)
-
-    distributed.from_main(build)
-    build()  # where the main rank wrote to another disk
     return Index(folder, shards)
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """One process at a time, where the system can tell."""
+    with (place / "lock").open("w") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # not every network drive has locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _find_place(shards: Sequence[Shard]) -> Path:
@@ -206,7 +247,7 @@ def _join(shards: Sequence[Shard], place: Path, folder: Path) -> None:
         digest.update(json.dumps(named).encode())
         about = {"classes": named, "fingerprint": digest.hexdigest()}
         (new / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        if not folder.exists():  # another process may have been as fast
+        with contextlib.suppress(OSError):  # another machine may have been as fast
             new.rename(folder)
     _remove_older(folder)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dino import distributed, errors, files
+from dino import errors, files
 from dino.data.decode import IMAGE_SUFFIXES, BadImage
 from dino.data.labels import read_lines
 from dino.data.listing import save_names
@@ -170,7 +170,7 @@ def _open_parts(
     if kind is not None:
         return kind.open(spec)
     if spec.startswith(HUB):
-        folder = distributed.from_main(lambda: fetch_dataset(spec.removeprefix(HUB)))
+        folder = fetch_dataset(spec.removeprefix(HUB))
         tables, shards = ([*map(str, sorted(folder.rglob(f"*{suffix}")))] for suffix in (TABLE_SUFFIX, SUFFIX))
         if tables:
             return open_tables(spec, tables, labels)

@@ -29,19 +29,37 @@ from dino.data.tar import Entry, read_tar
 from dino.options import required
 
 SUFFIX = ".tar"
+Labels = tuple[tuple[str, ...], np.ndarray | None]
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class Shards:
-    """A `Source` of the images in tar files. `name(i)` is SHARD/NAME."""
+    """A `Source` of the images in tar files. `name(i)` is SHARD/NAME.
 
-    def __init__(self, index: Index, classes: tuple[str, ...], labels: np.ndarray | None, reader: Reader):
-        self.index, self.classes, self.labels, self.bounds = index, classes, labels, index.bounds
-        self.reader = reader
+    Args:
+        labeled: whether their labels are known.
+        table: classes and labels that are not those of the tar files.
+    """
+
+    def __init__(self, index: Index, reader: Reader, labeled: bool, table: Labels | None = None):
+        self.index, self.reader, self.labeled, self.table = index, reader, labeled, table
+        self.classes = () if not labeled else index.classes if table is None else table[0]
         digest = hashlib.sha256(index.fingerprint.encode())
-        if labels is not index.labels:
-            digest.update(str(classes).encode() + (b"" if labels is None else labels.astype("<i8").tobytes()))
+        if table is not None or not labeled:
+            digest.update(
+                repr(self.classes).encode() + (b"" if self.labels is None else self.labels.astype("<i8").tobytes())
+            )
         self.fingerprint = digest.hexdigest()
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        if not self.labeled:
+            return None
+        return self.index.labels if self.table is None else self.table[1]
+
+    @property
+    def bounds(self) -> np.ndarray:
+        return self.index.bounds
 
     def __len__(self) -> int:
         return len(self.index)
@@ -137,11 +155,9 @@ def open_shards(spec: str, paths: Sequence[str], labels: str, reader: Reader) ->
         for path, part, version in zip(paths, parts, versions, strict=True)
     ]
     index = open_index(shards, _read_shard)
-    if labels == "none" or (labels == "auto" and not index.classes):
-        return Shards(index, (), None, reader)
-    if labels in ("auto", "folders") and index.classes:
-        return Shards(index, index.classes, index.labels, reader)
-    return Shards(index, *assign_labels(labels, index.names.split(), root, root), reader)
+    if labels in ("none", "auto", "folders") and (labels != "folders" or index.classes):
+        return Shards(index, reader, labeled=labels != "none" and bool(index.classes))
+    return Shards(index, reader, True, assign_labels(labels, index.names.split(), root, root))
 
 
 def _read_shard(shard: Shard) -> Iterator[Entry]:

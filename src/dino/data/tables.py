@@ -77,7 +77,7 @@ def find_tables(spec: str) -> list[str] | str | None:
     path = spec if is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
     if path.lower().endswith(SUFFIX):
         return find_matching(path) if any(sign in path for sign in "*?") else [path]
-    if not is_remote(path) and not os.path.isdir(path):
+    if path.lower().endswith(".tar") or not (is_remote(path) or os.path.isdir(path)):
         return None
     try:
         inside = [name for name in list_folder(path) if not is_junk(os.fsencode(name))]
