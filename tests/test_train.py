@@ -155,9 +155,10 @@ def test_a_signal_saves_says_how_to_resume_and_exits_0(photos, tmp_path, number)
     assert latest_step(run) == f"step-{step + 3:08d}.pt"
 
 
-def test_two_ranks_equal_one_rank(photos, tmp_path):
-    """The same global batch on one and on two processes: within 1e-5 after 10 steps and more."""
-    flags = tiny_flags(epochs=3, model__drop_path=0.2)
+@pytest.mark.parametrize("batch_size", [4, 5])
+def test_two_ranks_equal_one_rank(photos, tmp_path, batch_size):
+    """The same global batch on one and on two processes, in halves or not: within 1e-5 after 10 steps and more."""
+    flags = tiny_flags(epochs=3, model__drop_path=0.2, batch_size=batch_size)
     for ranks in (1, 2):
         done = run_dino("train", "--data", photos, "--out", tmp_path / f"r{ranks}", *flags, ranks=ranks)
         assert done.returncode == 0, done.stderr
@@ -167,6 +168,53 @@ def test_two_ranks_equal_one_rank(photos, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-5, msg=name)
     losses = [[x["loss"] for x in read_metrics(tmp_path / f"r{r}" / "metrics.jsonl") if "loss" in x] for r in (1, 2)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_one_command_starts_a_run_and_continues_it(photos, tmp_path):
+    """To the bit, on fewer and on more processes within rounding; a finished run is left as it is."""
+    flags = ["--data", photos, *tiny_flags(batch_size=5), "--resume", "auto", "--out", tmp_path / "run"]
+    whole = run_dino("train", "--data", photos, *tiny_flags(batch_size=5), "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    for stop, ranks in ((2, 3), (5, 1), (None, 2), (None, 1)):
+        more = () if stop is None else ("--stop-after", stop)
+        done = run_dino("train", *flags, *more, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert ("Resuming after step" in done.stderr) == ((stop, ranks) != (2, 3))
+    one, other = final_state(tmp_path / "whole"), final_state(tmp_path / "run")
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-5, msg=name)
+    done = run_dino("train", *flags, "--optim.lr", "1e-3")
+    assert done.returncode == 2
+    assert "optim.lr is 0.001 where it was" in done.stderr
+
+
+SLOW = """
+import os, sys, time
+import dino
+from dino.data.loader import ViewBatches
+from dino.method import Network
+from helpers import TINY
+kind, name = {"passes": (Network, "forward"), "images": (ViewBatches, "__getitem__")}[sys.argv[3]]
+work = getattr(kind, name)
+if os.environ["RANK"] == "1":
+    setattr(kind, name, lambda *given: (time.sleep(0.1), work(*given))[1])
+dino.train(data=sys.argv[1], out=sys.argv[2], **TINY)
+"""
+
+
+@pytest.mark.parametrize(
+    ("slow", "why"), [("passes", "its own passes take longer"), ("images", "its images come late")]
+)
+def test_it_is_said_which_rank_the_others_wait_for(photos, tmp_path, slow, why):
+    script = tmp_path / "script.py"
+    script.write_text(SLOW)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [*launch, str(script), str(photos), str(tmp_path / "run"), slow]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("The others wait for rank 1 on ") == 1
+    assert why in done.stderr
 
 
 THREADS = """
@@ -196,7 +244,7 @@ def test_ranks_leave_no_threads_of_their_group(photos, tmp_path):
 def test_two_ranks_refuse_with_one_sentence(photos, tmp_path):
     for flags, said in (
         (["--data", tmp_path / "none"], "does not exist"),
-        (["--data", photos, *tiny_flags(batch_size=5)], "cannot be shared by 2"),
+        (["--data", photos, *tiny_flags(batch_size=1)], "leaves some of 2 processes without an image"),
     ):
         done = run_dino("train", *flags, "--out", tmp_path / "run", ranks=2, real=said == "does not exist")
         assert done.returncode != 0

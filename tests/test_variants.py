@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import processes
-from dino import variants
+from dino import distributed, variants
 from dino.data.loader import ViewBatches
 from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
@@ -54,7 +54,7 @@ def build(name: str = "dino", dtype: torch.dtype = torch.float64) -> DINO:
         head = Head(24, 32, hidden_dim=24, bottleneck_dim=12, prototypes=prototypes, predictor=predictor)
         return Network(backbone, head)
 
-    method = variants.combine(network(predictor), network(False), **changes).to(dtype)
+    method = variants.combine(network(predictor), network(False), **changes, batch_size=8).to(dtype)
     # Fresh linear layers are so small that all outputs are alike; larger ones make every term of a loss matter.
     with torch.no_grad():
         for network_ in (method.student, method.teacher):
@@ -344,19 +344,22 @@ def train(name: str, rank: int, ranks: int) -> list[float]:
     method = build(name)
     step_of = make_step(method)
     step_of.distribute()
-    share = 8 // ranks
+    shares = distributed.share_out(8)
+    first = sum(shares[:rank])
+    step_of.weight = shares[rank] * ranks / 8
     numbers: list[float] = []
     for step in range(4):
-        groups = [g[:, rank * share : (rank + 1) * share].flatten(0, 1) for g in views(step)]
+        groups = [g[:, first : first + shares[rank]].flatten(0, 1) for g in views(step)]
         step_of(groups, Rates(0.1, 0.0, 0.9, 0.1, epoch_ends=step % 2 == 1))
     for network in (method.student, method.teacher):
         numbers += [value.norm().item() for value in network.parameters()]
     return [*numbers, method.center.value.norm().item()]
 
 
-def test_two_ranks_equal_one(tmp_path):
-    """Every variant: halves of the batch on two real processes give the parameters of the whole on one."""
-    done = processes.run([sys.executable, __file__, str(tmp_path)], ranks=2)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_equal_one(tmp_path, ranks):
+    """Every variant: parts of the batch on real processes, of three unequal ones, give the parameters of the whole on one."""
+    done = processes.run([sys.executable, __file__, str(tmp_path)], ranks=ranks)
     assert done.returncode == 0, done.stderr
     together = json.loads((tmp_path / "numbers.json").read_text())
     for name in VARIANTS:
@@ -367,7 +370,7 @@ if __name__ == "__main__":
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    found = {name: train(name, dist.get_rank(), 2) for name in VARIANTS}
+    found = {name: train(name, dist.get_rank(), dist.get_world_size()) for name in VARIANTS}
     if dist.get_rank() == 0:
         (Path(sys.argv[1]) / "numbers.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -83,13 +83,27 @@ def max_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def concatenate(tensor: Tensor) -> Tensor:
-    """The rows of all ranks, in rank order; every rank has the same number of rows."""
+def share_out(total: int) -> list[int]:
+    """How many of `total` images each rank has: as many as any other, or one less."""
+    ranks = world_size()
+    return [total * (number + 1) // ranks - total * number // ranks for number in range(ranks)]
+
+
+def concatenate(tensor: Tensor, images: int | None = None) -> Tensor:
+    """The rows of all ranks, in rank order.
+
+    Args:
+        images: of all ranks, which `share_out` gave to each; the rows are as many for every image. None: every rank has as
+            many rows.
+    """
     if not dist.is_initialized():
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+    shares = [1] * world_size() if images is None else share_out(images)
+    rows = [len(tensor) // shares[rank()] * share for share in shares]
+    padded = torch.cat([tensor, tensor.new_zeros(max(rows) - len(tensor), *tensor.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in rows]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
 
 def gather(value: Any) -> list[Any]:

@@ -63,9 +63,10 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def update(self, teacher_scores: Float[Tensor, "gn k"]) -> None:
-        total = distributed.sum_(at_least_float32(teacher_scores).sum(dim=0))
-        mean = total / (len(teacher_scores) * distributed.world_size())
-        self.value.lerp_(mean, 1 - self.momentum)
+        scores = at_least_float32(teacher_scores)
+        # With their number, because ranks may have different numbers of images.
+        total = distributed.sum_(torch.cat([scores.sum(dim=0), scores.new_full((1,), len(scores))]))
+        self.value.lerp_(total[:-1] / total[-1], 1 - self.momentum)
 
 
 def sharpen(scores: Float[Tensor, "gn k"], center: Float[Tensor, " k"], temp: float) -> Float[Tensor, "gn k"]:

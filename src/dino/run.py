@@ -20,7 +20,7 @@ from dino.data.open import find_path, open_training_pair, probe
 from dino.data.sources import Source
 from dino.engine import budget, build, fit, init, parallel
 from dino.engine.checkpoint import lock_folder
-from dino.engine.folder import choose_folder, prepare, record
+from dino.engine.folder import choose_folder, name_folder, prepare, record
 from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.eval import evaluate
@@ -30,9 +30,9 @@ from dino.models import Backbone
 from dino.options import auto, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base, free_length
-from dino.options.resume import check_resumable
+from dino.options.resume import check_resumable, continue_if_there
 from dino.options.rules import parse_bytes
-from dino.options.train import TrainOptions
+from dino.options.train import AUTO, TrainOptions
 from dino.report.run import Run
 from dino.report.verdict import advise_start, judge, warn
 from dino.terminal import Terminal
@@ -67,6 +67,8 @@ def train(
 
 def run_training(options: TrainOptions) -> Path:
     """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
+    if options.resume == AUTO:
+        options = continue_if_there(options, name_folder(options))
     if options.resume is not None:
         check_resumable(flatten(toml.read_recorded(options.resume)), options)
     began = time.monotonic()
@@ -221,7 +223,7 @@ def build_trainer(
     batches = build_batches(options, data[0], device)
     trainer = Trainer(options, folder, data[0], batches, device, terminal, callback, frozen)
     if options.fit is not None:
-        step, images = trainer.training_step, batches.batch_size // batches.world_size
+        step, images = trainer.training_step, max(distributed.share_out(batches.batch_size))
         split, needed = distributed.gather(fit.fit_memory(step, options, images, parse_bytes(options.fit)))[0]
         step.set_split(split)
         terminal.say(describe_split(split, needed))
@@ -270,8 +272,8 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
             f"batch_size is {batch} but there are only {len(source)} images to train on; "
             f"use --batch-size {len(source)} or less."
         )
-    if batch % ranks:
-        raise ValueError(f"batch_size {batch} cannot be shared by {ranks} processes; use a multiple of {ranks}.")
+    if batch < ranks:
+        raise ValueError(f"batch_size {batch} leaves some of {ranks} processes without an image; use {ranks} or more.")
     if options.accumulate > batch // ranks:
         raise ValueError(
             f"accumulate is {options.accumulate} but a step has only {batch // ranks} images (of a process); "

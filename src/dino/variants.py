@@ -126,14 +126,15 @@ class InfoNce(SquaredDistance):
     Args:
         temp: of the softmax.
         size: negatives that the queue remembers; dim: width of the projections.
+        batch_size: images of all ranks; None: every rank has as many.
     """
 
     values: Tensor
     oldest: Tensor
 
-    def __init__(self, temp: float, size: int, dim: int):
+    def __init__(self, temp: float, size: int, dim: int, batch_size: int | None = None):
         super().__init__()
-        self.temp = temp
+        self.temp, self.batch_size = temp, batch_size
         check_memory(4 * size * dim, f"a queue of {size} projections")
         self.register_buffer("values", F.normalize(torch.randn(size, dim), dim=-1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
@@ -150,7 +151,7 @@ class InfoNce(SquaredDistance):
     @torch.no_grad()
     def push(self, keys: Float[Tensor, "b d"]) -> None:
         """Replace the oldest by `keys` and those of the other ranks."""
-        keys = F.normalize(distributed.concatenate(keys), dim=-1)
+        keys = F.normalize(distributed.concatenate(keys, self.batch_size), dim=-1)
         assert len(keys) <= len(self.values), "dino.run compares the queue with the batch"
         where = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.values)
         self.values[where] = keys.to(self.values.dtype)
@@ -162,15 +163,17 @@ class BatchInfoNce(SquaredDistance):
 
     Args:
         temp: of the softmax.
+        batch_size: images of all ranks; None: every rank has as many.
     """
 
-    def __init__(self, temp: float):
+    def __init__(self, temp: float, batch_size: int | None = None):
         super().__init__()
-        self.temp = temp
+        self.temp, self.batch_size = temp, batch_size
         self.keys = torch.empty(0)  # [images of all ranks, g, d] of this step, L2-normalized
 
     def make_targets(self, scores: Tensor, center: Tensor, temp: float, targets: Targets) -> tuple[Tensor, Metrics]:
-        self.keys = F.normalize(distributed.concatenate(scores.unflatten(0, (2, -1)).transpose(0, 1)), dim=-1)
+        of_images = scores.unflatten(0, (2, -1)).transpose(0, 1)
+        self.keys = F.normalize(distributed.concatenate(of_images, self.batch_size), dim=-1)
         return super().make_targets(scores, center, temp, targets)
 
     def forward(self, student_scores: Float[Tensor, "v n d"], targets: Float[Tensor, "g n d"]) -> Float[Tensor, ""]:
@@ -183,15 +186,16 @@ class LossSizes(NamedTuple):
     student_temp: float = 0.1
     queue_size: int = 65536
     out_dim: int = 256
+    batch_size: int | None = None
 
 
 LOSSES: dict[str, Callable[[LossSizes], Loss]] = {
     "cross-entropy": lambda sizes: CrossEntropy(sizes.student_temp),
     "mse": lambda _: SquaredDistance(),
     "infonce": lambda sizes: (
-        InfoNce(sizes.student_temp, sizes.queue_size, sizes.out_dim)
+        InfoNce(sizes.student_temp, sizes.queue_size, sizes.out_dim, sizes.batch_size)
         if sizes.queue_size
-        else BatchInfoNce(sizes.student_temp)
+        else BatchInfoNce(sizes.student_temp, sizes.batch_size)
     ),
 }
 
@@ -243,13 +247,15 @@ def combine(
     student_temp: float = 0.1,
     center_momentum: float = 0.9,
     queue_size: int = 65536,
+    batch_size: int | None = None,
 ) -> DINO:
     """A method from the names of its parts: keys of `TARGETS`, `LOSSES` and `TEACHERS`.
 
     Args:
         queue_size: negatives that "infonce" remembers; 0: those of the step.
+        batch_size: images of all ranks; None: every rank has as many.
     """
-    sizes = LossSizes(student_temp, queue_size, teacher.head.out_dim)
+    sizes = LossSizes(student_temp, queue_size, teacher.head.out_dim, batch_size)
     method = DINO(student, teacher, center_momentum, TARGETS[targets], LOSSES[loss](sizes))
     method.follow = TEACHERS[follow](method.teacher)  # built last: it may copy the teacher as it starts
     return method

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import lock_descriptor
 from torch.utils.data import Dataset
 
 from dino import files
@@ -29,11 +30,6 @@ from dino.data.loader import iterate
 from dino.data.tar import Entry
 from dino.machine import count_cores
 from dino.terminal import track
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 _VERSION = 1  # of the files' format
 _FOLDER = ".dino-index"  # beside the shards
@@ -137,9 +133,8 @@ def open_index(shards: Sequence[Shard], read: Callable[[Shard], Iterable[Entry]]
 def _alone(place: Path) -> Iterator[None]:
     """One process at a time, where the system can tell."""
     with (place / "lock").open("w") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # not every network drive has locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # not every network drive has locks
+            lock_descriptor(file.fileno(), blocking=True)
         yield
 
 

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 
 class ViewBatches(Dataset[Batch]):
-    """Rank `rank` of `world_size` gets its contiguous share of every global batch."""
+    """Rank `rank` of `world_size` gets its contiguous share of every global batch, of which some may have one more."""
 
     def __init__(
         self,
@@ -70,8 +70,7 @@ class ViewBatches(Dataset[Batch]):
     @property
     def share(self) -> slice:
         """This rank's part of the global batch."""
-        size = self.batch_size // self.world_size
-        return slice(self.rank * size, (self.rank + 1) * size)
+        return slice(*(self.batch_size * number // self.world_size for number in (self.rank, self.rank + 1)))
 
     def __getitem__(self, step: int) -> Batch:
         return self._read_batch(step, self.renderer.read)

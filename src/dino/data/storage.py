@@ -6,6 +6,7 @@ Credentials and endpoints are found where each library looks for them (AWS_PROFI
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import os
@@ -244,9 +245,7 @@ class Reader:
             OSError: one on a disk cannot be read, or is nowhere.
         """
         if not is_remote(place.path):
-            with open(place.path, "rb", buffering=0) as file:
-                file.seek(place.offset)
-                return file.read(-1 if place.length is None else place.length)
+            return _read_from_disk(place)
         if self.process != os.getpid() or place not in self.coming:
             return self._read([place])[0]
         reading, number = self.coming.pop(place)
@@ -302,8 +301,33 @@ def _tell_disk(places: Sequence[Place]) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
     for place in places:
-        with contextlib.suppress(OSError), open(place.path, "rb", buffering=0) as file:
+        with contextlib.suppress(OSError), _opened(place) as file:
             os.posix_fadvise(file.fileno(), place.offset, place.length or 0, os.POSIX_FADV_WILLNEED)
+
+
+def _read_from_disk(place: Place) -> bytes:
+    with _opened(place) as file:
+        if place.length is None:
+            return file.read()
+        if hasattr(os, "pread"):  # which leaves alone the position that forked workers share
+            return os.pread(file.fileno(), place.length, place.offset)
+        file.seek(place.offset)
+        return file.read(place.length)
+
+
+@contextlib.contextmanager
+def _opened(place: Place) -> Iterator[BinaryIO]:
+    """The file of a place. Shards stay open, since many places lie in each."""
+    if place.length is None or not hasattr(os, "pread"):
+        with open(place.path, "rb", buffering=0) as file:
+            yield file
+    else:
+        yield _open_shard(place.path, place.version)
+
+
+@functools.lru_cache(maxsize=128)
+def _open_shard(path: str, version: str) -> BinaryIO:
+    return open(path, "rb", buffering=0)  # closed when it is forgotten
 
 
 def sweep(folder: Path, most: int) -> None:

@@ -123,7 +123,8 @@ def build_method(options: TrainOptions, frozen: Backbone | None = None) -> DINO:
     if isinstance(student, TokenNetwork) and isinstance(teacher, TokenNetwork):
         return Distillation(student, teacher, frozen, m.center_momentum)
     rules = (required(m.targets), required(m.loss), m.teacher)
-    return combine(student, teacher, *rules, required(m.student_temp), m.center_momentum, required(m.queue_size))
+    sizes = required(m.queue_size), required(options.batch_size)
+    return combine(student, teacher, *rules, required(m.student_temp), m.center_momentum, *sizes)
 
 
 def check_size(options: TrainOptions, images: int, on_gpu: bool) -> None:

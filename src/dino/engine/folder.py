@@ -55,11 +55,15 @@ def clear(run: Path) -> None:
             folder.rmdir()
 
 
+def name_folder(options: TrainOptions) -> Path:
+    return Path(options.out or f"runs/{get_name(options.data.path)}").expanduser()
+
+
 def choose_folder(options: TrainOptions) -> Path:
     """The run directory. Refuses a folder that holds anything but a run, and a run without `overwrite`."""
     if options.resume is not None:
         return Path(options.resume).expanduser()
-    folder = Path(options.out or f"runs/{get_name(options.data.path)}").expanduser()
+    folder = name_folder(options)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give a folder to write the run to.")
     # A run that was killed as it started leaves at most its lock and its file list.

@@ -73,7 +73,7 @@ def compile_networks(method: DINO, backend: str = "inductor") -> None:
 def distribute(student: nn.Module, device: torch.device) -> nn.Module:
     """The student's forward pass, with gradients averaged over ranks when there are several.
 
-    Ranks hold equal shares of the global batch, so the mean of their gradients is the gradient of the global mean.
+    `TrainingStep` weights each rank's loss by its share of the images, so the mean of their gradients is that of all.
     """
     if distributed.world_size() == 1:
         return student

@@ -45,6 +45,7 @@ class TrainingStep:
 
     Args:
         clip_grad: largest norm of each parameter's gradient; 0: not clipped.
+        weight: of this rank's images, which may be more than another's, in the mean over ranks; their mean is 1.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class TrainingStep:
         device: torch.device,
         precision: str = "fp32",
         clip_grad: float = 3.0,
+        weight: float = 1.0,
     ):
         self.method, self.optimizer, self.device = method, optimizer, device
-        self.precision, self.clip_grad = precision, clip_grad
+        self.precision, self.clip_grad, self.weight = precision, clip_grad, weight
         # Entered with the name of each part of a step; `dino bench` sets one that measures.
         self.time: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
         self.watch: Callable[[Tensor], None] | None = None  # is shown the targets of each step
@@ -120,7 +122,7 @@ class TrainingStep:
                     scores = self.student(slice_views(groups, part, images), noise)
                     loss = self.method.student_loss(scores, targets[:, part]) * ((part.stop - part.start) / images)
                 with self.time("backward"):
-                    self.scaler.scale(loss).backward()
+                    self.scaler.scale(loss * self.weight).backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum(), metrics
 

@@ -31,6 +31,7 @@ from dino.engine.pace import Pace, describe_time
 from dino.engine.prototypes import PrototypeMonitor
 from dino.engine.signals import Signals
 from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
+from dino.engine.waiting import Waiting
 from dino.machine import measure_peak_memory
 from dino.method import DINO
 from dino.models import Backbone
@@ -75,9 +76,14 @@ class Trainer:
         optim.choose_trained(self.method.student.backbone, options.start.train)
         precision = parallel.choose_precision(options.precision, device)
         optimizer = optim.create_optimizer(options.optim, self.method.student)
-        self.training_step = TrainingStep(self.method, optimizer, device, precision, options.optim.clip_grad)
+        ranks, share = batches.world_size, batches.share
+        weight = (share.stop - share.start) * ranks / batches.batch_size
+        self.training_step = TrainingStep(self.method, optimizer, device, precision, options.optim.clip_grad, weight)
         self.training_step.set_split(self._check_split(Split(options.accumulate, options.recompute)))
         self._share_batch_norm()
+        self.waiting = Waiting(device)
+        if ranks > 1:
+            self.training_step.time = self.waiting.time
         self.monitor = CollapseMonitor(options.head.out_dim or 1, batches.batch_size // batches.world_size)
         self.prototypes = PrototypeMonitor(self.training_step)
         self.best = BestTeacher(starts_trained=options.init is not None)
@@ -324,8 +330,8 @@ class Trainer:
 
     def _log(self, steps: int, seconds: float, waited: float) -> bool:
         """Average, write and show the metrics since the last time; True when a signal asks all ranks to end."""
-        summed = distributed.sum_(torch.stack([torch.stack(list(p.values())) for p in self._pending]).mean(dim=0))
-        means = (summed / distributed.world_size()).tolist()
+        own = torch.stack([torch.stack(list(p.values())) for p in self._pending]).mean(dim=0)
+        means = (distributed.sum_(own * self.training_step.weight) / distributed.world_size()).tolist()
         values = dict(zip(self._pending[0], means, strict=True))
         self._pending.clear()
         ending = self._agree_to_end()
@@ -337,6 +343,8 @@ class Trainer:
                 f"start a new run{start}."
             )
         self._check_quarantine()
+        if distributed.world_size() > 1 and (said := self.waiting.look(steps, waited)):
+            self.terminal.say(said, style="yellow")
         values |= self.prototypes.look(epoch_ends=self.step % self.plan.steps_per_epoch == 0)
         rates = self.plan.rates(self.step - 1)
         speed = steps * required(self.options.batch_size) / seconds

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from dino import errors
 from dino.options import flatten_names, replace
 from dino.options.toml import read_packaged, read_recorded, read_toml
-from dino.options.train import TrainOptions
+from dino.options.train import AUTO, TrainOptions
 
 
 class Recipe(NamedTuple):
@@ -54,7 +54,7 @@ def free_length(base: TrainOptions, given: Mapping[str, Any]) -> TrainOptions:
     A time also replaces the epochs of its schedules, which are chosen for the epochs that fit into it.
     """
     named = {name for name, value in given.items() if value is not None}
-    if "resume" in named:
+    if given.get("resume") not in (None, AUTO):
         return base
     free = {"minutes", "hours"} if "epochs" in named else set()
     if {"minutes", "hours"} & named:
@@ -72,7 +72,7 @@ def choose_base(
     Raises:
         ValueError: there is no such recipe, file or run, or both a recipe and a run are given.
     """
-    if resume is not None:
+    if resume not in (None, AUTO):
         if recipe is not None:
             raise ValueError(f"--resume continues a run with its own options; leave '{recipe}' out.")
         return read_recorded(resume)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from dino.options import flatten
+from dino.options import flatten, replace
+from dino.options.toml import read_recorded
 from dino.options.train import TrainOptions
 
 # These options and those of `log` may be others.
@@ -14,6 +16,19 @@ FREE_ON_RESUME = {
     *("fit", "accumulate", "recompute", "compile", "data.decode"),
 }
 MOVABLE = {"data.path", "data.val", "data.labels"}  # may be elsewhere: images are compared by their names and labels
+
+
+def continue_if_there(given: TrainOptions, folder: Path) -> TrainOptions:
+    """What `--resume auto` means: the options of the run in `folder`, if there is one, else those `given` for a new run.
+
+    The same command so starts a run and continues it. Of options that decide the result, those that are given must be
+    those of the run; its length and the weights that it started from are its own.
+    """
+    if not (folder / "config.toml").is_file():
+        return replace(given, {"resume": None})
+    usual, own = flatten(TrainOptions()), {"resume", "out", "overwrite", "init", "epochs", "minutes", "hours"}
+    named = {name: value for name, value in flatten(given).items() if value != usual[name] and name not in own}
+    return replace(read_recorded(str(folder)), named | {"resume": str(folder)})
 
 
 def check_resumable(before: Mapping[str, Any], wanted: TrainOptions) -> None:

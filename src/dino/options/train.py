@@ -44,6 +44,9 @@ Sigma = Annotated[float, between(0.001, 100, " pixels")]
 Prototypes = Annotated[int, between(1, 2**24)]
 
 
+AUTO = "auto"  # as --resume
+
+
 class DataOptions(Options, section="data."):
     path: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "scenes"
     """Images to learn from: a folder (searched at any depth), a list file (.txt or .csv), tar files ('shards/{000..127}.tar',
@@ -274,7 +277,8 @@ class TrainOptions(Options):
     out: str | None = None
     """Run directory to write. None: runs/<data name>."""
     resume: str | None = None
-    """Run directory to continue; all other options come from its config.toml. Moved images: with --data, their new place."""
+    """Run directory to continue; all other options come from its config.toml. Moved images: with --data, their new place.
+    'auto': continue the run in --out if there is one, else start it."""
     init: str | None = None
     """Trained weights to start from: a run (its last step), a release ('vits16:full', see `dino models`), timm:NAME,
     hf:ORG/NAME or a file. None: fresh ones."""
@@ -333,7 +337,7 @@ class TrainOptions(Options):
     def contradictions(self) -> Iterator[str]:
         head, method = self.head, self.method
         budget = f"minutes is {self.minutes:g}" if self.minutes else f"hours is {self.hours or 0:g}"
-        if self.budget and self.resume is not None:
+        if self.budget and self.resume not in (None, AUTO):
             yield f"{budget}, but --resume continues a run to the length that was chosen at its start; leave it out."
         if self.budget and self.epochs is not None:
             yield f"{budget} and epochs is {self.epochs:g}; give either the time or the epochs."
