@@ -37,7 +37,7 @@ from filelock import lock_descriptor
 import harness
 import learning_table
 from dino import errors, files
-from dino.data.open import find_kind, make_absolute
+from dino.data.specs import find_kind, make_absolute
 from dino.engine.build import Plan
 from dino.engine.checkpoint import LOCK, lock_folder
 from dino.engine.log import read_metrics

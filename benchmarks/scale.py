@@ -17,9 +17,9 @@ import numpy as np
 
 from dino.data import order
 from dino.data.index import Index, Shard
+from dino.data.reader import Reader
 from dino.data.shards import Shards
 from dino.data.sources import hold_out
-from dino.data.storage import Reader
 
 CHUNK = 10**6
 

@@ -14,6 +14,7 @@ from torchvision.datasets import CIFAR10
 import dino
 from dino.cli import main
 from dino.data import open as data
+from dino.data import specs
 from dino.features.shards import Folder
 from dino.options import replace, toml
 from dino.options.train import TrainOptions
@@ -112,18 +113,18 @@ def test_the_fingerprint_of_a_set_does_not_depend_on_how_its_folder_is_written(c
     ],
 )
 def test_parts_of_a_spec(spec, name, path):
-    assert data.get_name(spec) == name
-    assert data.find_path(spec) == path
+    assert specs.get_name(spec) == name
+    assert specs.find_path(spec) == path
 
 
 def test_what_a_spec_means_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "scenes").mkdir()
-    assert data.make_absolute("photos") == str(tmp_path / "photos")
-    assert data.make_absolute("torchvision:ImageNet:photos") == f"torchvision:ImageNet:{tmp_path}/photos"
+    assert specs.make_absolute("photos") == str(tmp_path / "photos")
+    assert specs.make_absolute("torchvision:ImageNet:photos") == f"torchvision:ImageNet:{tmp_path}/photos"
     for spec in ("scenes", "scenes:5", "gone", "torchvision:ImageNet:gone", "~/photos"):
-        assert data.make_absolute(spec) == spec
+        assert specs.make_absolute(spec) == spec
 
 
 def test_training_takes_a_folder_of_train_and_val_as_evaluations_do(tmp_path):
@@ -149,8 +150,8 @@ def test_folders_of_training_and_test_images_are_found_by_their_usual_names(tmp_
     assert capsys.readouterr().err == said
     train, held_out = data.open_labeled_pair(root, None)
     assert (len(train), len(held_out)) == (30, 6)
-    assert data.split_folders(str(root), "other") == (str(root), "other")
-    assert data.split_folders(root / "Training", None) == (str(root / "Training"), None)
+    assert specs.split_folders(str(root), "other") == (str(root), "other")
+    assert specs.split_folders(root / "Training", None) == (str(root / "Training"), None)
 
 
 def test_a_test_folder_without_classes_measures_nothing(tmp_path, capsys):
@@ -176,10 +177,10 @@ def test_the_folders_of_images_without_classes_are_named(tmp_path, capsys):
 def test_paths_are_taken_as_text_is(tmp_path):
     folder = draw_images(tmp_path / "photos", 30)
     assert len(data.open_images(folder)) == 30
-    assert data.get_name(folder) == "photos"
-    assert data.make_absolute(folder) == str(folder)
-    assert data.find_path(folder) == folder
-    assert data.split_folders(folder, folder) == (str(folder), str(folder))
+    assert specs.get_name(folder) == "photos"
+    assert specs.make_absolute(folder) == str(folder)
+    assert specs.find_path(folder) == folder
+    assert specs.split_folders(folder, folder) == (str(folder), str(folder))
     assert len(data.open_labeled_test(folder)) == 30
     assert len([*data.expand_images([folder])]) == 30
     assert dino.embed(dino.create("vit_nano", patch_size=8, image_size=32), folder, tmp_path / "out").rows == 30
@@ -191,9 +192,9 @@ def test_a_home_folder_is_found_wherever_it_is_named(tmp_path, monkeypatch):
     draw_images(tmp_path / "data/val", 6)
     train, test = data.open_labeled_pair("~/data", None)
     assert (len(train), len(test)) == (30, 6)
-    assert data.make_absolute("~/data") == str(tmp_path / "data")
-    assert data.find_path("~/data") == tmp_path / "data"
-    assert data.find_path("~nobody-of-this-name/data") == Path("~nobody-of-this-name/data")
+    assert specs.make_absolute("~/data") == str(tmp_path / "data")
+    assert specs.find_path("~/data") == tmp_path / "data"
+    assert specs.find_path("~nobody-of-this-name/data") == Path("~nobody-of-this-name/data")
 
 
 @pytest.mark.parametrize("evaluation", ["masks", "segment", "copydetect", "retrieval", "davis"])

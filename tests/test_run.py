@@ -12,7 +12,7 @@ import pytest
 
 import dino
 from dino import cli, weights
-from dino.data.open import get_name
+from dino.data.specs import get_name
 from dino.engine.log import read_quarantine
 from helpers import TINY, assert_same_bits, draw_images, final_state, tiny_flags
 

@@ -17,8 +17,9 @@ import webdataset
 import dino
 from dino import cli, weights
 from dino.data import index
-from dino.data.open import get_name, make_absolute, open_images, open_labeled_pair
+from dino.data.open import open_images, open_labeled_pair
 from dino.data.shards import find_shards
+from dino.data.specs import get_name, make_absolute
 from helpers import (
     TINY,
     add_member,

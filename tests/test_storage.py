@@ -14,8 +14,10 @@ import dino
 from dino import cli
 from dino.data import storage
 from dino.data.decode import BadImage
-from dino.data.open import get_name, make_absolute, open_images
-from dino.data.storage import Place, Reader, Unreachable
+from dino.data.open import open_images
+from dino.data.reader import Reader
+from dino.data.specs import get_name, make_absolute
+from dino.data.storage import Place, Unreachable
 from helpers import TINY, assert_same_bits, draw_images, final_state, pack_images, run_dino, tiny_flags
 from object_store import ObjectStore
 
@@ -122,7 +124,7 @@ def test_what_is_kept_is_not_asked_for_again(store, folder, tmp_path):
 
 def test_a_cache_stays_small_and_forgets_what_was_used_longest_ago(store, folder, tmp_path, monkeypatch):
     source = open_images(store.upload(folder, "bucket/data"))
-    monkeypatch.setattr(storage, "_SWEEP", 1)
+    monkeypatch.setattr("dino.data.reader._SWEEP", 1)
     places = [source.find_place(i) for i in range(24)]
     size = sum(len(content) for content in storage.fetch(places))
     reader = Reader(size // 2)

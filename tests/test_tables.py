@@ -11,7 +11,8 @@ import pytest
 
 import dino
 from dino import cli
-from dino.data.open import get_name, open_images, open_labeled_pair
+from dino.data.open import open_images, open_labeled_pair
+from dino.data.specs import get_name
 from helpers import TINY, assert_same_bits, draw_images, final_state, pack_images
 from hub import Hub
 from object_store import ObjectStore

@@ -9,8 +9,9 @@ import pytest
 
 import dino
 from dino import cli
-from dino.data.open import get_name, make_absolute, open_images
+from dino.data.open import open_images
 from dino.data.order import Order
+from dino.data.specs import get_name, make_absolute
 from dino.options import toml
 from helpers import TINY, assert_same_bits, draw_images, final_state, pack_images, run_dino, tiny_flags
 

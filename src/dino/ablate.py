@@ -25,7 +25,8 @@ import torch
 from matplotlib.figure import Figure
 
 from dino import distributed, files, paper, weights
-from dino.data.open import make_absolute, open_labeled_pair, split_folders
+from dino.data.open import open_labeled_pair
+from dino.data.specs import make_absolute, split_folders
 from dino.engine.checkpoint import LOCK, lock_folder
 from dino.engine.log import read_metrics
 from dino.eval import knn

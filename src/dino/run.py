@@ -16,8 +16,9 @@ from dino import distributed, files, weights
 from dino.data import device_decode
 from dino.data.device_render import choose_renderer
 from dino.data.loader import ViewBatches
-from dino.data.open import find_path, open_training_pair, probe
+from dino.data.open import open_training_pair, probe
 from dino.data.sources import Source
+from dino.data.specs import find_path
 from dino.engine import budget, build, fit, init, parallel
 from dino.engine.checkpoint import lock_folder
 from dino.engine.folder import choose_folder, name_folder, prepare, record

@@ -22,7 +22,7 @@ from gradio import themes
 from dino import distributed, files, weights
 from dino.app.explorer import Explorer, ShownImage, draw_alike, find_newest_run
 from dino.app.guard import LARGEST_UPLOAD, LOOPBACK, Guard, listen
-from dino.data.open import find_path
+from dino.data.specs import find_path
 from dino.models import NO_ATTENTION
 from dino.options import toml
 from dino.options.commands import AppOptions

@@ -14,9 +14,9 @@ from dino.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from dino.data.index import Index, Shard, open_index
 from dino.data.labels import assign_labels, read_lines
 from dino.data.listing import is_junk
+from dino.data.reader import Reader
 from dino.data.storage import (
     Place,
-    Reader,
     Unreachable,
     describe_all,
     find_matching,

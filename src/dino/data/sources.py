@@ -16,7 +16,8 @@ import numpy as np
 from dino.data.decode import BadImage, decode, open_file
 from dino.data.labels import assign_labels
 from dino.data.listing import Names, list_names, locate
-from dino.data.storage import Place, Reader, is_remote, list_files
+from dino.data.reader import Reader
+from dino.data.storage import Place, is_remote, list_files
 from dino.randomness import Stream, draw_words
 
 MOST_LISTED = 2**24  # images; the positions of a part of more are not listed

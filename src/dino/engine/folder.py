@@ -8,8 +8,9 @@ from pathlib import Path
 import tomli_w
 
 from dino import files
-from dino.data.open import get_name, make_absolute, record_files
+from dino.data.open import record_files
 from dino.data.sources import Source
+from dino.data.specs import get_name, make_absolute
 from dino.options import flatten, replace, toml
 from dino.options.evaluate import EVALUATIONS
 from dino.options.toml import to_dict

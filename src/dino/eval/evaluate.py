@@ -21,7 +21,8 @@ from torch import nn
 
 from dino import distributed, errors, files, paper, weights
 from dino.data.decode import BadImage
-from dino.data.open import find_path, open_labeled_pair
+from dino.data.open import open_labeled_pair
+from dino.data.specs import find_path
 from dino.features import cache
 from dino.models import Backbone
 from dino.options.evaluate import EVALUATIONS, EvalOptions, LabeledOptions

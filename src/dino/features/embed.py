@@ -18,8 +18,9 @@ import torch
 
 from dino import distributed, errors, files, weights
 from dino.data.normalize import normalize
-from dino.data.open import make_absolute, open_images
+from dino.data.open import open_images
 from dino.data.sources import Source
+from dino.data.specs import make_absolute
 from dino.features.extract import Features, Pooling, choose_batch_size, extract_batches, find_pooling
 from dino.features.shards import IDENTITY, Damaged, Folder, import_parquet, read_about
 from dino.models import Backbone

@@ -1,0 +1,155 @@
+"""Reads places of files: ahead where it is told what comes next, and with a bounded cache of those that lie elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dino import errors, files
+from dino.data.storage import Place, fetch, is_remote
+from dino.terminal import say
+
+_SWEEP = 2**26  # bytes written to the cache by a process between two looks at the size of all
+
+
+class Reader:
+    """Reads places, ahead where it is told what comes next, and keeps what it has read on the disk.
+
+    Args:
+        most: bytes to keep there, about; 0: nothing is kept.
+    """
+
+    def __init__(self, most: int = 0):
+        self.most, self.written = most, 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.process, self.pool = os.getpid(), ThreadPoolExecutor(2)
+        self.coming: dict[Place, tuple[Future[list[bytes]], int]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reader, (self.most,)
+
+    def read_ahead(self, places: Sequence[Place]) -> None:
+        """Begin to read what `read` will be asked for."""
+        if not is_remote(places[0].path):
+            _tell_disk(places)
+            return
+        if self.process != os.getpid():  # a fork has no threads
+            self._begin()
+        if new := [place for place in dict.fromkeys(places) if place not in self.coming]:
+            reading = self.pool.submit(self._read, new)
+            self.coming |= {place: (reading, number) for number, place in enumerate(new)}
+
+    def read(self, place: Place) -> bytes:
+        """The bytes there, fewer where a file on a disk has become shorter.
+
+        Raises:
+            Unreachable: a file elsewhere cannot be read.
+            OSError: one on a disk cannot be read, or is nowhere.
+        """
+        if not is_remote(place.path):
+            return _read_from_disk(place)
+        if self.process != os.getpid() or place not in self.coming:
+            return self._read([place])[0]
+        reading, number = self.coming.pop(place)
+        try:
+            return reading.result()[number]
+        except FileNotFoundError:  # of another place perhaps
+            return self._read([place])[0]
+
+    def _read(self, places: Sequence[Place]) -> list[bytes]:
+        kept = [self._load(place) for place in places] if self.most else [None] * len(places)
+        missing = [place for place, content in zip(places, kept, strict=True) if content is None]
+        fetched = iter(fetch(missing) if missing else ())
+        found = [next(fetched) if content is None else content for content in kept]
+        for place, before, content in zip(places, kept, found, strict=True):
+            if self.most and before is None:
+                self._keep(place, content)
+        return found
+
+    # --- what is kept on the disk
+
+    @staticmethod
+    def _name(place: Place) -> Path:
+        name = hashlib.sha256(repr(tuple(place)).encode(errors="surrogateescape")).hexdigest()
+        return files.cache_folder() / "images" / name[:2] / name
+
+    def _load(self, place: Place) -> bytes | None:
+        try:
+            content = (path := self._name(place)).read_bytes()
+            os.utime(path)  # it was used
+        except OSError:
+            return None
+        return content
+
+    def _keep(self, place: Place, content: bytes) -> None:
+        path = self._name(place)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with files.replacing(path) as temporary:
+                temporary.write_bytes(content)
+            self.written += len(content)
+            if self.written > min(_SWEEP, self.most // 8):
+                self.written = 0
+                sweep(path.parent.parent, self.most)
+        except OSError as error:
+            self.most = 0
+            say(
+                f"Warning: images are no longer kept in {path.parent.parent} ({errors.find_reason(error)}); the run goes on."
+            )
+
+
+def _tell_disk(places: Sequence[Place]) -> None:
+    """Let the system read from its disks what will be wanted, many places at a time, where it can."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for place in places:
+        with contextlib.suppress(OSError), _opened(place) as file:
+            os.posix_fadvise(file.fileno(), place.offset, place.length or 0, os.POSIX_FADV_WILLNEED)
+
+
+def _read_from_disk(place: Place) -> bytes:
+    with _opened(place) as file:
+        if place.length is None:
+            return file.read()
+        if hasattr(os, "pread"):  # which leaves alone the position that forked workers share
+            return os.pread(file.fileno(), place.length, place.offset)
+        file.seek(place.offset)
+        return file.read(place.length)
+
+
+@contextlib.contextmanager
+def _opened(place: Place) -> Iterator[BinaryIO]:
+    """The file of a place. Shards stay open, since many places lie in each."""
+    if place.length is None or not hasattr(os, "pread"):
+        with open(place.path, "rb", buffering=0) as file:
+            yield file
+    else:
+        yield _open_shard(place.path, place.version)
+
+
+@functools.lru_cache(maxsize=128)
+def _open_shard(path: str, version: str) -> BinaryIO:
+    return open(path, "rb", buffering=0)  # closed when it is forgotten
+
+
+def sweep(folder: Path, most: int) -> None:
+    """Delete what was used longest ago from a cache of more than `most` bytes, down to nine tenths of it."""
+    found = []
+    for path in folder.glob("*/*"):
+        with contextlib.suppress(OSError):  # another process may have deleted it
+            status = path.stat()
+            found.append((status.st_mtime_ns, status.st_size, path))
+    size = sum(entry[1] for entry in found)
+    for _, length, path in sorted(found) if size > most else ():
+        if size <= 0.9 * most:
+            break
+        path.unlink(missing_ok=True)
+        size -= length
