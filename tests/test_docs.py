@@ -123,7 +123,7 @@ def quickened(command: str, arguments: list[str]) -> list[str]:
     """The page's arguments of a command, with those that make it quick."""
     if command != "train":
         return [*arguments, *QUICK.get(command, [])]
-    if "--resume" in arguments:
+    if "--resume" in arguments and "auto" not in arguments:
         return arguments
     recipe = arguments[: not arguments[0].startswith("-")]
     options = LEAST | ({"data.path": "scenes:64"} if recipe == ["demo"] else {})
