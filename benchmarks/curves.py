@@ -23,10 +23,11 @@ from torch import Tensor
 import harness
 import step
 from dino.data.device_render import DeviceRenderer
+from dino.data.image_files import open_source
 from dino.data.loader import ViewBatches, iterate
 from dino.data.normalize import normalize
 from dino.data.render import CpuRenderer
-from dino.data.sources import Source, hold_out, open_source
+from dino.data.sources import Source, hold_out
 from dino.engine import parallel
 from dino.engine.step import draw_drop_path_noise
 from dino.eval import knn

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import harness
 import views
 from dino.bench import measure_matrix_rate
+from dino.data.image_files import open_source
 from dino.data.normalize import normalize
-from dino.data.sources import Subset, open_source
+from dino.data.sources import Subset
 from dino.features.extract import EvaluationViews, choose_batch_size, extract
 from dino.models import create
 

@@ -17,8 +17,9 @@ from dino.data import device_decode
 from dino.data.decode import BadImage, decode
 from dino.data.device_decode import Jpeg, Undecodable, check_device, decode_jpegs
 from dino.data.device_render import LARGEST, DeviceRenderer
+from dino.data.image_files import open_source
 from dino.data.loader import ViewBatches, iterate
-from dino.data.sources import Source, Subset, open_source
+from dino.data.sources import Source, Subset
 from dino.engine.log import read_metrics, read_quarantine
 from dino.engine.train import Trainer, TrainingError
 from dino.options import flatten, replace, toml

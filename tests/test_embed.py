@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 import dino
 import processes
 from dino.cli import main
+from dino.data.image_files import open_source
 from dino.data.open import open_images
-from dino.data.sources import open_source
 from dino.features.extract import extract
 from dino.features.shards import Folder
 from dino.weights import fingerprint

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import dino
 from dino import cli
 from dino.data.evaluation_views import RESIZES
-from dino.data.sources import open_source
+from dino.data.image_files import open_source
 from dino.engine.log import read_metrics
 from dino.eval import knn
 from dino.features import cache

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino.data.sources import open_source
+from dino.data.image_files import open_source
 from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.options import replace

@@ -12,10 +12,11 @@ from torchvision import transforms
 
 import dino
 from dino.data.evaluation_views import resize_and_crop
+from dino.data.image_files import open_source
 from dino.data.normalize import normalize
 from dino.data.open import probe
 from dino.data.scenes import Scenes
-from dino.data.sources import evenly_spaced, open_source
+from dino.data.sources import evenly_spaced
 from dino.eval.online import OnlineEvaluation, count_colors, flatten_pixels, measure_scene_masks, read_views
 from dino.features.extract import Features, extract
 from dino.html import read_row

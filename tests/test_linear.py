@@ -13,7 +13,7 @@ from torch import nn
 
 import dino
 from dino import cli
-from dino.data.sources import open_source
+from dino.data.image_files import open_source
 from dino.eval import linear
 from dino.eval.supervised import LabeledBatches, compute_accuracies, draw_per_class
 from dino.eval.sweep import Sweep

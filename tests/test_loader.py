@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dino.data.device_render import DeviceRenderer
+from dino.data.image_files import open_source
 from dino.data.loader import ViewBatches, iterate
 from dino.data.order import order_epoch
 from dino.data.render import CpuRenderer
-from dino.data.sources import open_source
 from dino.engine.step import draw_drop_path_noise
 from helpers import draw_images
 from training import SMALL_VIEWS

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import dino
 from dino import cli
+from dino.data.image_files import open_source
 from dino.data.open import open_labeled_pair
-from dino.data.sources import open_source
 from dino.eval import knn, lowshot
 from dino.features import neighbors
 from dino.features.extract import extract

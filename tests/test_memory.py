@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from dino import distributed
 from dino.engine import fit
 from dino.engine.log import read_metrics
-from dino.engine.step import Split, slice_views, split_images
+from dino.engine.step import Split, slice_views
 from dino.engine.train import Trainer
 from dino.models import Recompute
 from dino.options.rules import parse_bytes
@@ -149,7 +150,7 @@ def test_batch_norm_keeps_a_step_whole(images, tmp_path):
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_parts_cover_every_image_once_and_evenly(images, parts):
-    found = split_images(images, parts)
+    found = distributed.split(images, parts)
     assert [i for part in found for i in range(images)[part]] == list(range(images))
     sizes = [part.stop - part.start for part in found]
     assert len(found) == min(images, parts)

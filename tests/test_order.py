@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino.data.order import Order, order_epoch, share_out
+from dino.data.order import Order, apportion, order_epoch
 from dino.data.sources import Parts, Remaining, Subset, find_bounds, hold_out
 
 
@@ -157,7 +157,7 @@ def test_weights_without_what_is_held_out():
 
 @given(st.integers(1, 10**6), st.lists(st.floats(0.01, 100), min_size=1, max_size=9))
 def test_shares_are_whole_and_near(total, weights):
-    shares = share_out(total, tuple(weights))
+    shares = apportion(total, tuple(weights))
     assert sum(shares) == total
     assert all(abs(share - total * weight / sum(weights)) < 1 for share, weight in zip(shares, weights, strict=True))
     assert all(a >= b - 1 for (a, v), (b, w) in pairwise(zip(shares, weights, strict=True)) if v >= w)

@@ -20,7 +20,8 @@ from PIL import Image
 
 import dino
 from dino.cli import main
-from dino.data.sources import hold_out, open_source
+from dino.data.image_files import open_source
+from dino.data.sources import hold_out
 from dino.engine.log import read_metrics
 from dino.html import render
 from dino.options import replace, required

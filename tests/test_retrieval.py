@@ -16,7 +16,7 @@ from PIL import Image
 
 import dino
 from dino.cli import main
-from dino.data.sources import open_source
+from dino.data.image_files import open_source
 from dino.eval import ranking, retrieval
 from dino.options.evaluate import RetrievalOptions
 from drawing import lay_out_landmarks

@@ -23,8 +23,8 @@ import dino
 from dino import weights
 from dino.cli import main
 from dino.data.decode import decode
+from dino.data.image_files import Images
 from dino.data.scenes import Scenes
-from dino.data.sources import Images
 from dino.features.copies import EDGE, find_copies, is_copy
 from dino.features.search import Index
 from dino.features.shards import Embedding, Folder

@@ -16,8 +16,8 @@ from sklearn.metrics import jaccard_score
 
 import dino
 from dino.cli import main
+from dino.data.image_files import open_source
 from dino.data.scenes import Scenes
-from dino.data.sources import open_source
 from dino.engine.log import read_metrics
 from dino.eval import segment
 from dino.features import neighbors

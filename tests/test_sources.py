@@ -15,8 +15,9 @@ from PIL import Image
 
 from dino.data import listing
 from dino.data.decode import BadImage
+from dino.data.image_files import Files, open_source
 from dino.data.open import record_files
-from dino.data.sources import Files, Source, Subset, hold_out, open_source
+from dino.data.sources import Source, Subset, hold_out
 
 
 def make(root: Path, *names: str) -> Path:

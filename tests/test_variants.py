@@ -344,12 +344,11 @@ def train(name: str, rank: int, ranks: int) -> list[float]:
     method = build(name)
     step_of = make_step(method)
     step_of.distribute()
-    shares = distributed.share_out(8)
-    first = sum(shares[:rank])
-    step_of.weight = shares[rank] * ranks / 8
+    share = distributed.split(8, ranks)[rank]
+    step_of.weight = (share.stop - share.start) * ranks / 8
     numbers: list[float] = []
     for step in range(4):
-        groups = [g[:, first : first + shares[rank]].flatten(0, 1) for g in views(step)]
+        groups = [g[:, share].flatten(0, 1) for g in views(step)]
         step_of(groups, Rates(0.1, 0.0, 0.9, 0.1, epoch_ends=step % 2 == 1))
     for network in (method.student, method.teacher):
         numbers += [value.norm().item() for value in network.parameters()]

@@ -15,7 +15,7 @@ import torch
 
 import dino
 from dino import cli
-from dino.data.open import open_source
+from dino.data.image_files import open_source
 from dino.eval.online import count_colors, measure_color_agreement, read_views
 from dino.features.extract import Features
 from dino.options import auto, replace, toml

@@ -23,8 +23,8 @@ from timm.models.xcit import checkpoint_filter_fn
 
 import dino
 from dino import cli, weights
+from dino.data.image_files import open_source
 from dino.data.normalize import normalize
-from dino.data.sources import open_source
 from dino.downloads import DownloadError
 from dino.engine import init
 from dino.engine.build import build_method

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dino.data.sources import open_source
+from dino.data.image_files import open_source
 from dino.engine.train import Trainer
 from dino.options import replace
 from dino.options.train import TrainOptions, ViewOptions

@@ -159,16 +159,12 @@ def parse(arguments: list[str]) -> tuple[str, Options]:
 
 def join_repeated(flags: list[str]) -> list[str]:
     """Flags in which several times --data, or several times --val, became one, whose value has a line for each."""
-    for names in (("--data", "--data.path"), ("--val", "--data.val")):
-        given = [i for i, flag in enumerate(flags) if flag.partition("=")[0] in names]
-        if len(given) < 2 or (given[-1] == len(flags) - 1 and "=" not in flags[-1]):
-            continue
-        values, taken = [], {*given}
-        for i in given:
-            values.append(flags[i].partition("=")[2] if "=" in flags[i] else flags[i + 1])
-            taken |= set() if "=" in flags[i] else {i + 1}
-        first = flags[given[0]].partition("=")[0]
-        flags = [flag for i, flag in enumerate(flags) if i not in taken] + ["=".join((first, "\n".join(values)))]
+    for names in (["--data", "--data.path"], ["--val"], ["--data.val"]):
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument(*names, action="append", nargs="?", dest="values")
+        given, others = parser.parse_known_args(flags)
+        if len(given.values or ()) > 1 and None not in given.values:
+            flags = [*others, f"{names[0]}={chr(10).join(given.values)}"]
     return flags
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -83,23 +84,25 @@ def max_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def share_out(total: int) -> list[int]:
-    """How many of `total` images each rank has: as many as any other, or one less."""
-    ranks = world_size()
-    return [total * (number + 1) // ranks - total * number // ranks for number in range(ranks)]
+def split(total: int, parts: int) -> list[slice]:
+    """At most `parts` slices of `total` images, in order, of nearly equal length; none is empty."""
+    parts = min(parts, total)
+    bounds = [total * number // parts for number in range(parts + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def concatenate(tensor: Tensor, images: int | None = None) -> Tensor:
     """The rows of all ranks, in rank order.
 
     Args:
-        images: of all ranks, which `share_out` gave to each; the rows are as many for every image. None: every rank has as
+        images: of all ranks, as `split` gives them to each; the rows are as many for every image. None: every rank has as
             many rows.
     """
     if not dist.is_initialized():
         return tensor
-    shares = [1] * world_size() if images is None else share_out(images)
-    rows = [len(tensor) // shares[rank()] * share for share in shares]
+    shares = split(world_size() if images is None else images, world_size())
+    counts = [share.stop - share.start for share in shares]
+    rows = [len(tensor) // counts[rank()] * count for count in counts]
     padded = torch.cat([tensor, tensor.new_zeros(max(rows) - len(tensor), *tensor.shape[1:])])
     parts = [torch.empty_like(padded) for _ in rows]
     dist.all_gather(parts, padded)

@@ -224,7 +224,7 @@ def build_trainer(
     batches = build_batches(options, data[0], device)
     trainer = Trainer(options, folder, data[0], batches, device, terminal, callback, frozen)
     if options.fit is not None:
-        step, images = trainer.training_step, max(distributed.share_out(batches.batch_size))
+        step, images = trainer.training_step, -(-batches.batch_size // batches.world_size)  # of the rank with most
         split, needed = distributed.gather(fit.fit_memory(step, options, images, parse_bytes(options.fit)))[0]
         step.set_split(split)
         terminal.say(describe_split(split, needed))

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dino import weights
 from dino.data.decode import BadImage, decode
+from dino.data.image_files import Images
 from dino.data.open import open_images
-from dino.data.sources import Images, Source, evenly_spaced, read_or_gray
+from dino.data.sources import Source, evenly_spaced, read_or_gray
 from dino.features.copies import find_copies
 from dino.features.embed import embed
 from dino.features.search import Index, check_same_model

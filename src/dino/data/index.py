@@ -115,12 +115,9 @@ def open_index(shards: Sequence[Shard], read: Callable[[Shard], Iterable[Entry]]
     Raises:
         ValueError: a shard cannot be read, or there is no image in any.
     """
-    place, joined = (
-        _find_place(shards),
-        Shard("", "\n".join(s.name for s in shards), "\n".join(s.version for s in shards)),
-    )
+    place = _find_place(shards)
+    joined = Shard("", "\n".join(s.name for s in shards), "\n".join(s.version for s in shards))
     folder = place / joined.key
-
     place.mkdir(parents=True, exist_ok=True)
     with _alone(place):  # ranks that ask for the same wait for the first
         if not (folder / "about.json").is_file():
@@ -227,10 +224,8 @@ def _join(shards: Sequence[Shard], place: Path, folder: Path) -> None:
         with (new / "names").open("wb") as names:
             for shard, first, end in zip(shards, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
                 with np.load(_get_file(place, shard)) as part:
-                    blob, labels = (
-                        part["names"],
-                        _translate(part["codes"], json.loads(part["vocabulary"].tobytes()), named),
-                    )
+                    blob = part["names"]
+                    labels = _translate(part["codes"], json.loads(part["vocabulary"].tobytes()), named)
                     starts[first + 1 : end + 1] = names.tell() + 1 + np.flatnonzero(blob == 0)
                     for column, values in zip(columns, (part["offsets"], part["lengths"], labels), strict=True):
                         column[first:end] = values

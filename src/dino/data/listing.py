@@ -22,7 +22,7 @@ import numpy as np
 from dino import files
 from dino.data.decode import AVIF_SUFFIXES, HEIF_SUFFIXES, IMAGE_SUFFIXES
 from dino.data.labels import read_lines, read_table, suggest_path
-from dino.data.storage import is_remote, list_files
+from dino.data.storage import is_remote, list_files, list_folder
 from dino.terminal import say
 
 _VERSION = 1  # of the record's format
@@ -151,6 +151,19 @@ def _scan_remote(folder: str) -> list[str]:
     if others:
         _say_once(folder, f"{others.total():,} other files left out ({_count_kinds(others)})")
     return images
+
+
+def look_into(path: str) -> dict[str, bool]:
+    """The names of what lies right in a folder, and whether each is a folder; none where there is no such folder.
+
+    Without hidden files and a system's own. A folder that cannot be read is refused where its images are looked for.
+    """
+    if not (is_remote(path) or os.path.isdir(path)):
+        return {}
+    try:
+        return {name: kind for name, kind in list_folder(path).items() if not is_junk(os.fsencode(name))}
+    except OSError:
+        return {}
 
 
 def is_junk(name: bytes) -> bool:

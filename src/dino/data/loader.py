@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, default_convert, get_worker_info
 
+from dino import distributed
 from dino.data.decode import BadImage
 from dino.data.order import Order
 from dino.data.render import Renderer
@@ -70,7 +71,7 @@ class ViewBatches(Dataset[Batch]):
     @property
     def share(self) -> slice:
         """This rank's part of the global batch."""
-        return slice(*(self.batch_size * number // self.world_size for number in (self.rank, self.rank + 1)))
+        return distributed.split(self.batch_size, self.world_size)[self.rank]
 
     def __getitem__(self, step: int) -> Batch:
         return self._read_batch(step, self.renderer.read)

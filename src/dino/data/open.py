@@ -11,10 +11,11 @@ import numpy as np
 
 from dino import errors
 from dino.data.decode import BadImage
+from dino.data.image_files import Files, open_source
 from dino.data.listing import save_names
 from dino.data.reader import Reader
 from dino.data.shards import SUFFIX, find_shards, open_shards
-from dino.data.sources import Files, Source, Subset, evenly_spaced, hold_out, open_source
+from dino.data.sources import Source, Subset, evenly_spaced, hold_out
 from dino.data.specs import HUB, KINDS, AnyPath, find_kind, get_name, split_folders, split_sources
 from dino.data.storage import is_remote
 from dino.data.tables import SUFFIX as TABLE_SUFFIX

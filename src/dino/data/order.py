@@ -135,7 +135,7 @@ class _Mixture(_Windows):
     def __init__(self, seed: int, parts: list[_Part], weights: tuple[float, ...], most: int, window: int):
         super().__init__()
         self.seed, self.parts, total = seed, parts, sum(part.count for part in parts)
-        self.quotas = share_out(total, weights)  # places of each in an epoch
+        self.quotas = apportion(total, weights)  # places of each in an epoch
         self.number = 1 if total <= most else -(-total // window)
         self.starts = np.sum([quota * np.arange(self.number + 1) // self.number for quota in self.quotas], axis=0)
 
@@ -153,7 +153,7 @@ class _Mixture(_Windows):
         return both[:, _permute(self.seed, epoch, _MIXTURE + window, both.shape[1])]
 
 
-def share_out(total: int, weights: tuple[float, ...]) -> list[int]:
+def apportion(total: int, weights: tuple[float, ...]) -> list[int]:
     """Whole numbers of the sum `total`, as near to the proportions of the weights as can be."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [int(share) for share in exact]

@@ -6,10 +6,10 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dino import errors, files
 from dino.data.storage import Place, fetch, is_remote
@@ -27,6 +27,7 @@ class Reader:
 
     def __init__(self, most: int = 0):
         self.most, self.written = most, 0
+        self.announced: Sequence[Place] = ()
         self._begin()
 
     def _begin(self) -> None:
@@ -37,7 +38,10 @@ class Reader:
         return Reader, (self.most,)
 
     def read_ahead(self, places: Sequence[Place]) -> None:
-        """Begin to read what `read` will be asked for."""
+        """Begin to read what `read` will be asked for. The same places again, as a batch that was the next one, are known."""
+        if places == self.announced:
+            return
+        self.announced = places
         if not is_remote(places[0].path):
             _tell_disk(places)
             return
@@ -106,38 +110,37 @@ class Reader:
             )
 
 
-def _tell_disk(places: Sequence[Place]) -> None:
-    """Let the system read from its disks what will be wanted, many places at a time, where it can."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for place in places:
-        with contextlib.suppress(OSError), _opened(place) as file:
-            os.posix_fadvise(file.fileno(), place.offset, place.length or 0, os.POSIX_FADV_WILLNEED)
+class _Opened:
+    """A file's descriptor, closed when nobody needs it any more."""
 
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY)
 
-def _read_from_disk(place: Place) -> bytes:
-    with _opened(place) as file:
-        if place.length is None:
-            return file.read()
-        if hasattr(os, "pread"):  # which leaves alone the position that forked workers share
-            return os.pread(file.fileno(), place.length, place.offset)
-        file.seek(place.offset)
-        return file.read(place.length)
-
-
-@contextlib.contextmanager
-def _opened(place: Place) -> Iterator[BinaryIO]:
-    """The file of a place. Shards stay open, since many places lie in each."""
-    if place.length is None or not hasattr(os, "pread"):
-        with open(place.path, "rb", buffering=0) as file:
-            yield file
-    else:
-        yield _open_shard(place.path, place.version)
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # it could not be opened
+            os.close(self.descriptor)
 
 
 @functools.lru_cache(maxsize=128)
-def _open_shard(path: str, version: str) -> BinaryIO:
-    return open(path, "rb", buffering=0)  # closed when it is forgotten
+def _open_shard(path: str, version: str) -> _Opened:
+    """Shards stay open, since many places lie in each."""
+    return _Opened(path)
+
+
+def _tell_disk(places: Sequence[Place]) -> None:
+    """Let the system read from its disks what will be wanted, many places at a time, where it can."""
+    for place in places if hasattr(os, "posix_fadvise") else ():
+        with contextlib.suppress(OSError):
+            file = _Opened(place.path) if place.length is None else _open_shard(place.path, place.version)
+            os.posix_fadvise(file.descriptor, place.offset, place.length or 0, os.POSIX_FADV_WILLNEED)
+
+
+def _read_from_disk(place: Place) -> bytes:
+    if place.length is not None and hasattr(os, "pread"):  # which leaves alone the position that forked workers share
+        return os.pread(_open_shard(place.path, place.version).descriptor, place.length, place.offset)
+    with open(place.path, "rb", buffering=0) as file:
+        file.seek(place.offset)
+        return file.read(-1 if place.length is None else place.length)
 
 
 def sweep(folder: Path, most: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from dino.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from dino.data.index import Index, Shard, open_index
 from dino.data.labels import assign_labels, read_lines
-from dino.data.listing import is_junk
+from dino.data.listing import look_into
 from dino.data.reader import Reader
 from dino.data.storage import (
     Place,
@@ -22,7 +22,6 @@ from dino.data.storage import (
     find_matching,
     is_remote,
     join,
-    list_folder,
     read_through,
 )
 from dino.data.tar import Entry, read_tar
@@ -102,12 +101,7 @@ def find_shards(spec: str) -> list[str] | None:
         lines = [join(os.path.dirname(path), line) for line in read_lines(path)]
         are_shards = bool(lines) and all(line.lower().endswith(SUFFIX) for line in lines)
         return [file for line in lines for file in _expand(line)] if are_shards else None
-    if not is_remote(path) and not os.path.isdir(path):
-        return None
-    try:
-        inside = {name: is_folder for name, is_folder in list_folder(path).items() if not is_junk(os.fsencode(name))}
-    except OSError:  # to be said where images are looked for
-        return None
+    inside = look_into(path)
     endings = {os.path.splitext(name)[1].lower() for name in inside}
     if SUFFIX not in endings or IMAGE_SUFFIXES & endings or any(inside.values()):
         return None  # a folder of images in which a tar file lies, or of folders

@@ -1,4 +1,4 @@
-"""Files on a disk, or at an address such as s3://bucket/1.tar: through fsspec, many ranges at once, with retries and a cache.
+"""Files on a disk, or at an address such as s3://bucket/1.tar: through fsspec, many ranges at once, with retries.
 
 Credentials and endpoints are found where each library looks for them (AWS_PROFILE, AWS_ENDPOINT_URL, ...).
 """
@@ -10,7 +10,7 @@ import glob
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -20,8 +20,7 @@ TRIES = 8
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds; each wait is twice the one before
 _BLOCK = 2**23  # bytes read ahead where a file is read to its end
 _VERSION = ("size", "ETag", "etag", "LastModified", "updated", "mtime")  # what file systems tell of a file, if they do
-# They do not go away by waiting.
-_FINAL = (FileNotFoundError, PermissionError, ImportError, NotImplementedError)
+_FINAL = (FileNotFoundError, PermissionError, ImportError, NotImplementedError)  # they do not go away by waiting
 
 _OPENED: dict[int, Any] = {}  # file systems; a fork that let go of those that it inherits would try to close them
 
@@ -39,10 +38,6 @@ class Place(NamedTuple):
     offset: int = 0
     length: int | None = None
     version: str = ""
-
-    @property
-    def end(self) -> int | None:
-        return None if self.length is None else self.offset + self.length
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -76,14 +71,8 @@ def ask(path: str, question: Callable[[Any, str], T]) -> T:
         ValueError: it is not there, may not be read, or cannot be reached.
     """
     system, inside = open_filesystem(path)
-    with _in_a_sentence(path):
-        return _try_often(lambda: question(system, inside), tries=3)
-
-
-@contextlib.contextmanager
-def _in_a_sentence(path: str) -> Iterator[None]:
     try:
-        yield
+        return _try_often(lambda: question(system, inside), tries=3)
     except FileNotFoundError as error:
         raise ValueError(f"there is no {path}; check the address.") from error
     except Exception as error:
@@ -109,8 +98,7 @@ def list_folder(folder: str) -> dict[str, bool]:
 def list_files(folder: str) -> dict[str, str]:
     """The files in and below a folder elsewhere: the name of each relative to it, and a text that changes with the file."""
     found, root = ask(folder, lambda system, inside: (system.find(inside, detail=True), inside.rstrip("/")))
-    versions = {path: [str(info.get(key)) for key in _VERSION if info.get(key)] for path, info in found.items()}
-    return {path[len(root) :].lstrip("/"): " ".join(versions[path]) for path in sorted(found)}
+    return {path[len(root) :].lstrip("/"): _get_version(found[path]) for path in sorted(found)}
 
 
 def find_matching(pattern: str) -> list[str]:
@@ -130,10 +118,11 @@ def describe(path: str) -> str | None:
     if not is_remote(path):
         status = os.stat(path) if os.path.isfile(path) else None
         return status and f"{status.st_size} {status.st_mtime_ns}"
-    system, inside = open_filesystem(path)
-    with _in_a_sentence(path):
-        info = _try_often(lambda: system.info(inside) if system.exists(inside) else None, tries=3)
-    return info and " ".join(str(info[key]) for key in _VERSION if info.get(key))
+    return ask(path, lambda system, inside: _get_version(system.info(inside)) if system.exists(inside) else None)
+
+
+def _get_version(info: Mapping[str, Any]) -> str:
+    return " ".join(str(info[key]) for key in _VERSION if info.get(key))
 
 
 def describe_all(paths: Sequence[str]) -> list[str | None]:
@@ -154,7 +143,7 @@ def read_through(path: str) -> Iterator[BinaryIO]:
         yield stream
 
 
-def _try_often(work: Callable[[], T], tries: int = TRIES) -> T:
+def _try_often(work: Callable[[], T], tries: int) -> T:
     """The result of `work`, which is tried again after a wait when it fails."""
     for attempt in range(tries - 1):
         try:
@@ -162,12 +151,9 @@ def _try_often(work: Callable[[], T], tries: int = TRIES) -> T:
         except _FINAL:
             raise
         except Exception:
-            _wait(attempt)
+            longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)
+            time.sleep(longest * random.uniform(0.5, 1))
     return work()
-
-
-def _wait(attempt: int) -> None:
-    time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1))
 
 
 def fetch(places: Sequence[Place]) -> list[bytes]:
@@ -178,26 +164,31 @@ def fetch(places: Sequence[Place]) -> list[bytes]:
         Unreachable: one could not be read.
     """
     system = open_filesystem(places[0].path)[0]
-    found: dict[int, bytes] = {}
-    for attempt in range(TRIES):
-        missing = [i for i in range(len(places)) if i not in found]
-        wanted = [places[i] for i in missing]
-        paths, starts, ends = zip(
-            *((system._strip_protocol(p.path), p.offset or None, p.end) for p in wanted), strict=True
-        )
+    found: dict[Place, bytes] = {}
+
+    def ask_for_missing() -> None:
+        missing = [place for place in places if place not in found]
+        paths = [system._strip_protocol(place.path) for place in missing]
+        ends = [None if place.length is None else place.offset + place.length for place in missing]
+        contents = system.cat_ranges(paths, [place.offset or None for place in missing], ends)
         failed: Exception | None = None
-        for i, place, content in zip(missing, wanted, system.cat_ranges([*paths], starts, ends), strict=True):
+        for place, content in zip(missing, contents, strict=True):
             if isinstance(content, FileNotFoundError):
                 raise content
             if isinstance(content, Exception):
                 failed = content
-            elif place.length is not None and len(content) != place.length:
+            elif place.length not in (None, len(content)):
                 failed = OSError(f"{len(content)} of {place.length} bytes of {place.path} came")
             else:
-                found[i] = content
-        if failed is None:
-            return [found[i] for i in range(len(places))]
-        if isinstance(failed, _FINAL) or attempt == TRIES - 1:
-            raise Unreachable(f"{places[missing[0]].path} cannot be read: {errors.first_line(failed)}") from failed
-        _wait(attempt)
-    raise AssertionError
+                found[place] = content
+        if failed is not None:
+            raise failed
+
+    try:
+        _try_often(ask_for_missing, TRIES)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        first = next(place.path for place in places if place not in found)
+        raise Unreachable(f"{first} cannot be read: {errors.first_line(error)}") from error
+    return [found[place] for place in places]

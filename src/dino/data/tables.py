@@ -17,8 +17,8 @@ import numpy as np
 from dino import errors
 from dino.data.decode import BadImage, decode
 from dino.data.labels import number_classes
-from dino.data.listing import is_junk
-from dino.data.storage import find_matching, is_remote, list_folder
+from dino.data.listing import look_into
+from dino.data.storage import find_matching, is_remote
 
 SUFFIX = ".parquet"
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` writes of one part, and of several
@@ -39,7 +39,7 @@ class Table:
         self, rows: Any, column: str, folder: str, classes: tuple[str, ...] = (), labels: np.ndarray | None = None
     ):
         self.rows, self.column, self.folder, self.classes, self.labels = rows, column, folder, classes, labels
-        described = json.dumps([str(rows.features), len(rows), rows.info.splits is None, classes]).encode()
+        described = json.dumps([str(rows.features), len(rows), classes]).encode()
         digest = hashlib.sha256(described + (b"" if labels is None else labels.astype("<i8").tobytes()))
         self.fingerprint = digest.hexdigest()
 
@@ -77,12 +77,9 @@ def find_tables(spec: str) -> list[str] | str | None:
     path = spec if is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
     if path.lower().endswith(SUFFIX):
         return find_matching(path) if any(sign in path for sign in "*?") else [path]
-    if path.lower().endswith(".tar") or not (is_remote(path) or os.path.isdir(path)):
+    if path.lower().endswith(".tar"):
         return None
-    try:
-        inside = [name for name in list_folder(path) if not is_junk(os.fsencode(name))]
-    except OSError:  # to be said where images are looked for
-        return None
+    inside = look_into(path)
     if any(name in _SAVED for name in inside):
         return path
     return sorted(os.path.join(path, name) for name in inside if name.lower().endswith(SUFFIX)) or None
@@ -99,7 +96,10 @@ def open_tables(spec: str, found: list[str] | str, labels: str) -> tuple[Table, 
     """
     datasets = errors.import_optional("datasets", f"{spec} needs the package datasets", "data")
     try:
-        parts = _load(datasets, found)
+        if isinstance(found, list):
+            parts = datasets.load_dataset("parquet", data_files=_split(found))
+        else:
+            parts = datasets.load_from_disk(found)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{spec} cannot be read as a table ({errors.first_line(error)}); check the files, the name, and the network."
@@ -110,12 +110,6 @@ def open_tables(spec: str, found: list[str] | str, labels: str) -> tuple[Table, 
     test = next((parts[name] for name in _TEST_PARTS if name in parts and parts[name] is not train), None)
     folder = found if isinstance(found, str) else os.path.dirname(found[0])
     return _make(datasets, train, spec, folder, labels), test and _make(datasets, test, spec, folder, labels)
-
-
-def _load(datasets: Any, found: list[str] | str) -> Any:
-    if isinstance(found, list):
-        return datasets.load_dataset("parquet", data_files=_split(found))
-    return datasets.load_from_disk(found)
 
 
 def _split(files: list[str]) -> dict[str, list[str]]:

@@ -7,13 +7,13 @@ The trainer, the golden traces, `dino bench` and the benchmarks all call `Traini
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from dino import distributed
 from dino.data.views import group_views
 from dino.engine import optim, parallel
 from dino.method import DINO, Metrics
@@ -109,7 +109,7 @@ class TrainingStep:
     ) -> tuple[Tensor, Metrics]:
         """The loss, its (scaled) gradients and the teacher's metrics. Teacher and center once; the student in parts."""
         images = len(groups[0]) // 2
-        parts = split_images(images, self.split.parts)
+        parts = distributed.split(images, self.split.parts)
         with self.time("teacher"), parallel.autocast(self.device, self.precision):
             targets, metrics = self.method.teacher_targets(groups[0], teacher_temp, len(parts))
             if self.watch is not None:
@@ -125,12 +125,6 @@ class TrainingStep:
                     self.scaler.scale(loss * self.weight).backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum(), metrics
-
-
-def split_images(images: int, parts: int) -> list[slice]:
-    """At most `parts` slices of `images`, in order, of nearly equal length."""
-    bounds = [images * i // parts for i in range(parts + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(bounds) if b > a]
 
 
 def slice_views(groups: Sequence[Tensor], images: slice, total: int) -> list[Tensor]:

@@ -73,8 +73,7 @@ class Waiting:
         if self.slowest[1:] != [slow.rank] * LOOKS or slow.rank == self.told:
             return ""
         self.told = slow.rank
-        others = [spent for spent in ranks if spent.rank != slow.rank]
-        late = slow.images - statistics.median(spent.images for spent in others)
+        late = slow.images - statistics.median(spent.images for spent in ranks if spent.rank != slow.rank)
         why = (
             "its images come late (more --data.num-workers, or a nearer disk)"
             if late > (slow.total - usual) / 2

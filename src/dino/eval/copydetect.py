@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino.data.sources import Source, Subset, open_source
+from dino.data.image_files import open_source
+from dino.data.sources import Source, Subset
 from dino.eval.evaluate import Result, choose_view_size
 from dino.eval.ranking import average_precision, extract_comparable
 from dino.features.neighbors import split_rows

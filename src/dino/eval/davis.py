@@ -18,8 +18,8 @@ from PIL import Image
 
 from dino import distributed, files
 from dino.data.decode import BadImage
+from dino.data.image_files import Files, open_listed
 from dino.data.labels import read_text
-from dino.data.sources import Files, open_listed
 from dino.eval.evaluate import Result, choose_view_size, locate_result, measure_each
 from dino.eval.masks import read_objects
 from dino.eval.propagation import extract_frame, fit_view, follow, harden, soften

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from dino.data.decode import BadImage
+from dino.data.image_files import Files, open_listed, open_source
 from dino.data.labels import read_text
-from dino.data.sources import Files, Source, open_listed, open_source
+from dino.data.sources import Source
 from dino.eval.evaluate import Result, choose_view_size, measure_each
 from dino.look.attention import enlarge, fit_to_patches, jaccard, map_attention, mass_mask
 from dino.look.patches import prepare_image

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from dino import distributed
 from dino.data.evaluation_views import resize_and_crop
+from dino.data.image_files import Images
 from dino.data.normalize import normalize
 from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
-from dino.data.sources import Images, Source, evenly_spaced, read_or_gray
+from dino.data.sources import Source, evenly_spaced, read_or_gray
 from dino.data.views import draw_views
 from dino.engine import health
 from dino.eval import evaluate, knn

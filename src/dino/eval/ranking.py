@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.evaluation_views import Resize
-from dino.data.sources import Source, open_source
+from dino.data.image_files import open_source
+from dino.data.sources import Source
 from dino.features import cache
 from dino.features.extract import Pooling
 from dino.models import Backbone

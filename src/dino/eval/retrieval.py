@@ -16,7 +16,8 @@ import torch
 
 from dino.data.decode import BadImage
 from dino.data.evaluation_views import shrink
-from dino.data.sources import Source, Subset, open_listed
+from dino.data.image_files import open_listed
+from dino.data.sources import Source, Subset
 from dino.eval.evaluate import Result
 from dino.eval.ranking import extract_comparable, mean_precisions
 from dino.models import Backbone

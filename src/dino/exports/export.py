@@ -1,4 +1,4 @@
-"""Models in and out: `dino models`, `dino export` and `dino.export`."""
+"""Models out: `dino export` and `dino.export`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import constants
+from torch import nn
 
 from dino import files, weights
 from dino.exports import card, compare
@@ -69,13 +70,7 @@ def export(
                 f"{compare.describe_differences(differences, to)}; nothing was written."
             )
         backbone = weights.build_backbone(found)
-        facts = {
-            "architecture": ", ".join(f"{k} {v}" for k, v in found.arguments.items() if v is not None),
-            "parameters": f"{sum(p.numel() for p in backbone.parameters()):,}",
-            "largest difference from the model that was exported": compare.describe_differences(differences, to),
-        }
-        if found.best is not None:
-            facts["of the teachers of its run"] = found.best.why
+        facts = _list_facts(found, backbone, compare.describe_differences(differences, to))
         about = (fingerprint(backbone), backbone, found.step)
         text = card.render_card(os.fspath(model), to, path, facts, *about)
         (path / "README.md" if path.is_dir() else path.with_name(path.name + ".md")).write_text(text)
@@ -85,6 +80,18 @@ def export(
         written = {f.name: f for f in path.iterdir()} if path.is_dir() else {name: path}
         upload(api, push, written | {"README.md": text.encode()}, private)
     return differences
+
+
+def _list_facts(found: weights.Weights, backbone: nn.Module, difference: str) -> dict[str, str]:
+    """What the card says of the model, by what it is called there."""
+    facts = {
+        "architecture": ", ".join(f"{k} {v}" for k, v in found.arguments.items() if v is not None),
+        "parameters": f"{sum(p.numel() for p in backbone.parameters()):,}",
+        "largest difference from the model that was exported": difference,
+    }
+    if found.best is not None:
+        facts["of the teachers of its run"] = found.best.why
+    return facts
 
 
 def export_command(options: ExportOptions) -> None:

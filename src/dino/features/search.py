@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino import distributed, errors, files, weights
-from dino.data.sources import Images, evenly_spaced
+from dino.data.image_files import Images
+from dino.data.sources import evenly_spaced
 from dino.engine.health import feature_health
 from dino.features.extract import extract
 from dino.features.neighbors import find_neighbors

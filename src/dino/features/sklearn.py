@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dino import distributed, weights
-from dino.data.sources import Images
+from dino.data.image_files import Images
 from dino.features.extract import Pooling, extract
 from dino.models import Backbone
 

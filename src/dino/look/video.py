@@ -13,7 +13,7 @@ import numpy as np
 
 from dino import errors, files
 from dino.data.decode import BadImage
-from dino.data.sources import open_source
+from dino.data.image_files import open_source
 from dino.terminal import say
 
 TICK = Fraction(1, 90_000)  # seconds; the usual clock of video, fine enough for every frame rate
