@@ -84,6 +84,22 @@ def test_the_command_line_takes_data_several_times(places):
     assert (places / "run/files-0.jsonl").exists()
 
 
+def test_what_is_said_is_a_line_and_a_command(places):
+    flags = [*tiny_flags(epochs=1), "--data.weights", "1", "2"]
+    done = run_dino("train", "--data", places / "a", "--data", places / "b", *flags, "--out", places / "run")
+    assert f"{places / 'a'}, {places / 'b'}: 19 images, 4 classes" in done.stderr
+    (advice,) = [line for line in done.stderr.splitlines() if line.startswith("Of photographs")]
+    assert advice.endswith(f"--data {places / 'a'} --data {places / 'b'} --data.weights 1 2")
+
+
+def test_images_within_a_run_are_not_overwritten(places, capsys):
+    flags = [*tiny_flags(epochs=1), "--out", str(places / "run")]
+    assert cli.main(["train", "--data", str(places / "a"), *flags]) == 0
+    several = ["--data", str(places / "a"), "--data", str(places / "run")]
+    assert cli.main(["train", *several, *flags, "--overwrite"]) == 2
+    assert "is part of the run that --overwrite would delete" in capsys.readouterr().err
+
+
 def test_weights_must_be_as_many_as_sources(places, capsys):
     command = ["train", "--data", str(places / "a"), "--data.weights", "1", "2", "--out", str(places / "run")]
     assert cli.main(command) == 2

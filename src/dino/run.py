@@ -290,7 +290,7 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
 
 def describe(source: Source, spec: str) -> str:
     labels = f", {len(source.classes)} classes for the k-NN monitor" if source.classes else ", no labels (none needed)"
-    return f"{spec}: {len(source)} images{labels}."
+    return f"{spec.replace(chr(10), ', ')}: {len(source)} images{labels}."
 
 
 def describe_split(split: Split, needed: float) -> str:

@@ -10,7 +10,7 @@ import tomli_w
 from dino import files
 from dino.data.open import record_files
 from dino.data.sources import Source
-from dino.data.specs import get_name, make_absolute
+from dino.data.specs import get_name, make_absolute, split_sources
 from dino.options import flatten, replace, toml
 from dino.options.evaluate import EVALUATIONS
 from dino.options.toml import to_dict
@@ -79,7 +79,8 @@ def choose_folder(options: TrainOptions) -> Path:
         toml.read_recorded(str(folder))  # else it is another program's config.toml
         written = {path.resolve() for path in list_written(folder)} | {folder.resolve()}
         start = options.init and runs.split_name(options.init)[0]
-        for given in filter(None, (options.data.path, options.data.val, options.data.labels, start)):
+        named = (*split_sources(options.data.path), *split_sources(options.data.val or ""))
+        for given in filter(None, (*named, options.data.labels, start)):
             if Path(given).expanduser().resolve() in written:
                 raise ValueError(f"{given} is part of the run that --overwrite would delete; choose another --out.")
     return folder

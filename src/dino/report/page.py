@@ -65,7 +65,7 @@ def list_facts(run: Run, model: Backbone, source: Source) -> dict[str, str]:
     speed = None if run.rate is None else f"{format_duration(run.seconds)}, {run.rate:,.0f} images/s"
     return {
         "Run": f"{state}: {epochs:.3g} of {o.epochs} epochs, {run.steps:,} steps of {required(o.batch_size):,} images",
-        "Data": f"{o.data.path}: {len(source):,} images, {classes}",
+        "Data": f"{o.data.path.replace(chr(10), ', ')}: {len(source):,} images, {classes}",
         "Model": f"{o.model.arch}{patch} at {model.image_size} pixels, {count / 1e6:.1f} M parameters",
         "Time": speed or "not measured",
     }

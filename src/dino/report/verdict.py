@@ -72,7 +72,9 @@ def advise_start(options: TrainOptions, images: int) -> str:
 
 def _write_data(options: TrainOptions) -> list[str]:
     given = {"--data": options.data.path, "--data.val": options.data.val, "--data.labels": options.data.labels}
-    return [str(word) for pair in given.items() if pair[1] not in (None, "auto") for word in pair]
+    words = [(name, line) for name, value in given.items() if value not in (None, "auto") for line in value.split("\n")]
+    weights = ["--data.weights", *(f"{weight:g}" for weight in options.data.weights)] if options.data.weights else []
+    return [word for pair in words for word in pair] + weights
 
 
 def judge(run: Run) -> Verdict:
