@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -11,7 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino.engine import optim
+import processes
+from dino import distributed
+from dino.engine import optim, sharding
 from dino.engine.step import Rates, TrainingStep
 from dino.method import CENTERING, DINO, Center, CrossEntropy, Network, cross_entropy, sharpen
 from dino.models import Head, VisionTransformer
@@ -89,17 +94,22 @@ def make_step(method: DINO, name: Any = "adamw") -> TrainingStep:
     return TrainingStep(method, optim.create_optimizer(OptimOptions(name=name), method.student), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("name", "lr"), [("adamw", 2e-3), ("sgd", 0.1)])
-def test_thirty_steps_match_reference(golden, name, lr):
-    """The step that trains: loss, gradient norm and center of every step, and all parameters at the end, within 1e-4."""
-    expected, total, per_epoch = golden(f"trace_{name}_norm1"), 30, 10
+TRACES = {"adamw": 2e-3, "sgd": 0.1}
+
+
+def train_trace(name: str, sharded: bool = False) -> dict[str, Any]:
+    """The 30 steps of a golden trace, by the step that trains; on several ranks each has its share of the images."""
+    total, per_epoch, lr = 30, 10, TRACES[name]
     method = make_trace_model()
+    if sharded:
+        sharding.shard(method, torch.device("cpu"), "all")
     train = make_step(method, name)
-    found: dict[str, list[float]] = {"loss": [], "grad_norm": [], "center_norm": []}
+    share = distributed.split(8, distributed.world_size())[distributed.rank()]
+    found: dict[str, Any] = {"loss": [], "grad_norm": [], "center_norm": []}
     for step in range(total):
         groups = [
-            torch.cat([golden_images(1000 * step + c, 8, 3, 64, 64) for c in range(2)]),
-            torch.cat([golden_images(1000 * step + 10 + c, 8, 3, 32, 32) for c in range(4)]),
+            torch.cat([golden_images(1000 * step + c, 8, 3, 64, 64)[share] for c in range(2)]),
+            torch.cat([golden_images(1000 * step + 10 + c, 8, 3, 32, 32)[share] for c in range(4)]),
         ]
         rates = Rates(
             warmup_cosine(step, total, lr, 1e-6, per_epoch),
@@ -109,16 +119,37 @@ def test_thirty_steps_match_reference(golden, name, lr):
             freeze_last_layer=step < per_epoch,
         )
         metrics = train(groups, rates)
+        metrics["loss"] = distributed.sum_(metrics["loss"]) / distributed.world_size()
         for key, values in found.items():
             values.append(metrics[key].item())
-    for key, values in found.items():
-        np.testing.assert_allclose(values, expected[key], rtol=1e-4, err_msg=key)
     for key, network in (("student", method.student), ("teacher", method.teacher)):
-        norms = [value.norm().item() for value in network.state_dict().values()]
-        np.testing.assert_allclose(norms, expected[f"{key}_param_norms"], rtol=1e-4, atol=1e-6, err_msg=key)
+        norms = [distributed.gather_whole(value).norm().item() for value in network.state_dict().values()]
+        found[f"{key}_param_norms"] = norms
     with torch.no_grad():
-        cls = method.teacher.backbone(golden_images(77, 4, 3, 64, 64))
-    np.testing.assert_allclose(cls.numpy(), expected["teacher_cls"], rtol=1e-4, atol=1e-4)
+        images = golden_images(77, 4, 3, 64, 64)
+        if not sharded:  # such a network gathers its parameters only when it is called as a whole
+            found["teacher_cls"] = method.teacher.backbone(images).numpy()
+    return found
+
+
+def assert_is_the_trace(expected: Any, found: dict[str, Any]) -> None:
+    for key, values in found.items():
+        atol = {"teacher_cls": 1e-4}.get(key, 1e-6 if "norms" in key else 0)
+        np.testing.assert_allclose(values, expected[key], rtol=1e-4, atol=atol, err_msg=key)
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_thirty_steps_match_reference(golden, name):
+    """Loss, gradient norm and center of every step, and all parameters at the end, within 1e-4."""
+    assert_is_the_trace(golden(f"trace_{name}_norm1"), train_trace(name))
+
+
+@pytest.mark.slow
+def test_thirty_steps_of_sharded_networks_match_reference(golden, tmp_path):
+    done = processes.run([sys.executable, __file__, str(tmp_path)], ranks=2)
+    assert done.returncode == 0, done.stderr
+    for name in TRACES:
+        assert_is_the_trace(golden(f"trace_{name}_norm1"), json.loads((tmp_path / f"{name}.json").read_text()))
 
 
 def test_gradients_against_float64():
@@ -233,3 +264,14 @@ def test_shapes_in_signatures_are_checked_while_testing():
     """The test run checks every call against its annotations; users do not pay for that."""
     with pytest.raises(jaxtyping.TypeCheckError):
         sharpen(torch.zeros(3, 4), torch.zeros(5), 0.1)
+
+
+if __name__ == "__main__":
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    for name in TRACES:
+        found = train_trace(name, sharded=True)
+        if dist.get_rank() == 0:
+            Path(sys.argv[1], f"{name}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()

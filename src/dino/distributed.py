@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dino import errors
 
@@ -62,6 +63,11 @@ def start(device: str) -> torch.device:
     torch.cuda.set_device(local)
     torch.backends.cudnn.allow_tf32 = False  # True by default, for convolutions; but fp32 is to mean fp32
     return torch.device("cuda", local)
+
+
+def is_initialized() -> bool:
+    """Whether there is a group of processes, even of one."""
+    return dist.is_initialized()
 
 
 def stop() -> None:
@@ -134,6 +140,24 @@ def from_main(work: Callable[[], T]) -> T:
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
+
+
+def get_local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is spread over ranks; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is spread over ranks, which all call this; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_over_parts(tensor: Tensor, whole: Tensor) -> Tensor:
+    """Sum of `tensor` over the ranks among which `whole` is spread, in place; nothing where it is not."""
+    if isinstance(whole, DTensor):
+        mesh = whole.device_mesh
+        dist.all_reduce(tensor, group=mesh.get_group(mesh.ndim - 1))
+    return tensor
 
 
 def barrier() -> None:

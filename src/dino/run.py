@@ -37,7 +37,7 @@ from dino.options.train import AUTO, TrainOptions
 from dino.report.run import Run
 from dino.report.verdict import advise_start, judge, warn
 from dino.terminal import Terminal
-from dino.weights.checkpoints import list_checkpoints
+from dino.weights.checkpoints import list_checkpoints, list_sharded
 
 
 def train(
@@ -134,6 +134,7 @@ def set_up(
         trainer = build_trainer(resolved, folder, (source, held_out), device, terminal, frozen)
         if start is not None:
             initialize_trainer(trainer, start)
+        trainer.distribute()
         return trainer
 
     if options.budget is not None:
@@ -144,6 +145,7 @@ def set_up(
     else:
         if trainer.resume():
             terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
+            trainer.save_teachers()  # which a kill may have kept the run from writing
         distributed.from_main(lambda: renew(trainer, source))
     return trainer, held_out
 
@@ -161,7 +163,8 @@ def open_data(options: TrainOptions, folder: Path) -> tuple[Source, Source | Non
 
 def read_start(options: TrainOptions, folder: Path) -> weights.Weights | None:
     """The weights of `options.init`; None without it, and for a resumed run that has a checkpoint."""
-    if options.init is None or (options.resume is not None and list_checkpoints(folder / "checkpoints")):
+    kept = folder / "checkpoints"
+    if options.init is None or (options.resume is not None and (list_checkpoints(kept) or list_sharded(kept))):
         return None
     return weights.read(options.init, num_heads=options.model.num_heads)
 
@@ -244,7 +247,6 @@ def renew(trainer: Trainer, source: Source) -> None:
     """Write what a kill may have kept a run from writing, and where its images are now if they were moved."""
     if trainer.step:
         trainer.checkpoints.point()
-        trainer.save_teachers()
         if isinstance(trainer.callback, OnlineEvaluation):
             trainer.callback.floors_done = True  # before the first step
     trainer.quarantine.reread(source)

@@ -51,7 +51,8 @@ def choose_length(options: TrainOptions, folder: Path, make: Make, terminal: Ter
         first_check = low(pace.checks)
         if distributed.from_main(lambda: first_check < limit / 20):
             with pace.pause(pace.checks):  # later ones are faster
-                required(trainer.callback)(trainer.method.eval(), 0)
+                trainer.method.eval()
+                required(trainer.callback)(trainer.get_teacher(), 0)
     except TrainingError as error:
         if error.__cause__ is None:
             return options  # unreadable images, for example: the run ends so itself, and keeps the list of them

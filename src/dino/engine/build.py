@@ -141,7 +141,8 @@ def check_size(options: TrainOptions, images: int, on_gpu: bool) -> None:
         needed += 4 * prototypes * part * (4 * len(sizes) + 6)
     # Some of timm's architectures cannot be built without memory.
     with torch.device("meta"), contextlib.suppress(RuntimeError, NotImplementedError):
-        needed += sum(p.numel() for p in build_method(options).parameters()) * (4 if on_gpu else 10)
+        of_number = 4 if on_gpu or options.shard != "none" else 10
+        needed += sum(p.numel() for p in build_method(options).parameters()) * of_number
     check_memory(needed, f"training this model on {images} images at a time")
 
 

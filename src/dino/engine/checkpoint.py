@@ -59,15 +59,21 @@ class Checkpoints:
             self.good = [*(old for old in self.good if old != path), path]
             self.point()
         except OSError as error:
-            reason = errors.find_reason(error)
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be written ({reason}); {self.describe_good()}; "
-                f"{errors.advise_space(reason)}repeat the command, or resume the run, to go on from there."
-            ) from error
+            raise self.explain(step, errors.find_reason(error)) from error
         for old in self.good[: -self.keep]:
             old.unlink(missing_ok=True)
         self.good = self.good[-self.keep :]
         return path
+
+    def explain(self, step: int, reason: str) -> CheckpointError:
+        """What to say of a checkpoint that could not be written."""
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be written ({reason}); {self.describe_good()}; "
+            f"{errors.advise_space(reason)}repeat the command, or resume the run, to go on from there."
+        )
+
+    def finish(self) -> None:
+        """Wait for what is still being written: nothing, where a file is written at once."""
 
     def point(self) -> None:
         """Name the last good checkpoint in the file `latest`."""

@@ -21,6 +21,7 @@ _OF_EVALUATION = (".json", ".safetensors", ".training/latest", ".training/step-?
 _WRITTEN = [
     *("config.json", "files.jsonl", "teacher.safetensors", "best.safetensors", "metrics.jsonl", "quarantine.jsonl"),
     *("report.html", "checkpoints/latest", "checkpoints/step-????????.pt", "tensorboard/events.out.tfevents.*"),
+    *(f"checkpoints/step-????????.shards/{name}" for name in (".metadata", "state.pt", "__*.distcp")),
     *(f"{of}/{name}{end}" for of in ("eval", "eval/last") for name in EVALUATIONS for end in _OF_EVALUATION),
     *(f"eval/step-????????/{name}.json" for name in EVALUATIONS),
     "config.toml",  # last: without it, what is left after a kill would be no run

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dino import distributed
 from dino.models.preprocessing import Preprocessed
 from dino.options import required
 from dino.options.train import OptimOptions
@@ -91,8 +93,10 @@ def create_adamw(groups: list[dict[str, Any]], weight_decay: float) -> torch.opt
 
 
 def create_sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
-    sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay, fused=True)
-    for parameter in (p for group in groups for p in group["params"]):
+    parameters = [p for group in groups for p in group["params"]]
+    fused = not any(isinstance(p, DTensor) for p in parameters)  # PyTorch has no fused SGD for sharded tensors
+    sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay, fused=fused)
+    for parameter in parameters:
         # Starting from zero momentum gives the same first step. Without it the fused kernel fails when the last layer,
         # frozen during the first epoch, takes its first step later than the others.
         sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -118,9 +122,10 @@ def clip_per_parameter_(parameters: Iterable[Tensor], max_norm: float) -> Tensor
 
     The reference reads each norm on the host; here all stay on the device.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
+    whole = [p.grad for p in parameters if p.grad is not None]
+    grads = [distributed.get_local(grad) for grad in whole]
     norms = torch._foreach_norm(grads)  # pyright: ignore[reportPrivateImportUsage]
-    stacked = torch.stack(norms)
+    stacked = distributed.sum_over_parts(torch.stack(norms) ** 2, whole[0]).sqrt()
     if max_norm > 0:
         factors = (max_norm / (stacked + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, list(factors.unbind()))  # pyright: ignore[reportPrivateImportUsage]
@@ -183,9 +188,13 @@ class Muon(torch.optim.AdamW):
         if not state:
             state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}  # AdamW asks each state for its step
         state["momentum"].lerp_(p.grad, 1 - self.momentum)
-        update = orthogonalize(p.grad.lerp(state["momentum"], self.momentum).flatten(1))
+        momentum = distributed.gather_whole(p.grad.lerp(state["momentum"], self.momentum))
+        matrix = orthogonalize(momentum.flatten(1))
+        update = matrix.view(p.shape)
+        if isinstance(p, DTensor):  # each rank takes its part of what all have computed
+            update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
         p.mul_(1 - lr * weight_decay)
-        p.add_(update.view(p.shape), alpha=-2 * lr * max(update.shape) ** 0.5)
+        p.add_(update, alpha=-2 * lr * max(matrix.shape) ** 0.5)
         p.grad = None  # AdamW leaves it alone
 
 

@@ -52,9 +52,10 @@ class PrototypeMonitor:
     def __init__(self, step: TrainingStep):
         layer, loss = step.method.teacher.head.last_layer, step.method.loss
         counts = isinstance(layer, Prototypes) and isinstance(loss, CrossEntropy)
-        self.directions: Tensor = cast(Prototypes, layer).weight_v if counts else torch.zeros(0, 1)
+        self.layer = cast(Prototypes, layer) if counts else None
+        directions = torch.zeros(0, 1) if self.layer is None else self.layer.weight_v
         # Not bool, which ranks cannot exchange. 1: chosen in this epoch.
-        self.chosen = torch.zeros(len(self.directions), dtype=torch.uint8, device=self.directions.device)
+        self.chosen = torch.zeros(len(directions), dtype=torch.uint8, device=directions.device)
         self.said = False
         if counts:
             step.watch = self.count
@@ -66,11 +67,12 @@ class PrototypeMonitor:
     def look(self, epoch_ends: bool) -> dict[str, float]:
         """Share what was chosen among all ranks, which all call this; with `epoch_ends` also what to log of the epoch."""
         distributed.max_(self.chosen)
-        if not epoch_ends or not len(self.chosen):
+        if not epoch_ends or self.layer is None:
             return {}
         chosen = self.chosen.float().mean().item()
         self.chosen.zero_()
-        unique = share_unique(self.directions) if distributed.is_main() else 0.0
+        directions = distributed.gather_whole(self.layer.weight_v)
+        unique = share_unique(directions) if distributed.is_main() else 0.0
         return {"prototypes_unique": unique, "prototypes_chosen": chosen}
 
     def advise(self, step: int, values: Mapping[str, float]) -> str | None:

@@ -63,6 +63,7 @@ class TrainingStep:
         self.time: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
         self.watch: Callable[[Tensor], None] | None = None  # is shown the targets of each step
         self.student: nn.Module = method.student
+        self.sharded = False  # networks are spread over ranks
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.split = Split()
 
@@ -110,14 +111,14 @@ class TrainingStep:
         """The loss, its (scaled) gradients and the teacher's metrics. Teacher and center once; the student in parts."""
         images = len(groups[0]) // 2
         parts = distributed.split(images, self.split.parts)
-        with self.time("teacher"), parallel.autocast(self.device, self.precision):
+        with self.time("teacher"), self._autocast():
             targets, metrics = self.method.teacher_targets(groups[0], teacher_temp, len(parts))
             if self.watch is not None:
                 self.watch(targets)
         losses = []
         for part in parts:
             with parallel.without_sync(self.student, part != parts[-1]):
-                with self.time("student"), parallel.autocast(self.device, self.precision):
+                with self.time("student"), self._autocast():
                     noise = None if drop_path_noise is None else slice_noise(drop_path_noise, part)
                     scores = self.student(slice_views(groups, part, images), noise)
                     loss = self.method.student_loss(scores, targets[:, part]) * ((part.stop - part.start) / images)
@@ -125,6 +126,11 @@ class TrainingStep:
                     self.scaler.scale(loss * self.weight).backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum(), metrics
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        # Its cache would keep weights in 16 bits of all blocks of a sharded network, where they are to be whole one by one.
+        keeps_all = self.sharded and self.split.recompute == "blocks"
+        return parallel.autocast(self.device, self.precision, cache=not keeps_all)
 
 
 def slice_views(groups: Sequence[Tensor], images: slice, total: int) -> list[Tensor]:

@@ -21,7 +21,7 @@ from dino.data.device_decode import Undecodable
 from dino.data.loader import Batch, ViewBatches, WorkerDied, iterate
 from dino.data.normalize import normalize
 from dino.data.sources import Source
-from dino.engine import optim, parallel
+from dino.engine import optim, parallel, sharding
 from dino.engine.best import BestTeacher
 from dino.engine.build import Plan, build_method, model_arguments
 from dino.engine.checkpoint import Checkpoints
@@ -29,12 +29,12 @@ from dino.engine.log import MetricsLog, Quarantine
 from dino.engine.monitor import CollapseMonitor
 from dino.engine.pace import Pace, describe_time
 from dino.engine.prototypes import PrototypeMonitor
+from dino.engine.sharded_checkpoint import ShardedCheckpoints
 from dino.engine.signals import Signals
 from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
 from dino.engine.waiting import Waiting
 from dino.machine import measure_peak_memory
-from dino.method import DINO
-from dino.models import Backbone
+from dino.models import Backbone, create
 from dino.options import flatten_names, required
 from dino.options.resume import check_resumable
 from dino.options.toml import to_dict
@@ -44,8 +44,8 @@ from dino.terminal import Terminal
 from dino.weights.checkpoints import are_finite, find_tensors
 from dino.weights.checks import load_strictly
 
-# Measures the method after so many steps; all ranks call it. Its state, if it has one, is kept in checkpoints.
-Callback = Callable[[DINO, int], dict[str, float]]
+# Measures the teacher's backbone after so many steps; all ranks call it. Its state, if it has one, is kept in checkpoints.
+Callback = Callable[[Backbone, int], dict[str, float]]
 
 
 class TrainingError(Exception):
@@ -87,7 +87,9 @@ class Trainer:
         self.monitor = CollapseMonitor(options.head.out_dim or 1, batches.batch_size // batches.world_size)
         self.prototypes = PrototypeMonitor(self.training_step)
         self.best = BestTeacher(starts_trained=options.init is not None)
-        self.checkpoints = Checkpoints(run / "checkpoints", options.log.keep)
+        kept = run / "checkpoints", options.log.keep
+        sharded = options.shard != "none"
+        self.checkpoints = ShardedCheckpoints(*kept, self.training_step) if sharded else Checkpoints(*kept)
         self.quarantine = Quarantine(run / "quarantine.jsonl", len(source), options.data.max_bad_fraction)
         self.step = 0  # steps done
         self.pace, self.told = Pace(required(options.data.num_workers)), False
@@ -177,17 +179,48 @@ class Trainer:
         self.step = state["step"]
         return True
 
-    def save(self) -> None:
-        """Checkpoint, and the backbones of the best and the last teacher as files of their own."""
-        if distributed.is_main():
-            with self.pace.pause(self.pace.saves):
+    def save(self, last: bool) -> None:
+        """Checkpoint, and the backbones of the best and the last teacher as files of their own.
+
+        Args:
+            last: of this process. Only then a sharded run, which goes on while it writes, writes its teachers.
+        """
+        sharded = self.options.shard != "none"
+        with self.pace.pause(self.pace.saves):
+            if sharded or distributed.is_main():
                 self.checkpoints.save(self.step, self.state_dict())
+            if last or not sharded:
+                self.checkpoints.finish()
                 self.save_teachers()
 
     def save_teachers(self) -> None:
-        self.best.save(self.run)
-        arguments = model_arguments(self.options)
-        weights.save(self.run, self.method.teacher.backbone, arguments, self.step, self.best.found)
+        """All ranks call it."""
+        backbone = self.get_teacher()
+
+        def write() -> None:
+            self.best.save(self.run)
+            weights.save(self.run, backbone, model_arguments(self.options), self.step, self.best.found)
+
+        distributed.from_main(write)
+
+    def get_teacher(self) -> Any:
+        """The teacher's backbone, of a sharded run as a copy with whole parameters; all ranks call it."""
+        backbone = self.method.teacher.backbone
+        if self.options.shard == "none":
+            return backbone
+        whole: Any = create(**model_arguments(self.options))
+        state = {name: distributed.gather_whole(value) for name, value in backbone.state_dict().items()}
+        whole.load_state_dict(state)
+        return whole.train(backbone.training).to(self.device)
+
+    def distribute(self) -> None:
+        """Average the gradients over ranks, or with the option `shard` spread the networks over them. Before any resume."""
+        if self.options.shard == "none" or not distributed.is_initialized():
+            self.training_step.distribute()
+            return
+        sharding.shard(self.method, self.device, self.options.shard)
+        self.training_step.sharded = True
+        self.training_step.optimizer = optim.create_optimizer(self.options.optim, self.method.student)
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
@@ -202,7 +235,6 @@ class Trainer:
         if self.options.compile:
             self.terminal.say("Compiling: the first step takes a minute or more.")
             parallel.compile_networks(self.method)
-        self.training_step.distribute()
         self.terminal.start(self.step, total)
         with self.signals:
             try:
@@ -259,7 +291,7 @@ class Trainer:
                 started = time.monotonic()
             self._show(stop)
             if epoch_ends or ending or self.step == stop or now - saved > 60 * log.checkpoint_minutes:
-                self.save()
+                self.save(last=ending or self.step == stop)
                 saved = started = time.monotonic()
             if ending:
                 return
@@ -375,7 +407,8 @@ class Trainer:
         if not math.isfinite(means["grad_norm"]) and self.training_step.precision != "fp16":  # which skips such steps
             return f"the gradient became {means['grad_norm']}"
         kept = self.method.state_dict(), self.training_step.optimizer.state_dict()["state"]
-        return "" if are_finite(find_tensors(kept)) else "the weights became infinite or not a number"
+        infinite = distributed.max_(1 - are_finite(find_tensors(kept)).int())  # ranks must agree
+        return "the weights became infinite or not a number" if infinite else ""
 
     def _show(self, stop: int) -> None:
         """How far the run is, and once, as soon as it is known, how long it will take."""
@@ -397,11 +430,12 @@ class Trainer:
             return
         self.method.eval()
         with self.pace.pause(self.pace.checks):
-            values = self.callback(self.method, self.step)
+            backbone = self.get_teacher()
+            values = self.callback(backbone, self.step)
         self.method.train()
         if values and self.metrics is not None:
             self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)
-        self.best.consider(self.step, values, self.method.teacher.backbone)
+        self.best.consider(self.step, values, backbone)
         self.hurts = self.options.start.stop and self.best.is_worse_for_long(self.plan.total)
         self.knn = {"k-NN": values["knn20_top1"]} if "knn20_top1" in values else {}
         distributed.barrier()

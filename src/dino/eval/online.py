@@ -24,7 +24,6 @@ from dino.engine import health
 from dino.eval import evaluate, knn
 from dino.features.extract import EvaluationViews, Features, extract
 from dino.look.attention import enlarge, jaccard, map_attention, mass_mask
-from dino.method import DINO
 from dino.models import Backbone
 from dino.options import replace, required
 from dino.options.train import ViewOptions
@@ -72,8 +71,7 @@ class OnlineEvaluation:
     def size(self) -> int:
         return required(self.views.global_size)
 
-    def __call__(self, method: DINO, step: int) -> dict[str, float]:
-        backbone: Backbone = method.teacher.backbone  # pyright: ignore[reportAssignmentType]
+    def __call__(self, backbone: Backbone, step: int) -> dict[str, float]:
         result = self._monitor(backbone, step) if distributed.is_main() else {}
         for evaluation in self.more:
             result |= evaluation(backbone, step)

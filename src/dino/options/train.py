@@ -307,6 +307,9 @@ class TrainOptions(Options):
     """Activation checkpointing: what the backward pass computes again instead of keeping it, with the same gradients.
     'elementwise': norms and GELU, a quarter less memory for a twelfth more time; 'blocks': all but each block's input, a
     fifth of the memory for a third more time."""
+    shard: Literal["none", "all", "machine"] = "none"
+    """Spread networks and optimizer over the processes (FSDP): 'all' of them, or those of each 'machine'. For models that are
+    too large for one device; the same result."""
     compile: bool = False
     """Compile the networks (torch.compile): minutes at the start, then faster steps, on a GPU above all."""
     threads: PositiveInt | None = None
@@ -369,6 +372,8 @@ class TrainOptions(Options):
                 f"method.loss {method.loss} compares vectors, to which method.targets {method.targets} does not apply; "
                 f"use {' or '.join(allowed)}."
             )
+        if self.shard != "none" and (self.compile or self.fit):
+            yield f"shard is {self.shard}, with which --compile and --fit do not work yet; leave them out."
         if self.device == "cpu" and self.precision == "fp16":
             yield "precision is fp16 with device cpu; fp16 needs a GPU. Use --precision fp32 or bf16."
         for name in ("optim.warmup_epochs", "method.teacher_temp_epochs"):

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dino import errors
+from dino import distributed, errors
 from dino.weights import pickles
+
+WHOLE = ".metadata"  # the file of a sharded checkpoint that is written last
 
 
 class CheckpointError(Exception):
@@ -31,6 +33,12 @@ class Checkpoint(NamedTuple):
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, the oldest first."""
     return sorted(path for path in folder.glob("step-*.pt") if path.stem.removeprefix("step-").isdigit())
+
+
+def list_sharded(folder: Path, whole: bool = True) -> list[Path]:
+    """The checkpoints of a sharded run in `folder`, the oldest first: folders, of which those are whole that say so."""
+    found = sorted(path for path in folder.glob("step-*.shards") if path.stem.removeprefix("step-").isdigit())
+    return [path for path in found if not whole or (path / WHOLE).is_file()]
 
 
 def get_step(path: Path) -> int:
@@ -86,8 +94,9 @@ def find_tensors(nested: Any) -> Iterator[Tensor]:
 
 
 def are_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether all numbers are finite, as one bool on the device of the tensors, without waiting for it."""
-    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    """Whether all numbers (this rank's, of sharded ones) are finite, as one bool on their device, without waiting for it."""
+    own = map(distributed.get_local, tensors)
+    floats = [tensor for tensor in own if tensor.is_floating_point() and tensor.numel()]
     if not floats:
         return torch.tensor(True)
     largest = torch._foreach_norm(floats, ord=float("inf"))  # pyright: ignore[reportPrivateImportUsage]

@@ -59,9 +59,47 @@ _ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) not in _ARRAYS:
+        if not self.is_harmless(module_name, global_name):
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which could run code")
         return super().find_class(module_name, global_name)
+
+    def is_harmless(self, module_name: str, global_name: str) -> bool:
+        return (module_name, global_name) in _ARRAYS
+
+
+class _MetadataUnpickler(_PlainUnpickler):
+    """For what torch.distributed.checkpoint writes of its tensors: its own records, types and sizes of tensors, paths."""
+
+    def is_harmless(self, module_name: str, global_name: str) -> bool:
+        if module_name == "torch":
+            return global_name == "Size" or isinstance(getattr(torch, global_name, None), torch.dtype)
+        return (module_name, global_name) in _RECORDS
+
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+_RECORDS = {
+    *(
+        (f"{_CHECKPOINT}.metadata", name)
+        for name in ("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata")
+    ),
+    *(
+        (f"{_CHECKPOINT}.metadata", name)
+        for name in ("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")
+    ),
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+}
+
+
+def check_metadata(path: str | os.PathLike[str]) -> None:
+    """Refuse a file of torch.distributed.checkpoint, which PyTorch itself would load whatever it asks for.
+
+    Raises:
+        Exception, of many kinds: the file is damaged, or holds anything but such records.
+    """
+    with open(path, "rb") as file:
+        _MetadataUnpickler(file).load()
 
 
 def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
