@@ -20,7 +20,6 @@ from dino.weights.checkpoints import WHOLE, list_sharded
 from dino.weights.pickles import check_metadata
 from helpers import dino_command, run_dino, tiny_flags
 
-
 KILLS = 5  # 20 were tried once
 
 
