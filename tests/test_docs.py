@@ -140,7 +140,7 @@ def parsed(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def execute(words: list[str]) -> None:
-    ranks = 2 if words[0] == "torchrun" else 1
+    ranks = 2 if "torchrun" in words else 1
     command, arguments = parsed(words[words.index("dino") + 1 :])
     if any(re.match(known, " ".join([command, *arguments])) for known in PARSED):
         return

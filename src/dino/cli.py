@@ -69,6 +69,9 @@ COMMANDS: dict[str, Command] = {
     "recipes": Command("list the named configurations", commands.RecipesOptions, "dino.cli:show_recipes"),
 }
 
+# Their modules need PyTorch, so they are known by name.
+_FAILURES = "TrainingError", "CheckpointError", "DownloadError", "ExportError", "PushError", "WorkerDied", "LostRank"
+
 HELP = """\
 usage: dino COMMAND [OPTIONS]
 
@@ -115,9 +118,9 @@ def main(argv: list[str] | None = None) -> int:
                 2,
             )
         if isinstance(error, ValueError):
-            # All ranks fail alike; one of them says it.
-            return _complain(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
-        if name in ("TrainingError", "CheckpointError", "DownloadError", "ExportError", "PushError", "WorkerDied"):
+            # All ranks of a machine fail alike; one of them says it.
+            return _complain(str(error), 2) if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+        if name in _FAILURES:
             return _complain(str(error), 1)
         if isinstance(error, OSError) and error.strerror:
             place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import itertools
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,10 @@ T = TypeVar("T")
 
 # How long ranks wait for one that lists millions of files or follows a long video.
 PATIENCE = datetime.timedelta(hours=2)
+
+
+class LostRank(Exception):
+    """Another process of this run has ended, or cannot be reached."""
 
 
 def rank() -> int:
@@ -74,6 +80,20 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Around work of several ranks: what backends make of a rank that has gone becomes a `LostRank`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise LostRank(
+            "another process of this run has ended or cannot be reached, so this one ends too; what was saved stays, and "
+            "the same command with --resume auto goes on from there."
+        ) from error
 
 
 def sum_(tensor: Tensor) -> Tensor:
@@ -158,6 +178,20 @@ def sum_over_parts(tensor: Tensor, whole: Tensor) -> Tensor:
         mesh = whole.device_mesh
         dist.all_reduce(tensor, group=mesh.get_group(mesh.ndim - 1))
     return tensor
+
+
+def check(find_problem: Callable[[], str]) -> None:
+    """Let every rank look for a problem, and refuse the first that one has found, on all ranks.
+
+    Args:
+        find_problem: returns how a sentence goes on that begins with a rank and its machine; "" where all is well.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for number, (machine, problem) in enumerate(gather((platform.node(), find_problem()))):
+        if problem:
+            raise ValueError(f"rank {number} on {machine} {problem}")
 
 
 def barrier() -> None:

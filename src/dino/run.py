@@ -19,7 +19,7 @@ from dino.data.loader import ViewBatches
 from dino.data.open import open_training_pair, probe
 from dino.data.sources import Source
 from dino.data.specs import find_path
-from dino.engine import budget, build, fit, init, parallel
+from dino.engine import budget, build, fit, init, parallel, shared
 from dino.engine.checkpoint import lock_folder
 from dino.engine.folder import choose_folder, name_folder, prepare, record
 from dino.engine.step import Split
@@ -68,14 +68,12 @@ def train(
 
 def run_training(options: TrainOptions) -> Path:
     """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
-    if options.resume == AUTO:
-        options = continue_if_there(options, name_folder(options))
-    if options.resume is not None:
-        check_resumable(flatten(toml.read_recorded(options.resume)), options)
     began = time.monotonic()
     with contextlib.ExitStack() as held:
+        held.enter_context(distributed.naming_lost_ranks())
         device = distributed.start(options.device)
         held.callback(distributed.stop)
+        options = distributed.from_main(lambda: find_options(options))
         set_threads(options, device)
         if device.type == "cpu" and {options.epochs, options.budget, options.stop_after, options.resume} == {None}:
             options = replace(options, {"minutes": 30})
@@ -85,6 +83,7 @@ def run_training(options: TrainOptions) -> Path:
         distributed.from_main(lambda: held.enter_context(lock_folder(folder)))
         distributed.from_main(lambda: (files.sweep(folder), shutil.rmtree(folder / budget.TRIAL, ignore_errors=True)))
         with files.writing(folder, leave=not fresh):
+            shared.check_folder(folder)
             trainer, held_out = set_up(options, folder, device, terminal, began)
         terminal.say(
             f"Training on {len(trainer.source)} images ({len(held_out) if held_out else 0} held out), "
@@ -99,9 +98,20 @@ def run_training(options: TrainOptions) -> Path:
         complete = trainer.fit()
         if distributed.is_main():
             finish(trainer, complete, held_out)
+        stopped = not complete and trainer.step < (options.stop_after or trainer.plan.total)
+        if stopped and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise KeyboardInterrupt  # torchrun would take the end of a process without an error for that of all the work
         if options.budget is not None and complete:
             terminal.say(f"Took {(time.monotonic() - began) / 60:.1f} of {options.budget / 60:g} minutes.")
     return folder
+
+
+def find_options(given: TrainOptions) -> TrainOptions:
+    """The options of a new run, or of the one that is continued."""
+    options = continue_if_there(given, name_folder(given)) if given.resume == AUTO else given
+    if options.resume is not None:
+        check_resumable(flatten(toml.read_recorded(options.resume)), options)
+    return options
 
 
 def set_threads(options: TrainOptions, device: torch.device) -> None:
@@ -122,7 +132,7 @@ def set_up(
     Args:
         began: when the command did, on the monotonic clock; the time it may take counts from there.
     """
-    source, held_out = distributed.from_main(lambda: open_data(options, folder))
+    source, held_out = shared.share_images(lambda: open_data(options, folder), options.data.path)
     terminal.say(describe(source, options.data.path))
     start = distributed.from_main(lambda: read_start(options, folder))
     frozen = load_frozen(options)
@@ -146,7 +156,7 @@ def set_up(
         if trainer.resume():
             terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
             trainer.save_teachers()  # which a kill may have kept the run from writing
-        distributed.from_main(lambda: renew(trainer, source))
+        trainer.quarantine.names = distributed.from_main(lambda: renew(trainer, source))
     return trainer, held_out
 
 
@@ -243,8 +253,8 @@ def initialize_trainer(trainer: Trainer, start: weights.Weights) -> None:
         trainer.terminal.say(f"The center is the mean over {count} global views.")
 
 
-def renew(trainer: Trainer, source: Source) -> None:
-    """Write what a kill may have kept a run from writing, and where its images are now if they were moved."""
+def renew(trainer: Trainer, source: Source) -> set[str]:
+    """Write what a kill may have kept a run from writing, and where its images are now; return those in quarantine."""
     if trainer.step:
         trainer.checkpoints.point()
         if isinstance(trainer.callback, OnlineEvaluation):
@@ -254,6 +264,7 @@ def renew(trainer: Trainer, source: Source) -> None:
     if before.data != now.data:
         moved = {f"data.{name}": getattr(now.data, name) for name in ("path", "val", "labels")}
         record(replace(before, moved), trainer.run, source)
+    return trainer.quarantine.names
 
 
 def build_batches(options: TrainOptions, source: Source, device: torch.device) -> ViewBatches:

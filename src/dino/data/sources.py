@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from dino import errors
 from dino.data.decode import BadImage
 from dino.randomness import Stream, draw_words
 
@@ -177,6 +178,21 @@ def hold_out(source: Source, fraction: float, maximum: int, seed: int) -> tuple[
 def evenly_spaced(total: int, most: int) -> Sequence[int]:
     """At most `most` evenly spaced positions of `total`."""
     return range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
+
+
+def look_at_some(source: Source, most: int = 64) -> dict[str, str]:
+    """What there is to see of at most so many images: by name, a digest of the file, or why it cannot be read."""
+    positions, seen = list(evenly_spaced(len(source), most)), dict[str, str]()
+    read_ahead(source, positions)
+    for index in positions:
+        try:
+            content = read_bytes(source, index)
+            if content is None:
+                source.read(index)
+            seen[source.name(index)] = hashlib.sha256(content or b"").hexdigest()
+        except (BadImage, OSError) as error:
+            seen[source.name(index)] = errors.find_reason(error)
+    return seen
 
 
 def read_or_gray(source: Source, index: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filelock import lock_descriptor
 
-from dino import errors, files
+from dino import distributed, errors, files
 from dino.weights.checkpoints import Checkpoint, CheckpointError, list_checkpoints, read_newest
 
 LOCK = ".lock"
@@ -80,9 +80,14 @@ class Checkpoints:
         with files.replacing(self.folder / "latest", flush=True) as temporary:
             temporary.write_text(self.good[-1].name)
 
+    def find_all(self) -> list[Path]:
+        """Those that there are, the oldest first."""
+        return list_checkpoints(self.folder)
+
     def describe_good(self) -> str:
         """The checkpoint to go on from, as the end of a sentence."""
-        return f"the last good checkpoint is {self.good[-1]}" if self.good else "there is no checkpoint yet"
+        good = self.good if distributed.is_main() else self.find_all()
+        return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
 
 
 _held: set[int] = set()  # descriptors of the locks of this process

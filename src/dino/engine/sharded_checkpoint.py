@@ -43,10 +43,13 @@ class ShardedCheckpoints(Checkpoints):
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.writing: tuple[Path, Future[Any]] | None = None
 
+    def find_all(self) -> list[Path]:
+        return list_sharded(self.folder)
+
     def load(self) -> Checkpoint | None:
         """The newest whole checkpoint; its tensors are spread as those of the step are, or whole on a single rank."""
         distributed.from_main(self._sweep)
-        self.good = distributed.from_main(lambda: list_sharded(self.folder))
+        self.good = distributed.from_main(self.find_all)
         refused: list[str] = []
         while self.good:
             path = self.good[-1]
@@ -63,7 +66,7 @@ class ShardedCheckpoints(Checkpoints):
         return None
 
     def _sweep(self) -> None:
-        for path in set(list_sharded(self.folder, whole=False)) - set(list_sharded(self.folder)):
+        for path in set(list_sharded(self.folder, whole=False)) - set(self.find_all()):
             shutil.rmtree(path)
 
     def _read(self, path: Path) -> dict[str, Any]:

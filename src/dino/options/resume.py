@@ -28,7 +28,7 @@ def continue_if_there(given: TrainOptions, folder: Path) -> TrainOptions:
         return replace(given, {"resume": None})
     usual, own = flatten(TrainOptions()), {"resume", "out", "overwrite", "init", "epochs", "minutes", "hours"}
     named = {name: value for name, value in flatten(given).items() if value != usual[name] and name not in own}
-    return replace(read_recorded(str(folder)), named | {"resume": str(folder)})
+    return replace(read_recorded(str(folder)), named | {"resume": str(folder), "device": given.device})
 
 
 def check_resumable(before: Mapping[str, Any], wanted: TrainOptions) -> None:
