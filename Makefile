@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo check quick test docs bench format clean
+.PHONY: demo check quick test machines docs bench format clean
 
 demo: $(STAMP)  ## train on the built-in scenes and write runs/demo/report.html
 	$(BIN)/dino train demo --out runs/demo --overwrite
@@ -20,6 +20,10 @@ quick: $(STAMP)  ## the tests that take no time and start no process: under a mi
 
 test: check  ## every check, then every test
 	$(BIN)/pytest -n auto --dist worksteal
+
+machines: $(STAMP)  ## Slurm, torchrun over several machines, killed ones and pulled cables: half an hour
+	[ "$$(id -u)" != 0 ] || tests/slurm/cluster.sh install
+	$(BIN)/pytest --machines -m machines
 
 BENCH_DATA ?=
 BENCH := $(BIN)/python benchmarks

@@ -25,6 +25,9 @@ if tests_at_once := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out tests marked slow and those that start processes")
+    parser.addoption(
+        "--machines", action="store_true", help="also what takes many minutes: Slurm, torchrun's agents, networks"
+    )
 
 
 def starts_processes(function: Any, seen: set[CodeType]) -> bool:
@@ -43,6 +46,9 @@ def starts_processes(function: Any, seen: set[CodeType]) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("machines"):
+        for item in (item for item in items if item.get_closest_marker("machines")):
+            item.add_marker(pytest.mark.skip(reason="takes many minutes; run with --machines"))
     if not config.getoption("quick"):
         return
     chosen = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -194,3 +195,9 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def read_example(name: str) -> str:
+    """The file of this name that docs/clusters.md shows."""
+    page = (Path(__file__).parent.parent / "docs" / "clusters.md").read_text(encoding="utf-8")
+    return re.search(rf'^```\w+ title="{name}"\n(.*?)^```', page, re.MULTILINE | re.DOTALL)[1]

@@ -12,19 +12,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pandas
 import pytest
 import tomli_w
 import torch
+import yaml
+from moto import mock_aws
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 import dino
 from dino import cli, run
 from dino.options import auto, replace, toml
 from dino.options.train import TrainOptions
 from drawing import draw_square, draw_video, encode_clip, lay_out_landmarks
-from helpers import TINY, as_flags, draw_images, pack_images, run_dino
+from helpers import TINY, as_flags, draw_images, pack_images, read_example, run_dino
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +51,7 @@ PARSED = {
     r"train .*--minutes": "it first measures the speed: test_budget.py runs it",
     r"train .*hf://": "it downloads: test_tables.py does so",
     r"train .*s3://": "it reads from an object store: test_storage.py starts one",
+    r"submit": "it sends a job: test_slurm.py does so",
     r"ablate": "six to nine trainings, each a process: test_ablate.py runs them",
 }
 
@@ -175,6 +180,38 @@ def test_commands_within_sentences_parse(page):
     for span in re.findall(r"`dino ([a-z][^`]* [^`]*)`", text):
         if "..." not in span and " ".join(span.split()) not in cli.COMMANDS and not re.search(r"\b[A-Z]{3,}", span):
             parsed(shlex.split(span))
+
+
+def check_torchrun(words: list[str]) -> None:
+    """torchrun and `dino train` take all of their options."""
+    given = get_args_parser().parse_args(words[1:])
+    assert (words[0], given.module, given.training_script) == ("torchrun", True, "dino")
+    command, options = cli.parse(given.training_script_args)
+    assert (command, options.resume) == ("train", "auto")
+    assert options.out
+
+
+def test_files_for_clusters_start_torchrun(monkeypatch):
+    job = yaml.safe_load(read_example("pytorchjob.yaml"))
+    container = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+    check_torchrun([*container["command"], *container["args"]])
+
+    task = yaml.safe_load(read_example("dino.yaml"))
+    told = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    told |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    script = 'torchrun() { printf "%s\n" torchrun "$@"; }\n' + task["run"]
+    done = subprocess.run(["bash", "-c", script], env=os.environ | told, capture_output=True, text=True, check=True)
+    check_torchrun(done.stdout.splitlines())
+    assert "10.0.0.1" in done.stdout.splitlines()
+
+    for name, value in (("DEFAULT_REGION", "us-east-1"), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with mock_aws():
+        exec(read_example("sagemaker_job.py"), {})
+        client = boto3.client("sagemaker")
+        (job,) = client.list_training_jobs()["TrainingJobSummaries"]
+        what = client.describe_training_job(TrainingJobName=job["TrainingJobName"])["AlgorithmSpecification"]
+    check_torchrun([*what["ContainerEntrypoint"], *what["ContainerArguments"]])
 
 
 def test_table_of_choices_is_what_is_chosen():

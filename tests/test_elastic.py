@@ -80,6 +80,7 @@ def find_free_port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.mark.machines
 def test_four_then_two_then_three_machines(tmp_path):
     """Each machine is a torchrun of one process. The main rank's is among those that are killed."""
     photos, run = draw_images(tmp_path / "photos"), tmp_path / "run"
@@ -120,9 +121,10 @@ def test_four_then_two_then_three_machines(tmp_path):
     assert "Traceback" not in said
     one, other = final_state(tmp_path / "whole"), final_state(run)
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-5, msg=name)
 
 
+@pytest.mark.machines
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_started_again(tmp_path, victim):
     """Its data workers do not stay, the others end soon, and the result is that of the same number of ranks, to the bit."""
@@ -171,6 +173,7 @@ def two_machines() -> Iterator[list[str]]:
             ip(f"netns del {name}")
 
 
+@pytest.mark.machines
 def test_a_cable_that_is_pulled(tmp_path):
     """Both sides end soon and say whom they miss; when it is back, the same command goes on, to the same bits."""
     photos, run = draw_images(tmp_path / "photos"), tmp_path / "run"
@@ -228,8 +231,7 @@ def run_two_ranks(behind: Path, place: Path, *arguments: object) -> list[subproc
     return [subprocess.CompletedProcess("", rank.returncode, "", text) for rank, text in zip(ranks, said, strict=True)]
 
 
-@pytest.mark.parametrize("kind", ["folder", "tar"])
-@pytest.mark.parametrize("there", ["nothing", "others", "the same"])
+@pytest.mark.parametrize(("kind", "there"), [("folder", "others"), ("tar", "nothing"), ("tar", "the same")])
 def test_a_rank_that_sees_other_images_is_refused(tmp_path, kind, there):
     photos, empty, run = draw_images(tmp_path / "photos"), tmp_path / "empty", tmp_path / "run"
     others = draw_images(tmp_path / "others", seed=1)
@@ -244,11 +246,11 @@ def test_a_rank_that_sees_other_images_is_refused(tmp_path, kind, there):
     if there == "the same":
         assert not any(done.returncode for done in ranks), ranks
         return
-    reasons = {"nothing folder": "(No such file or directory)", "nothing tar": "No such file or directory)"}
+    reason = "No such file or directory)" if there == "nothing" else "(it has another content)"
     for done in ranks:
         assert done.returncode == 2, done
         assert f"dino: rank 1 on {platform.node()} does not see the images of rank 0, first" in done.stderr
-        assert reasons.get(f"{there} {kind}", ")") in done.stderr
+        assert reason in done.stderr
         assert "Traceback" not in done.stderr
     assert not run.exists()
 

@@ -261,12 +261,14 @@ def test_impossible_values_of_every_option(command):
         if field.default is dataclasses.MISSING and f"--{field.name}" not in needed:
             positional = "Positional" in repr(get_types(kind)[field.name])
             needed += ["m"] if positional else [f"--{field.name}", "onnx"]
-    rng, own = np.random.default_rng(0), {"bench": ["seconds"]}  # the others are those of `train`
+    rng, own = np.random.default_rng(0), {"bench": ["seconds"], "submit": ["nodes", "gpus", "cpus", "hours"]}
+    after = ["train"] if command == "submit" else []  # the other options of these are those of `train`
     for name in own.get(command) or list_numbers_and_words(kind):
         for word in rng.choice(WORDS, min(ROUNDS // 6, len(WORDS)), replace=False) if command == "train" else WORDS:
             said, values = "", ()
             try:
-                values = flatten(cli.parse([*command.split(), *needed, f"--{name.replace('_', '-')}={word}"])[1])[name]
+                flag = f"--{name.replace('_', '-')}={word}"
+                values = flatten(cli.parse([*command.split(), *needed, flag, *after])[1])[name]
             except ValueError as error:
                 said = str(error)
             assert not said or (

@@ -210,15 +210,20 @@ def assert_goes_on(run: Path, stderr: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_whole_group_saves(photos, tmp_path, number):
-    if signal.getsignal(number) is signal.SIG_IGN:
+@pytest.mark.parametrize("names", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGTERM SIGUSR1", "SIGUSR1 SIGTERM"])
+def test_a_signal_to_the_whole_group_saves(photos, tmp_path, names):
+    """SIGUSR1 is Slurm's, and may come with another."""
+    numbers = [signal.Signals[name] for name in names.split()]
+    if signal.getsignal(numbers[0]) is signal.SIG_IGN:
         pytest.skip("the tests were started by nohup")
     process = start_long(photos, tmp_path / "run", data__num_workers=2, log__every=1000, log__knn_every=0)
-    os.killpg(process.pid, number)
+    for number in numbers:
+        os.killpg(process.pid, number)
+        time.sleep(0.01)  # else the system delivers the one of the smaller number first
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert "Stopped and saved after step" in stderr
+    assert stderr.count("Finishing this step") == len(numbers)  # workers say nothing
     assert_goes_on(tmp_path / "run", stderr)
 
 

@@ -206,7 +206,7 @@ def describe_type(kind: Any) -> str:
 
 
 def list_options() -> str:
-    """A line for each option of each command; those that `bench` has from `train` only once."""
+    """A line for each option of each command; those that `bench` and `submit` have from `train` only once."""
     lines = []
     for command, (_, kind, _) in cli.COMMANDS.items():
         for name, hint in find_leaves(kind, inherited=command != "train"):
@@ -219,6 +219,8 @@ def find_leaves(kind: type[Options], inherited: bool) -> list[tuple[str, str]]:
     defaults = {f.name: f.default for f in dataclasses.fields(kind)}
     for name, hint in get_types(kind).items():
         if inherited and issubclass(kind, TrainOptions) and name in get_types(TrainOptions):
+            continue
+        if strip(hint) is TrainOptions:  # of `submit`
             continue
         if isinstance(strip(hint), type) and issubclass(strip(hint), Options):
             leaves += find_leaves(strip(hint), inherited=False)

@@ -19,12 +19,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import matplotlib
 import tomli_w
 import torch
-from matplotlib.figure import Figure
 
-from dino import distributed, files, paper, weights
+from dino import distributed, files, paper, slurm, weights
 from dino.data.open import open_labeled_pair
 from dino.data.specs import make_absolute, split_folders
 from dino.engine.checkpoint import LOCK, lock_folder
@@ -32,16 +30,17 @@ from dino.engine.log import read_metrics
 from dino.eval import knn
 from dino.machine import check_cores, count_spare_cores
 from dino.options import flatten, replace, required, toml
-from dino.options.commands import AblateOptions
+from dino.options.commands import AblateOptions, SlurmOptions
 from dino.options.evaluate import KnnOptions
 from dino.options.recipes import choose_base
 from dino.options.resume import FREE_ON_RESUME
-from dino.options.train import TrainOptions
-from dino.paper import Row, Table
+from dino.options.train import AUTO, TrainOptions
+from dino.paper import Row
+from dino.report.table import draw_bars, format_markdown, format_rows
 from dino.terminal import Terminal
 
 K = 20
-OURS, THEIRS, UNTRAINED = "#2a6f97", "#a9b4c2", "#c1121f"  # colors of the figure
+FIGURE = f"knn{K}_top1"
 
 
 class Ablation:
@@ -86,7 +85,10 @@ class Ablation:
             (self.folder / "rows").mkdir(exist_ok=True)
             done, total = len(results), len(self.runs)
             self.terminal.say(f"{self.table.title}: {total} rows, {done} finished; in {self.folder}")
-            self._run_missing(results)
+            if self.options.slurm is None:
+                self._run_missing(results)
+            else:
+                self._send_missing(results, self.options.slurm)
         return {name: results[name] for name in self.runs if name in results}
 
     def _is_as_wanted(self, name: str, result: dict[str, Any] | None) -> bool:
@@ -118,13 +120,7 @@ class Ablation:
             for finished in as_completed([pool.submit(run_row, name) for name in self.runs if name not in results]):
                 name, result = finished.result()
                 if result is not None:
-                    results[name] = result
-                    with files.replacing(self.results_file) as temporary:
-                        temporary.write_text(json.dumps(results, indent=1))
-                    warning = ", collapsed" if result["collapse"] else ""
-                    self.terminal.say(
-                        f"  {name}: k-NN {result['knn']:.1f} %{warning} ({result['minutes']:.0f} minutes)"
-                    )
+                    self._keep(results, name, result)
                     self.terminal.update(len(results), "training; each row's output is in its .log file")
         finally:
             self.stopping = True
@@ -132,6 +128,13 @@ class Ablation:
                 process.terminate()  # the row saves itself; the same command resumes it
             pool.shutdown()
             self.terminal.stop()
+
+    def _keep(self, results: dict[str, dict[str, Any]], name: str, result: dict[str, Any]) -> None:
+        results[name] = result
+        with files.replacing(self.results_file) as temporary:
+            temporary.write_text(json.dumps(results, indent=1))
+        warning = ", collapsed" if result["collapse"] else ""
+        self.terminal.say(f"  {name}: k-NN {result['knn']:.1f} %{warning} ({result['minutes']:.0f} minutes)")
 
     def _find_places(self) -> list[str]:
         """Where rows are trained at the same time: the GPUs that this process may use, or CPU jobs."""
@@ -142,45 +145,87 @@ class Ablation:
 
     def _run_row(self, name: str, place: str) -> dict[str, Any] | None:
         """Train row `name` to its end and evaluate it; None when it did not get there."""
-        options, run, file = (
-            self.runs[name],
-            self.folder / make_slug(name),
-            self.folder / "rows" / f"{make_slug(name)}.toml",
-        )
-        file.write_text(tomli_w.dumps(toml.to_dict(options)))
-        flags = ["--resume", str(run)] if (run / "config.toml").exists() else [str(file), "--out", str(run)]
-        flags += [] if self.options.report else ["--no-report"]
-        environment = dict(os.environ)
+        options, environment = self.runs[name], dict(os.environ)
+        flags = self._write_row(name)
         if place.startswith("cuda"):
             environment["CUDA_VISIBLE_DEVICES"] = place.removeprefix("cuda:")
             if options.data.num_workers is None:
                 flags += ["--data.num-workers", str(count_spare_cores(len(self._find_places())))]
         else:
             flags += ["--device", "cpu", "--threads", str(options.threads or count_spare_cores(self.options.jobs))]
-        command, before = [sys.executable, "-m", "dino", "train", *flags], time.monotonic()
-        with open(file.with_suffix(".log"), "ab") as log:
+        command, before = [sys.executable, "-m", "dino", *flags], time.monotonic()
+        with open(file := self.folder / "rows" / f"{make_slug(name)}.log", "ab") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             self.running.append(process)
             code = process.wait()
             self.running.remove(process)
         if code != 0:
-            last = file.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
+            last = file.read_text(errors="replace").strip().splitlines()[-1:]
             self.terminal.say(f"  {name}: failed ({'; '.join(last)}); run the same command again to go on")
             return None
-        lines = read_metrics(run / "metrics.jsonl")
-        epochs = required(toml.read_recorded(str(run)).epochs)
-        if max((line["epoch"] for line in lines if "loss" in line), default=0) < epochs:
+        run, (train, val) = self.folder / make_slug(name), self.data
+        if not self._is_trained(run):
             return None  # it was asked to stop
-        (train, val), figure = self.data, f"knn{K}_top1"
         model = weights.load(f"{run}:last").to(self.device)  # as the paper, which chooses none by its test images
         found = knn.evaluate(model, KnnOptions(model=str(run), data=train, val=val, k=(K,)), self.device)
+        return self._describe(name, found.figures[FIGURE], time.monotonic() - before)
+
+    def _write_row(self, name: str) -> list[str]:
+        """Write the options of row `name`, and return the command that starts or continues its run."""
+        file, run = self.folder / "rows" / f"{make_slug(name)}.toml", self.folder / make_slug(name)
+        file.write_text(tomli_w.dumps(toml.to_dict(self.runs[name])))
+        quick = [] if self.options.report else ["--no-report"]
+        return ["train", str(file), "--out", str(run), "--resume", AUTO, *quick]
+
+    def _is_trained(self, run: Path) -> bool:
+        epochs = [line["epoch"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+        return bool(epochs) and max(epochs) >= required(toml.read_recorded(str(run)).epochs)
+
+    def _describe(self, name: str, accuracy: float, seconds: float) -> dict[str, Any]:
+        """The result of row `name`, from its k-NN accuracy in percent and from what its run has logged."""
+        lines = read_metrics(self.folder / make_slug(name) / "metrics.jsonl")
         return {
-            "options": _flatten(options),
-            "knn": found.figures[figure],
-            "untrained": next((line[figure] for line in lines if figure in line), None),
+            "options": _flatten(self.runs[name]),
+            "knn": accuracy,
+            "untrained": next((line[FIGURE] for line in lines if FIGURE in line), None),
             "collapse": any(line.get("collapse") for line in lines),
-            "minutes": (time.monotonic() - before) / 60,
+            "minutes": seconds / 60,
         }
+
+    def _send_missing(self, results: dict[str, dict[str, Any]], more: tuple[str, ...]) -> None:
+        """Collect the rows that Slurm has finished; send the others, unless some are still there, as one array of jobs."""
+        for name in self.runs:
+            if name not in results and (found := self._collect(name)):
+                self._keep(results, name, found)
+        missing, note = [name for name in self.runs if name not in results], self.folder / "rows" / "slurm-job"
+        if not missing:
+            return
+        job = note.read_text() if note.exists() else ""
+        if left := slurm.count_left(job):
+            self.terminal.say(f"Job {job} still has {left} of them; the same command collects them.")
+            return
+        options = SlurmOptions(gpus=int(self.options.device != "cpu"), slurm=more)
+        (train, val), jobs = self.data, []
+        evaluation = ["--data", train, *(["--val", val] if val else []), "--k", str(K), "--device", self.options.device]
+        for name in missing:
+            run = self.folder / make_slug(name)
+            training = [*self._write_row(name), "--device", self.options.device]
+            jobs.append(slurm.Job([training, ["eval", "knn", f"{run}:last", *evaluation]]))
+        job = slurm.send(jobs, self.folder / "rows", f"ablate-{self.options.table}", options)
+        note.write_text(job)
+        self.terminal.say(
+            f"Job {job}: {len(jobs)} rows are on their way; their output is in {self.folder}/rows/{job}_*.out. "
+            f"The same command collects them; scancel {job} cancels them."
+        )
+
+    def _collect(self, name: str) -> dict[str, Any] | None:
+        """The result of row `name` from the files that its job has left; None where it has not got to the end."""
+        run = self.folder / make_slug(name)
+        file, last = run / "eval" / "last" / "knn.json", run / "teacher.safetensors"
+        if not (file.exists() and self._is_trained(run)) or file.stat().st_mtime < last.stat().st_mtime:
+            return None
+        took = file.stat().st_mtime - (self.folder / "rows" / f"{make_slug(name)}.toml").stat().st_mtime
+        return self._describe(name, json.loads(file.read_text())["figures"][FIGURE], took)
 
 
 def make_slug(name: str) -> str:
@@ -192,54 +237,6 @@ def _flatten(options: TrainOptions) -> dict[str, Any]:
     """Options that are set, as JSON gives them back, without those that may differ from machine to machine."""
     flat = {k: v for k, v in flatten(options).items() if k not in FREE_ON_RESUME and v is not None}
     return json.loads(json.dumps(flat))
-
-
-def _format(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
-def format_rows(table: Table, results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Header and rows of text: name, ours, collapse, the paper's k-NN and linear figures."""
-    rows = [["row", f"k-NN (k = {K})", "collapse reported", "paper: k-NN", "paper: linear", "minutes"]]
-    for row in table.rows:
-        found = results.get(row.name, {})
-        collapse = ("yes" if found["collapse"] else "no") if found else ""
-        figures = found.get("knn"), row.knn, row.linear, found.get("minutes")
-        ours, *others = map(_format, figures)
-        rows.append([row.name, ours, collapse, *others])
-    return rows
-
-
-def format_markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]]) + "\n"
-
-
-def draw_bars(table: Table, results: dict[str, dict[str, Any]], path: Path, note: str) -> None:
-    """Write a figure with bars of our k-NN beside the paper's, collapsed rows hatched."""
-    names = [row.name for row in table.rows][::-1]
-    theirs = [row.linear if row.knn is None else row.knn for row in table.rows][::-1]
-    which = "k-NN" if any(row.knn is not None for row in table.rows) else "linear"
-    ours = [results.get(name, {}) for name in names]
-    collapsed = [bool(found.get("collapse")) for found in ours]
-    texts = [_format(r.get("knn")) + " collapsed" * c for r, c in zip(ours, collapsed, strict=True)]
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(9, 0.9 + 0.36 * len(names)), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
-        bars = left.barh(names, [r.get("knn", 0) for r in ours], color=OURS, hatch=["///" * c for c in collapsed])
-        box = {"color": "white", "pad": 0.5}  # keeps the dashed line out of the text
-        left.bar_label(bars, texts, padding=3, bbox=box)
-        bars = right.barh(names, [value or 0 for value in theirs], color=THEIRS)
-        right.bar_label(bars, [_format(value) for value in theirs], padding=3)
-        untrained = [r["untrained"] for r in results.values() if r["untrained"] is not None]
-        if untrained:
-            left.axvline(untrained[0], color=UNTRAINED, linewidth=1, linestyle="--", label="untrained")
-            left.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, -0.06))
-        left.set_title(f"here ({note}): k-NN, %")
-        right.set_title(f"paper (ImageNet, ViT-S/16): {which}, %")
-        for axis in (left, right):
-            axis.margins(x=0.18)
-        figure.savefig(path, dpi=150)
 
 
 def ablate_command(options: AblateOptions) -> int:
@@ -255,7 +252,13 @@ def ablate_command(options: AblateOptions) -> int:
     for asked in (signal.SIGINT, signal.SIGTERM):  # even where a shell's background job ignores them
         signal.signal(asked, signal.default_int_handler)
     results = ablation.run_rows()
-    rows, table, note = format_rows(ablation.table, results), ablation.folder / "table", f"{options.scale} scale"
+    if options.slurm is not None and len(results) < len(ablation.table.rows):
+        return 0  # the others are on their way
+    rows, table, note = (
+        format_rows(ablation.table, results, f"k-NN (k = {K})"),
+        ablation.folder / "table",
+        f"{options.scale} scale",
+    )
     table.with_suffix(".md").write_text(f"{ablation.table.title}, {note}\n\n{format_markdown(rows)}")
     with open(table.with_suffix(".csv"), "w", newline="") as file:
         csv.writer(file).writerows(rows)

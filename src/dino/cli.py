@@ -6,6 +6,7 @@ Arguments are parsed before the function is imported, so that help and mistakes 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import io
 import os
@@ -30,6 +31,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command("learn from images without labels", TrainOptions, "dino.run:run_training"),
+    "submit": Command("train on a Slurm cluster", commands.SubmitOptions, "dino.slurm:submit_command"),
     **{
         f"eval {name}": Command(what, kind, "dino.eval.evaluate:evaluate_command")
         for name, (what, kind) in EVALUATIONS.items()
@@ -86,6 +88,7 @@ first steps:
   dino train --data photos/ --minutes 30         as many epochs as fit into half an hour
   dino train mine.toml --epochs 30               a file is flags written down; flags win
   dino train --resume runs/a                     continue an interrupted run, to the bit
+  dino submit --gpus 8 train --data photos/      as a job of Slurm, which goes on by itself after its time limit
   dino app runs/a                                explore it in a browser: where it looks, what is alike
 
 dino COMMAND --help explains every option. --debug after any command shows the full traceback of an error.
@@ -157,6 +160,8 @@ def parse(arguments: list[str]) -> tuple[str, Options]:
     kind, flags = COMMANDS[name].options, join_repeated(flags)
     if issubclass(kind, TrainOptions):
         return name, parse_train(flags, kind, name)
+    if kind is commands.SubmitOptions:
+        return name, parse_submit(flags)
     return name, parse_flags(kind, flags, f"dino {name}")
 
 
@@ -184,6 +189,19 @@ def parse_train(flags: list[str], kind: type[TrainOptions] = TrainOptions, name:
     has_data = given.data is not None or "--help" in flags or "-h" in flags  # help is not about the demo
     base = free_length(choose_base(recipe, has_data, given.resume, name), vars(given))
     return parse_flags(kind, flags, f"dino {name} [RECIPE | FILE.toml]", kind(**vars(base)))
+
+
+def parse_submit(flags: list[str]) -> commands.SubmitOptions:
+    """`[OPTIONS] train [RECIPE | FILE.toml] [FLAGS]` of `dino submit`. A partition, too, may be called `train`."""
+    before = ["", *flags]
+    places = [i for i, word in enumerate(flags) if word == "train" and (before[i][:2] != "--" or "=" in before[i])]
+    own = flags[: places[0]] if places else flags
+    options = parse_flags(commands.SubmitOptions, own, "dino submit [OPTIONS] train [RECIPE | FILE.toml]")
+    if not places:
+        raise ValueError(
+            "dino submit sends a training; write it behind the options: dino submit --gpus 8 train --data ..."
+        )
+    return dataclasses.replace(options, training=parse_train(flags[places[0] + 1 :], name="submit train"))
 
 
 def show_recipes(options: commands.RecipesOptions) -> None:

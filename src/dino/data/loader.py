@@ -125,7 +125,8 @@ def read_with_stand_in(
 
 def _start_worker(_: int) -> None:
     """Workers leave signals to the training process and run one thread each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGINT)):
+        signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is not signal.SIG_IGN:  # which `nohup` asks for
             signal.signal(number, signal.SIG_DFL)

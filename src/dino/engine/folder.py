@@ -22,6 +22,8 @@ _WRITTEN = [
     *("config.json", "files.jsonl", "teacher.safetensors", "best.safetensors", "metrics.jsonl", "quarantine.jsonl"),
     *("report.html", "checkpoints/latest", "checkpoints/step-????????.pt", "tensorboard/events.out.tfevents.*"),
     *(f"checkpoints/step-????????.shards/{name}" for name in (".metadata", "state.pt", "__*.distcp")),
+    *(f"slurm/{name}" for name in ("train.toml", "*_log.out", "*_submitted.pkl", "*_result.pkl", "*_submission.sh")),
+    "slurm/.submission_file_*.sh",
     *(f"{of}/{name}{end}" for of in ("eval", "eval/last") for name in EVALUATIONS for end in _OF_EVALUATION),
     *(f"eval/step-????????/{name}.json" for name in EVALUATIONS),
     "config.toml",  # last: without it, what is left after a kill would be no run
@@ -68,8 +70,9 @@ def choose_folder(options: TrainOptions) -> Path:
     folder = name_folder(options)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give a folder to write the run to.")
-    # A run that was killed as it started leaves at most its lock and its file list.
-    if folder.is_dir() and any(child.name[0] != "." and child.name != "files.jsonl" for child in folder.iterdir()):
+    # A run that was killed as it started leaves at most its lock and its file list; `dino submit` writes its logs before.
+    early = ("files.jsonl", "slurm")
+    if folder.is_dir() and any(child.name[0] != "." and child.name not in early for child in folder.iterdir()):
         if not (folder / "config.toml").exists():
             raise ValueError(f"{folder} is not empty and holds no run; choose another --out.")
         if not options.overwrite:

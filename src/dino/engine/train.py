@@ -252,7 +252,10 @@ class Trainer:
                     self.metrics.close()
         if self.failure is not None:
             raise self._end(str(self.failure)) from self.failure
-        return self.step >= total or self.hurts
+        complete = self.step >= total or self.hurts
+        if not complete:
+            self.signals.pass_on()
+        return complete
 
     def _end(self, reason: str) -> TrainingError:
         return TrainingError(
@@ -314,9 +317,12 @@ class Trainer:
 
     def _agree_to_end(self) -> bool:
         """Whether a signal or a failure asks any rank to end; all ranks call it. Among GPUs it waits for the device."""
-        asked = float(self.signals.received or self.failure is not None or self.hurts or self.pace.is_over())
+        asked = self.signals.received or self.failure is not None or self.hurts or self.pace.is_over()
         device = self.device if distributed.world_size() > 1 else "cpu"
-        return bool(distributed.sum_(torch.tensor(asked, device=device)))
+        own = torch.tensor([asked, self.signals.requeue], dtype=torch.float, device=device)
+        asked, requeue = distributed.sum_(own).tolist()
+        self.signals.requeue |= requeue > 0  # the main rank requeues the job, also where another had the signal first
+        return asked > 0
 
     def take_step(self, batch: Batch) -> dict[str, Tensor]:
         """Train on one batch; what to log, on the device."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from dino.options.rules import (
     AttentionMass,
@@ -20,6 +21,10 @@ from dino.options.rules import (
     between,
 )
 from dino.options.train import TrainOptions
+
+SBATCH_OPTION = Rule(
+    re.compile(r"[a-z][a-z_-]*(=.*)?").fullmatch, "write an option of sbatch as KEY=VALUE, or KEY alone, without dashes"
+)
 
 
 class InferenceOptions(Options):
@@ -174,6 +179,32 @@ class AppOptions(Options):
     """Where to compute."""
 
 
+class SlurmOptions(Options):
+    nodes: Few = 1
+    """Machines."""
+    gpus: NoneOrFew = 1
+    """GPUs of each machine, every one with a process of its own. 0: one process on the machine's CPU."""
+    cpus: Few = 8
+    """Cores of each process."""
+    hours: PositiveFloat = 24
+    """Limit of time. What is not done by then is saved, queued again, and goes on."""
+    partition: str | None = None
+    """Where to run. None: the cluster's usual one."""
+    slurm: tuple[Annotated[str, SBATCH_OPTION], ...] = ()
+    """Other options of sbatch, e.g. qos=high mem=64G exclusive."""
+
+
+class SubmitOptions(SlurmOptions):
+    training: Suppress[TrainOptions] = TrainOptions()  # what follows the word `train`
+
+    def contradictions(self) -> Iterator[str]:
+        if self.training.overwrite:
+            yield (
+                "a job that is queued again continues its run, so --overwrite does not go with dino submit; delete the old "
+                "run yourself, or choose another --out."
+            )
+
+
 class AblateOptions(Options):
     table: Annotated[Positional[str], arg(metavar="[TABLE]")] = ""
     """Which of the paper's tables (7, 14, 15, teacher, crops, prototypes, ...). Without one, they are listed."""
@@ -195,6 +226,9 @@ class AblateOptions(Options):
     """Write each row's report.html."""
     device: Literal["auto", "cpu"] = "auto"
     """Where to compute."""
+    slurm: tuple[Annotated[str, SBATCH_OPTION], ...] | None = None
+    """Train the rows as jobs of Slurm, an array with a GPU each, with options of sbatch such as partition=P time=8:00:00. The
+    same command again collects them."""
 
 
 class BenchOptions(TrainOptions):
