@@ -15,7 +15,7 @@ import dino
 from dino.cli import main
 from dino.data import open as data
 from dino.data import specs
-from dino.features.shards import Folder
+from dino.features.embedding import Folder
 from dino.options import replace, toml
 from dino.options.train import TrainOptions
 from drawing import draw_images
@@ -54,7 +54,7 @@ def test_a_set_of_torchvisions_goes_through_every_command(cifar, tmp_path, monke
     assert json.loads((run / "eval" / "knn.json").read_text())["images"] == {"images in the bank": 40, "classified": 20}
     assert dino.embed(str(run), spec, "x.parquet", device="cpu").rows == 40
     monkeypatch.chdir("/")  # what was recorded means the same from another working directory
-    assert len(Folder.open(tmp_path / "x.parquet").read().images()) == 40
+    assert len(Folder.open(tmp_path / "x.parquet").images()) == 40
     drawn = tmp_path / "map.png"
     assert main(["figure", "tsne", str(tmp_path / run), "--data", recorded.data.path, "--out", str(drawn)]) == 0
     assert drawn.exists()

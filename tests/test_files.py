@@ -72,7 +72,7 @@ def full_disk(limit: int = 4000) -> Iterator[None]:
         "figure neighbors {model} --data {album} --out n.html",
         "search {embedded} {album} --json r.json",
         "search {embedded} {image} --html r.html",
-        "search {embedded} {image} --index hnsw --rebuild",
+        "search {embedded} {image} --index ivfpq --rebuild",
         "duplicates {embedded} --threshold -1 --html r.html",
         "eval knn {model} --data {album} --k 5 --json r.json",
         "export {model} --to safetensors --out x.safetensors",
@@ -83,7 +83,7 @@ def test_a_full_disk_is_one_sentence(command, album, clip, embedded, saved_model
     monkeypatch.chdir(tmp_path)
     named = {"model": saved_model, "album": album, "embedded": embedded, "image": album / "class0" / "noise.png"}
     words = command.format(clip=clip, **named).split()
-    out = embedded.with_suffix(".hnsw.faiss") if "hnsw" in words else Path(words[-1])
+    out = embedded.with_suffix(".ivfpq.faiss") if "ivfpq" in words else Path(words[-1])
     if kept := out.suffix and words[0] != "export":
         out.write_bytes(b"the old result")
     with full_disk(400 if words[0] in ("eval", "match", "pca", "attention") else 4000):

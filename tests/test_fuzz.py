@@ -169,7 +169,7 @@ def test_a_damaged_embedding(made, tmp_path, capsys, seed):
             what = harm(e, rng)
         commands = [
             ("search", e, image, "--k", 2),
-            ("search", e, image, "--index", "hnsw", "--json", tmp_path / "s.json"),
+            ("search", e, image, "--index", "ivfpq", "--json", tmp_path / "s.json"),
             ("duplicates", e),
             ("outliers", e, "--k", 3, "--html", tmp_path / "o.html"),
             ("embed", made / "run", made / "photos", "--out", e),

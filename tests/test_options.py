@@ -32,7 +32,7 @@ CLASSES = [
 ]
 # What makes options of each class, which has no default for these.
 REQUIRED = {"model": "m", "data": "d", "images": ("i",), "a": "a", "b": "b", "clip": "c", "out": "o", "embedding": "e"}
-REQUIRED |= {"run": "r", "to": "onnx"}
+REQUIRED |= {"run": "r", "to": "onnx", "keep": 1}
 
 
 def make(kind: type[Options], **values: Any) -> Any:

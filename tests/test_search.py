@@ -25,9 +25,14 @@ from dino.cli import main
 from dino.data.decode import decode
 from dino.data.image_files import Images
 from dino.data.scenes import Scenes
+from dino.features import ivfpq, shards
+from dino.features import search as finding
 from dino.features.copies import EDGE, find_copies, is_copy
+from dino.features.embedding import Embedding, Folder, Mapped
+from dino.features.ivfpq import Ivfpq
+from dino.features.neighbors import find_neighbors
 from dino.features.search import Index
-from dino.features.shards import Embedding, Folder
+from dino.features.shards import write_shard
 from helpers import draw_images, run_dino
 
 pa = pytest.importorskip("pyarrow")
@@ -53,7 +58,12 @@ def embedded(album, saved_model) -> Path:
 
 def drawn(rows: int, dim: int = 16, seed: int = 0, place: Path = Path("x.parquet")) -> Embedding:
     values = F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
-    return Embedding(Folder(place, [], {}, rows, dim, []), [f"{i}.jpg" for i in range(rows)], np.arange(rows), values)
+    return Embedding(
+        Folder(place, [], {}, rows, dim, [], digest=f"{rows} {dim} {seed}"),
+        [f"{i}.jpg" for i in range(rows)],
+        np.arange(rows),
+        values,
+    )
 
 
 def pixels_of(images: Path, embedding: Path) -> np.ndarray:
@@ -85,31 +95,133 @@ def test_flat_finds_the_nearest_exactly(rows, queries, k, together, seed):
     assert all(len(set(row)) == min(k, rows) for row in found.tolist())
 
 
-@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
-def test_approximate_indices_are_kept_and_find_most(kind, embedded, saved_model, album, tmp_path):
+def test_the_approximate_index_is_kept_and_finds_most(embedded, saved_model, album, tmp_path):
     pytest.importorskip("faiss")
-    index = Index(drawn(4000, place=tmp_path / "x.parquet"), kind)
-    assert 0.8 < index.measure_recall(10) <= 1
-    assert (tmp_path / f"x.{kind}.faiss").stat().st_size > 4000 * 16 * 4
+    embedding = drawn(10_000, place=tmp_path / "x.parquet")
+    index = Index(embedding, "ivfpq")
+    assert index.approximate.recall > 0.9
+    queries = drawn(50, seed=1).values
+    (cosine, rows), (true, exact) = index.find_nearest(queries, 10), Index(embedding).find_nearest(queries, 10)
+    found = (exact[:, :, None] == rows[:, None]).any(dim=2)
+    assert found.float().mean() > 0.9
+    torch.testing.assert_close(cosine, (queries[:, None] * embedding.values[rows]).sum(dim=2))  # exact ones
+    torch.testing.assert_close(cosine[:, 0][found[:, 0]], true[:, 0][found[:, 0]])
+    assert all(len({*row}) == 10 for row in rows.tolist())
+    assert (tmp_path / "x.ivfpq.faiss").stat().st_size < 10_000 * 16 * 4
     query = album / "class1" / "001.jpg"
-    found = dino.search(embedded, [query], 4, kind, device="cpu")
-    file = embedded.with_suffix(f".{kind}.faiss")
+    found = dino.search(embedded, [query], 4, "ivfpq", device="cpu")
+    file = embedded.with_suffix(".ivfpq.faiss")
     made = file.stat().st_mtime_ns
     assert sorted(found.paths[0][:3]) == ["class1/001.jpg", "class2/copy0.jpg", "class2/copy1.jpg"]
-    assert dino.search(embedded, [query], 4, kind, device="cpu").paths == found.paths
+    assert dino.search(embedded, [query], 4, "ivfpq", device="cpu").paths == found.paths
     assert file.stat().st_mtime_ns == made
-    assert dino.duplicates(embedded, 0.999, kind) == dino.duplicates(embedded, 0.999)
-    np.testing.assert_allclose(dino.outliers(embedded, 5, kind), dino.outliers(embedded, 5), atol=0.05)
+    assert dino.duplicates(embedded, 0.999, "ivfpq") == dino.duplicates(embedded, 0.999)
+    np.testing.assert_allclose(dino.outliers(embedded, 5, "ivfpq"), dino.outliers(embedded, 5), atol=0.05)
+
+
+def test_an_index_is_gone_on_with(tmp_path, monkeypatch):
+    """One that was interrupted adds only the rows that it does not hold, and is the index that nothing interrupted."""
+    faiss = pytest.importorskip("faiss")
+    monkeypatch.setattr(ivfpq, "BLOCK", 250)
+    whole = Ivfpq(drawn(1250, place=tmp_path / "whole.parquet"))
+    monkeypatch.setattr(ivfpq, "SAVED", -1)
+    embedding = drawn(1250, place=tmp_path / "x.parquet")
+    iterate, added = Embedding.iterate, []
+
+    def fail(self, count):
+        for number, block in enumerate(iterate(self, count)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield block
+
+    monkeypatch.setattr(Embedding, "iterate", fail)
+    with pytest.raises(KeyboardInterrupt):
+        Ivfpq(embedding)
+    monkeypatch.setattr(Embedding, "iterate", iterate)
+    add = faiss.IndexIVFPQ.add
+    monkeypatch.setattr(faiss.IndexIVFPQ, "add", lambda self, x: (added.append(len(x)), add(self, x)))
+    again = Ivfpq(embedding)
+    assert added == [250, 250]
+    assert again.index.ntotal == 1250
+    assert again.recall == whole.recall
+    assert all(map(torch.equal, again.find_nearest(embedding.values, 5), whole.find_nearest(embedding.values, 5)))
+
+
+# --- features that stay on the disk --------------------------------------------------------------------------------
+
+
+def write_embedding(out: Path, values: np.ndarray, shard: int = 1000, **about: object) -> Path:
+    """An embedding of these features, as `dino embed` writes it."""
+    out.mkdir()
+    said = dict.fromkeys(("model", "model_sha256", "data", "data_sha256", "stamp"), "") | {"pooling": "cls", "bad": []}
+    said |= {"images": len(values), "shard": shard, "shards": -(-len(values) // shard), "size": 32, "fp16": False}
+    for number in range(said["shards"]):
+        rows = np.arange(number * shard, min(len(values), (number + 1) * shard))
+        columns = {"path": np.array([f"{row}.jpg" for row in rows], object), "index": rows}
+        write_shard(str(out / f"part-{number:06d}.parquet"), columns, values[rows], said | about)
+    return out
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_mapped_rows_are_the_rows_in_memory(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(shards, "ROW_GROUP", 700)
+    values = np.random.default_rng(0).normal(size=(2500, 24)).astype(kind)
+    folder = Folder.open(write_embedding(tmp_path / "x.parquet", values))
+    mapped, memory = Mapped(folder), folder.read()
+    assert all(isinstance(piece, np.memmap) for piece in mapped.pieces)
+    assert [*map(len, mapped.pieces)] == [700, 300, 700, 300, 500]
+    rows = np.random.default_rng(1).integers(0, 2500, 300)
+    torch.testing.assert_close(mapped.take(rows), memory.values[rows])
+    torch.testing.assert_close(torch.cat([*mapped.iterate(800)]), memory.values)
+    assert [mapped.names[row] for row in rows] == [memory.names[row] for row in rows]
+    assert [mapped.positions[row] for row in rows] == memory.positions[rows].tolist()
+    queries = F.normalize(torch.from_numpy(values[:7]).float(), dim=1)
+    cosines, found = Index(mapped, "flat").find_nearest(queries, 9)
+    expected, nearest = find_neighbors(queries, memory.values, 9)
+    torch.testing.assert_close(cosines, expected)
+    assert torch.equal(found, nearest)
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"compression": "none"}, {"compression": "none", "use_dictionary": False, "data_page_size": 100}]
+)
+def test_a_shard_that_others_have_written_is_read_all_the_same(tmp_path, layout):
+    values = np.random.default_rng(0).normal(size=(3000, 8)).astype(np.float32)
+    (file,) = (out := write_embedding(tmp_path / "x.parquet", values, 3000)).iterdir()
+    pq.write_table(pq.read_table(file), file, **layout)
+    mapped = Mapped(Folder.open(out))
+    torch.testing.assert_close(mapped.take(range(3000)), F.normalize(torch.from_numpy(values), dim=1))
+
+
+def test_many_rows_are_searched_on_the_disk_with_an_index(embedded, album, tmp_path, monkeypatch, capsys):
+    """By default, beyond a number of images; and a page and a result are those of an exact search."""
+    pytest.importorskip("faiss")
+    query, page, file = album / "class1" / "001.jpg", tmp_path / "p.html", tmp_path / "r.json"
+    shutil.copytree(embedded, own := tmp_path / "own.parquet")
+    command = ["search", str(own), str(query), "--k", "5", "--html", str(page), "--json", str(file)]
+    assert main(command) == 0
+    exact, said = json.loads(file.read_text()), capsys.readouterr().out
+    monkeypatch.setattr(finding, "MANY", 40)
+    monkeypatch.setattr(Folder, "read", lambda self: pytest.fail("it is read into memory"))
+    assert main(command) == 0
+    found, now = json.loads(file.read_text()), capsys.readouterr().out
+    assert re.search(r"\nrecall@10 of ivfpq: [\d.]+ % of the exact neighbors of 100 images\n$", now)
+    assert (found["index"], exact["index"]) == ("ivfpq", "flat")
+    nearest = [{row["path"] for row in result["queries"][0]["neighbors"][:4]} for result in (found, exact)]
+    assert nearest[0] == nearest[1]
+    assert page.read_text().count("<img") == 6
+    assert main([*command, "--index", "flat"]) == 0
+    assert sorted(capsys.readouterr().out.split("\n")) == sorted(said.split("\n"))  # copies are equally near
 
 
 def test_the_command_finds_copies_first(embedded, album, tmp_path):
     query, page, file = album / "class1" / "001.jpg", tmp_path / "p.html", tmp_path / "r.json"
-    done = run_dino("search", embedded, query, "--k", 5, "--index", "hnsw", "--html", page, "--json", file)
+    done = run_dino("search", embedded, query, "--k", 5, "--index", "ivfpq", "--html", page, "--json", file)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == str(query)
     assert lines[1].split()[0] == "1.0000"
-    assert lines[-1].startswith("recall@5 of hnsw: ")
+    assert lines[-1].startswith("recall@10 of ivfpq: ")
     result = json.loads(file.read_text())
     (asked,) = result["queries"]
     assert asked["query"] == str(query)
@@ -148,7 +260,7 @@ def test_duplicates_are_groups_and_outliers_stand_alone(embedded, album, tmp_pat
     assert page.read_text().count("<img") == 3
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+@pytest.mark.parametrize("kind", ["flat", "ivfpq"])
 def test_features_join_all_rows_that_a_chain_of_pairs_joins(kind, tmp_path):
     pytest.importorskip("faiss")
     embedding, threshold = drawn(300, dim=4, seed=3, place=tmp_path / "x.parquet"), 0.97
@@ -220,7 +332,7 @@ def test_what_cannot_be_searched_is_one_sentence(embedded, album, saved_model, t
     (cut / "part-000001.parquet").write_bytes((embedded / "part-000001.parquet").read_bytes()[:2000])
     assert "part-000001.parquet is damaged or cut short" in complaint("search", cut, image)
     (cut / "part-000001.parquet").unlink()
-    assert "incomplete, 2 of 3 shards" in complaint("search", cut, image)
+    assert "incomplete, 2 of 3 shards (missing: 1); complete it with: dino embed" in complaint("search", cut, image)
 
     patches = dino.embed(str(saved_model), "scenes:3", tmp_path / "patches.parquet", "patches", device="cpu")
     assert "holds features of patches" in complaint("outliers", patches.path)
@@ -230,9 +342,9 @@ def test_an_index_must_be_of_its_embedding(embedded, album, saved_model, tmp_pat
     """What it was built from counts, not when: a copied embedding is younger, a new one may be older."""
     pytest.importorskip("faiss")
     own = shutil.copytree(embedded, tmp_path / "own.parquet")
-    query = ["search", str(own), str(album / "class0" / "000.jpg"), "--index", "hnsw", "--device", "cpu"]
+    query = ["search", str(own), str(album / "class0" / "000.jpg"), "--index", "ivfpq", "--device", "cpu"]
     assert main(query) == 0
-    index = tmp_path / "own.hnsw.faiss"
+    index = tmp_path / "own.ivfpq.faiss"
     os.utime(index, (1e9, 1e9))
     assert main(query) == 0
     shutil.rmtree(own)
@@ -240,10 +352,10 @@ def test_an_index_must_be_of_its_embedding(embedded, album, saved_model, tmp_pat
     for file in own.iterdir():
         os.utime(file, (1, 1))
     assert main(query) == 2
-    assert "own.hnsw.faiss is older than its embedding" in capsys.readouterr().err
+    assert "own.ivfpq.faiss is older than its embedding" in capsys.readouterr().err
     assert main([*query, "--rebuild"]) == 0
     assert main(query) == 0
-    Index(drawn(50, place=tmp_path / "own.parquet"), "hnsw", rebuild=True)
+    Index(drawn(50, place=tmp_path / "own.parquet"), "ivfpq", rebuild=True)
     assert main(query) == 2
     capsys.readouterr()
     assert main([*query, "--rebuild"]) == 0

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dino.features.embed import embed as embed
     from dino.features.search import outliers as outliers
     from dino.features.search import search as search
+    from dino.features.select import select as select
     from dino.features.sklearn import DinoFeatures as DinoFeatures
     from dino.look.attention import finer_patches as finer_patches
     from dino.look.pictures import attention_maps as attention_maps
@@ -30,6 +31,7 @@ _NAMES = {
     "dino.features.copies": ("duplicates",),
     "dino.features.embed": ("embed",),
     "dino.features.search": ("outliers", "search"),
+    "dino.features.select": ("select",),
     "dino.features.sklearn": ("DinoFeatures",),
     "dino.look.attention": ("finer_patches",),
     "dino.look.pictures": ("attention_maps", "match_patches", "pca_colors", "video_frames"),

@@ -56,6 +56,11 @@ COMMANDS: dict[str, Command] = {
         "near-copies, as groups", commands.DuplicatesOptions, "dino.features.commands:print_duplicates"
     ),
     "outliers": Command("images unlike all others", commands.OutliersOptions, "dino.features.commands:print_outliers"),
+    "select": Command(
+        "fewer images to train on: no near-copies, and all kinds",
+        commands.SelectOptions,
+        "dino.features.commands:write_selection",
+    ),
     "figure tsne": Command("a map of classes (t-SNE)", commands.TsneOptions, "dino.look.figures:draw_tsne"),
     "figure neighbors": Command(
         "where k-NN is right and wrong", commands.NeighborsOptions, "dino.look.figures:draw_neighbor_page"

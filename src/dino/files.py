@@ -6,8 +6,10 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -54,7 +56,9 @@ def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
         WriteError: the disk is full, or the place cannot be written.
     """
     name = os.fsencode(path.name)[:200].decode(errors="ignore")  # a name may have 255 bytes
-    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary = path.with_name(
+        f".{name}.{secrets.randbits(62)}.tmp"
+    )  # another machine may have a process of this number
     with naming(path):
         try:
             temporary.touch()
@@ -136,8 +140,18 @@ def check_writable(out: str | os.PathLike[str], kinds: str, inputs: Iterable[str
     return path
 
 
-def sweep(folder: Path) -> None:
-    """Delete what `replacing` left in `folder` when its process was killed. Nobody else may be writing there."""
+def is_temporary(name: str) -> bool:
+    """Whether `replacing` gave this name to a file that is not yet whole."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", name) is not None
+
+
+def sweep(folder: Path, older: float = 0) -> None:
+    """Delete what `replacing` left in `folder` when its process was killed.
+
+    Args:
+        older: seconds since it was last written. 0: whatever its age, where nobody else can be writing.
+    """
     for path in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process was as quick
+            if is_temporary(path.name) and (not older or path.stat().st_mtime < time.time() - older):
+                path.unlink()

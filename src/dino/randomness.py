@@ -28,6 +28,8 @@ class Stream(Enum):
     HELD_OUT = int.from_bytes(b"held-out"), 0  # which images are held out
     CLASSES = int.from_bytes(b"classes"), 0  # which images make a share of each class
     FOLDS = int.from_bytes(b"folds"), 0  # which fold of cross-validation an image is in
+    CENTERS = int.from_bytes(b"centers"), 0  # the first centers of k-means
+    SELECTED = int.from_bytes(b"selected"), 0  # part: cluster. Which of its images are selected
     PATCHES = int.from_bytes(b"patches"), 0  # part: image. Which patches of an image are learned from
 
 

@@ -25,8 +25,8 @@ from dino.data.open import open_images
 from dino.data.sources import Source, evenly_spaced, read_or_gray
 from dino.features.copies import find_copies
 from dino.features.embed import embed
+from dino.features.embedding import Folder
 from dino.features.search import Index, check_same_model
-from dino.features.shards import Folder
 from dino.look import pictures
 from dino.look.patches import extract_patches, fit_axes
 from dino.models import Backbone
@@ -178,8 +178,8 @@ class Explorer:
 
     def _use_embedding(self, folder: Folder) -> None:
         check_same_model(folder, self.model)
-        embedding = folder.read()
-        self.images, self.neighbors = embedding.images(), Index(embedding)
+        self.embedding = folder.read()
+        self.images, self.neighbors = folder.images(), Index(self.embedding)
 
     def index_images(self, cache: Path) -> Iterator[tuple[int, int]]:
         """Embed the data, or use the embedding in `cache`; yields how many images are done, of how many."""
@@ -216,10 +216,10 @@ class Explorer:
 
     def find_copies(self) -> tuple[str, list[Captioned]]:
         """Groups of near-copies: how many there are, and the largest."""
-        embedding = self._get_index().embedding
-        found = find_copies(embedding, self.images)
+        self._get_index()
+        found = find_copies(self.embedding, self.images)
         count, groups = sum(map(len, found.groups)), found.groups
-        said = f"{count:,} of {len(embedding.names):,} images are near-copies, in groups: {len(groups):,}."
+        said = f"{count:,} of {len(self.embedding):,} images are near-copies, in groups: {len(groups):,}."
         said += " The first of each is the best to keep." if groups else ""
         if len(groups) > MAX_GROUPS:
             said += f" The {MAX_GROUPS} largest are shown."

@@ -15,7 +15,7 @@ from dino.data.decode import BadImage, decode, open_file
 from dino.data.labels import assign_labels
 from dino.data.listing import Names, list_names, locate
 from dino.data.reader import Reader
-from dino.data.storage import Place, is_remote, list_files
+from dino.data.storage import Place, describe_all, is_remote, list_files
 
 
 class Files:
@@ -71,9 +71,11 @@ class Files:
 
 
 class RemoteFiles(Files):
-    """Image files below an address."""
+    """Image files below an address, or at addresses that a list names."""
 
     def stamp(self) -> str:
+        if not self.root:
+            return hashlib.sha256(repr(describe_all(self.names.split())).encode(errors="surrogateescape")).hexdigest()
         return hashlib.sha256(repr(list_files(self.root)).encode(errors="surrogateescape")).hexdigest()
 
     def read(self, index: int) -> np.ndarray:
@@ -95,9 +97,9 @@ def open_source(
 ) -> Files:
     """The images of a folder (searched at any depth, sorted by path) or of a list file (in the order of the list).
 
-    A list is a .txt file (one path per line; '#' starts a comment line) or a .csv file (columns path and, if known,
-    label); its paths are relative to it, and each counts once. Hidden files and folders, and those in which systems keep
-    thumbnails or deleted files, are skipped. Links to folders are followed once, but not to a folder above this one.
+    A list is a .txt file (one path or address per line; '#' starts a comment line) or a .csv file (columns path and, if
+    known, label); its paths are relative to it, and each counts once. Hidden files and folders, and those in which systems
+    keep thumbnails or deleted files, are skipped. Links to folders are followed once, but not to a folder above this one.
 
     labels: 'auto' (the list's labels; else the first folder level if it looks like classes), 'folders' (the first
     folder level), 'none', or a CSV file of path,label with paths relative to the images' folder or to the CSV.
@@ -110,7 +112,9 @@ def open_source(
     root = path if is_remote(path) or os.path.isdir(path) else os.path.dirname(path)
     names = list_names(path, record, trust)
     classes, indices = assign_labels(labels, names.split(), path, root)
-    kind = RemoteFiles if is_remote(path) else Files
+    if not is_remote(path) and is_remote(names[0]):
+        root = ""
+    kind = RemoteFiles if is_remote(path) or not root else Files
     return kind(root, names, classes, indices, path, reader)
 
 

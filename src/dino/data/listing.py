@@ -67,8 +67,10 @@ class Names:
         index %= len(self)
         return os.fsdecode(self.blob[self._starts[index] : self._starts[index + 1] - 1])
 
-    def split(self) -> list[str]:
-        return os.fsdecode(self.blob[:]).split("\0")[:-1]
+    def split(self, start: int = 0, end: int | None = None) -> list[str]:
+        """The names from `start` to before `end`."""
+        first, last = self._starts[start], self._starts[len(self) if end is None else end]
+        return os.fsdecode(self.blob[first:last]).split("\0")[:-1]
 
 
 def locate(spec: str | os.PathLike[str]) -> str:
@@ -213,6 +215,12 @@ def _read_list(path: str) -> list[str]:
     if not names:
         raise ValueError(f"The list '{path}' names no image; write one path per line.")
     folder, unique = os.path.dirname(path), {}
+    if (remote := sum(map(is_remote, names))) == len(names):
+        return [*dict.fromkeys(names)]
+    if remote:
+        raise ValueError(
+            f"The list '{path}' names images on this disk and elsewhere; write two lists, and --data twice."
+        )
     for name in names:
         unique.setdefault(normpath(os.path.join(folder, name)), name.removeprefix("./"))
     checked = list(unique)[:: -(-len(unique) // _CHECKED)]

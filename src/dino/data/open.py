@@ -11,10 +11,10 @@ import numpy as np
 
 from dino import errors
 from dino.data.decode import BadImage
-from dino.data.image_files import Files, open_source
+from dino.data.image_files import Files, RemoteFiles, open_source
 from dino.data.listing import save_names
 from dino.data.reader import Reader
-from dino.data.shards import SUFFIX, find_shards, open_shards
+from dino.data.shards import SUFFIX, Shards, find_members, find_shards, open_members, open_shards
 from dino.data.sources import Source, Subset, evenly_spaced, hold_out
 from dino.data.specs import HUB, KINDS, AnyPath, find_kind, get_name, split_folders, split_sources
 from dino.data.storage import is_remote
@@ -68,6 +68,8 @@ def _open_parts(
         return (open_shards(spec, shards, labels, reader) if shards else open_source(folder, labels)), None
     if (tables := find_tables(spec)) is not None:
         return open_tables(spec, tables, labels)
+    if (members := find_members(spec)) is not None:
+        return open_members(spec, members, labels, reader), None
     shards = find_shards(spec)
     if shards is None:
         return open_source(spec, labels, record, trust, reader), None
@@ -111,6 +113,45 @@ def record_files(source: Source, folder: Path) -> None:
     for name, part in parts.items():
         if isinstance(part, Files):
             save_names(folder / name, part.path, part.names)
+
+
+def require_files(source: Source) -> None:
+    """Refuse images that the lines of one list cannot name.
+
+    Raises:
+        ValueError: they are rows of a table, or drawn; or some are files and some lie in tar files.
+    """
+    kinds, sources = set(), [source]
+    while sources:
+        one = sources.pop()
+        sources += [one.source] if isinstance(one, Subset) else one.sources if isinstance(one, Together) else []
+        kinds |= set() if isinstance(one, Subset | Together) else {type(one)}
+    if not kinds <= {Files, RemoteFiles, Shards}:
+        raise ValueError(
+            "these images are no files and lie in no tar files, so no list can name them; write them as files."
+        )
+    if len(kinds) > 1:
+        raise ValueError(
+            "these images lie in different kinds of places, which one list cannot name; embed each source apart."
+        )
+
+
+def name_in_list(source: Source, position: int) -> str:
+    """The line of a list file that names an image, of a source that `require_files` takes."""
+    while isinstance(source, Subset | Together):
+        if isinstance(source, Subset):
+            source, position = source.source, source.locate(position)
+        else:
+            number, position = source.locate(position)
+            source = source.sources[number]
+    assert isinstance(source, Files | Shards)
+    path = source.find_place(position).path
+    line = f"{path}/{source.index.names[position]}" if isinstance(source, Shards) else path
+    if line != line.strip() or "\n" in line:
+        raise ValueError(
+            f"the name {line!r} begins or ends with a space or holds a line break, so no list can hold it; rename it."
+        )
+    return line
 
 
 def _say_places(spec: str, source: Source) -> None:

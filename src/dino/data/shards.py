@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from dino.data.index import Index, Shard, open_index
 from dino.data.labels import assign_labels, read_lines
 from dino.data.listing import look_into
 from dino.data.reader import Reader
+from dino.data.sources import Subset
 from dino.data.storage import (
     Place,
     Unreachable,
@@ -108,6 +109,25 @@ def find_shards(spec: str) -> list[str] | None:
     return sorted(os.path.join(path, name) for name in inside if name.lower().endswith(SUFFIX))
 
 
+def find_members(spec: str) -> dict[str, list[str]] | None:
+    """The images within tar files that a list names, TAR/NAME on each line, by tar file; None where it is no such list.
+
+    Raises:
+        ValueError: some lines name something else.
+    """
+    path = os.path.abspath(os.path.expanduser(spec))
+    if is_remote(spec) or not path.lower().endswith(".txt") or not os.path.isfile(path):
+        return None
+    lines, members = [*dict.fromkeys(read_lines(path))], {}
+    for line in lines:
+        shard, inside, name = line.partition(f"{SUFFIX}/")
+        if inside and not os.path.isdir(shard := join(os.path.dirname(path), shard + SUFFIX)):
+            members.setdefault(shard, []).append(name)
+    if members and sum(map(len, members.values())) < len(lines):
+        raise ValueError(f"The list '{path}' names images in tar files, and others; write two lists, and --data twice.")
+    return members or None
+
+
 def _expand(pattern: str) -> list[str]:
     """The paths that {0000..0127}, {a,b}, * and ? stand for."""
     braces = _BRACES.search(pattern)
@@ -152,6 +172,24 @@ def open_shards(spec: str, paths: Sequence[str], labels: str, reader: Reader) ->
     if labels in ("none", "auto", "folders") and (labels != "folders" or index.classes):
         return Shards(index, reader, labeled=labels != "none" and bool(index.classes))
     return Shards(index, reader, True, assign_labels(labels, index.names.split(), root, root))
+
+
+def open_members(spec: str, members: Mapping[str, Sequence[str]], labels: str, reader: Reader) -> Subset:
+    """The images that `find_members` found in the list `spec`.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    source = open_shards(spec, [*members], labels, reader)
+    chosen, bounds = [], source.bounds.tolist()
+    for (shard, names), first, end in zip(members.items(), bounds, bounds[1:], strict=False):
+        positions = {name: first + i for i, name in enumerate(source.index.names.split(first, end))}
+        if missing := [name for name in names if name not in positions]:
+            raise ValueError(
+                f"{len(missing)} images that '{spec}' names are not in {shard}, first {missing[0]}; correct it."
+            )
+        chosen += [positions[name] for name in names]
+    return Subset(source, chosen)
 
 
 def _read_shard(shard: Shard) -> Iterator[Entry]:

@@ -12,12 +12,14 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from dino import errors
+from dino import errors, files
 
 TRIES = 8
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds; each wait is twice the one before
+_PROBE = ".dino-probe-"
 _BLOCK = 2**23  # bytes read ahead where a file is read to its end
 _VERSION = ("size", "ETag", "etag", "LastModified", "updated", "mtime")  # what file systems tell of a file, if they do
 _FINAL = (FileNotFoundError, PermissionError, ImportError, NotImplementedError)  # they do not go away by waiting
@@ -95,6 +97,22 @@ def list_folder(folder: str) -> dict[str, bool]:
     return {info["name"].rstrip("/").rpartition("/")[2]: info["type"] == "directory" for info in found}
 
 
+def list_names(folder: str) -> list[str]:
+    """The names of what lies right in a folder now, whoever wrote it; none where there is no such folder.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not is_remote(folder):
+        return os.listdir(folder) if os.path.isdir(folder) else []
+
+    def look(system: Any, inside: str) -> list[str]:
+        system.invalidate_cache()  # of listings, which others have made longer
+        return system.ls(inside, detail=False) if system.exists(inside) else []
+
+    return [path.rstrip("/").rpartition("/")[2] for path in ask(folder, look)]
+
+
 def list_files(folder: str) -> dict[str, str]:
     """The files in and below a folder elsewhere: the name of each relative to it, and a text that changes with the file."""
     found, root = ask(folder, lambda system, inside: (system.find(inside, detail=True), inside.rstrip("/")))
@@ -141,6 +159,55 @@ def read_through(path: str) -> Iterator[BinaryIO]:
     system, inside = open_filesystem(path)
     with system.open(inside, "rb", block_size=_BLOCK, cache_type="readahead") as stream:
         yield stream
+
+
+def ask_of_file(path: str, question: Callable[[Any], T]) -> T:
+    """What is found in a file elsewhere, read here and there; `question` takes the open file.
+
+    Raises:
+        ValueError: it is not there, or cannot be read.
+    """
+
+    def read(system: Any, inside: str) -> T:
+        with system.open(inside, "rb", cache_type="none") as stream:
+            return question(stream)
+
+    return ask(path, read)
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Write a file that is whole or absent, also after a crash: by another name on a disk, by one put elsewhere.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    if not is_remote(path):
+        with files.replacing(Path(path), flush=True) as temporary:
+            temporary.write_bytes(content)
+        return
+    system, inside = open_filesystem(path)
+    try:
+        _try_often(lambda: system.pipe_file(inside, content), TRIES)
+    except Exception as error:
+        raise files.WriteError(
+            f"{path} cannot be written ({errors.first_line(error)}); check the address, the network and your credentials."
+        ) from error
+
+
+def require_writable(folder: str) -> None:
+    """Write an empty file into a folder elsewhere, and delete it.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    write_file(probe := f"{folder}/{_PROBE}{os.getpid()}", b"")
+    with contextlib.suppress(Exception):  # who may write need not be allowed to delete
+        ask(probe, lambda system, inside: system.rm_file(inside))
+
+
+def is_probe(name: str) -> bool:
+    """Whether `require_writable` wrote this file."""
+    return name.startswith(_PROBE)
 
 
 def _try_often(work: Callable[[], T], tries: int) -> T:

@@ -13,15 +13,25 @@ import numpy as np
 from markupsafe import Markup
 
 from dino import distributed
-from dino.data.open import expand_images
+from dino.data.open import expand_images, require_files
 from dino.data.sources import Source, read_or_gray
 from dino.features import copies
 from dino.features import search as finding
 from dino.features.embed import embed
-from dino.features.shards import Embedding, Folder
+from dino.features.embedding import Embedding, Folder, Mapped, Rows
+from dino.features.ivfpq import AT_ONCE, MEASURED
+from dino.features.select import select, write_list
+from dino.features.shards import name_ranges
 from dino.files import check_writable, replacing
 from dino.html import NUM_NEIGHBORS, NeighborRow, read_row, read_square, render, write_page
-from dino.options.commands import DuplicatesOptions, EmbedOptions, FindOptions, OutliersOptions, SearchOptions
+from dino.options.commands import (
+    DuplicatesOptions,
+    EmbedOptions,
+    FindOptions,
+    OutliersOptions,
+    SearchOptions,
+    SelectOptions,
+)
 from dino.terminal import say
 
 MOST_ROWS, MOST_COPIES = 50, 12  # of a page; of a group of near-copies
@@ -32,10 +42,15 @@ def write_embedding(options: EmbedOptions) -> None:
     """Write the features of images, or those that are still missing."""
     o = options
     try:
-        written = embed(o.model, o.data, o.out, o.pooling, o.size, o.fp16, o.shard, o.device)
+        written = embed(o.model, o.data, o.out, o.pooling, o.size, o.fp16, o.shard, o.part, o.device)
         if not distributed.is_main():
             return
-        print(f"{o.out}: {written.rows:,} features of {written.dim} numbers, {written.about['shards']} files")
+        print(f"{o.out}: {written.rows:,} features of {written.dim} numbers, {len(written.files)} files")
+        if written.missing:
+            print(
+                f"part {o.part} is done; of {written.about['shards']} files these of other parts are missing: "
+                f"{name_ranges(written.missing)}"
+            )
         if written.bad:
             print(f"{len(written.bad)} images could not be read and are left out:", file=sys.stderr)
             for name, reason in written.bad[:NAMED]:
@@ -48,7 +63,8 @@ def write_embedding(options: EmbedOptions) -> None:
 
 def print_neighbors(options: SearchOptions) -> None:
     """Find the images of an embedding that are most like the images given."""
-    embedding, paths = _open(options), [path for path, _ in expand_images(options.images)]
+    _check_outputs(options)
+    embedding, paths = finding.open_rows(options.embedding), [path for path, _ in expand_images(options.images)]
     found = finding.search(embedding, paths, options.k, options.index, options.model, options.device, options.rebuild)
     alike = [
         [(value, row) for value, row in zip(*pair, strict=True) if row >= 0]
@@ -58,15 +74,15 @@ def print_neighbors(options: SearchOptions) -> None:
     for i, rows in enumerate(alike):
         print(name := found.queries.name(i))
         result["queries"].append({"query": name, "neighbors": _print_rows(embedding, rows)})
-    if options.index != "flat":
-        result["recall"] = found.used.measure_recall(options.k)
-        print(f"recall@{options.k} of {options.index}: {100 * result['recall']:.1f} % of the exact neighbors")
+    if (used := found.used.approximate) is not None:
+        result |= {"index": "ivfpq", "recall": used.recall}
+        print(f"recall@{MEASURED} of ivfpq: {100 * used.recall:.1f} % of the exact neighbors of {AT_ONCE} images")
 
     def draw(images: Source) -> Markup:
         shown = ((found.queries, i, Path(found.queries.name(i)).name, rows) for i, rows in enumerate(alike))
         return render("rows", rows=(_read_row(embedding, images, *row) for row in islice(shown, MOST_ROWS)))
 
-    top = f"On the left the image asked for, then those of {len(embedding.names):,} most like it, with their cosines."
+    top = f"On the left the image asked for, then those of {len(embedding):,} most like it, with their cosines."
     _write(options, embedding, result, "Neighbors", top, draw)
 
 
@@ -74,7 +90,7 @@ def print_duplicates(options: DuplicatesOptions) -> None:
     """Find groups of images that are near-copies of each other, and say which of each group is the best to keep."""
     embedding = _open(options)
     try:
-        images = embedding.images()
+        images = embedding.folder.images()
     except ValueError as error:
         if options.json is not None or options.html is not None:
             raise ValueError(
@@ -137,14 +153,41 @@ def print_outliers(options: OutliersOptions) -> None:
     _write(options, embedding, result, "Outliers", top, draw)
 
 
+def write_selection(options: SelectOptions) -> None:
+    """Write a list of images for training: without near-copies, and spread evenly over what there is."""
+    o = options
+    out = check_writable(o.out, ".txt")
+    if out.exists():
+        raise ValueError(f"--out {o.out} exists; choose another, or delete it.")
+    rows = Mapped(Folder.open(o.embedding))
+    images = rows.folder.images()
+    require_files(images)
+    found = select(rows, o.keep, o.threshold, o.seed)
+    write_list(rows, found.rows, images, out)
+    total, kept, top = len(rows), len(found.rows), int(found.all_counts.argmax())
+    print(
+        f"{found.copies:,} of {total:,} images are near-copies of others (cosine {found.threshold:.4f} or more) and left out"
+    )
+    if kept < o.keep:
+        print(f"--keep is {o.keep:,}, but only {kept:,} are left; all of them are kept")
+    print(
+        f"{out}: {kept:,} images of {len(found.all_counts)} groups; the largest holds "
+        f"{100 * found.all_counts[top] / total:.1f} % of all, and {100 * found.kept_counts[top] / kept:.1f} % of those kept"
+    )
+
+
 # --- what they share -----------------------------------------------------------------------------------------------
 
 
 def _open(options: FindOptions) -> Embedding:
+    _check_outputs(options)
+    return Folder.open(options.embedding).read()
+
+
+def _check_outputs(options: FindOptions) -> None:
     for option, out, kind in (("--html", options.html, ".html"), ("--json", options.json, ".json")):
         if out is not None:
             check_writable(out, kind, option=option)
-    return Folder.open(options.embedding).read()
 
 
 def _refuse_list(options: FindOptions, embedding: Embedding, what: str) -> str | None:
@@ -155,7 +198,7 @@ def _refuse_list(options: FindOptions, embedding: Embedding, what: str) -> str |
     return fault
 
 
-def _print_rows(embedding: Embedding, rows: Sequence[tuple[float, int]]) -> list[dict[str, Any]]:
+def _print_rows(embedding: Rows, rows: Sequence[tuple[float, int]]) -> list[dict[str, Any]]:
     """Print cosines and rows as a table. Returns them for the JSON file."""
     for value, row in rows:
         print(f"  {value:7.4f}  {embedding.names[row]}")
@@ -188,7 +231,7 @@ def format_bytes(count: int) -> str:
 
 
 def _read_row(
-    embedding: Embedding, images: Source, source: Source, at: int, caption: str, rows: list[tuple[float, int]]
+    embedding: Rows, images: Source, source: Source, at: int, caption: str, rows: list[tuple[float, int]]
 ) -> NeighborRow:
     found = [(value, int(embedding.positions[row])) for value, row in rows[:NUM_NEIGHBORS]]
     return read_row(read_square(source, at), caption, None, images, found)
@@ -196,7 +239,7 @@ def _read_row(
 
 def _write(
     options: FindOptions,
-    embedding: Embedding,
+    embedding: Rows,
     result: dict[str, Any],
     kicker: str,
     top: str,
@@ -207,10 +250,10 @@ def _write(
         about = {
             "embedding": options.embedding,
             "model_sha256": embedding.folder.about["model_sha256"],
-            "index": options.index,
+            "index": options.index or "flat",
         }
         with replacing(Path(options.json).expanduser()) as temporary:
             temporary.write_text(json.dumps(about | result, indent=2) + "\n")
     if options.html is not None:
-        body, path = draw(embedding.images()), Path(options.html).expanduser()
+        body, path = draw(embedding.folder.images()), Path(options.html).expanduser()
         write_page(path, embedding.folder.path.name, kicker, render("text", text=top), {kicker: body})

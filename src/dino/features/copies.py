@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dino.data.decode import BadImage
 from dino.data.sources import Source
+from dino.features.embedding import Embedding, Rows
 from dino.features.neighbors import split_rows
 from dino.features.search import SAMPLE, Index, IndexKind, judge_features, measure_typical, open_embedding
-from dino.features.shards import Embedding
 from dino.options.commands import DuplicatesOptions
 from dino.options.rules import checked
 from dino.terminal import track
@@ -67,7 +67,7 @@ class Copies:
 def duplicates(
     embedding: str | Path | Embedding,
     threshold: float | None = None,
-    index: IndexKind = "flat",
+    index: IndexKind | None = None,
     rebuild: bool = False,
     confirm: bool = True,
 ) -> list[list[int]]:
@@ -81,7 +81,7 @@ def duplicates(
         ValueError: the images are gone, so that pixels cannot be compared.
     """
     embedding = open_embedding(embedding)
-    images = embedding.images() if confirm else None
+    images = embedding.folder.images() if confirm else None
     found = find_copies(embedding, images, threshold, index, rebuild)
     return [[copy.row for copy in group] for group in found.groups]
 
@@ -90,7 +90,7 @@ def find_copies(
     embedding: Embedding,
     images: Source | None,
     threshold: float | None = None,
-    index: IndexKind = "flat",
+    index: IndexKind | None = None,
     rebuild: bool = False,
 ) -> Copies:
     """Groups of rows that may be near-copies by their features, and are by the pixels of `images`.
@@ -101,14 +101,14 @@ def find_copies(
         images: what the embedding was made of. None: features alone decide.
         threshold: cosine from which two rows may be copies. None: their distance is at most CANDIDATE_RATIO of that of a
             typical pair; and if the model cannot tell the images apart, all may be.
-        index: 'flat' compares all pairs of rows; an approximate index finds most of them, sooner.
+        index: 'flat' (None) compares all pairs of rows; an approximate index finds most of them, sooner.
 
     Raises:
         ValueError: the model cannot tell the images apart and nothing else can.
     """
     used, notes, count = Index(embedding, index, rebuild), [], len(embedding.values)
     ratio = ALONE_RATIO if images is None else CANDIDATE_RATIO
-    least = min(1 - ratio * (1 - measure_typical(embedding)), 1 - MIN_DISTANCE) if threshold is None else threshold
+    least = choose_threshold(embedding, ratio) if threshold is None else threshold
     fault = judge_features(embedding) if threshold is None else None
     if fault and images is None:
         raise ValueError(f"near-copies cannot be found without the pixels of the images: {fault}")
@@ -116,7 +116,7 @@ def find_copies(
         notes.append(f"{fault} So the pixels of all images are compared.")
         least, rooms = -1.0, [torch.arange(count)]
     else:
-        rooms = _connect(used, least)
+        rooms = _connect(embedding, used, least)
     if images is None:
         groups = [room.tolist() for room in rooms]
         views: dict[int, View] = {}
@@ -134,16 +134,21 @@ def find_copies(
     return Copies(copies, least, images is not None, notes)
 
 
-def _connect(used: Index, least: float) -> list[Tensor]:
+def choose_threshold(embedding: Rows, ratio: float) -> float:
+    """The cosine of a pair whose distance is `ratio` of that of a typical pair."""
+    return min(1 - ratio * (1 - measure_typical(embedding)), 1 - MIN_DISTANCE)
+
+
+def _connect(embedding: Embedding, used: Index, least: float) -> list[Tensor]:
     """Sets of rows that are joined by pairs whose cosine is `least` or more, without those of one row."""
-    alike = torch.zeros(len(used.values), dtype=torch.bool)
-    for start, part in zip(range(0, len(alike), SAMPLE), used.values.split(SAMPLE), strict=True):
+    alike = torch.zeros(len(embedding), dtype=torch.bool)
+    for start, part in zip(range(0, len(alike), SAMPLE), embedding.values.split(SAMPLE), strict=True):
         cosine, rows = used.find_nearest(part, 2)
         at, column = torch.nonzero((cosine >= least) & (rows >= 0), as_tuple=True)
         other = rows[at, column] != at + start
         alike[(at + start)[other]] = alike[rows[at, column][other]] = True
     chosen = torch.nonzero(alike)[:, 0]
-    values, count = used.values[chosen], len(chosen)
+    values, count = embedding.values[chosen], len(chosen)
     names = torch.arange(count, dtype=torch.int32)  # of the set that a row is in: its least row so far
     while True:
         joined = [

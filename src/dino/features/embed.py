@@ -1,12 +1,11 @@
-"""Features of many images on disk: a folder of Parquet shards, each written once and whole, by any number of ranks.
+"""Features of many images: a folder of Parquet shards, each written once and whole, by any number of ranks and jobs.
 
-A shard holds the rows of a fixed range of positions in the source, so it does not matter which rank writes it, and when.
-After a crash only the missing shards are computed.
+A shard holds the rows of a fixed range of positions in the source, so it does not matter who writes it, and when. Two that
+write the same one write the same, and the later file replaces the other. After a crash only the missing shards are computed.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from itertools import islice
@@ -21,18 +20,24 @@ from dino.data.normalize import normalize
 from dino.data.open import open_images
 from dino.data.sources import Source
 from dino.data.specs import make_absolute
+from dino.data.storage import is_probe, is_remote, require_writable
+from dino.features.embedding import Folder
 from dino.features.extract import Features, Pooling, choose_batch_size, extract_batches, find_pooling
-from dino.features.shards import IDENTITY, Damaged, Folder, import_parquet, read_about
+from dino.features.shards import IDENTITY, Damaged, import_parquet, list_shards, read_all, write_shard
 from dino.models import Backbone
+from dino.options import required
 from dino.options.commands import EmbedOptions
-from dino.options.rules import checked
+from dino.options.rules import checked, parse_part
 from dino.version import __version__
 from dino.weights import fingerprint, runs
 
-SHARD, MOST_VALUES = 4096, 2**24  # most images of a shard, and most numbers: 64 MB
+SHARD, MOST_VALUES = 4096, 2**24  # images of a shard, and most numbers: 64 MB
+ABANDONED = (
+    3600  # seconds after which a file that is not whole is not being written any more; other parts may be at work
+)
 
 
-@checked(EmbedOptions, "model", "data", "out", "size", "fp16", "shard", "device")
+@checked(EmbedOptions, "model", "data", "out", "size", "fp16", "shard", "part", "device")
 def embed(
     model: str | os.PathLike[str] | Backbone,
     data: str | os.PathLike[str] | Source,
@@ -41,6 +46,7 @@ def embed(
     size: int | None = None,
     fp16: bool = False,
     shard: int | None = None,
+    part: str | None = None,
     device: str = "auto",
 ) -> Folder:
     """Write features of all readable images of `data` to the folder `out`, or only those that it does not hold yet.
@@ -50,15 +56,20 @@ def embed(
 
     Args:
         model: what `dino.load` takes, or a model, used on its device.
+        out: a folder on a disk, or an address such as s3://bucket/x.
         size: edge of the evaluation view, pixels. None: what the model was made for.
         fp16: store half precision, and compute in it on a GPU.
         shard: images of a shard, rounded up to whole batches. A crash loses one shard at most. None: 4096, fewer of
-            patches.
+            patches, more of millions of images.
+        part: "i/n": only the i-th of n shares of the shards. Shares are written by commands that know nothing of each other.
+
+    Returns:
+        What is written; its `missing` names the shards that are not, of other parts.
 
     Raises:
         ValueError: `out` holds another embedding or something else, or no image can be read.
     """
-    pq = import_parquet()
+    import_parquet()
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
     pool = find_pooling(pooling)
@@ -67,50 +78,59 @@ def embed(
     blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(network.parameters()).device)
     with torch.no_grad():
         shape = pool(network, normalize(blank, network.preprocessing)).shape[1:]  # [d] or [p, d]
-    shard = shard or max(1, min(SHARD, MOST_VALUES // shape.numel()))
+    # As many images as in the other direction shards, so that neither is too much to list.
+    shard = shard or max(1, min(max(SHARD, len(source) // SHARD), MOST_VALUES // shape.numel()))
     batch = min(choose_batch_size(size), shard)
     shard = -(-shard // batch) * batch
     name = runs.make_absolute(model) if isinstance(model, str) else ""
     place = make_absolute(data) if isinstance(data, str) else ""
-    folder = Path(out).expanduser()
+    folder = os.fspath(out) if is_remote(out) else os.path.expanduser(out)
     about = {"model": name, "model_sha256": fingerprint(network), "data": place, "data_sha256": source.fingerprint}
     about |= {"stamp": source.stamp(), "images": len(source), "pooling": pooling, "size": size, "fp16": fp16}
-    about |= {"shard": shard, "shards": -(-len(source) // shard), "version": __version__}
-    missing = distributed.from_main(lambda: _missing(folder, about))
+    shards = -(-len(source) // shard)
+    about |= {"shard": shard, "shards": shards, "version": __version__}
+    share = choose_share(shards, part or "1/1")
+    missing = [number for number in distributed.from_main(lambda: _list_missing(folder, about)) if number in share]
     mine = missing[distributed.rank() :: distributed.world_size()]
-    positions = [i for part in mine for i in range(part * shard, min((part + 1) * shard, len(source)))]
+    ranges = [np.arange(number * shard, min((number + 1) * shard, len(source))) for number in mine]
+    positions = np.concatenate([np.zeros(0, np.int64), *ranges])
     batches = extract_batches(network, source, size, positions, batch, None, "embed", pooling, fp16=fp16)
-    for part in mine:
+    for number in mine:
         # Only the last shard has fewer batches, and it is the last of `mine`.
-        table = _table([*islice(batches, shard // batch)], source, shape, about)
-        with files.replacing(folder / f"part-{part:06d}.parquet", flush=True) as temporary:
-            pq.write_table(table, temporary, use_dictionary=["path"], write_page_checksum=True)
+        _write([*islice(batches, shard // batch)], f"{folder}/part-{number:06d}.parquet", source, shape, about)
     distributed.barrier()
-    written = Folder.open(folder)
-    if not written.rows:
+    if not share:
+        return Folder(folder, [], about, 0, shape[-1], [], missing=range(shards))
+    written = Folder.open(folder, whole=False)
+    if not written.rows and not written.missing:
         raise ValueError(
             f"none of the {len(source)} images can be read, first {': '.join(written.bad[0])}; give others."
         )
     return written
 
 
-def _missing(folder: Path, about: dict[str, Any]) -> list[int]:
-    """Numbers of the shards to write. Makes the folder and removes files that a killed process left unfinished."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.sweep(folder)
-    except OSError as error:
-        raise errors.unwritable(folder, error) from error
-    missing = set(range(about["shards"]))
-    for path in folder.iterdir():
-        number = path.stem.removeprefix("part-")
-        if path.suffix != ".parquet" or not number.isdecimal():
-            raise ValueError(
-                f"--out {folder} holds {path.name}, which is no part of an embedding; choose another --out."
-            )
+def choose_share(shards: int, part: str) -> range:
+    """The numbers of the shards of part "i/n": neighbors, since their images may lie in one file."""
+    i, n = required(parse_part(part))
+    return range(shards * (i - 1) // n, shards * i // n)
+
+
+def _list_missing(folder: str, about: dict[str, Any]) -> list[int]:
+    """Numbers of the shards that are not written. Makes the folder and removes what killed processes left unfinished."""
+    if is_remote(folder):
+        require_writable(folder)
+    else:
         try:
-            held = read_about(path)
-        except Damaged:
+            os.makedirs(folder, exist_ok=True)
+            files.sweep(Path(folder), ABANDONED)
+        except OSError as error:
+            raise errors.unwritable(Path(folder), error) from error
+    missing = set(range(about["shards"]))
+    shards, others = list_shards(folder)
+    if alien := [name for name in others if not files.is_temporary(name) and not is_probe(name)]:
+        raise ValueError(f"--out {folder} holds {alien[0]}, which is no part of an embedding; choose another --out.")
+    for number, held in zip(shards, read_all([*shards.values()]), strict=True):
+        if isinstance(held, Damaged):
             continue  # it is written again
         for key in IDENTITY:
             if held.get(key) != about[key]:
@@ -118,13 +138,12 @@ def _missing(folder: Path, about: dict[str, Any]) -> list[int]:
                     f"--out {folder} holds another embedding, whose {key} is {str(held.get(key))[:12]} and not "
                     f"{str(about[key])[:12]}; choose another --out, or delete it."
                 )
-        missing.discard(int(number))
+        missing.discard(number)
     return sorted(missing)
 
 
-def _table(found: list[Features], source: Source, shape: Sequence[int], about: dict[str, Any]) -> Any:
-    import pyarrow as pa
-
+def _write(found: list[Features], path: str, source: Source, shape: Sequence[int], about: dict[str, Any]) -> None:
+    """Write the features that were found as a shard."""
     values, positions, bad = Features.concatenate(found, *shape)
     each = shape[0] if len(shape) == 2 else 1  # rows of an image
     names = [os.fsencode(source.name(i)).decode("utf-8", "replace") for i in positions.tolist()]
@@ -132,6 +151,4 @@ def _table(found: list[Features], source: Source, shape: Sequence[int], about: d
     if len(shape) == 2:
         columns["patch"] = np.tile(np.arange(each, dtype=np.int32), len(positions))
     flat = values.numpy().astype(np.float16 if about["fp16"] else np.float32).reshape(-1)
-    arrays = {name: pa.array(column, pa.string() if name == "path" else None) for name, column in columns.items()}
-    arrays["feature"] = pa.FixedSizeListArray.from_arrays(pa.array(flat), shape[-1])
-    return pa.table(arrays).replace_schema_metadata({"dino": json.dumps(about | {"bad": bad})})
+    write_shard(path, columns, flat.reshape(-1, shape[-1]), about | {"bad": bad})

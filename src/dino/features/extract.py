@@ -37,7 +37,7 @@ class EvaluationViews(Dataset[tuple[list[Tensor], list[int], Bad]]):
     def __init__(
         self,
         source: Source,
-        indices: Sequence[int],
+        indices: Sequence[int] | np.ndarray,
         size: int,
         batch_size: int,
         resize: Resize = "as trained",
@@ -185,7 +185,7 @@ def extract_batches(
     model: Backbone,
     source: Source,
     size: int,
-    indices: Sequence[int],
+    indices: Sequence[int] | np.ndarray,
     batch_size: int,
     num_workers: int | None = None,
     progress: str | None = None,

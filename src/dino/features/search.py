@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino import distributed, errors, files, weights
+from dino import distributed, errors, weights
 from dino.data.image_files import Images
 from dino.data.sources import evenly_spaced
 from dino.engine.health import feature_health
+from dino.features.embedding import Embedding, Folder, Mapped, Rows
 from dino.features.extract import extract
+from dino.features.ivfpq import FEWEST, Ivfpq, find_exactly
 from dino.features.neighbors import find_neighbors
-from dino.features.shards import Embedding, Folder
 from dino.models import Backbone
 from dino.options.commands import OutliersOptions, SearchOptions
 from dino.options.rules import checked
 from dino.weights import fingerprint
 
-IndexKind = Literal["flat", "ivf", "hnsw"]
+IndexKind = Literal["flat", "ivfpq"]
+MANY = 2**20  # rows that are searched exactly and in memory, which takes six bytes for each of their numbers
 FEW = 4  # queries; so few are faster one by one
 HALF_ERROR = 2e-3  # bound on the error of a cosine in half precision, which rounds three times by 2^-11
-DIGEST = 32  # bytes
-SAMPLE = 100  # queries at a time; also the number of queries that recall is measured on
+SAMPLE = 100  # queries at a time
 JUDGED = 1000  # rows among which typical cosines are measured
 # A model cannot tell images apart if half of all pairs have so large a cosine, and their features so few directions; or if
 # half have a cosine so near to 1. Photographs and small models that were trained for three epochs: 0.78 to 0.91 and 10 to 18.
@@ -41,18 +41,26 @@ def open_embedding(embedding: str | Path | Embedding) -> Embedding:
     return embedding if isinstance(embedding, Embedding) else Folder.open(embedding).read()
 
 
-def _sample(embedding: Embedding) -> Tensor:
-    return embedding.values[torch.tensor(evenly_spaced(len(embedding.values), JUDGED))]
+def open_rows(embedding: str | Path | Rows) -> Rows:
+    """An embedding in memory, or where it has many rows, mapped from the disk."""
+    if not isinstance(embedding, str | Path):
+        return embedding
+    folder = Folder.open(embedding)
+    return Mapped(folder) if folder.rows > MANY else folder.read()
 
 
-def measure_typical(embedding: Embedding) -> float:
+def _sample(embedding: Rows) -> Tensor:
+    return embedding.take(evenly_spaced(len(embedding), JUDGED))
+
+
+def measure_typical(embedding: Rows) -> float:
     """The cosine that half of all pairs of rows exceed; 0 where there is no pair."""
     values = _sample(embedding)
     first, second = torch.triu_indices(len(values), len(values), 1)
     return (values @ values.T)[first, second].median().item() if len(first) else 0.0
 
 
-def judge_features(embedding: Embedding) -> str | None:
+def judge_features(embedding: Rows) -> str | None:
     """A sentence that says why the model cannot tell these images apart; None: it can."""
     if (typical := measure_typical(embedding)) <= MOST_TYPICAL:
         return None
@@ -69,53 +77,50 @@ def judge_features(embedding: Embedding) -> str | None:
 class Index:
     """Finds the rows of an embedding nearest to a feature.
 
-    'flat' compares with every row, exactly. 'ivf' and 'hnsw' are FAISS's, approximate, kept in a file beside the embedding.
+    'flat' compares with every row, exactly; 'ivfpq' is approximate (see `Ivfpq`), but for few rows. None: 'flat' for rows in
+    memory, 'ivfpq' for those that are not.
 
     Raises:
-        ValueError: no such kind, FAISS is missing, or the file is older than the embedding or not of it.
+        ValueError: no such kind, FAISS is missing, or the index's file is older than the embedding or not of it.
     """
 
-    def __init__(self, embedding: str | Path | Embedding, kind: IndexKind = "flat", rebuild: bool = False):
-        if kind not in get_args(IndexKind):
+    def __init__(self, embedding: str | Path | Rows, kind: IndexKind | None = None, rebuild: bool = False):
+        if kind is not None and kind not in get_args(IndexKind):
             raise errors.unknown("index", kind, get_args(IndexKind))
-        self.embedding = open_embedding(embedding)
-        self.values, self.kind = self.embedding.values, kind
+        self.embedding = open_rows(embedding)
+        self.values = self.embedding.values if isinstance(self.embedding, Embedding) else None
         self.rough: Tensor | None = None  # the rows in half precision, made when first needed
-        self.faiss = None if kind == "flat" else _read_or_build(self.embedding, kind, rebuild)
+        wanted = (kind or ("flat" if self.values is not None else "ivfpq")) == "ivfpq"
+        self.approximate = Ivfpq(self.embedding, rebuild) if wanted and len(self.embedding) >= FEWEST else None
 
     def find_nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Cosines and rows [q, k] of the k rows nearest to each of `queries` [q, d], the nearest first.
 
         An approximate index may find fewer; row -1 stands for the others.
         """
-        queries, k = F.normalize(queries.float(), dim=1), min(k, len(self.values))
-        if self.faiss is not None:
-            cosine, rows = self.faiss.search(queries.numpy(), k)
-            return torch.from_numpy(cosine).clamp(min=-1), torch.from_numpy(rows)
+        queries, k = F.normalize(queries.float(), dim=1), min(k, len(self.embedding))
+        if self.approximate is not None:
+            return self.approximate.find_nearest(queries, k)
+        if self.values is None:
+            return find_exactly(self.embedding, queries, k)
         if len(queries) > FEW:
             return find_neighbors(queries, self.values, k)
-        cosine, rows = zip(*(self._scan(query, k) for query in queries), strict=True)
+        cosine, rows = zip(*(self._scan(query, self.values, k) for query in queries), strict=True)
         return torch.cat(cosine), torch.cat(rows)
 
-    def _scan(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _scan(self, query: Tensor, rows_in_memory: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The same for one query [d], exactly. The time goes into reading memory, so rows are first read in half precision.
 
         A row among the k nearest is at most twice the error below the k-th of the rough cosines.
         """
-        self.rough = self.values.half() if self.rough is None else self.rough
+        self.rough = rows_in_memory.half() if self.rough is None else self.rough
         # NumPy from here on: PyTorch's threads would cost more time than the little work that is left.
         rough = (self.rough @ query.half()).numpy().astype(np.float32)
         rows = np.flatnonzero(rough >= np.partition(rough, -k)[-k] - 2 * HALF_ERROR)
-        values = self.values.numpy()
+        values = rows_in_memory.numpy()
         cosine = (values @ query.numpy())[rows] if 8 * len(rows) > len(values) else values[rows] @ query.numpy()
         best = np.argsort(-cosine, kind="stable")[:k]
         return torch.from_numpy(cosine[best])[None], torch.from_numpy(rows[best])[None]
-
-    def measure_recall(self, k: int) -> float:
-        """Share of the true k nearest rows, of SAMPLE evenly spaced ones, that this index finds."""
-        queries = self.values[torch.tensor(evenly_spaced(len(self.values), SAMPLE))]
-        true, found = Index(self.embedding).find_nearest(queries, k)[1], self.find_nearest(queries, k)[1]
-        return (true[:, :, None] == found[:, None]).any(dim=2).float().mean().item()
 
     def search(self, model: Backbone, images: Images, k: int) -> Found:
         """The k images most like each of `images`, by the model that made the embedding.
@@ -134,46 +139,11 @@ class Index:
         return Found(readable, cosine.numpy(), rows.numpy(), self.embedding, self, found.bad)
 
 
-def _read_or_build(embedding: Embedding, kind: IndexKind, rebuild: bool) -> Any:
-    """FAISS's index, from its file or built and written. The file ends with a digest of the features and of itself."""
-    faiss = errors.import_optional("faiss", f"--index {kind} needs FAISS", "search")
-    folder, (count, dim) = embedding.folder, embedding.values.shape
-    path = folder.path.with_suffix(f".{kind}.faiss")
-
-    def digest(content: np.ndarray) -> bytes:
-        whole = hashlib.sha256(embedding.values.numpy().data)
-        whole.update(content.data)
-        return whole.digest()
-
-    if path.exists() and not rebuild:
-        content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-        if content[-DIGEST:].tobytes() != digest(content[:-DIGEST]):
-            raise ValueError(f"the index {path} is older than its embedding {folder.path}, or damaged; add --rebuild.")
-        return faiss.read_index(str(path))
-    values = embedding.values.numpy()
-    if kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efSearch = 128
-    else:
-        cells = max(1, min(int(count**0.5), count // 39))  # FAISS advises to train with 39 rows per cell
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
-        index.nprobe = max(16, cells // 32)
-        index.cp.max_points_per_centroid, index.cp.niter = 64, 10  # enough for good centers
-        index.train(values)
-    index.add(values)
-    with files.replacing(path) as temporary:
-        faiss.write_index(index, str(temporary))
-        end = digest(np.memmap(temporary, np.uint8, "r"))
-        with open(temporary, "ab") as file:
-            file.write(end)
-    return index
-
-
 class Found(NamedTuple):
     queries: Images  # the images asked with, if they could be read
     cosine: np.ndarray  # [q, k]
     rows: np.ndarray  # [q, k] of the embedding
-    embedding: Embedding
+    embedding: Rows
     used: Index
     bad: list[tuple[str, str]]  # name and reason of images that could not be read
 
@@ -185,10 +155,10 @@ class Found(NamedTuple):
 
 @checked(SearchOptions, "embedding", "k", "index", "model", "device", "rebuild")
 def search(
-    embedding: str | Path | Embedding,
+    embedding: str | Path | Rows,
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str] | np.ndarray],
     k: int = 10,
-    index: IndexKind = "flat",
+    index: IndexKind | None = None,
     model: str | os.PathLike[str] | Backbone | None = None,
     device: str = "auto",
     rebuild: bool = False,
@@ -197,13 +167,14 @@ def search(
 
     Args:
         images: paths, or arrays [h, w, 3] uint8; or one path.
-        index: exact ('flat') or approximate, see `Index`; rebuild: make its file anew.
+        index: exact ('flat') or approximate ('ivfpq'), see `Index`. None: exact up to a million rows.
+        rebuild: make its file anew.
         model: what made the embedding. None: what the embedding names.
 
     Raises:
         ValueError: the model is another than the embedding's, or no image can be read.
     """
-    embedding = open_embedding(embedding)
+    embedding = open_rows(embedding)
     wanted = embedding.folder.about["model"] if model is None else model
     if wanted == "":
         raise ValueError(f"{embedding.folder.path} does not say where its model lies; give it with --model.")
@@ -224,7 +195,7 @@ def check_same_model(folder: Folder, model: Backbone) -> None:
 
 @checked(OutliersOptions, "embedding", "k", "index", "rebuild")
 def outliers(
-    embedding: str | Path | Embedding, k: int = 10, index: IndexKind = "flat", rebuild: bool = False
+    embedding: str | Path | Embedding, k: int = 10, index: IndexKind | None = None, rebuild: bool = False
 ) -> Tensor:
     """Mean cosine of each row and its k nearest others [n]. It is low for an image unlike all others."""
     embedding = open_embedding(embedding)
@@ -233,7 +204,7 @@ def outliers(
     if not 1 <= k < len(embedding.values):
         raise ValueError(f"k is {k}; it must be from 1 to {len(embedding.values) - 1}, the number of other images.")
     used, scores = Index(embedding, index, rebuild), []
-    for start, queries in zip(range(0, len(used.values), SAMPLE), used.values.split(SAMPLE), strict=True):
+    for start, queries in zip(range(0, len(embedding), SAMPLE), embedding.values.split(SAMPLE), strict=True):
         cosine, rows = used.find_nearest(queries, k + 1)
         itself = rows == torch.arange(start, start + len(queries))[:, None]
         # Where a copy came first or the index missed the row itself, the last row is one too many.

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dino import errors
-from dino.data.open import open_images
-from dino.data.sources import Source
+from dino.data import storage
 from dino.features.extract import POOLINGS
+from dino.terminal import track
 
 # What the metadata of a shard may hold.
 RULES: dict[str, Callable[[Any], bool]] = {
@@ -26,6 +27,8 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "fp16": lambda value: isinstance(value, bool),
     "bad": lambda value: all([*map(type, entry)] == [str, str] for entry in value),
 }
+ROW_GROUP = 2**14  # rows; of more, PyArrow makes several pages
+_NAME = re.compile(r"part-(\d+)\.parquet")
 IDENTITY = ("model_sha256", "data_sha256", "stamp", "images", "pooling", "size", "fp16", "shard")
 
 
@@ -37,20 +40,47 @@ class Damaged(ValueError):
     """A shard that cannot be read."""
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """Metadata of a shard, and its number of `rows` and the length `dim` of a feature (None: the lengths differ)."""
+def list_shards(folder: str) -> tuple[dict[int, str], list[str]]:
+    """The paths of the shards in a folder by their numbers, in order, and the names of what else lies there."""
+    names = sorted(storage.list_names(folder))
+    numbers = {name: found[1] for name in names if (found := _NAME.fullmatch(name))}
+    shards = {int(number): f"{folder.rstrip('/')}/{name}" for name, number in numbers.items()}
+    return shards, [name for name in names if name not in numbers]
+
+
+def _read_footer(path: str) -> tuple[Any, int]:
+    """The schema and the number of rows of a shard.
+
+    Raises:
+        ValueError: it is not there, cannot be read, or is `Damaged`.
+    """
     pq = import_parquet()
+
+    def read(file: Any) -> tuple[Any, int] | None:
+        try:
+            with pq.ParquetFile(file) as opened:
+                return opened.schema_arrow, opened.metadata.num_rows
+        except (OSError, ValueError) as error:  # PyArrow says either of what it cannot parse, without a number
+            if getattr(error, "errno", None) is not None:
+                raise
+            return None
+
     try:
-        with pq.ParquetFile(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
+        found = storage.ask_of_file(path, read) if storage.is_remote(path) else read(path)
     except FileNotFoundError as error:
         raise ValueError(
             f"there is no embedding '{path}'; write one with: dino embed MODEL DATA --out x.parquet"
         ) from error
-    except OSError as error:  # ArrowInvalid is a ValueError
+    except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}).") from error
-    except ValueError as error:
-        raise Damaged(f"{path} is damaged or cut short; the same `dino embed` again makes it anew.") from error
+    if found is None:
+        raise Damaged(f"{path} is damaged or cut short; the same `dino embed` again makes it anew.")
+    return found
+
+
+def read_about(path: str) -> dict[str, Any]:
+    """Metadata of a shard, and its number of `rows` and the length `dim` of a feature (None: the lengths differ)."""
+    schema, rows = _read_footer(path)
     if b"dino" not in (schema.metadata or {}):
         raise ValueError(f"{path} is no embedding that `dino embed` wrote; give one.")
     try:
@@ -85,104 +115,82 @@ def _list_columns() -> dict[str, Callable[[Any], bool]]:
     }
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A complete embedding on disk. Its features are not read yet."""
+def read_all(paths: Sequence[str]) -> Iterator[dict[str, Any] | Damaged]:
+    """`read_about` of many shards, several at a time; what is damaged is not raised."""
 
-    path: Path
-    files: list[Path]
-    about: dict[str, Any]  # metadata, see docs/using-features.md
-    rows: int
-    dim: int
-    bad: list[tuple[str, str]]  # name and reason of each image that could not be read
+    def read(path: str) -> dict[str, Any] | Damaged:
+        try:
+            return read_about(path)
+        except Damaged as error:
+            return error
 
-    @classmethod
-    def open(cls, path: str | Path) -> Folder:
-        """An embedding from a folder of shards, or from a single shard.
+    with ThreadPoolExecutor(16) as pool:
+        yield from track(pool.map(read, paths), len(paths), "shards")
 
-        Raises:
-            ValueError: there is none; or it is incomplete or damaged, or mixes several models or lengths of features.
-        """
-        path = Path(path).expanduser()
-        files = sorted(path.glob("*.parquet")) if os.path.isdir(path) else [path]
-        if not files:
-            raise ValueError(f"{path} holds no embedding; write one with: dino embed MODEL DATA --out {path}")
-        held = [read_about(file) for file in files]
-        dims = {about["dim"]: file.name for about, file in zip(held, files, strict=True)}
-        if len(dims) > 1 or None in dims:
-            lengths = " and ".join(str(dim or "varying") for dim in dims)
-            raise ValueError(
-                f"{path} mixes features of different lengths ({lengths}, {[*dims.values()][-1]}); embed anew."
+
+def name_ranges(numbers: Sequence[int]) -> str:
+    """ "0-3, 7" of 0, 1, 2, 3 and 7."""
+    runs = np.split(np.array(numbers), np.flatnonzero(np.diff(numbers) > 1) + 1)
+    named = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return ", ".join([*named[:10], *["..."] * (len(named) > 10)])
+
+
+def name_command(about: dict[str, Any], where: str | Path) -> str:
+    """The command that writes the shards of an embedding that are missing."""
+    words = ["dino", "embed", about["model"] or "MODEL", about["data"] or "DATA", "--out", str(where)]
+    words += ["--pooling", about["pooling"]] if about["pooling"] != "cls" else []
+    words += ["--size", str(about["size"]), *["--fp16"] * about["fp16"], "--shard", str(about["shard"])]
+    return shlex.join(words)
+
+
+def write_shard(path: str, columns: dict[str, np.ndarray], features: np.ndarray, about: dict[str, Any]) -> None:
+    """Write a shard, whole or not at all: its columns, the features [n, d] as `map_features` finds them, and its metadata."""
+    import pyarrow as pa
+
+    arrays = {name: pa.array(column, pa.string() if name == "path" else None) for name, column in columns.items()}
+    arrays["feature"] = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+    about |= {"feature_sha256": hashlib.sha256(features.data).hexdigest()}
+    table = pa.table(arrays).replace_schema_metadata({"dino": json.dumps(about)})
+    layout = {"compression": dict.fromkeys(columns, "snappy"), "data_page_size": 2**30, "row_group_size": ROW_GROUP}
+    layout |= {"use_dictionary": ["path"], "write_page_checksum": True}
+    import_parquet().write_table(table, content := io.BytesIO(), **layout)
+    storage.write_file(path, content.getvalue())
+
+
+def map_features(file: str, dim: int) -> list[np.ndarray] | None:
+    """The features of a shard, [n, dim] in each of its row groups, mapped from the file; None: they do not lie in one piece.
+
+    `embed` writes the features of a row group as one page that is not compressed: a header, levels that say which values
+    are there, and the values as they are in memory. So they are the end of their column's bytes.
+    """
+    about, pieces = import_parquet().read_metadata(file), []
+    kinds = {"FLOAT": np.dtype("<f4"), "FIXED_LEN_BYTE_ARRAY": np.dtype("<f2")}
+    with open(file, "rb") as opened:
+        for group in map(about.row_group, range(about.num_row_groups)):
+            column = next(
+                c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.startswith("feature.")
             )
-        for about, file in zip(held, files, strict=True):
-            if differs := [key for key in IDENTITY if about[key] != held[0][key]]:
-                raise ValueError(f"{file} is of another embedding than {files[0].name} ({differs[0]}); embed anew.")
-        if os.path.isdir(path) and len(files) < held[0]["shards"]:
-            raise ValueError(
-                f"{path} is incomplete, {len(files)} of {held[0]['shards']} shards; the same `dino embed` again completes it."
+            plain = (
+                column.compression == "UNCOMPRESSED" and not column.has_dictionary_page and "PLAIN" in column.encodings
             )
-        bad = [(name, reason) for about in held for name, reason in about["bad"]]
-        return cls(path, files, held[0], sum(about["rows"] for about in held), held[0]["dim"], bad)
-
-    def read(self) -> Embedding:
-        """The embedding in memory.
-
-        Raises:
-            ValueError: a shard is damaged or altered, there are no features or not finite ones, or they are of patches.
-        """
-        if self.about["pooling"] == "patches":
-            raise ValueError(
-                f"{self.path} holds features of patches, but images are compared; embed with another --pooling."
-            )
-        if not self.rows:
-            raise ValueError(f"{self.path} holds no features, because none of its images could be read; embed others.")
-        values, names, positions, start = torch.empty(self.rows, self.dim), [], [], 0
-        for file in self.files:
-            try:
-                table = import_parquet().read_table(file, partitioning=None, page_checksum_verification=True)
-            except (ValueError, OSError) as error:
-                raise Damaged(
-                    f"{file} is damaged or cut short; delete it, and the same `dino embed` makes it anew."
-                ) from error
-            column, index = table["feature"].combine_chunks(), table["index"].to_numpy()
-            if any(part.null_count for part in (*table.columns, column.flatten())):
-                raise ValueError(f"{file} is damaged or altered: it holds empty values; embed anew.")
-            if index.min(initial=0) < 0 or index.max(initial=0) >= self.about["images"]:
-                raise ValueError(f"{file} is damaged or altered: it names images outside of its data; embed anew.")
-            flat = column.flatten().to_numpy(zero_copy_only=False)
-            values[start : start + len(table)] = torch.from_numpy(flat.reshape(-1, self.dim).copy())
-            start += len(table)
-            names += table["path"].to_pylist()
-            positions.append(index)
-        if not values.isfinite().all():
-            raise ValueError(
-                f"{self.path} holds features that are not finite (NaN or infinity), made by the model "
-                f"{self.about['model'] or self.about['model_sha256'][:12]}; embed with a sound one."
-            )
-        norms = torch.linalg.vector_norm(values, dim=1, keepdim=True).clamp(min=1e-12)
-        return Embedding(self, names, np.concatenate(positions), values.div_(norms))
+            values, statistics = group.num_rows * dim, column.statistics
+            if column.physical_type not in kinds or not plain or statistics is None or statistics.null_count:
+                return None
+            kind = kinds[column.physical_type]
+            opened.seek(column.data_page_offset)
+            if not _is_one_page(opened.read(16), column.total_compressed_size):
+                return None
+            offset = column.data_page_offset + column.total_compressed_size - values * kind.itemsize
+            pieces.append(np.memmap(file, kind, "r", offset, (group.num_rows, dim)))
+    return pieces
 
 
-@dataclass(frozen=True)
-class Embedding:
-    """Features in memory."""
-
-    folder: Folder
-    names: list[str]
-    positions: np.ndarray  # [n] in the data
-    values: Tensor  # [n, d] float32, of length 1
-
-    def images(self) -> Source:
-        """The images it was made from.
-
-        Raises:
-            ValueError: they are gone or have changed.
-        """
-        if not self.folder.about["data"]:
-            raise ValueError(f"{self.folder.path} does not say where its images lie, so there is no page of them.")
-        source = open_images(self.folder.about["data"])
-        if source.fingerprint != self.folder.about["data_sha256"]:
-            raise ValueError(
-                f"the images of {self.folder.about['data']} are no longer those of {self.folder.path}; embed them anew."
-            )
-        return source
+def _is_one_page(start: bytes, size: int) -> bool:
+    """Whether a column of `size` bytes is one page, by the `start` of its header: a kind (0) and a size, in Thrift's form."""
+    length, shift = 0, 0
+    for byte in start[3:]:
+        length |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            break
+    return start[:3] == b"\x15\0\x15" and 0 < size - length // 2 < 100  # the rest is the header; numbers are in zigzag

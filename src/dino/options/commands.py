@@ -14,10 +14,12 @@ from dino.options.rules import (
     NoneOrFew,
     NonNegativeInt,
     Options,
+    Part,
     Pixels,
     PositiveFloat,
     PositiveInt,
     Rule,
+    Seed,
     between,
 )
 from dino.options.train import TrainOptions
@@ -115,7 +117,7 @@ class EmbedOptions(InferenceOptions):
     data: Positional[str]
     """Images: a folder, a list of files (.txt, .csv), tar files, scenes:NUMBER, or torchvision:NAME:FOLDER."""
     out: str
-    """Folder of Parquet files to write, e.g. x.parquet. The same command again goes on where it stopped."""
+    """Folder of Parquet files to write, e.g. x.parquet or s3://bucket/x. The same command again goes on where it stopped."""
     pooling: Literal["cls", "average", "gem", "patches"] = "cls"
     """[CLS], the mean or generalized mean of the patches, or a row for every patch."""
     size: Pixels | None = None
@@ -123,14 +125,17 @@ class EmbedOptions(InferenceOptions):
     fp16: bool = False
     """Store half precision, and compute in it on a GPU."""
     shard: PositiveInt | None = None
-    """Images of a file, which is the most that is lost by a crash. None: 4096, fewer of patches."""
+    """Images of a file, the most that is lost by a crash. None: 4096, fewer of patches, more of many million images."""
+    part: Part | None = None
+    """i/n: write only the i-th of n parts, 1/n to n/n. Each is a job of its own; n may be another one in the next try."""
 
 
 class FindOptions(Options):
     embedding: Positional[str]
     """What `dino embed` wrote."""
-    index: Literal["flat", "ivf", "hnsw"] = "flat"
-    """Exact, or one of FAISS's approximate indices, which is kept beside the embedding."""
+    index: Literal["flat", "ivfpq"] | None = None
+    """Exact, or FAISS's approximate index, which is kept beside the embedding. None: exact, but in a search of more than a
+    million images (2^20)."""
     rebuild: bool = False
     """Make the index anew."""
     html: str | None = None
@@ -150,8 +155,11 @@ class SearchOptions(FindOptions):
     """Where to compute."""
 
 
+Cosine = Annotated[float, Rule(lambda value: -1 <= value <= 1, "a cosine lies between -1 and 1")]
+
+
 class DuplicatesOptions(FindOptions):
-    threshold: Annotated[float, Rule(lambda value: -1 <= value <= 1, "a cosine lies between -1 and 1")] | None = None
+    threshold: Cosine | None = None
     """Cosine from which the pixels of two images are compared. None: chosen from the cosines of all pairs."""
 
 
@@ -160,6 +168,19 @@ class OutliersOptions(FindOptions):
     """Nearest others that an image is compared with."""
     top: PositiveInt = 20
     """Images to name, those least like any other first."""
+
+
+class SelectOptions(Options):
+    embedding: Positional[str]
+    """What `dino embed` wrote."""
+    keep: PositiveInt
+    """Images to keep."""
+    out: str
+    """List to write, a .txt file that --data takes."""
+    threshold: Cosine | None = None
+    """Cosine from which two images are near-copies, of which one is kept. None: chosen from the cosines of all pairs."""
+    seed: Seed = 0
+    """Another one draws other images."""
 
 
 class AppOptions(Options):

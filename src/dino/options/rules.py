@@ -60,6 +60,13 @@ def parse_bytes(size: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** {"M": 2, "G": 3}[match[2].upper()])
 
 
+def parse_part(text: str) -> tuple[int, int] | None:
+    """(2, 8) of "2/8", the second of eight parts; None if it is none."""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text.strip())
+    part = match and (int(match[1]), int(match[2]))
+    return part if part and 1 <= part[0] <= part[1] else None
+
+
 NOT_EMPTY = Rule(len, "give at least one value")
 _NOT_NEGATIVE, _ONE = at_least(0, "it cannot be negative"), at_least(1, "it must be at least 1")
 _MOST = 10**9
@@ -81,6 +88,9 @@ AttentionMass = Annotated[
     float, Rule(lambda value: 0 < value <= 1, "the share of attention to keep lies above 0 and up to 1")
 ]
 MemorySize = Annotated[str, Rule(parse_bytes, "write an amount of memory such as 8GB or 500MB")]
+Part = Annotated[
+    str, Rule(parse_part, "write i/n, the i-th of n parts: from 1/8 to 8/8 where there are eight (in a job array, 1-8)")
+]
 
 # Type -> the values that are taken for it and converted, and its name in an error.
 _PLAIN: dict[Any, tuple[Any, str]] = {
