@@ -209,7 +209,8 @@ def test_a_damaged_shard_in_a_bucket_is_written_again(tmp_path, whole, many, sav
     storage.write_file(f"{bucket}/part-000003.parquet", b"PAR1 cut short")
     with pytest.raises(ValueError, match=r"part-000003.parquet is damaged or cut short"):
         Folder.open(bucket, whole=False)
-    dino.embed(saved_model, many, bucket, shard=SHARD, device="cpu")
+    dino.embed(saved_model, many, f"{bucket}/", shard=SHARD, device="cpu")
+    assert [*storage.list_files(bucket)] == [path.name for path in sorted(whole.path.iterdir())]
     assert_same_rows(download(bucket, tmp_path / "copy.parquet"), whole.path)
 
 

@@ -54,11 +54,11 @@ def draw(
 def test_copies_go_and_rare_classes_stay():
     """A thousand images of one class, 40 of each of nine others, and 300 near-copies: these go, and the rest is even.
 
-    A copy stays where the border of two clusters lies between it and its original.
+    Also those that a border of clusters parts from their originals, here two.
     """
     embedding, classes = draw([1000, *[40] * 9], copies=300)
     found = select(embedding, 360, threshold=0.99)
-    assert 290 <= found.copies <= 300
+    assert 299 <= found.copies <= 300
     every = embedding.values[select(embedding, 9999, threshold=0.99).rows]
     assert (torch.triu(every @ every.T, 1) >= 0.99).sum() == 300 - found.copies
     counts = np.bincount(classes[found.rows], minlength=10)

@@ -78,13 +78,10 @@ def embed(
     blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(network.parameters()).device)
     with torch.no_grad():
         shape = pool(network, normalize(blank, network.preprocessing)).shape[1:]  # [d] or [p, d]
-    # As many images as in the other direction shards, so that neither is too much to list.
-    shard = shard or max(1, min(max(SHARD, len(source) // SHARD), MOST_VALUES // shape.numel()))
-    batch = min(choose_batch_size(size), shard)
-    shard = -(-shard // batch) * batch
+    shard = choose_shard(shard, len(source), shape.numel(), size)
     name = runs.make_absolute(model) if isinstance(model, str) else ""
     place = make_absolute(data) if isinstance(data, str) else ""
-    folder = os.fspath(out) if is_remote(out) else os.path.expanduser(out)
+    folder = os.fspath(out).rstrip("/") if is_remote(out) else os.path.expanduser(out)
     about = {"model": name, "model_sha256": fingerprint(network), "data": place, "data_sha256": source.fingerprint}
     about |= {"stamp": source.stamp(), "images": len(source), "pooling": pooling, "size": size, "fp16": fp16}
     shards = -(-len(source) // shard)
@@ -92,12 +89,7 @@ def embed(
     share = choose_share(shards, part or "1/1")
     missing = [number for number in distributed.from_main(lambda: _list_missing(folder, about)) if number in share]
     mine = missing[distributed.rank() :: distributed.world_size()]
-    ranges = [np.arange(number * shard, min((number + 1) * shard, len(source))) for number in mine]
-    positions = np.concatenate([np.zeros(0, np.int64), *ranges])
-    batches = extract_batches(network, source, size, positions, batch, None, "embed", pooling, fp16=fp16)
-    for number in mine:
-        # Only the last shard has fewer batches, and it is the last of `mine`.
-        _write([*islice(batches, shard // batch)], f"{folder}/part-{number:06d}.parquet", source, shape, about)
+    _write_shards(mine, folder, network, source, pooling, shape, about)
     distributed.barrier()
     if not share:
         return Folder(folder, [], about, 0, shape[-1], [], missing=range(shards))
@@ -107,6 +99,18 @@ def embed(
             f"none of the {len(source)} images can be read, first {': '.join(written.bad[0])}; give others."
         )
     return written
+
+
+def choose_shard(given: int | None, images: int, numbers: int, size: int) -> int:
+    """Images of a shard, whole batches: `given`, or such that neither shards nor images in one are too many.
+
+    Args:
+        numbers: in a feature.
+        size: of an image, pixels.
+    """
+    shard = given or max(1, min(max(SHARD, images // SHARD), MOST_VALUES // numbers))
+    batch = min(choose_batch_size(size), shard)
+    return -(-shard // batch) * batch
 
 
 def choose_share(shards: int, part: str) -> range:
@@ -140,6 +144,26 @@ def _list_missing(folder: str, about: dict[str, Any]) -> list[int]:
                 )
         missing.discard(number)
     return sorted(missing)
+
+
+def _write_shards(
+    numbers: Sequence[int],
+    folder: str,
+    network: Backbone,
+    source: Source,
+    pooling: Pooling,
+    shape: Sequence[int],
+    about: dict[str, Any],
+) -> None:
+    """Compute the features of the shards of these numbers, and write each as soon as it is whole."""
+    shard, size = about["shard"], about["size"]
+    batch = min(choose_batch_size(size), shard)
+    ranges = [np.arange(number * shard, min((number + 1) * shard, len(source))) for number in numbers]
+    positions = np.concatenate([np.zeros(0, np.int64), *ranges])
+    batches = extract_batches(network, source, size, positions, batch, None, "embed", pooling, fp16=about["fp16"])
+    for number in numbers:
+        # Only the last shard has fewer batches, and it is the last of `numbers`.
+        _write([*islice(batches, shard // batch)], f"{folder}/part-{number:06d}.parquet", source, shape, about)
 
 
 def _write(found: list[Features], path: str, source: Source, shape: Sequence[int], about: dict[str, Any]) -> None:

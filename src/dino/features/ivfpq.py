@@ -48,6 +48,7 @@ class Ivfpq:
         if self.path.exists() and not rebuild:
             self._read()
         else:
+            files.check_writable(self.path, ".faiss", option="--index")
             self.index = self._train()
         if self.about["recall"] is None:
             self._add()
