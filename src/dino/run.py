@@ -19,7 +19,7 @@ from dino.data.loader import ViewBatches
 from dino.data.open import open_training_pair, probe
 from dino.data.sources import Source
 from dino.data.specs import find_path
-from dino.engine import budget, build, fit, init, parallel, shared
+from dino.engine import budget, build, fit, init, mirror, parallel, shared
 from dino.engine.checkpoint import lock_folder
 from dino.engine.folder import choose_folder, name_folder, prepare, record
 from dino.engine.step import Split
@@ -73,6 +73,7 @@ def run_training(options: TrainOptions) -> Path:
         held.enter_context(distributed.naming_lost_ranks())
         device = distributed.start(options.device)
         held.callback(distributed.stop)
+        options, copy = distributed.from_main(lambda: mirror.open_mirror(options))
         options = distributed.from_main(lambda: find_options(options))
         set_threads(options, device)
         if device.type == "cpu" and {options.epochs, options.budget, options.stop_after, options.resume} == {None}:
@@ -90,6 +91,9 @@ def run_training(options: TrainOptions) -> Path:
             f"{trainer.plan.total} steps of {trainer.options.batch_size}, on {describe_device(device)}; "
             f"run directory {folder}"
         )
+        if copy is not None:
+            terminal.say(f"After every save it is copied to {copy.address}.")
+            trainer.copy = copy.push
         if options.resume is None:
             for text in warn(options, len(trainer.source), trainer.plan.total):
                 terminal.say(f"Warning: {text}", style="yellow")
@@ -98,6 +102,8 @@ def run_training(options: TrainOptions) -> Path:
         complete = trainer.fit()
         if distributed.is_main():
             finish(trainer, complete, held_out)
+            if copy is not None:
+                copy.push()
         stopped = not complete and trainer.step < (options.stop_after or trainer.plan.total)
         if stopped and "TORCHELASTIC_RUN_ID" in os.environ:
             raise KeyboardInterrupt  # torchrun would take the end of a process without an error for that of all the work

@@ -113,9 +113,19 @@ def list_names(folder: str) -> list[str]:
     return [path.rstrip("/").rpartition("/")[2] for path in ask(folder, look)]
 
 
-def list_files(folder: str) -> dict[str, str]:
-    """The files in and below a folder elsewhere: the name of each relative to it, and a text that changes with the file."""
-    found, root = ask(folder, lambda system, inside: (system.find(inside, detail=True), inside.rstrip("/")))
+def list_files(folder: str, again: bool = False) -> dict[str, str]:
+    """The files in and below a folder elsewhere: the name of each relative to it, and a text that changes with the file.
+
+    Args:
+        again: ask anew, since files may have come since this process asked last.
+    """
+
+    def look(system: Any, inside: str) -> tuple[dict[str, Any], str]:
+        if again:
+            system.invalidate_cache()
+        return system.find(inside, detail=True), inside.rstrip("/")
+
+    found, root = ask(folder, look)
     return {path[len(root) :].lstrip("/"): _get_version(found[path]) for path in sorted(found)}
 
 
@@ -185,12 +195,43 @@ def write_file(path: str, content: bytes) -> None:
         with files.replacing(Path(path), flush=True) as temporary:
             temporary.write_bytes(content)
         return
-    system, inside = open_filesystem(path)
+    _change(path, lambda system, inside: system.pipe_file(inside, content))
+
+
+def upload(path: Path, address: str) -> None:
+    """Copy a file to an address, where it is whole or absent.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    _change(address, lambda system, inside: system.put_file(str(path), inside))
+
+
+def download(address: str, path: Path) -> None:
+    """Copy the file at an address to this disk.
+
+    Raises:
+        ValueError: it is not there, or cannot be read.
+    """
+    ask(address, lambda system, inside: system.get_file(inside, str(path)))
+
+
+def delete(address: str) -> None:
+    """Delete a file elsewhere.
+
+    Raises:
+        WriteError: it cannot be deleted.
+    """
+    _change(address, lambda system, inside: system.rm_file(inside))
+
+
+def _change(address: str, work: Callable[[Any, str], None]) -> None:
+    system, inside = open_filesystem(address)
     try:
-        _try_often(lambda: system.pipe_file(inside, content), TRIES)
+        _try_often(lambda: work(system, inside), TRIES)
     except Exception as error:
         raise files.WriteError(
-            f"{path} cannot be written ({errors.first_line(error)}); check the address, the network and your credentials."
+            f"{address} cannot be written ({errors.first_line(error)}); check the address, the network and your credentials."
         ) from error
 
 

@@ -98,6 +98,7 @@ class Trainer:
         self.failure: Exception | None = None  # a reason to save and end
         self.hurts = False  # training has made the weights that it started from worse, for long
         self.metrics: MetricsLog | None = None
+        self.copy: Callable[[], None] = lambda: None  # the run directory to another place, after every save
         self.knn: dict[str, float] = {}
         self.status = ""
         self._pending: list[dict[str, Tensor]] = []
@@ -193,6 +194,14 @@ class Trainer:
             if last or not sharded:
                 self.checkpoints.finish()
                 self.save_teachers()
+            if distributed.is_main():
+                self._copy()
+
+    def _copy(self) -> None:
+        try:
+            self.copy()
+        except ValueError as error:  # of the network; the next save copies what is missing
+            self.terminal.say(f"Warning: {error} The next save tries again.", style="yellow")
 
     def save_teachers(self) -> None:
         """All ranks call it."""

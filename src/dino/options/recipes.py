@@ -72,6 +72,8 @@ def choose_base(
     Raises:
         ValueError: there is no such recipe, file or run, or both a recipe and a run are given.
     """
+    if resume is not None and "://" in os.fspath(resume):
+        raise ValueError(f"--resume {resume} is an address; write --out {resume} --resume auto.")
     if resume not in (None, AUTO):
         if recipe is not None:
             raise ValueError(f"--resume continues a run with its own options; leave '{recipe}' out.")

@@ -275,7 +275,8 @@ class LogOptions(Options, section="log."):
 
 class TrainOptions(Options):
     out: str | None = None
-    """Run directory to write. None: runs/<data name>."""
+    """Run directory to write; of an address (s3://...) a folder of the cache, copied there after every save. None: runs/<data
+    name>."""
     resume: str | None = None
     """Run directory to continue; all other options come from its config.toml. Moved images: with --data, their new place.
     'auto': continue the run in --out if there is one, else start it."""
