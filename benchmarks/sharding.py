@@ -4,7 +4,8 @@ And the share of time that sharded checkpoints take while training goes on.
     python benchmarks/sharding.py [--arch vit_large] [--out-dim 65536] [--ranks 2]
 
 Images are small, for memory of parameters is in question, not of activations. "kept" are the tensors between two steps:
-parameters, buffers, gradients and moments. "peak" is the whole process at its largest. Time: steps of a smaller network, with
+parameters, buffers, gradients and moments; whole networks are measured in one process, of which every rank of DDP is a copy.
+"peak" is the whole process at its largest. Time: steps of a smaller network, with
 a checkpoint every `--every` steps and without, in turns.
 """
 
@@ -113,11 +114,11 @@ def measure_checkpoints(options: argparse.Namespace, device: torch.device) -> di
     }
 
 
-def launch(options: argparse.Namespace, what: str) -> dict[str, Any]:
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
+def launch(options: argparse.Namespace, what: str, ranks: int) -> dict[str, Any]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     given = ["--measure", what, "--arch", options.arch, "--out-dim", str(options.out_dim)]
     more = ["--every", str(options.every), "--pairs", str(options.pairs)]
-    done = subprocess.run([*ranks, __file__, *given, *more], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([*launcher, __file__, *given, *more], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -137,7 +138,8 @@ def main() -> None:
             print(json.dumps(found))
         distributed.stop()
         return
-    whole, sharded, checkpoints = (launch(options, what) for what in ("none", "all", "checkpoints"))
+    whole = launch(options, "none", 1)
+    sharded, checkpoints = (launch(options, what, options.ranks) for what in ("all", "checkpoints"))
     result = {"whole": whole, "sharded": sharded, "checkpoints": checkpoints}
     result |= {f"{key}_of_whole": sharded[f"{key}_gb"] / whole[f"{key}_gb"] for key in ("kept", "peak")}
     result["more_time_with_checkpoints"] = checkpoints["seconds_with"] / checkpoints["seconds_without"] - 1
