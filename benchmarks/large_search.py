@@ -100,13 +100,13 @@ def main() -> None:
     result: dict[str, Any] = {"rows": options.rows, "dim": options.dim, "faiss": faiss.__version__}
     result["threads"] = torch.get_num_threads()
     place, draw = options.folder / f"{options.rows}.parquet", Draw(options.dim)
-    with measured("write", result):
-        write(place, options.rows, draw)
+    write(place, options.rows, draw)
     with measured("open", result):
         rows = Mapped(Folder.open(place))
     with measured("build", result):
         index = Ivfpq(rows, rebuild=True)
     result["index_megabytes"], result["recall"] = index.path.stat().st_size / 1e6, index.recall
+    result["refined"] = index.about["refined"]
     with measured("open index", result):
         index = Ivfpq(rows)
     queries = draw.rows(AT_ONCE, 0)  # which are no rows

@@ -107,6 +107,7 @@ def test_the_approximate_index_is_kept_and_finds_most(embedded, saved_model, alb
     torch.testing.assert_close(cosine, (queries[:, None] * embedding.values[rows]).sum(dim=2))  # exact ones
     torch.testing.assert_close(cosine[:, 0][found[:, 0]], true[:, 0][found[:, 0]])
     assert all(len({*row}) == 10 for row in rows.tolist())
+    assert index.approximate.recall >= ivfpq.ENOUGH or index.approximate.about["refined"] == ivfpq.REFINED[-1]
     assert (tmp_path / "x.ivfpq.faiss").stat().st_size < 10_000 * 16 * 4
     query = album / "class1" / "001.jpg"
     found = dino.search(embedded, [query], 4, "ivfpq", device="cpu")

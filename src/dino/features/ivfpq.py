@@ -26,9 +26,11 @@ from dino.terminal import say, track
 
 FEWEST = 32  # rows of an index
 CODED = 2**14  # rows that the codes are made from, 64 for each of 256 centers
-REFINED = 1024  # rows that are compared exactly, or 4 for each neighbor asked for
+REFINED = (1024, 4096, 16384)  # rows that are compared exactly for a query, at least 4 for each neighbor asked for:
+ENOUGH = 0.95  # the fewest with which recall is as good as this
 BLOCK = 2**17  # rows
-AT_ONCE = 100  # queries, also of recall; so many take 160 MB where features have 384 numbers
+AT_ONCE = 100  # queries that recall is measured with
+COMPARED = 2**17  # rows that are compared exactly at a time: 200 MB where features have 384 numbers
 MEASURED = 10  # neighbors that recall is measured of
 SAVED = 600  # seconds between two saves of an index that is being built
 ABOUT = 512  # bytes at the end of the file, JSON: of which embedding it is, what it holds, and a digest
@@ -44,7 +46,7 @@ class Ivfpq:
     def __init__(self, rows: Rows, rebuild: bool = False):
         self.faiss = errors.import_optional("faiss", "--index ivfpq needs FAISS", "search")
         self.rows, self.path = rows, rows.folder.path.with_suffix(".ivfpq.faiss")
-        self.about: dict[str, Any] = {"embedding": rows.folder.digest, "recall": None}
+        self.about: dict[str, Any] = {"embedding": rows.folder.digest, "refined": REFINED[0], "recall": None}
         if self.path.exists() and not rebuild:
             self._read()
         else:
@@ -52,7 +54,7 @@ class Ivfpq:
             self.index = self._train()
         if self.about["recall"] is None:
             self._add()
-            self.about["recall"] = measure_recall(rows, self)
+            self._measure()
             self._save()
 
     @property
@@ -62,12 +64,12 @@ class Ivfpq:
 
     def find_nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Cosines and rows [q, k] of the nearest k to each of `queries` [q, d] of length 1; row -1 where fewer are found."""
-        found = [self._find(part, k) for part in queries.split(AT_ONCE)]
+        count = min(max(self.about["refined"], 4 * k), len(self.rows))
+        found = [self._find(part, k, count) for part in queries.split(max(1, COMPARED // count))]
         cosines, rows = zip(*found, strict=True)
         return torch.cat(cosines), torch.cat(rows)
 
-    def _find(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        count = min(max(REFINED, 4 * k), len(self.rows))
+    def _find(self, queries: Tensor, k: int, count: int) -> tuple[Tensor, Tensor]:
         found = self.index.search(queries.numpy(), count)[1]
         wanted, places = np.unique(found, return_inverse=True)
         values = self.rows.take(np.maximum(wanted, 0))[torch.from_numpy(places.reshape(found.shape))]  # [q, count, d]
@@ -106,6 +108,16 @@ class Ivfpq:
                     self._save()
                     saved = time.monotonic()
             start += len(block)
+
+    def _measure(self) -> None:
+        """Measure recall by some evenly spaced rows, and compare as many rows exactly as a good one takes."""
+        queries = self.rows.take(evenly_spaced(len(self.rows), AT_ONCE))
+        true = find_exactly(self.rows, queries, MEASURED)[1]
+        for self.about["refined"] in REFINED:
+            found = self.find_nearest(queries, MEASURED)[1]
+            self.about["recall"] = (true[:, :, None] == found[:, None]).any(dim=2).float().mean().item()
+            if self.recall >= ENOUGH:
+                break
 
     # --- its file
 
@@ -152,10 +164,3 @@ def find_exactly(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         found = torch.cat([found, near + start], dim=1).gather(1, at)
         start += len(block)
     return best, found
-
-
-def measure_recall(rows: Rows, index: Ivfpq) -> float:
-    """Share of the true nearest rows, of some evenly spaced ones, that an index finds."""
-    queries = rows.take(evenly_spaced(len(rows), AT_ONCE))
-    true, found = find_exactly(rows, queries, MEASURED)[1], index.find_nearest(queries, MEASURED)[1]
-    return (true[:, :, None] == found[:, None]).any(dim=2).float().mean().item()
