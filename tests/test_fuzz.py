@@ -224,7 +224,7 @@ def test_what_a_file_says_of_its_model_is_checked_before_the_model_is_built(
         dino.load(tmp_path / "m")
 
 
-CHOSEN = {f"eval {name}": ["--data", "d"] for name in ("masks", "segment", "copydetect")}
+CHOSEN = {f"eval {name}": ["--data", "d"] for name in ("masks", "segment", "copydetect")} | {"select": ["--keep", "5"]}
 WORDS = [
     "nan",
     "inf",

@@ -45,12 +45,17 @@ def whole(tmp_path_factory, many, saved_model) -> Folder:
 
 
 @pytest.fixture
-def bucket(monkeypatch, tmp_path):
+def store():
     with ObjectStore() as store:
-        store.use_here(monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(storage, "_FIRST_WAIT", 0.01)
-        (tmp_path / "empty").mkdir()
-        yield store.upload(tmp_path / "empty", "bucket/features")
+        yield store
+
+
+@pytest.fixture
+def bucket(store, monkeypatch, tmp_path):
+    store.use_here(monkeypatch, tmp_path / "home")
+    monkeypatch.setattr(storage, "_FIRST_WAIT", 0.01)
+    (tmp_path / "empty").mkdir()
+    return store.upload(tmp_path / "empty", "bucket/features")
 
 
 def assert_same_rows(out: Path, other: Path) -> None:
@@ -176,7 +181,7 @@ def test_two_ranks_share_a_part(tmp_path, whole, many, saved_model):
 
 
 @pytest.mark.slow
-def test_parts_in_a_bucket(tmp_path, whole, many, saved_model, bucket, capsys):
+def test_parts_in_a_bucket(tmp_path, whole, many, saved_model, store, bucket, capsys):
     """A job that is killed, the same again and another one; then a copy is searched."""
     command = ["embed", str(saved_model), str(many), "--out", bucket, "--shard", str(SHARD), "--device", "cpu"]
     job = processes.start(
@@ -184,9 +189,10 @@ def test_parts_in_a_bucket(tmp_path, whole, many, saved_model, bucket, capsys):
     )
     while len(list_shards(bucket)[0]) < 3:
         assert job.poll() is None, job.communicate()
-        time.sleep(0.01)
+        store.delay = 0.1  # of every answer from now on, so that the job is not done before it is killed
     job.send_signal(signal.SIGKILL)
     job.communicate()
+    store.delay = 0.0
     before = storage.list_files(bucket)
     assert 3 <= len(before) < 11
     assert main([*command, "--part", "1/2"]) == 0
