@@ -42,6 +42,13 @@ def load_golden_weights(module: torch.nn.Module, prefix: str = "") -> None:
     module.load_state_dict(state)
 
 
+def draw_images_and_a_broken_one(folder: Path, count: int) -> Path:
+    """`count` files, of which one is no image."""
+    draw_images(folder, count - 1)
+    (folder / "class1" / "broken.jpg").write_bytes(b"no image")
+    return folder
+
+
 def draw_images(folder: Path, count: int = 24, classes: int = 3, seed: int = 0) -> Path:
     """A small labeled folder of JPEGs: colored shapes on noise, a class to a color."""
     rng = np.random.default_rng(seed)

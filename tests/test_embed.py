@@ -24,7 +24,7 @@ from dino.data.open import open_images
 from dino.features.embedding import Folder
 from dino.features.extract import extract
 from dino.weights import fingerprint
-from helpers import dino_command, draw_images, run_dino
+from helpers import dino_command, draw_images, draw_images_and_a_broken_one, run_dino
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -34,10 +34,7 @@ COUNT, SHARD = 120, 2
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
-    """Images, one of which is none."""
-    folder = draw_images(tmp_path_factory.mktemp("many"), COUNT - 1)
-    (folder / "class1" / "broken.jpg").write_bytes(b"no image")
-    return folder
+    return draw_images_and_a_broken_one(tmp_path_factory.mktemp("many"), COUNT)
 
 
 @pytest.fixture(scope="module")

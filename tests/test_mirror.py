@@ -11,7 +11,10 @@ import pytest
 
 import processes
 from dino.data.storage import upload
+from dino.engine.folder import name_folder
 from dino.engine.mirror import Mirror
+from dino.options import replace
+from dino.options.train import TrainOptions
 from helpers import assert_same_bits, dino_command, draw_images, final_state, run_dino, tiny_flags
 from object_store import ObjectStore
 
@@ -98,3 +101,9 @@ def test_mistakes_take_a_sentence(bucket, tmp_path):
         assert done.returncode == 2, done.stderr
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_only_a_training_itself_takes_an_address():
+    """`dino submit` and all else that chooses a run directory would make a folder called s3:."""
+    with pytest.raises(ValueError, match="is an address, which only `dino train` itself takes; give a folder"):
+        name_folder(replace(TrainOptions(), {"out": "s3://bucket/a"}))

@@ -23,7 +23,7 @@ from dino.data import storage
 from dino.features.embed import choose_share
 from dino.features.embedding import Folder
 from dino.features.shards import list_shards
-from helpers import dino_command, draw_images, run_dino
+from helpers import dino_command, draw_images, draw_images_and_a_broken_one, run_dino
 from object_store import ObjectStore
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -33,9 +33,7 @@ COUNT, SHARD = 44, 2  # images, of which one is none; images of a shard
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
-    folder = draw_images(tmp_path_factory.mktemp("many"), COUNT - 1)
-    (folder / "class1" / "broken.jpg").write_bytes(b"no image")
-    return folder
+    return draw_images_and_a_broken_one(tmp_path_factory.mktemp("many"), COUNT)
 
 
 @pytest.fixture(scope="module")

@@ -71,11 +71,6 @@ def start(device: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def is_initialized() -> bool:
-    """Whether there is a group of processes, even of one."""
-    return dist.is_initialized()
-
-
 def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():

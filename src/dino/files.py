@@ -56,9 +56,8 @@ def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
         WriteError: the disk is full, or the place cannot be written.
     """
     name = os.fsencode(path.name)[:200].decode(errors="ignore")  # a name may have 255 bytes
-    temporary = path.with_name(
-        f".{name}.{secrets.randbits(62)}.tmp"
-    )  # another machine may have a process of this number
+    # Not the process's number: another machine may have a process of that number.
+    temporary = path.with_name(f".{name}.{secrets.randbits(62)}.tmp")
     with naming(path):
         try:
             temporary.touch()

@@ -21,7 +21,7 @@ from dino.data.sources import Source
 from dino.data.specs import find_path
 from dino.engine import budget, build, fit, init, mirror, parallel, shared
 from dino.engine.checkpoint import lock_folder
-from dino.engine.folder import choose_folder, name_folder, prepare, record
+from dino.engine.folder import choose_folder, find_options, prepare, record
 from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.eval import evaluate
@@ -31,9 +31,8 @@ from dino.models import Backbone
 from dino.options import auto, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base, free_length
-from dino.options.resume import check_resumable, continue_if_there
 from dino.options.rules import parse_bytes
-from dino.options.train import AUTO, TrainOptions
+from dino.options.train import TrainOptions
 from dino.report.run import Run
 from dino.report.verdict import advise_start, judge, warn
 from dino.terminal import Terminal
@@ -110,14 +109,6 @@ def run_training(options: TrainOptions) -> Path:
         if options.budget is not None and complete:
             terminal.say(f"Took {(time.monotonic() - began) / 60:.1f} of {options.budget / 60:g} minutes.")
     return folder
-
-
-def find_options(given: TrainOptions) -> TrainOptions:
-    """The options of a new run, or of the one that is continued."""
-    options = continue_if_there(given, name_folder(given)) if given.resume == AUTO else given
-    if options.resume is not None:
-        check_resumable(flatten(toml.read_recorded(options.resume)), options)
-    return options
 
 
 def set_threads(options: TrainOptions, device: torch.device) -> None:

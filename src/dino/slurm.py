@@ -21,10 +21,9 @@ import tomli_w
 
 from dino import errors, files
 from dino.data.specs import find_path
-from dino.engine.folder import choose_folder, name_folder
-from dino.options import flatten, replace, toml
+from dino.engine.folder import choose_folder, find_options
+from dino.options import replace, toml
 from dino.options.commands import SlurmOptions, SubmitOptions
-from dino.options.resume import check_resumable, continue_if_there
 from dino.options.train import AUTO
 from dino.terminal import say
 
@@ -75,9 +74,8 @@ def send(jobs: list[Job], folder: Path, name: str, options: SlurmOptions) -> str
     """
     submitit = find_submitit()
     more = {key.replace("-", "_"): value or True for key, _, value in (text.partition("=") for text in options.slurm)}
-    kept = {
-        name: value for name, value in os.environ.items() if name == "SLURM_CONF"
-    }  # which says where the cluster is
+    # It says where the cluster is, and must stay when the rest of a job's environment is left out.
+    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
     with (
         contextlib.redirect_stderr(io.StringIO()),  # submitit repeats there what its error says
         submitit.helpers.clean_env(),  # of the job in which this command may run
@@ -118,11 +116,7 @@ def count_left(job: str) -> int:
 def submit_command(options: SubmitOptions) -> None:
     """Send the training and say how to look at it. Its run directory is chosen here, and its options are written there."""
     find_submitit()
-    training = options.training
-    if training.resume == AUTO:
-        training = continue_if_there(training, name_folder(training))
-    if training.resume is not None:
-        check_resumable(flatten(toml.read_recorded(training.resume)), training)
+    training = find_options(options.training)
     run = choose_folder(training).absolute()
     if (path := find_path(training.data.path)) is not None and not path.exists():
         say(f"Warning: {training.data.path} is not on this machine; the job needs it on its own.")

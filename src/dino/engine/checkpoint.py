@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from filelock import lock_descriptor
 
 from dino import distributed, errors, files
-from dino.weights.checkpoints import Checkpoint, CheckpointError, list_checkpoints, read_newest
+from dino.weights.checkpoints import Checkpoint, CheckpointError, list_checkpoints, read_checkpoint, take_newest
 
 LOCK = ".lock"
 
@@ -39,10 +39,12 @@ class Checkpoints:
             CheckpointError: there are checkpoints, but none is whole.
         """
         files.sweep(self.folder)
-        found = read_newest(self.folder)
+        return self._load(self.find_all(), read_checkpoint)
+
+    def _load(self, paths: Sequence[Path], read: Callable[[Path], dict[str, Any]]) -> Checkpoint | None:
+        found = take_newest(paths, read)
         if found is not None:
-            paths = list_checkpoints(self.folder)
-            self.good = paths[: paths.index(found.path) + 1]
+            self.good = [*paths[: paths.index(found.path) + 1]]
         return found
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
@@ -53,9 +55,7 @@ class Checkpoints:
         """
         path = self.folder / f"step-{step:08d}.pt"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with files.replacing(path, flush=True) as temporary, open(temporary, "wb") as file:
-                torch.save(state, file)  # a path would stay open after a failure and keep its space
+            write_state(path, state)
             self.good = [*(old for old in self.good if old != path), path]
             self.point()
         except OSError as error:
@@ -88,6 +88,13 @@ class Checkpoints:
         """The checkpoint to go on from, as the end of a sentence."""
         good = self.good if distributed.is_main() else self.find_all()
         return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a file, whole or not at all, and its folder where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path, flush=True) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)  # a path would stay open after a failure and keep its space
 
 
 _held: set[int] = set()  # descriptors of the locks of this process

@@ -11,10 +11,12 @@ from dino import files
 from dino.data.open import record_files
 from dino.data.sources import Source
 from dino.data.specs import get_name, make_absolute, split_sources
+from dino.data.storage import is_remote
 from dino.options import flatten, replace, toml
 from dino.options.evaluate import EVALUATIONS
+from dino.options.resume import check_resumable, continue_if_there
 from dino.options.toml import to_dict
-from dino.options.train import TrainOptions
+from dino.options.train import AUTO, TrainOptions
 from dino.weights import runs
 
 _OF_EVALUATION = (".json", ".safetensors", ".training/latest", ".training/step-????????.pt")
@@ -60,7 +62,22 @@ def clear(run: Path) -> None:
 
 
 def name_folder(options: TrainOptions) -> Path:
+    """The run directory of a new run.
+
+    Raises:
+        ValueError: it is an address, which only `dino train` copies to.
+    """
+    if options.out is not None and is_remote(options.out):
+        raise ValueError(f"--out {options.out} is an address, which only `dino train` itself takes; give a folder.")
     return Path(options.out or f"runs/{get_name(options.data.path)}").expanduser()
+
+
+def find_options(given: TrainOptions) -> TrainOptions:
+    """The options of a new run, or of the one that is continued."""
+    options = continue_if_there(given, name_folder(given)) if given.resume == AUTO else given
+    if options.resume is not None:
+        check_resumable(flatten(toml.read_recorded(options.resume)), options)
+    return options
 
 
 def choose_folder(options: TrainOptions) -> Path:

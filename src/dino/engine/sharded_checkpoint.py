@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from dino import distributed, errors, files
-from dino.engine.checkpoint import Checkpoints
+from dino import distributed, errors
+from dino.engine.checkpoint import Checkpoints, write_state
 from dino.engine.step import TrainingStep
 from dino.weights import pickles
 from dino.weights.checkpoints import WHOLE, Checkpoint, CheckpointError, are_finite, get_step, list_sharded
@@ -49,35 +49,23 @@ class ShardedCheckpoints(Checkpoints):
     def load(self) -> Checkpoint | None:
         """The newest whole checkpoint; its tensors are spread as those of the step are, or whole on a single rank."""
         distributed.from_main(self._sweep)
-        self.good = distributed.from_main(self.find_all)
-        refused: list[str] = []
-        while self.good:
-            path = self.good[-1]
-            try:
-                return Checkpoint(path, self._read(path), refused)
-            except (CheckpointError, CheckpointException) as error:
-                refused.append(f"{path} is not a readable checkpoint ({find_reason(error)}).")
-                self.good.pop()
-        if refused:
-            raise CheckpointError(
-                f"none of the {len(refused)} checkpoints in {self.folder} can be used: {refused[0]} Copy one from a backup, "
-                "or start again in another folder."
-            )
-        return None
+        return self._load(distributed.from_main(self.find_all), self._read)
 
     def _sweep(self) -> None:
         for path in set(list_sharded(self.folder, whole=False)) - set(self.find_all()):
             shutil.rmtree(path)
 
     def _read(self, path: Path) -> dict[str, Any]:
-        state = distributed.from_main(lambda: read_small(path))
-        reader = FileSystemReader(path)
-        moments = self._make_moments(reader)
-        tensors = self.step.method.state_dict() | {key: torch.empty_like(value) for key, value in moments.items()}
-        with quiet():
-            load(tensors, storage_reader=reader, process_group=self.group)
-        if not distributed.gather(bool(are_finite(tensors.values()))) == [True] * distributed.world_size():
-            raise CheckpointError("it holds numbers that are not finite")
+        try:
+            state, reader = distributed.from_main(lambda: read_small(path)), FileSystemReader(path)
+            moments = self._make_moments(reader)
+            tensors = self.step.method.state_dict() | moments
+            with quiet():
+                load(tensors, storage_reader=reader, process_group=self.group)
+        except (Exception, CheckpointException) as error:  # which is no Exception, and is raised on all ranks
+            raise CheckpointError(f"{path} is not a readable checkpoint ({find_reason(error)}).") from error
+        if not all(distributed.gather(bool(are_finite(tensors.values())))):
+            raise CheckpointError(f"{path} holds numbers that are not finite.")
         optimizer: dict[int, dict[str, Tensor]] = {}
         for key in moments:
             _, number, name = key.split("/")
@@ -86,14 +74,15 @@ class ShardedCheckpoints(Checkpoints):
         return state | {"method": tensors}
 
     def _make_moments(self, reader: FileSystemReader) -> dict[str, Tensor]:
-        """Tensors like those of the optimizer that lie there, by their names in the checkpoint."""
+        """Empty tensors like those of the optimizer that lie there, by their names in the checkpoint."""
         parameters = [p for group in self.step.optimizer.param_groups for p in group["params"]]
         found: dict[str, Tensor] = {}
         for key, kept in reader.read_metadata().state_dict_metadata.items():
             if key.startswith("optimizer/"):
                 like = parameters[int(key.split("/")[1])]
                 assert isinstance(kept, TensorStorageMetadata)
-                found[key] = like if like.shape == kept.size else torch.empty(kept.size, dtype=kept.properties.dtype)
+                is_alike, dtype = like.shape == kept.size, kept.properties.dtype
+                found[key] = torch.empty_like(like) if is_alike else torch.empty(kept.size, dtype=dtype)
         return found
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
@@ -108,7 +97,7 @@ class ShardedCheckpoints(Checkpoints):
         }
         small = state | {"method": {}, "optimizer": state["optimizer"] | {"state": {}}}
         with self._naming(step):
-            distributed.from_main(lambda: write_small(path, small))
+            distributed.from_main(lambda: write_state(path / STATE, small))
         writer = FileSystemWriter(path)
         with quiet():
             if self.group is None:
@@ -161,15 +150,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def write_small(path: Path, state: dict[str, Any]) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path / STATE, flush=True) as temporary:
-        torch.save(state, temporary)
-
-
 def read_small(path: Path) -> dict[str, Any]:
-    try:
-        pickles.check_metadata(path / WHOLE)
-        return pickles.load_pickle(path / STATE)
-    except Exception as error:
-        raise CheckpointError(errors.find_reason(error)) from error
+    """All but the tensors of the networks and the optimizer. Raises errors of many kinds."""
+    pickles.check_metadata(path / WHOLE)
+    return pickles.load_pickle(path / STATE)

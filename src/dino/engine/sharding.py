@@ -15,9 +15,8 @@ from dino.method import DINO, Network
 
 Shard = Literal["none", "all", "machine"]
 
-BLOCKS = re.compile(
-    r"(blocks|layer\d)$"
-)  # containers of a network's blocks, as this package, timm and torchvision name them
+# Containers of a network's blocks, as this package and timm name them.
+BLOCKS = re.compile(r"(blocks|layer\d)$")
 
 
 def create_mesh(device: torch.device, how: Shard) -> DeviceMesh:

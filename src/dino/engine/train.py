@@ -225,7 +225,7 @@ class Trainer:
 
     def distribute(self) -> None:
         """Average the gradients over ranks, or with the option `shard` spread the networks over them. Before any resume."""
-        if self.options.shard == "none" or not distributed.is_initialized():
+        if self.options.shard == "none" or distributed.world_size() == 1:
             self.training_step.distribute()
             return
         sharding.shard(self.method, self.device, self.options.shard)

@@ -32,9 +32,8 @@ from dino.version import __version__
 from dino.weights import fingerprint, runs
 
 SHARD, MOST_VALUES = 4096, 2**24  # images of a shard, and most numbers: 64 MB
-ABANDONED = (
-    3600  # seconds after which a file that is not whole is not being written any more; other parts may be at work
-)
+# Other parts may be at work: only a file that was not written to for so many seconds was left by a killed process.
+ABANDONED = 3600
 
 
 @checked(EmbedOptions, "model", "data", "out", "size", "fp16", "shard", "part", "device")

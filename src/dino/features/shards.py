@@ -1,4 +1,4 @@
-"""Reading what `embed` wrote: shards that are held to its format, and their features in memory."""
+"""The shards of an embedding, Parquet files: written, held to their format when they are read, and mapped into memory."""
 
 from __future__ import annotations
 

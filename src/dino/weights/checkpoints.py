@@ -7,7 +7,7 @@ is read. Only tensors and plain values are read, so that no code in a file can r
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,16 +51,21 @@ def read_newest(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: there are some, but none is whole.
     """
+    return take_newest(list_checkpoints(folder), read_checkpoint)
+
+
+def take_newest(paths: Sequence[Path], read: Callable[[Path], dict[str, Any]]) -> Checkpoint | None:
+    """The newest of `paths`, the oldest first, that `read` can read; the errors as of `read_newest`."""
     refused: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    for path in reversed(paths):
         try:
-            return Checkpoint(path, read_checkpoint(path), refused)
+            return Checkpoint(path, read(path), refused)
         except CheckpointError as error:
             refused.append(str(error))
     if refused:
         raise CheckpointError(
-            f"none of the {len(refused)} checkpoints in {folder} can be used: {refused[0]} Copy one from a backup, or start "
-            "again in another folder."
+            f"none of the {len(refused)} checkpoints in {paths[0].parent} can be used: {refused[0]} Copy one from a backup, "
+            "or start again in another folder."
         )
     return None
 
