@@ -189,6 +189,22 @@ def test_a_full_disk_is_said_and_mended_by_a_larger_one(photos, tmp_path, disk, 
     assert (run / "teacher.safetensors").read_bytes() == (whole / "teacher.safetensors").read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_under_a_sharded_checkpoint_is_said_and_mended(photos, tmp_path, disk, ranks):
+    flags = ["--data", photos, *tiny_flags(epochs=2), "--shard", "all"]
+    assert run_dino("train", *flags, "--out", tmp_path / "whole", ranks=ranks).returncode == 0
+    run = disk("480k") / "run"
+    done = run_dino("train", *flags, "--out", run, ranks=ranks)
+    assert done.returncode == 1, done.stderr
+    assert "could not be written (No space left on device)" in done.stderr
+    assert "Traceback" not in done.stderr
+    disk("20m")
+    done = run_dino("train", "--resume", run, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert (run / "teacher.safetensors").read_bytes() == (tmp_path / "whole/teacher.safetensors").read_bytes()
+
+
 def start_long(photos: Path, run: Path, **changes: object) -> subprocess.Popen[str]:
     """A run that would take hours, in a process group of its own, after its first checkpoint."""
     flags = tiny_flags(epochs=20_000, **changes)

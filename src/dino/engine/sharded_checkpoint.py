@@ -96,10 +96,9 @@ class ShardedCheckpoints(Checkpoints):
             f"optimizer/{number}/{name}": value for number, of_one in moments.items() for name, value in of_one.items()
         }
         small = state | {"method": {}, "optimizer": state["optimizer"] | {"state": {}}}
-        with self._naming(step):
-            distributed.from_main(lambda: write_state(path / STATE, small))
         writer = FileSystemWriter(path)
-        with quiet():
+        with self._naming(step), quiet():
+            distributed.from_main(lambda: write_state(path / STATE, small))
             if self.group is None:
                 future: Future[Any] = Future()
                 future.set_result(save(tensors, storage_writer=writer))
