@@ -8,7 +8,9 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +208,23 @@ def test_parts_in_a_bucket(tmp_path, whole, many, saved_model, store, bucket, ca
     assert Folder.open(tmp_path / "copy.parquet").rows == COUNT - 1
     assert main([*command, "--pooling", "gem"]) == 2
     assert "holds another embedding, whose pooling is cls and not gem" in capsys.readouterr().err
+
+
+def test_a_folder_is_listed_while_another_job_tries_whether_it_may_write(bucket):
+    """It tries with a file that it writes and deletes, alone in a new folder."""
+    folder, done = f"{bucket}/new", threading.Event()
+
+    def write_and_delete() -> None:
+        while not done.is_set():
+            storage.require_writable(folder)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(write_and_delete)
+        try:
+            assert all(list_shards(folder)[0] == {} for _ in range(50))
+        finally:
+            done.set()
+        other.result()
 
 
 def test_a_damaged_shard_in_a_bucket_is_written_again(tmp_path, whole, many, saved_model, bucket):

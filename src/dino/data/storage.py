@@ -108,7 +108,10 @@ def list_names(folder: str) -> list[str]:
 
     def look(system: Any, inside: str) -> list[str]:
         system.invalidate_cache()  # of listings, which others have made longer
-        return system.ls(inside, detail=False) if system.exists(inside) else []
+        try:
+            return system.ls(inside, detail=False)
+        except FileNotFoundError:
+            return []
 
     return [path.rstrip("/").rpartition("/")[2] for path in ask(folder, look)]
 
