@@ -27,6 +27,11 @@ _FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|write error|os
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def is_failed_write(error: BaseException) -> bool:
+    """Whether a library's RuntimeError says that it could not write: hardly for another reason than a full disk."""
+    return isinstance(error, RuntimeError) and _FAILED_WRITE.search(str(error)) is not None
+
+
 @contextlib.contextmanager
 def naming(what: object, remedy: str = "choose another place or name") -> Iterator[None]:
     """Around the writing of `what`, a path: whatever a library makes of a full disk becomes a `WriteError`."""
@@ -35,7 +40,7 @@ def naming(what: object, remedy: str = "choose another place or name") -> Iterat
     except WriteError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not _FAILED_WRITE.search(str(error)):
+        if isinstance(error, RuntimeError) and not is_failed_write(error):
             raise
         code = (
             error.errno if isinstance(error, OSError) else errno.ENOSPC

@@ -8,6 +8,8 @@ Nothing is renamed, so that this also holds on network disks. Any number of rank
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from dino import distributed, errors
+from dino import distributed, errors, files
 from dino.engine.checkpoint import Checkpoints, write_state
 from dino.engine.step import TrainingStep
 from dino.weights import pickles
@@ -138,7 +140,7 @@ def find_reason(error: BaseException) -> str:
     """As `errors.find_reason`; of an error of several ranks, of the first of them."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return errors.find_reason(error)
+    return os.strerror(errno.ENOSPC) if files.is_failed_write(error) else errors.find_reason(error)
 
 
 @contextlib.contextmanager
