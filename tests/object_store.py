@@ -32,14 +32,18 @@ PASSED_ON = {
 
 
 class ObjectStore(ThreadingHTTPServer):
-    """The door. Of what is asked for from inside a file, every `fails`-th answer is an error, every `cuts`-th is cut off."""
+    """The door. Of what is asked for from inside a file, every `fails`-th answer is an error, every `cuts`-th is cut off.
+
+    `refuses_signed`: who asks at a signed address gets nothing.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Door)
-        self.delay, self.fails, self.cuts = 0.0, 0, 0
+        self.delay, self.fails, self.cuts, self.refuses_signed = 0.0, 0, 0, False
         self.asked: list[str] = []  # the ranges of files
+        self.signed = 0  # of these, at signed addresses
         self.numbers = itertools.count(1)
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # of the server behind
         self.behind = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -53,6 +57,9 @@ class ObjectStore(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         self.behind.stop()
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of clients that have hung up."""
 
     @property
     def url(self) -> str:
@@ -92,13 +99,18 @@ class Door(BaseHTTPRequestHandler):
         content, status, length = answer.read(), answer.status, answer.headers.get("Content-Length", "0")
         behind.close()
         time.sleep(store.delay)
-        is_file = self.command == "GET" and "?" not in self.path and status < 300
+        file, _, query = self.path.partition("?")
+        is_signed = "Signature=" in query
+        is_file = self.command == "GET" and (is_signed or not query) and status < 300
         number = next(store.numbers) if is_file else 1
         if is_file:
-            store.asked.append(f"{self.path} {wanted}")
+            store.asked.append(f"{file} {wanted}")
+            store.signed += is_signed
             if store.fails and number % store.fails == 0:
                 status, content = 503, b""
                 length = "0"
+            elif store.refuses_signed and is_signed:
+                status, content = 403, b""
         self.send_response(status)
         for name, value in answer.headers.items():
             if name.lower() not in PASSED_ON:

@@ -12,12 +12,13 @@ import pytest
 
 import dino
 from dino import cli
-from dino.data import storage
+from dino.data import ranges, storage
 from dino.data.decode import BadImage
 from dino.data.open import open_images
+from dino.data.ranges import Unreachable
 from dino.data.reader import Reader
 from dino.data.specs import get_name, make_absolute
-from dino.data.storage import Place, Unreachable
+from dino.data.storage import Place
 from helpers import TINY, assert_same_bits, draw_images, final_state, pack_images, run_dino, tiny_flags
 from object_store import ObjectStore
 
@@ -73,7 +74,7 @@ def test_a_run_is_the_one_from_the_disk_whatever_the_answers(store, folder, tmp_
 
 def test_a_run_goes_on_after_the_store_was_gone(store, folder, tmp_path, monkeypatch, capsys):
     address = store.upload(folder, "bucket/data")
-    monkeypatch.setattr(storage, "TRIES", 2)
+    monkeypatch.setattr(ranges, "TRIES", 2)
     flags = [*tiny_flags(epochs=1, data__num_workers=1), "--out", str(tmp_path / "run")]
     dino.train(data=folder, out=tmp_path / "local", **TINY | {"epochs": 1})
     monkeypatch.setattr(
@@ -96,6 +97,16 @@ def test_a_batch_is_asked_for_at_once_and_the_next_one_before_it_is_needed(store
     for i in (3, 4, 5, 6):
         source.read(i)
     assert len(store.asked) == 4, "each once"
+
+
+def test_ranges_are_read_at_signed_addresses_where_the_store_answers_there(store, folder, tmp_path):
+    local, source = open_images(folder), open_images(store.upload(folder, "bucket/data"))
+    store.asked.clear()
+    assert [source.read(i).tobytes() for i in range(4)] == [local.read(i).tobytes() for i in range(4)]
+    assert store.signed == len(store.asked) == 4
+    store.refuses_signed = True
+    assert [source.read(i).tobytes() for i in range(8)] == [local.read(i).tobytes() for i in range(8)]
+    assert store.signed == 4 + ranges._MOST_REFUSED, "then S3's library reads all"
 
 
 def test_an_image_that_has_gone_is_a_bad_image(store, folder):
@@ -126,7 +137,7 @@ def test_a_cache_stays_small_and_forgets_what_was_used_longest_ago(store, folder
     source = open_images(store.upload(folder, "bucket/data"))
     monkeypatch.setattr("dino.data.reader._SWEEP", 1)
     places = [source.find_place(i) for i in range(24)]
-    size = sum(len(content) for content in storage.fetch(places))
+    size = sum(len(content) for content in ranges.fetch(places))
     reader = Reader(size // 2)
     for place in places:
         reader.read(places[0])
@@ -184,7 +195,7 @@ def test_without_credentials(store, folder, tmp_path, monkeypatch, capsys):
 
 def test_unreachable_says_which_and_why(store, folder, monkeypatch):
     source = open_images(store.upload(folder, "bucket/data"))
-    monkeypatch.setattr(storage, "TRIES", 2)
+    monkeypatch.setattr(ranges, "TRIES", 2)
     store.fails = 1
     with pytest.raises(Unreachable, match=r"s3://bucket/data/class0/000\.jpg cannot be read"):
         source.read(0)

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset, default_convert, get_worker_in
 from dino import distributed
 from dino.data.decode import BadImage
 from dino.data.order import Order
+from dino.data.ranges import Unreachable
 from dino.data.render import Renderer
 from dino.data.sources import Source, read_ahead
-from dino.data.storage import Unreachable
 from dino.data.views import Views, draw_views
 from dino.machine import check_workers
 from dino.options.train import ViewOptions

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dino import errors, files
-from dino.data.storage import Place, fetch, is_remote
+from dino.data.ranges import fetch
+from dino.data.storage import Place, is_remote
 from dino.terminal import say
 
 _SWEEP = 2**26  # bytes written to the cache by a process between two looks at the size of all

@@ -14,11 +14,11 @@ from dino.data.decode import IMAGE_SUFFIXES, BadImage, decode
 from dino.data.index import Index, Shard, open_index
 from dino.data.labels import assign_labels, read_lines
 from dino.data.listing import look_into
+from dino.data.ranges import Unreachable
 from dino.data.reader import Reader
 from dino.data.sources import Subset
 from dino.data.storage import (
     Place,
-    Unreachable,
     describe_all,
     find_matching,
     is_remote,

@@ -1,4 +1,4 @@
-"""Files on a disk, or at an address such as s3://bucket/1.tar: through fsspec, many ranges at once, with retries.
+"""Files on a disk, or at an address such as s3://bucket/1.tar: through fsspec, with retries.
 
 Credentials and endpoints are found where each library looks for them (AWS_PROFILE, AWS_ENDPOINT_URL, ...).
 """
@@ -29,10 +29,6 @@ _OPENED: dict[int, Any] = {}  # file systems; a fork that let go of those that i
 T = TypeVar("T")
 
 
-class Unreachable(OSError):
-    """A file elsewhere could not be read, although it was tried for minutes."""
-
-
 class Place(NamedTuple):
     """Bytes of a file; `length` None: all of it. `version`: another one after it has changed, where that is known."""
 
@@ -51,7 +47,7 @@ def join(folder: str, name: str) -> str:
     return name if is_remote(name) else os.path.normpath(os.path.join(folder, os.path.expanduser(name)))
 
 
-def open_filesystem(path: str) -> tuple[Any, str]:
+def open_filesystem(path: str, **options: Any) -> tuple[Any, str]:
     """fsspec's file system for an address, and the path in it. To be called anew in each process, which it is made for.
 
     Raises:
@@ -59,7 +55,7 @@ def open_filesystem(path: str) -> tuple[Any, str]:
     """
     fsspec = errors.import_optional("fsspec", f"{path} needs fsspec", "data")
     try:
-        system, inside = fsspec.core.url_to_fs(path)
+        system, inside = fsspec.core.url_to_fs(path, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{path} cannot be opened: {errors.first_line(error)} (pip install 'dino[data]').") from error
     _OPENED[id(system)] = system
@@ -74,7 +70,7 @@ def ask(path: str, question: Callable[[Any, str], T]) -> T:
     """
     system, inside = open_filesystem(path)
     try:
-        return _try_often(lambda: question(system, inside), tries=3)
+        return try_often(lambda: question(system, inside), tries=3)
     except FileNotFoundError as error:
         raise ValueError(f"there is no {path}; check the address.") from error
     except Exception as error:
@@ -231,7 +227,7 @@ def delete(address: str) -> None:
 def _change(address: str, work: Callable[[Any, str], None]) -> None:
     system, inside = open_filesystem(address)
     try:
-        _try_often(lambda: work(system, inside), TRIES)
+        try_often(lambda: work(system, inside), TRIES)
     except Exception as error:
         raise files.WriteError(
             f"{address} cannot be written ({errors.first_line(error)}); check the address, the network and your credentials."
@@ -254,7 +250,7 @@ def is_probe(name: str) -> bool:
     return name.startswith(_PROBE)
 
 
-def _try_often(work: Callable[[], T], tries: int) -> T:
+def try_often(work: Callable[[], T], tries: int) -> T:
     """The result of `work`, which is tried again after a wait when it fails."""
     for attempt in range(tries - 1):
         try:
@@ -265,41 +261,3 @@ def _try_often(work: Callable[[], T], tries: int) -> T:
             longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)
             time.sleep(longest * random.uniform(0.5, 1))
     return work()
-
-
-def fetch(places: Sequence[Place]) -> list[bytes]:
-    """The bytes at each of the places, of one file system, all asked for at once. What fails is asked for again.
-
-    Raises:
-        FileNotFoundError: a file is not there.
-        Unreachable: one could not be read.
-    """
-    system = open_filesystem(places[0].path)[0]
-    found: dict[Place, bytes] = {}
-
-    def ask_for_missing() -> None:
-        missing = [place for place in places if place not in found]
-        paths = [system._strip_protocol(place.path) for place in missing]
-        ends = [None if place.length is None else place.offset + place.length for place in missing]
-        contents = system.cat_ranges(paths, [place.offset or None for place in missing], ends)
-        failed: Exception | None = None
-        for place, content in zip(missing, contents, strict=True):
-            if isinstance(content, FileNotFoundError):
-                raise content
-            if isinstance(content, Exception):
-                failed = content
-            elif place.length not in (None, len(content)):
-                failed = OSError(f"{len(content)} of {place.length} bytes of {place.path} came")
-            else:
-                found[place] = content
-        if failed is not None:
-            raise failed
-
-    try:
-        _try_often(ask_for_missing, TRIES)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        first = next(place.path for place in places if place not in found)
-        raise Unreachable(f"{first} cannot be read: {errors.first_line(error)}") from error
-    return [found[place] for place in places]
