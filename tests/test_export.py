@@ -188,7 +188,7 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(run, tmp_path, capsys,
         (run, "onnx", "a.onnx", "pip install 'dino[export]'"),
         (swin, "torch-export", "a.pt2", "windows"),
         (stem, "timm", "a", "stem 'small'"),
-        (stem, "hf", "a", "our own ViTs only"),
+        (stem, "hf", "a", "which transformers does not have"),
         (convnext, "reference", "a.pth", "which the reference has not"),
     ):
         for name, needs in (("onnx", ("onnx", "no_such_package")), ("hf", ())):

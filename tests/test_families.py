@@ -106,6 +106,46 @@ def test_what_transformers_computes(name, hub):
     assert model.has_attention == (name != "dinov3-convnext")
 
 
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@torch.no_grad()
+def test_what_came_from_transformers_goes_back(name, tmp_path):
+    own = randomize(transformers.AutoModel.from_config(TRANSFORMERS[name], attn_implementation="eager"))
+    own.save_pretrained(tmp_path / "given")
+    dino.export(tmp_path / "given", "hf", tmp_path / "out")
+    back = transformers.AutoModel.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    more = {"interpolate_pos_encoding": True} if name == "vit" else {}
+    assert type(back) is type(own)
+    for images, _ in make_images(dino.load(tmp_path / "given")):
+        expected, given = own(images, **more).last_hidden_state, back(images, **more).last_hidden_state
+        torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "dinov2-registers", "dinov2-swiglu", "dinov3", "dinov3-swiglu", "convnext"])
+@torch.no_grad()
+def test_timms_networks_become_those_of_transformers(name, tmp_path):
+    arch, arguments = TIMM[name]
+    if name == "convnext":  # the smallest have convolutions for their MLPs
+        arch = "convnext_tiny"
+    elif name == "dinov2-swiglu":  # transformers has widths of 8
+        arguments = arguments | {"mlp_ratio": 5.5}
+    own = randomize(timm.create_model(arch, num_classes=0, **arguments))
+    timm.models.save_for_hf(own, tmp_path / "given", model_args=arguments)
+    seen = dino.export(tmp_path / "given", "hf", tmp_path / "out")
+    assert max(difference.alike for difference in seen) < 1e-5
+    size = dino.load(tmp_path / "given").image_size
+    images = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(dino.load(tmp_path / "out")(images), own(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["deit", "clip", "siglip"])
+def test_what_transformers_lacks_is_refused(name, tmp_path):
+    arch, arguments = TIMM[name]
+    own = timm.create_model(arch, num_classes=0, **arguments)
+    timm.models.save_for_hf(own, tmp_path / "given", model_args=arguments)
+    with pytest.raises(ValueError, match=r"no counterpart that hf is written for.*use --to timm"):
+        dino.export(tmp_path / "given", "hf", tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", TIMM)
 @torch.no_grad()
 def test_what_timm_computes_and_reads_back(name, hub, tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dino import errors, files
+from dino.exports import families
 from dino.exports.positions import interpolate_symbolically
 from dino.models import CONVNETS
 from dino.models.preprocessing import choose_preprocessing
@@ -123,26 +124,31 @@ def write_timm(weights: Weights, out: Path) -> None:
 
 
 def write_hf(weights: Weights, out: Path) -> None:
-    """A folder for `transformers.ViTModel` and its image processor."""
+    """A folder for `transformers.AutoModel` and its image processor."""
     sizes = formats.fill_sizes(weights.arguments)
-    if sizes["arch"] not in SIZES:
-        raise ValueError(f"{weights.where} is a {sizes['arch']}, and hf writes our own ViTs only; use --to timm.")
-    edge, channels, wanted = sizes["image_size"], sizes.get("in_channels", 3), choose_preprocessing(sizes)
+    edge, channels, wanted = sizes.get("image_size", 224), sizes.get("in_channels", 3), choose_preprocessing(sizes)
+    if sizes["arch"].startswith("timm:") and sizes.get("stem") in (None, "default"):
+        model: Any = build_backbone(weights)
+        config, state = families.convert(sizes["arch"], model.model, edge, channels)
+    elif sizes["arch"] not in SIZES:
+        raise ValueError(f"{weights.where} is a {sizes['arch']}, which transformers does not have; use safetensors.")
+    else:
+        state = formats.to_hf(weights.backbone())
+        config = {
+            "architectures": ["ViTModel"],
+            "model_type": "vit",
+            "hidden_size": sizes["width"],
+            "num_hidden_layers": sizes["depth"],
+            "num_attention_heads": sizes["num_heads"],
+            "intermediate_size": 4 * sizes["width"],
+            "layer_norm_eps": 1e-6,
+            "image_size": edge,
+            "patch_size": sizes["patch_size"],
+            "num_channels": channels,
+            "pos_interp": sizes.get("pos_interp", "offset"),
+        }
     view = wanted.size or edge
     whole = wanted.choose_edge(view)
-    config = {
-        "architectures": ["ViTModel"],
-        "model_type": "vit",
-        "hidden_size": sizes["width"],
-        "num_hidden_layers": sizes["depth"],
-        "num_attention_heads": sizes["num_heads"],
-        "intermediate_size": 4 * sizes["width"],
-        "layer_norm_eps": 1e-6,
-        "image_size": edge,
-        "patch_size": sizes["patch_size"],
-        "num_channels": channels,
-        "pos_interp": sizes.get("pos_interp", "offset"),
-    }
     processor = {
         "image_processor_type": "BitImageProcessor",  # ViT's cannot crop in all versions
         "size": {"shortest_edge": whole} if wanted.resize == "center" else {"height": whole, "width": whole},
@@ -153,7 +159,7 @@ def write_hf(weights: Weights, out: Path) -> None:
         "image_std": list(wanted.std),
     }
     configs = {"config.json": config} | ({"preprocessor_config.json": processor} if channels == 3 else {})
-    _save_folder(formats.to_hf(weights.backbone()), out, configs)
+    _save_folder(state, out, configs)
 
 
 def _save_folder(state: State, out: Path, configs: dict[str, dict[str, Any]]) -> None:

@@ -88,9 +88,10 @@ class TimmBackbone(Preprocessed, nn.Module):
             raise ValueError(f"drop_path is {drop_path}, but timm:{name} has no stochastic depth; use 0.")
         if stem != "default":
             _shrink_stem(self.model, name, stride={"small": 1, "half": 2}[stem])
-        self.pos_interp: PositionInterpolation | None = None
+        learned = type(self.model) is TimmViT and self.model.pos_embed is not None
+        self.pos_interp: PositionInterpolation | None = "antialias" if learned else None
         if pos_interp == "size":
-            if type(self.model) is not TimmViT or self.model.pos_embed is None:
+            if not learned:
                 raise ValueError(f"pos_interp 'size' is for learned positions, which timm:{name} lacks; leave it out.")
             self.pos_interp, self.model.__class__ = pos_interp, _HuggingFaceViT  # a class, so that copies keep it
         put_channels_last(self.model)
