@@ -57,8 +57,9 @@ def convert(arch: str, model: Any, image_size: int, in_channels: int) -> tuple[d
 
 def _number_places(config: Any) -> State:
     """Tensors as transformers writes them, in which each number is a place of its own, from 1 on."""
-    from transformers import AutoModel
+    from transformers import AutoModel, logging
 
+    logging.disable_progress_bar()
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=torch.float64)  # in which every such number is exact
     first, numbered = 1, dict[str, Tensor]()
