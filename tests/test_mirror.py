@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+import dino
 import processes
+from dino import cli
 from dino.data.storage import upload
 from dino.engine.folder import name_folder
 from dino.engine.mirror import Mirror
@@ -107,3 +109,21 @@ def test_only_a_training_itself_takes_an_address():
     """`dino submit` and all else that chooses a run directory would make a folder called s3:."""
     with pytest.raises(ValueError, match="is an address, which only `dino train` itself takes; give a folder"):
         name_folder(replace(TrainOptions(), {"out": "s3://bucket/a"}))
+
+
+def test_weights_at_an_address(store, bucket, saved_model, tmp_path, capsys):
+    address = store.upload(saved_model, f"{bucket.removeprefix('s3://')}/runs/a")
+    expected = dino.load(saved_model).state_dict()
+    for name in (address, f"{address}/", f"{address}:last", f"{address}/teacher.safetensors"):
+        if name.endswith(".safetensors"):
+            dino.export(saved_model, "safetensors", tmp_path / "one.safetensors")
+            upload(tmp_path / "one.safetensors", name := f"{bucket}/one.safetensors")
+        assert_same_bits(dino.load(name).state_dict(), expected)
+    asked = len(store.asked)
+    dino.load(address)
+    assert len(store.asked) == asked, "it is here already"
+    assert cli.main(["embed", address, str(draw_images(tmp_path / "photos")), "--out", str(tmp_path / "e")]) == 0
+    assert cli.main(["embed", f"{bucket}/nothing", str(tmp_path / "photos"), "--out", str(tmp_path / "f")]) == 2
+    said = capsys.readouterr().err
+    assert f"there is no teacher.safetensors at {bucket}/nothing" in said
+    assert "Traceback" not in said

@@ -156,3 +156,14 @@ def test_bad_tables(tmp_path, name, write, said, capsys):
     text = capsys.readouterr().err
     assert said in text
     assert "Traceback" not in text
+
+
+def test_another_table_of_as_many_rows_is_another(folder, tmp_path):
+    """Unlabeled rows have no names: their content tells tables apart."""
+    frame = rows_of(folder).drop(columns="label")
+    frame.to_parquet(tmp_path / "a.parquet")
+    frame[::-1].to_parquet(tmp_path / "b.parquet")
+    frame.to_parquet(tmp_path / "again.parquet")
+    a, b, again = (open_images(tmp_path / f"{name}.parquet") for name in ("a", "b", "again"))
+    assert a.fingerprint != b.fingerprint
+    assert a.fingerprint == again.fingerprint

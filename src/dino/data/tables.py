@@ -18,12 +18,14 @@ from dino import errors
 from dino.data.decode import BadImage, decode
 from dino.data.labels import number_classes
 from dino.data.listing import look_into
+from dino.data.sources import evenly_spaced
 from dino.data.storage import find_matching, is_remote
 
 SUFFIX = ".parquet"
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` writes of one part, and of several
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "bytes", "image_bytes", "file", "path", "file_name")
 _LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "target")
+_LOOKED_AT = 64  # rows whose content is part of the fingerprint
 _TEST_PARTS = ("test", "validation", "val", "valid")
 
 
@@ -41,6 +43,9 @@ class Table:
         self.rows, self.column, self.folder, self.classes, self.labels = rows, column, folder, classes, labels
         described = json.dumps([str(rows.features), len(rows), classes]).encode()
         digest = hashlib.sha256(described + (b"" if labels is None else labels.astype("<i8").tobytes()))
+        for index in evenly_spaced(len(rows), _LOOKED_AT):  # rows have no names to tell one table from another
+            content, path = self._get(index)
+            digest.update(hashlib.sha256(content or os.fsencode(path or "")).digest())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:

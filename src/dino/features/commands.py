@@ -171,7 +171,7 @@ def write_selection(options: SelectOptions) -> None:
     if kept < o.keep:
         print(f"--keep is {o.keep:,}, but only {kept:,} are left; all of them are kept")
     print(
-        f"{out}: {kept:,} images of {len(found.all_counts)} groups; the largest holds "
+        f"{out}: {kept:,} images of {len(found.all_counts)} group{'s' * (len(found.all_counts) > 1)}; the largest holds "
         f"{100 * found.all_counts[top] / total:.1f} % of all, and {100 * found.kept_counts[top] / kept:.1f} % of those kept"
     )
 

@@ -21,7 +21,7 @@ from dino import errors
 from dino.models import SIZES, Backbone, create
 from dino.models.vit import VisionTransformer
 from dino.terminal import say
-from dino.weights import formats, hub, pickles, pictures, releases, runs
+from dino.weights import addresses, formats, hub, pickles, pictures, releases, runs
 from dino.weights.checkpoints import list_checkpoints
 from dino.weights.checks import check_arguments, check_fit, load_strictly
 from dino.weights.folders import open_folder, open_timm, read_config
@@ -78,7 +78,8 @@ def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) ->
     Args:
         name: a run directory ('runs/a' is its best teacher, 'runs/a:last' the last), a release ('dino_vits16',
             'vits16:full'; see `dino models`), pretrained weights of timm ('timm:NAME') or of a repository of Hugging Face's
-            hub ('hf:ORG/NAME'), a .pth, .pt or .safetensors file, or a folder that timm or transformers saved.
+            hub ('hf:ORG/NAME'), a .pth, .pt or .safetensors file, or a folder that timm or transformers saved. A run or
+            a file may also lie at an address such as s3://bucket/runs/a.
         offline: never download; $DINO_OFFLINE=1 means the same.
         changes: arguments of `create` that the file does not hold or that should differ, e.g. ``num_heads=3`` or
             ``pos_interp="antialias"``.
@@ -117,7 +118,7 @@ def read(
         only_backbone: the rest may be left unread, which is quicker for a run directory. Of its best teacher only the
             backbone is kept; with more, it is the last that is read.
     """
-    text, last = runs.split_name(name)
+    text, last = runs.split_name(addresses.bring(os.fspath(name)))
     remote = hub.is_hub_name(text)
     path = Path(text) if remote else _locate(text, offline)
     try:
