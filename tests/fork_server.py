@@ -102,6 +102,7 @@ def keep(connection: socket.socket) -> dict[str, Any]:
             status = 1 << 8
             for other in children:
                 os.kill(other, signal.SIGTERM)
+                os.kill(other, signal.SIGCONT)  # which may be stopped
         answer = answer or status
     connection.sendall(answer.to_bytes(4))
     os._exit(0)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 from torch.distributed import HashStore
 
+import processes
 from dino import distributed
 from dino.engine.presence import SILENT, Presence
+from helpers import draw_images, tiny_flags
 
 
 def join(monkeypatch, store: HashStore, rank: int, machines: list[str]) -> Presence:
@@ -37,3 +43,35 @@ def test_a_rank_that_is_done_is_not_missed(monkeypatch):
     main, _ = (join(monkeypatch, store, rank, ["a", "b"]) for rank in range(2))
     store.set("1", "left")  # as `watching` does when its block ends
     assert not any(main.listen() for _ in range(3 * SILENT))
+
+
+STOPS_IN_SET_UP = """
+import os, signal, sys
+from dino import cli, run
+from dino.engine import presence
+
+presence.BEAT = 0.3
+if os.environ["RANK"] == "1":
+    run.set_up = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_machine_that_stops_before_the_first_step_is_named(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(STOPS_IN_SET_UP)
+    flags = [
+        "train",
+        "--data",
+        str(draw_images(tmp_path / "photos")),
+        "--out",
+        str(tmp_path / "run"),
+        *tiny_flags(epochs=1),
+    ]
+    with processes.start(
+        [sys.executable, str(script), *flags], ranks=2, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        said = process.communicate(timeout=100)[1]
+    assert process.returncode == 1
+    assert re.search(r"no word from rank 1 on .* for 4 seconds", said), said
+    assert "it had not begun to train, so give the same command again" in said

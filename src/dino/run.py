@@ -22,6 +22,7 @@ from dino.data.specs import find_path
 from dino.engine import budget, build, fit, init, mirror, parallel, shared
 from dino.engine.checkpoint import lock_folder
 from dino.engine.folder import choose_folder, find_options, prepare, record
+from dino.engine.presence import watching
 from dino.engine.step import Split
 from dino.engine.train import Trainer
 from dino.eval import evaluate
@@ -82,6 +83,7 @@ def run_training(options: TrainOptions) -> Path:
         fresh = distributed.is_main() and not folder.exists()
         distributed.from_main(lambda: held.enter_context(lock_folder(folder)))
         distributed.from_main(lambda: (files.sweep(folder), shutil.rmtree(folder / budget.TRIAL, ignore_errors=True)))
+        held.enter_context(watching(folder))
         with files.writing(folder, leave=not fresh):
             shared.check_folder(folder)
             trainer, held_out = set_up(options, folder, device, terminal, began)

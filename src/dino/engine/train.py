@@ -28,7 +28,6 @@ from dino.engine.checkpoint import Checkpoints
 from dino.engine.log import MetricsLog, Quarantine
 from dino.engine.monitor import CollapseMonitor
 from dino.engine.pace import Pace, describe_time
-from dino.engine.presence import watching
 from dino.engine.prototypes import PrototypeMonitor
 from dino.engine.sharded_checkpoint import ShardedCheckpoints
 from dino.engine.signals import Signals
@@ -246,7 +245,7 @@ class Trainer:
             self.terminal.say("Compiling: the first step takes a minute or more.")
             parallel.compile_networks(self.method)
         self.terminal.start(self.step, total)
-        with self.signals, watching(self.run):
+        with self.signals:
             try:
                 if distributed.is_main():
                     self.metrics = MetricsLog(self.run, self.step, self.options.log.tensorboard)
