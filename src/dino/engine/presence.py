@@ -84,11 +84,14 @@ def watching(run: Path) -> Iterator[None]:
     def end(lost: str) -> None:
         if over.wait(BEAT):  # the block has ended, and says itself if it could not
             return
-        begun = (run / "config.toml").is_file()
         again = f"what was saved stays, continue with: dino train --resume {run}"
         print(
             f"dino: no word from {lost} for {BEAT * SILENT:.0f} seconds: the machine has stopped, or its network is down; "
-            + (again if begun else "it had not begun to train, so give the same command again"),
+            + (
+                again
+                if (run / "config.toml").is_file()
+                else "it had not begun to train, so give the same command again"
+            ),
             file=sys.stderr,
             flush=True,
         )
