@@ -174,7 +174,7 @@ def test_few_steps_and_few_images_are_told_before_a_run(photos, tmp_path, capsys
     run = dino.train(FREE, data=photos, out=tmp_path / "run", epochs=2, stop_after=3)
     said = capsys.readouterr().err
     assert "Warning: 10 steps are few; a model goes on learning for some thousands (--minutes or --epochs)." in said
-    assert "Warning: 22 images are few; with less than some hundreds start from released weights" in said
+    assert "Of photographs, 22 are few: starting from released weights is likely better" in said
     dino.train(resume=run)
     assert "are few" not in capsys.readouterr().err
     dino.train(FREE, data=photos, out=tmp_path / "again", init=run, epochs=300, stop_after=1)

@@ -42,6 +42,9 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         "what training costs on your data and machine, and what helps", commands.BenchOptions, "dino.bench:bench"
     ),
+    "plan": Command(
+        "what a training would be: model, time, memory, and what to consider", commands.PlanOptions, "dino.plan:plan"
+    ),
     "attention": Command(
         "pictures of where the model looks", commands.AttentionOptions, "dino.look.commands:draw_attention"
     ),

@@ -96,7 +96,7 @@ def run_training(options: TrainOptions) -> Path:
             terminal.say(f"After every save it is copied to {copy.address}.")
             trainer.copy = copy.push
         if options.resume is None:
-            for text in warn(options, len(trainer.source), trainer.plan.total):
+            for text in warn(options, trainer.plan.total):
                 terminal.say(f"Warning: {text}", style="yellow")
             if advice := advise_start(options, len(trainer.source)):
                 terminal.say(advice)

@@ -195,7 +195,7 @@ def _group(rows: list[int], views: dict[int, View], embedding: Embedding) -> lis
         return -view.width * view.height, -(view.bytes or 0), len(name), name
 
     rows = sorted(rows, key=worth)
-    sketches = torch.from_numpy(np.stack([_sketch(views[row].thumbnail) for row in rows]))
+    sketches = torch.from_numpy(np.stack([make_sketch(views[row].thumbnail) for row in rows]))
     free, groups = torch.ones(len(rows), dtype=torch.bool), []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for part in split_rows(len(rows), len(rows)):
@@ -212,7 +212,7 @@ def _group(rows: list[int], views: dict[int, View], embedding: Embedding) -> lis
     return groups
 
 
-def _sketch(thumbnail: np.ndarray) -> np.ndarray:
+def make_sketch(thumbnail: np.ndarray) -> np.ndarray:
     """A vector of length 1; the product of two is their correlation, and nearly 1 where both have one color."""
     small = cv2.resize(thumbnail, (SKETCH, SKETCH), interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
     vector = np.append(small - small.mean(), 4)

@@ -259,6 +259,15 @@ class BenchOptions(TrainOptions):
     """About how long to measure."""
 
 
+class PlanOptions(TrainOptions):
+    toml: str = "plan.toml"
+    """File of options to write, which `dino train` takes."""
+    seconds: PositiveFloat = 20
+    """About how long to measure steps."""
+    price: PositiveFloat | None = None
+    """What an hour of this machine costs, in any currency."""
+
+
 class ReportOptions(Options):
     run: Positional[str]
     """A run directory."""

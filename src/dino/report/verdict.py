@@ -53,13 +53,11 @@ class Verdict:
         return [f"Verdict: {self.headline}", *self.sentences, *more]
 
 
-def warn(options: TrainOptions, images: int, steps: int) -> list[str]:
+def warn(options: TrainOptions, steps: int) -> list[str]:
     """What to say before a run that will hardly learn; one that starts from weights needs less."""
-    numbers = (
-        (images, FEW_IMAGES, "images are few; with less than some hundreds start from released weights."),
-        (steps, FEW_STEPS, "steps are few; a model goes on learning for some thousands (--minutes or --epochs)."),
-    )
-    return [f"{count:,} {text}" for count, least, text in numbers if count < least and options.init is None]
+    if steps >= FEW_STEPS or options.init is not None:
+        return []
+    return [f"{steps:,} steps are few; a model goes on learning for some thousands (--minutes or --epochs)."]
 
 
 def advise_start(options: TrainOptions, images: int) -> str:

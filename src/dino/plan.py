@@ -1,0 +1,190 @@
+"""`dino plan`: what a training would be on these images and this machine, before it is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import psutil
+import tomli_w
+from rich.console import Console
+from rich.table import Table
+
+from dino import distributed, files, run
+from dino.data.decode import BadImage
+from dino.data.sources import Source, evenly_spaced
+from dino.data.specs import make_absolute
+from dino.engine.budget import REPORT
+from dino.engine.build import Plan
+from dino.engine.pace import describe_time, low
+from dino.engine.train import Trainer
+from dino.features.copies import EDGE, LEAST_SKETCH, is_copy, make_sketch
+from dino.machine import measure_peak_memory, name_device
+from dino.options import replace, required
+from dino.options.commands import PlanOptions
+from dino.options.toml import to_dict
+from dino.options.train import TrainOptions
+from dino.report.verdict import advise_start, warn
+from dino.terminal import Terminal, track
+
+LOOKED_AT = 400  # images
+# What runs of the automatic choice reached in thirty minutes on one thread (docs/results.md): images, and the words.
+REACHED = (
+    (180, "180 photographs of groceries: 48.1 % 10-NN (untrained 25.5, color histograms 34.7)"),
+    (1000, "1,000 images of CIFAR-10: 55.9 % 20-NN (untrained 27.2, raw pixels 34.1)"),
+    (2400, "2,389 photographs of Caltech: 89.4 % 10-NN (untrained 59.5, raw pixels 69.1)"),
+    (5000, "5,000 images of CIFAR-10: 64.1 % 20-NN (untrained 32.0, raw pixels 39.9)"),
+)
+
+Rows = list[tuple[str, str]]  # what, and how much
+
+
+class Cost(NamedTuple):
+    """What a run takes."""
+
+    seconds: float
+    least: float  # of nine runs in ten, if the machine stays as busy as it was
+    most: float
+    memory: int  # bytes, at most
+
+
+def plan(options: PlanOptions) -> None:
+    """Look at the images, measure some steps, print what a run would be, and write it as options of `dino train`.
+
+    Raises:
+        ValueError: what `dino train` would refuse, or several ranks.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("dino plan measures one process; start it without torchrun.")
+    path = Path(options.toml).expanduser()
+    if path.exists():
+        raise ValueError(f"--toml {path} exists; choose another name, or delete it.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(
+            f"--toml {path} cannot be written: there is no folder {path.absolute().parent}; make it first."
+        )
+    imports = time.time() - psutil.Process().create_time()
+    device, terminal = distributed.start(options.device), Terminal(True)
+    run.set_threads(options, device)
+    if device.type == "cpu" and options.epochs is None and options.budget is None:
+        options = replace(options, {"minutes": 30})
+    with tempfile.TemporaryDirectory() as folder:
+        plain, began = replace(options, {"out": None, "resume": None}), time.monotonic()
+        first, held_out = run.set_up(plain, Path(folder) / "first", device, terminal, began)
+        chosen = replace(first.options, {"minutes": None, "hours": None})
+        terminal.say("Measuring some steps and a check ...")
+        began = time.monotonic()
+        endless = replace(chosen, {"epochs": 10**6, "log.knn_every": 0, "stop_after": None})
+        second, _ = run.set_up(endless, Path(folder) / "second", device, Terminal(False))
+        cost = measure(second, first.plan, imports + time.monotonic() - began, options.seconds)
+    show("The images", look(first.source, held_out))
+    show("The run", describe(chosen, first, cost, options.price))
+    for text in filter(None, [*warn(chosen, first.plan.total), advise_start(chosen, len(first.source))]):
+        print(f"Note: {text}")
+    write(chosen, path, f"about {describe_time(cost.seconds)} on {name_device(device)}")
+    print(f"Written: {path}. Start it with: dino train {path} --out runs/NAME")
+
+
+def measure(trainer: Trainer, plan: Plan, getting_ready: float, seconds: float) -> Cost:
+    """The cost of the run that is planned, from `seconds` of the steps of a longer one and two of its checks."""
+    pace = trainer.pace
+    pace.limit = seconds
+    trainer.fit()
+    first_check = low(pace.checks)
+    with pace.pause(pace.checks):
+        trainer.method.eval()
+        required(trainer.callback)(trainer.get_teacher(), 0)
+    report = plan.options.report * (low(pace.checks) + REPORT)
+    still = getting_ready + pace.start_up + first_check + report
+    times = [*pace.blocks]
+    expected = still + pace.predict(plan, 0, plan.total)
+    least, most = (expected + plan.total * (float(np.quantile(times, share)) - pace.step) for share in (0.1, 0.9))
+    return Cost(expected, least, most, measure_peak_memory(trainer.device))
+
+
+def look(source: Source, held_out: Source | None) -> Rows:
+    """What there is to know of the images before a training, from some of them."""
+    sources = [source] if held_out is None else [source, held_out]
+    total = sum(map(len, sources))
+    chosen = [(each, i) for each in sources for i in evenly_spaced(len(each), 1 + LOOKED_AT * len(each) // total)]
+    sides, bad, means, thumbnails = list[int](), list[str](), list[np.ndarray](), list[np.ndarray]()
+    for each, position in track(chosen, len(chosen), "images"):
+        try:
+            pixels = each.read(position)
+        except BadImage as error:
+            bad.append(f"{each.name(position)}: {error.reason}")
+            continue
+        sides.append(min(pixels.shape[:2]))
+        means.append((pixels.reshape(-1, 3) / 255).mean(axis=0))
+        thumbnails.append(cv2.resize(pixels, (EDGE, EDGE), interpolation=cv2.INTER_AREA))
+    kinds = Counter(PurePosixPath(each.name(position)).suffix.lower() for each, position in chosen)
+    copies, of = count_copies(thumbnails), f"of {len(chosen):,} looked at" if total > len(chosen) else f"of {total:,}"
+    rows = [("number", f"{total:,}, of which {total - len(source):,} are held out")]
+    if source.classes and source.labels is not None:
+        counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
+        rows.append(("classes", f"{len(source.classes)}, of {counts.min():,} to {counts.max():,} images to train on"))
+    if "" not in kinds:
+        rows.append(("formats", ", ".join(f"{kind[1:]} {count}" for kind, count in kinds.most_common(4)) + f" ({of})"))
+    rows.append(("shorter side", f"{min(sides)} to {max(sides)} pixels, median {int(np.median(sides))}"))
+    rows.append(("mean color", ", ".join(f"{value:.2f}" for value in np.mean(means, axis=0)) + " (red, green, blue)"))
+    rows.append(("cannot be read", f"{len(bad)} {of}" + (f", first {bad[0]}" if bad else "")))
+    rows.append(
+        ("near-copies", f"{copies} {of} repeat another of them" + (" (dino duplicates finds all)" if copies else ""))
+    )
+    return rows
+
+
+def count_copies(thumbnails: list[np.ndarray]) -> int:
+    """How many of the images [EDGE, EDGE, 3] uint8 are near-copies of one before them."""
+    sketches = np.stack([make_sketch(thumbnail) for thumbnail in thumbnails])
+    likely = np.argwhere(np.tril(sketches @ sketches.T >= LEAST_SKETCH, -1))
+    return len({int(a) for a, b in likely if is_copy(thumbnails[a], thumbnails[b])})
+
+
+def describe(options: TrainOptions, trainer: Trainer, cost: Cost, price: float | None) -> Rows:
+    views, model = options.views, options.model
+    loss = f"{options.method.loss}" + (f", {options.head.out_dim:,} prototypes" if options.head.prototypes else "")
+    of_views = f"2 of {views.global_size} pixels"
+    if views.num_local:
+        of_views += f" and {views.num_local} of {views.local_size}"
+    parameters = sum(p.numel() for p in trainer.method.student.backbone.parameters()) / 1e6
+    images = f"{len(trainer.source):,} images"
+    between = f"{describe_time(cost.least)} to {describe_time(cost.most)}"
+    rows = [
+        ("model", f"{model.arch}, {parameters:.1f} million parameters"),
+        ("loss", loss),
+        ("views of an image", of_views),
+        ("length", f"{options.epochs:g} epochs of {images}, {trainer.plan.total:,} steps of {options.batch_size}"),
+        ("time", f"{describe_time(cost.seconds)} ({between}) on {name_device(trainer.device)}"),
+        ("memory", f"{cost.memory / 1e9:.2g} GB at most"),
+    ]
+    if price is not None:
+        rows.append(("cost", f"{cost.seconds / 3600 * price:.2f}"))
+    near = sorted(REACHED, key=lambda each: abs(np.log(each[0] / len(trainer.source))))[:2]
+    return [*rows, *(("such runs reached", words) for _, words in near if options.init is None)]
+
+
+def show(title: str, rows: Rows) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if os.isatty(1) else 160, highlight=False).print(table)
+
+
+def write(options: TrainOptions, path: Path, cost: str) -> None:
+    """The resolved options as a file that `dino train` takes, with absolute paths."""
+    paths = {"data.path": make_absolute(options.data.path)}
+    if options.data.val is not None:
+        paths["data.val"] = make_absolute(options.data.val)
+    of_train = {field.name for field in dataclasses.fields(TrainOptions)} - {"out"}
+    content = {name: value for name, value in to_dict(replace(options, paths)).items() if name in of_train}
+    with files.replacing(path) as temporary:
+        temporary.write_text(f"# dino plan, {datetime.date.today()}: {cost}\n{tomli_w.dumps(content)}")

@@ -1,0 +1,59 @@
+"""`dino plan`: what it says of the images and of the run, and the file that it leaves."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dino import cli
+from dino.options import flatten
+from helpers import draw_images, tiny_flags
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """23 images, one of them damaged, and a copy of another that was made brighter."""
+    folder = draw_images(tmp_path / "photos")
+    first, second = sorted(folder.glob("*/*"))[:2]
+    second.write_bytes(b"no image")
+    rng = np.random.default_rng(0)
+    scene = Image.fromarray(rng.integers(0, 200, (8, 8, 3), dtype=np.uint8)).resize((96, 64), Image.Resampling.BICUBIC)
+    scene.save(first.with_name("scene.png"))
+    scene.point(lambda value: value + 20).save(first.with_name("scene-brighter.png"))
+    return folder
+
+
+def test_a_plan_says_what_is_there_and_train_takes_it(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "photos", *tiny_flags(epochs=2)]
+    assert cli.main(["plan", *flags, "--seconds", "1", "--price", "3.6e6"]) == 0
+    said = capsys.readouterr().out
+    names = {line.split("  ")[0].strip() for line in said.splitlines()}
+    assert {"number", "classes", "formats", "shorter side", "near-copies", "model", "time", "memory"} <= names
+    assert re.search(r"cannot be read +1 of .*, first class0/00\d\.", said), said
+    assert re.search(r"near-copies +1 of", said), said
+    seconds, cost = (float(re.search(rf"{word} +([\d.]+)", said)[1]) for word in ("time", "cost"))
+    assert abs(cost / 1000 - seconds) <= 0.5 + seconds / 100, "3.6e6 an hour is 1000 a second"
+    assert "dino train plan.toml" in said
+    planned, given = (flatten(cli.parse(["train", *rest])[1]) for rest in (["plan.toml"], flags))
+    assert planned | {"data.path": "photos"} == planned | {
+        name: value for name, value in given.items() if value is not None
+    }, "what was given is in it"
+    assert planned["optim.lr"] is not None, "and what was chosen"
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("photos", "plan.toml")]
+    assert cli.main(["train", "plan.toml", "--out", "run"]) == 0
+    assert (tmp_path / "run/report.html").exists() == (given["report"] is not False)
+
+
+def test_misuse_of_plan_is_said_before_anything_is_measured(photos, tmp_path, capsys):
+    (tmp_path / "plan.toml").touch()
+    for toml, words in (("plan.toml", "exists; choose another name"), ("none/plan.toml", "there is no folder")):
+        assert cli.main(["plan", "--data", str(photos), "--toml", str(tmp_path / toml)]) == 2
+        assert words in capsys.readouterr().err
+    shutil.rmtree(photos)
+    assert cli.main(["plan", "--data", str(photos), "--toml", str(tmp_path / "new.toml")]) == 2
+    assert "does not exist" in capsys.readouterr().err
