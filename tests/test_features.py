@@ -17,7 +17,8 @@ from dino.data.normalize import normalize
 from dino.data.open import probe
 from dino.data.scenes import Scenes
 from dino.data.sources import evenly_spaced
-from dino.eval.online import OnlineEvaluation, count_colors, flatten_pixels, measure_scene_masks, read_views
+from dino.eval.floors import count_colors, flatten_pixels, read_views
+from dino.eval.online import OnlineEvaluation, measure_scene_masks
 from dino.features.extract import Features, extract
 from dino.html import read_row
 from dino.models.preprocessing import IMAGENET

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dino
+from dino import cli
 from dino.eval import knn
 from dino.features import neighbors
 from dino.features.neighbors import find_largest
+from helpers import draw_images
 
 
 def test_matches_reference(golden):
@@ -79,3 +84,19 @@ def test_the_largest_are_those_of_topk(n, m, k, seed):
     torch.testing.assert_close(values, rows.topk(k, dim=1).values, rtol=0, atol=0)
     torch.testing.assert_close(rows.gather(1, columns), values, rtol=0, atol=0)
     assert all(len(set(row)) == k for row in columns.tolist())
+
+
+def test_what_there_is_to_beat_stands_beside_the_figures(saved_model, tmp_path, capsys):
+    photos = draw_images(tmp_path / "photos", 40)
+    result = dino.evaluate("knn", saved_model, data=str(photos), k=(5, 10))
+    floors = result.details["floors"]
+    assert [*floors] == ["the largest class", "10-NN of raw 32x32 pixels", "10-NN of color histograms"]
+    assert result.notes[0].startswith("To beat, on 4 test images and 36 of the bank: the largest class")
+    assert len(result.notes) == 1
+    flags = ["--data", str(photos), "--val", str(photos), "--k", "5", "--json", str(tmp_path / "knn.json")]
+    assert cli.main(["eval", "knn", str(saved_model), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "Warning: 40 of 40 test images are among the training images too" in said
+    assert json.loads((tmp_path / "knn.json").read_text())["floors"]["5-NN of raw 32x32 pixels"] == pytest.approx(
+        float(said.split("raw 32x32 pixels ")[1].split(" %")[0]), abs=0.05
+    )

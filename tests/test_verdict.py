@@ -16,7 +16,8 @@ import torch
 import dino
 from dino import cli
 from dino.data.image_files import open_source
-from dino.eval.online import count_colors, measure_color_agreement, read_views
+from dino.eval.floors import count_colors, read_views
+from dino.eval.online import measure_color_agreement
 from dino.features.extract import Features
 from dino.options import auto, replace, toml
 from dino.options.train import TrainOptions

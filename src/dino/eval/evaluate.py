@@ -46,6 +46,7 @@ class Result(NamedTuple):
     data: dict[str, str]  # part -> fingerprint of its images
     counts: dict[str, int]  # part -> number of images used
     details: Mapping[str, Any] = MappingProxyType({})  # what the result file holds beside the figures
+    notes: tuple[str, ...] = ()  # what to compare the figures with, or to know of them
 
 
 def evaluate(name: str, model: str | os.PathLike[str] | Backbone, **options: Any) -> Result:
@@ -172,7 +173,7 @@ def format_table(name: str, found: Result, theirs: Mapping[str, float], what: st
     for figure, value in found.figures.items():
         beside = f"  {theirs[figure]:6.1f}" if figure in theirs else ""
         lines.append(f"{figure:<{width}}  {value:6.2f}{beside}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *found.notes])
 
 
 def locate_result(options: EvalOptions, name: str) -> Path | None:

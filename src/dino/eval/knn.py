@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.open import open_labeled_pair
+from dino.data.sources import Source, evenly_spaced
 from dino.eval.evaluate import Result
+from dino.eval.floors import LARGEST, count_colors, flatten_pixels, read_views
 from dino.features import cache
+from dino.features.extract import Features
 from dino.features.neighbors import find_neighbors, split_rows, vote
 from dino.models import Backbone
 from dino.options.evaluate import KnnOptions
 
 KS = (10, 20, 100, 200)
+BANK, QUERIES = 5000, 1000  # images at most whose pixels are compared
+SAME = 1e-6  # 1 - cosine of two features of one image, at most
 
 
 @torch.no_grad()
@@ -56,7 +64,7 @@ def classify(
 
 
 def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Result:
-    """`classify` on [CLS] features of the evaluation view, exact, in float32."""
+    """`classify` on features of the evaluation view, exact, in float32."""
     train, test = open_labeled_pair(options.data, options.val)
     size = options.size or model.view_size
     bank, queries = (
@@ -64,9 +72,66 @@ def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Resu
     )
     known, asked = ((part.values.to(device), part.labels.to(device)) for part in (bank, queries))
     figures = classify(*known, *asked, options.k, options.temp)
+    floors = measure_floors(Pair(train, test), min(size, LARGEST), tuple(options.k), options.temp)
+    notes = [
+        f"To beat, on {floors.images}: " + ", ".join(f"{what} {value:.1f} %" for what, value in floors.found.items())
+    ]
+    twice = count_same(known[0], asked[0])
+    if 20 * twice > len(queries.values):
+        notes.append(
+            f"Warning: {twice:,} of {len(queries.values):,} test images are among the training images too, so the figures "
+            "say little; give others with --val."
+        )
+    what = "[CLS]" if model.has_attention else "pooled"
     return Result(
         figures,
-        f"k-NN of [CLS] features at {size} pixels, votes weighted by exp(cosine / {options.temp:g})",
+        f"k-NN of {what} features at {size} pixels, votes weighted by exp(cosine / {options.temp:g})",
         {"bank": train.fingerprint, "queries": test.fingerprint},
         {"images in the bank": len(bank.values), "classified": len(queries.values)},
+        {"floors": floors.found},
+        tuple(notes),
     )
+
+
+class Pair(NamedTuple):
+    """Labeled images, and those that are classified; equal if they have the same names and labels."""
+
+    train: Source
+    test: Source
+
+    def __hash__(self) -> int:
+        return hash((self.train.fingerprint, self.test.fingerprint))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pair) and hash(self) == hash(other)
+
+
+class Floors(NamedTuple):
+    found: dict[str, float]  # accuracies by their names, percent
+    images: str  # in words
+
+
+@functools.lru_cache(maxsize=8)  # a run that is evaluated again and again has them already
+def measure_floors(pair: Pair, edge: int, ks: tuple[int, ...], temp: float) -> Floors:
+    """The same votes on raw pixels of `edge` pixels and on color histograms, and the share of the largest class."""
+    views, labels = [], []
+    for source, most in zip(pair, (BANK, QUERIES), strict=True):
+        assert source.labels is not None
+        chosen = np.flatnonzero(source.labels >= 0)
+        chosen = chosen[list(evenly_spaced(len(chosen), most))]
+        found = read_views(source, Features(torch.zeros(0), chosen, []), edge)
+        views.append(found)
+        labels.append(torch.from_numpy(source.labels[found.indices]))
+    floors = {"the largest class": 100 * float(labels[1].bincount().max()) / len(labels[1])}
+    if usable := [k for k in ks if k <= len(labels[0])]:
+        k = min(usable, key=lambda k: abs(k - 20))
+        for name, describe in ((f"raw {edge}x{edge} pixels", flatten_pixels), ("color histograms", count_colors)):
+            bank, queries = (describe(found).values for found in views)
+            floors[f"{k}-NN of {name}"] = classify(bank, labels[0], queries, labels[1], (k,), temp)[f"knn{k}_top1"]
+    return Floors(floors, f"{len(labels[1]):,} test images and {len(labels[0]):,} of the bank")
+
+
+def count_same(bank: Tensor, queries: Tensor) -> int:
+    """How many of the queries [n, d] are in the bank [m, d] too, as far as their features tell."""
+    cosines, _ = find_neighbors(F.normalize(queries.float(), dim=1), F.normalize(bank.float(), dim=1), 1)
+    return int((cosines[:, 0] > 1 - SAME).sum())

@@ -22,7 +22,8 @@ from dino.data.sources import Source, evenly_spaced, read_or_gray
 from dino.data.views import draw_views
 from dino.engine import health
 from dino.eval import evaluate, knn
-from dino.features.extract import EvaluationViews, Features, extract
+from dino.eval.floors import COLORS, LARGEST, count_colors, flatten_pixels, read_views
+from dino.features.extract import Features, extract
 from dino.look.attention import enlarge, jaccard, map_attention, mass_mask
 from dino.models import Backbone
 from dino.options import replace, required
@@ -31,7 +32,7 @@ from dino.randomness import CHECKS
 
 # At most so many images, so that a check takes much less time than an epoch; and two crops of each of CROPPED.
 BANK, QUERIES, MASKS, CROPPED = 5000, 1000, 200, 200
-COLORS, NEAREST = 8**3, 10  # bins of a color histogram; nearest images that are compared
+NEAREST = 10  # images that are compared
 
 
 @dataclass
@@ -89,7 +90,7 @@ class OnlineEvaluation:
             cropped = queries.indices[evenly_spaced(len(queries.indices), CROPPED)].tolist()
             crops = extract_crops(backbone, images, cropped, self.views, self.seed)
             result["two_crop_retrieval"] = health.two_crop_retrieval(*crops.unbind(dim=1))
-        edge = min(self.size, 64)
+        edge = min(self.size, LARGEST)
         views = None if self.colors else read_views(images, queries, edge)
         self.colors = self.colors or count_colors(required(views))
         result |= measure_color_agreement(queries, self.colors)
@@ -132,28 +133,6 @@ def extract_crops(model: Backbone, source: Source, positions: Sequence[int], vie
         crops = [crop for found in pool.map(draw, positions) for crop in found]
     features = extract(model, Images(crops), required(views.global_size), num_workers=0, resize="shrunk").values
     return features.unflatten(0, (-1, 2))
-
-
-def read_views(source: Source, found: Features, edge: int) -> Features:
-    """Evaluation views of the same images, uint8 [m, edge, edge, 3], if they can be read."""
-    views = EvaluationViews(source, found.indices.tolist(), edge, len(found.indices), threads=torch.get_num_threads())
-    runs, indices, bad = views[0]
-    values = runs[0][0] if runs else torch.zeros(0, edge, edge, 3, dtype=torch.uint8)
-    return Features(values, np.array(indices, np.int64), bad)
-
-
-def flatten_pixels(views: Features) -> Features:
-    """Normalized pixels as features [m, 3 * edge * edge]."""
-    return views._replace(values=normalize(views.values[None]).flatten(1))
-
-
-def count_colors(views: Features) -> Features:
-    """Color histograms as features [m, 512] of length one: roots of the shares of 8 x 8 x 8 colors, so that a product of two
-    is their Bhattacharyya coefficient."""
-    red, green, blue = (views.values.flatten(1, 2) // 32).long().unbind(dim=-1)
-    codes = 64 * red + 8 * green + blue
-    counts = torch.zeros(len(codes), COLORS).scatter_add_(1, codes, torch.ones(codes.shape))
-    return views._replace(values=(counts / max(1, codes.shape[1])).sqrt())
 
 
 def measure_color_agreement(features: Features, colors: Features) -> dict[str, float]:
