@@ -141,6 +141,16 @@ def test_what_starts_from_weights_is_chosen_for_it():
     assert chosen.method.loss == "cross-entropy"
 
 
+@pytest.mark.parametrize("images", [5000, 50_000])
+def test_a_head_without_prototypes_is_continued_by_the_loss_that_it_is_for(images):
+    """As the automatic choice trains few images: an architecture that is not the one for this device, too."""
+    options = replace(TrainOptions(), {"init": "somewhere", "model.arch": "timm:resnet18", "head.prototypes": False})
+    chosen = auto.resolve(options, images, 32, on_gpu=False, cores=0)
+    assert (chosen.method.loss, chosen.method.targets) == ("infonce", "none")
+    on_gpu = auto.resolve(options, images, 32, on_gpu=True, cores=0)
+    assert (on_gpu.method.loss, on_gpu.optim.name) == ("infonce", "muon" if images < 20_000 else "adamw")
+
+
 def test_the_start_is_kept_where_training_hurts(start, tmp_path, capsys):
     """Views that change every hue teach a network to ignore color, which is all that tells these classes apart: the run ends
     early, and the model is bit for bit that of the start."""

@@ -28,8 +28,8 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     little = not on_gpu or num_images < LITTLE_DATA
     own = "resnet_nano" if not on_gpu else "timm:resnet18" if little else "vit_small"
     batch = choose("batch_size", max(1, min(64 if little else 256, num_images // 4)))
-    # Weights to start from know another method than this one.
-    little = little and (options.init is None or options.model.arch == own)
+    # Weights to start from know another method than this one, unless their head shows that they come from it.
+    little = little and (options.init is None or options.model.arch == own or options.head.prototypes is False)
     arch = choose("model.arch", own)
     choose("views.num_local", 0 if options.method.frozen else 2 if little or not on_gpu else 8)
     choose_views(choose, arch, 32 if image_edge < 48 else 64 if not on_gpu else 128 if little else 224, little)
@@ -85,7 +85,8 @@ def choose_method(choose: Choices, num_images: int, little: bool, nano: bool) ->
     of_prototypes = ("head.out_dim", "head.prototypes", "method.teacher_temp", "method.targets")
     asks_prototypes = any(map(choose.given, of_prototypes))
     frozen = choose.options.method.frozen is not None
-    usual = "infonce" if little and not asks_prototypes else "cross-entropy"
+    has_none = choose.given("head.prototypes") is False  # a head of weights to start from, for example
+    usual = "infonce" if has_none or (little and not asks_prototypes) else "cross-entropy"
     loss = choose("method.loss", "cosine" if frozen else usual)
     choose(
         "method.targets",
