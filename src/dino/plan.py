@@ -51,8 +51,8 @@ class Cost(NamedTuple):
     """What a run takes."""
 
     seconds: float
-    least: float  # of nine runs in ten, if the machine stays as busy as it was
-    most: float
+    least: float  # if all steps are as fast as the fastest tenth of those measured
+    most: float  # or as slow as the slowest tenth
     memory: int  # bytes, at most
 
 
