@@ -231,16 +231,6 @@ def test_views_are_whole_patches_and_positions_are_resized_as_timm_does(start, t
     assert (chosen.views.num_local, chosen.batch_size) == (2, 64)
 
 
-def test_a_small_convnet_goes_on_with_views_of_the_images_size(tmp_path):
-    arguments = {"arch": "resnet_nano", "image_size": 32, "stem": "half"}
-    weights.save(tmp_path, dino.create(**arguments), arguments)
-    adopted = init.adopt(TrainOptions(init=str(tmp_path)), weights.read(tmp_path))
-    for edge, size in ((300, 64), (32, 32)):
-        chosen = auto.resolve(adopted, 5000, edge, on_gpu=False, cores=1)
-        assert (chosen.views.global_size, chosen.views.local_size) == (size, size // 2)
-        assert chosen.model.stem == "half", "that of the weights"
-
-
 def test_what_is_saved_has_its_channels_in_order(start, tmp_path):
     """safetensors, and so the Trainer of transformers, refuses others; a step changes nothing of that."""
     from safetensors.torch import load_file, save_file

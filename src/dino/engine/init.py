@@ -18,7 +18,7 @@ from dino.data.loader import ViewBatches, iterate
 from dino.engine import parallel
 from dino.engine.train import Trainer
 from dino.method import DINO
-from dino.models import CONVNETS, SIZES, Backbone
+from dino.models import SIZES, Backbone
 from dino.options import flatten, replace, required
 from dino.options.train import TrainOptions
 from dino.weights import Weights
@@ -56,11 +56,10 @@ def adopt(options: TrainOptions, start: Weights) -> TrainOptions:
             )
     if heads:
         wanted["start.frozen_epochs"] = 0.0
-    if wanted["model.arch"] not in CONVNETS:  # which take views of the images' size, whatever it was before
-        patch = next((value.shape[-1] for name, value in start.backbone().items() if name.endswith(PATCHES)), 32)
-        edge = asked["views.global_size"] or min(LARGEST, found.get("eval_size") or found.get("image_size") or LARGEST)
-        wanted["views.global_size"] = max(1, edge // patch) * patch
-        wanted["views.local_size"] = max(1, round(edge * 96 / 224 / patch)) * patch
+    patch = next((value.shape[-1] for name, value in start.backbone().items() if name.endswith(PATCHES)), 32)
+    edge = asked["views.global_size"] or min(LARGEST, found.get("eval_size") or found.get("image_size") or LARGEST)
+    wanted["views.global_size"] = max(1, edge // patch) * patch
+    wanted["views.local_size"] = max(1, round(edge * 96 / 224 / patch)) * patch
     return replace(options, {name: value for name, value in wanted.items() if asked[name] == usual[name]})
 
 
