@@ -262,6 +262,7 @@ def test_impossible_values_of_every_option(command):
             positional = "Positional" in repr(get_types(kind)[field.name])
             needed += ["m"] if positional else [f"--{field.name}", "onnx"]
     rng, own = np.random.default_rng(0), {"bench": ["seconds"], "submit": ["nodes", "gpus", "cpus", "hours"]}
+    own["plan"] = ["seconds", "price"]
     after = ["train"] if command == "submit" else []  # the other options of these are those of `train`
     for name in own.get(command) or list_numbers_and_words(kind):
         for word in rng.choice(WORDS, min(ROUNDS // 6, len(WORDS)), replace=False) if command == "train" else WORDS:
