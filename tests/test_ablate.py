@@ -17,11 +17,11 @@ from dino import paper
 from dino.ablate import Ablation
 from dino.engine.checkpoint import lock_folder
 from dino.options import auto, replace
-from dino.options.commands import AblateOptions
 from dino.options.evaluate import EVALUATIONS
 from dino.options.recipes import find_recipe
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
+from dino.options.trainings import AblateOptions
 from helpers import TINY, dino_command, run_dino
 
 

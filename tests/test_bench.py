@@ -18,7 +18,7 @@ import torch
 
 import processes
 from dino.bench import advise, measure_parts, measure_seconds, measure_step
-from dino.options.commands import BenchOptions
+from dino.options.trainings import BenchOptions
 from helpers import draw_images, run_dino, tiny_flags
 from training import build_trainer
 

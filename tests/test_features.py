@@ -152,11 +152,11 @@ def test_the_mean_map_may_be_better_than_every_head_and_has_a_figure_of_its_own(
 def test_images_that_vanish_after_their_features_were_computed_end_nothing(photos):
     source = open_source(str(photos))
     found = Features(torch.zeros(5, 1), np.arange(5), [])
-    whole = read_views(source, found, 32)
+    whole = read_views(source, found.indices, 32)
     assert whole.values.shape == (5, 32, 32, 3)
     (photos / source.name(1)).unlink()
     (photos / source.name(2)).write_bytes(b"")
-    left = read_views(source, found, 32)
+    left = read_views(source, found.indices, 32)
     assert left.indices.tolist() == [0, 3, 4]
     assert torch.equal(left.values, whole.values[[0, 3, 4]])
     assert [name for name, _ in left.bad] == [source.name(1), source.name(2)]
@@ -165,7 +165,7 @@ def test_images_that_vanish_after_their_features_were_computed_end_nothing(photo
     assert np.ptp(row.neighbors[1].pixels) > 0
     for path in photos.rglob("*.jpg"):
         path.unlink()
-    none = read_views(source, found, 32)
+    none = read_views(source, found.indices, 32)
     assert flatten_pixels(none).values.shape == (0, 3 * 32 * 32)
     assert count_colors(none).values.shape == (0, 512)
 

@@ -17,7 +17,7 @@ import pytest
 
 import dino
 from dino import cli, distributed
-from dino.options import commands, evaluate, replace, train
+from dino.options import commands, evaluate, replace, train, trainings
 from dino.options.flags import parse_flags
 from dino.options.rules import Options, get_types
 from dino.options.toml import read_toml, to_dict
@@ -26,7 +26,7 @@ from dino.options.train import TrainOptions
 LIST = Path(__file__).with_name("options.txt")
 CLASSES = [
     kind
-    for module in (train, evaluate, commands)
+    for module in (train, evaluate, commands, trainings)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, Options) and kind.__module__ == module.__name__
 ]

@@ -170,7 +170,7 @@ def test_a_margin_is_two_standard_errors_and_two_images_prove_nothing():
 def test_colors_agree_with_themselves_and_by_chance_with_nothing(tmp_path):
     source = open_source(str(draw_images(tmp_path / "images", 60)))
     found = Features(torch.zeros(60, 1), np.arange(60), [])
-    colors = count_colors(read_views(source, found, 16))
+    colors = count_colors(read_views(source, found.indices, 16))
     assert colors.values.norm(dim=1).numpy() == pytest.approx(1)
     same = measure_color_agreement(colors, colors)
     assert same["color_agreement"] == pytest.approx(100)

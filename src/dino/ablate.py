@@ -30,11 +30,11 @@ from dino.engine.log import read_metrics
 from dino.eval import knn
 from dino.machine import check_cores, count_spare_cores
 from dino.options import flatten, replace, required, toml
-from dino.options.commands import AblateOptions, SlurmOptions
 from dino.options.evaluate import KnnOptions
 from dino.options.recipes import choose_base
 from dino.options.resume import FREE_ON_RESUME
 from dino.options.train import AUTO, TrainOptions
+from dino.options.trainings import AblateOptions, SlurmOptions
 from dino.paper import Row
 from dino.report.table import draw_bars, format_markdown, format_rows
 from dino.terminal import Terminal

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino import distributed, run
+from dino import distributed, files, run
 from dino.data.decode import BadImage
 from dino.data.loader import Batch, ViewBatches, iterate
 from dino.data.views import draw_views
@@ -31,7 +31,7 @@ from dino.engine import parallel
 from dino.engine.train import Trainer
 from dino.machine import count_spare_cores, name_device
 from dino.options import replace, required
-from dino.options.commands import BenchOptions
+from dino.options.trainings import BenchOptions
 from dino.terminal import Terminal
 from dino.version import __version__
 
@@ -242,15 +242,12 @@ def bench(options: BenchOptions) -> None:
     Raises:
         ValueError: what `dino train` would refuse, or several ranks.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("dino bench measures one process; start it without torchrun.")
+    distributed.require_single("bench")
     file = None if options.json is None else Path(options.json)
-    if file is not None and not file.absolute().parent.is_dir():
-        raise ValueError(
-            f"--json {file} cannot be written: there is no folder {file.absolute().parent}; make it first."
-        )
-    if file is not None and file.is_dir():
-        raise ValueError(f"--json {file} is a folder; give the name of a file in it.")
+    if file is not None:
+        files.require_folder(file, "--json")
+        if file.is_dir():
+            raise ValueError(f"--json {file} is a folder; give the name of a file in it.")
     device, terminal = distributed.start(options.device), Terminal(True)
     run.set_threads(options, device)
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ import sys
 from typing import NamedTuple
 
 from dino import errors
-from dino.options import commands, toml
+from dino.options import commands, toml, trainings
 from dino.options.evaluate import EVALUATIONS
 from dino.options.flags import parse_flags
 from dino.options.recipes import RECIPES, choose_base, find_recipe, free_length
@@ -31,19 +31,19 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command("learn from images without labels", TrainOptions, "dino.run:run_training"),
-    "submit": Command("train on a Slurm cluster", commands.SubmitOptions, "dino.slurm:submit_command"),
+    "submit": Command("train on a Slurm cluster", trainings.SubmitOptions, "dino.slurm:submit_command"),
     **{
         f"eval {name}": Command(what, kind, "dino.eval.evaluate:evaluate_command")
         for name, (what, kind) in EVALUATIONS.items()
     },
     "ablate": Command(
-        "train the rows of one of the paper's tables", commands.AblateOptions, "dino.ablate:ablate_command"
+        "train the rows of one of the paper's tables", trainings.AblateOptions, "dino.ablate:ablate_command"
     ),
     "bench": Command(
-        "what training costs on your data and machine, and what helps", commands.BenchOptions, "dino.bench:bench"
+        "what training costs on your data and machine, and what helps", trainings.BenchOptions, "dino.bench:bench"
     ),
     "plan": Command(
-        "what a training would be: model, time, memory, and what to consider", commands.PlanOptions, "dino.plan:plan"
+        "what a training would be: model, time, memory, and what to consider", trainings.PlanOptions, "dino.plan:plan"
     ),
     "attention": Command(
         "pictures of where the model looks", commands.AttentionOptions, "dino.look.commands:draw_attention"
@@ -168,7 +168,7 @@ def parse(arguments: list[str]) -> tuple[str, Options]:
     kind, flags = COMMANDS[name].options, join_repeated(flags)
     if issubclass(kind, TrainOptions):
         return name, parse_train(flags, kind, name)
-    if kind is commands.SubmitOptions:
+    if kind is trainings.SubmitOptions:
         return name, parse_submit(flags)
     return name, parse_flags(kind, flags, f"dino {name}")
 
@@ -199,12 +199,12 @@ def parse_train(flags: list[str], kind: type[TrainOptions] = TrainOptions, name:
     return parse_flags(kind, flags, f"dino {name} [RECIPE | FILE.toml]", kind(**vars(base)))
 
 
-def parse_submit(flags: list[str]) -> commands.SubmitOptions:
+def parse_submit(flags: list[str]) -> trainings.SubmitOptions:
     """`[OPTIONS] train [RECIPE | FILE.toml] [FLAGS]` of `dino submit`. A partition, too, may be called `train`."""
     before = ["", *flags]
     places = [i for i, word in enumerate(flags) if word == "train" and (before[i][:2] != "--" or "=" in before[i])]
     own = flags[: places[0]] if places else flags
-    options = parse_flags(commands.SubmitOptions, own, "dino submit [OPTIONS] train [RECIPE | FILE.toml]")
+    options = parse_flags(trainings.SubmitOptions, own, "dino submit [OPTIONS] train [RECIPE | FILE.toml]")
     if not places:
         raise ValueError(
             "dino submit sends a training; write it behind the options: dino submit --gpus 8 train --data ..."

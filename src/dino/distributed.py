@@ -28,6 +28,16 @@ class LostRank(Exception):
     """Another process of this run has ended, or cannot be reached."""
 
 
+def require_single(command: str) -> None:
+    """Refuse to be one of several processes.
+
+    Raises:
+        ValueError: it is.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"dino {command} measures one process; start it without torchrun.")
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

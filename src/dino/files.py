@@ -32,6 +32,16 @@ def is_failed_write(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _FAILED_WRITE.search(str(error)) is not None
 
 
+def require_folder(path: Path, flag: str) -> None:
+    """Refuse a file, the value of `flag`, whose folder does not exist.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not (folder := path.absolute().parent).is_dir():
+        raise ValueError(f"{flag} {path} cannot be written: there is no folder {folder}; make it first.")
+
+
 @contextlib.contextmanager
 def naming(what: object, remedy: str = "choose another place or name") -> Iterator[None]:
     """Around the writing of `what`, a path: whatever a library makes of a full disk becomes a `WriteError`."""

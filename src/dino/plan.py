@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
 import tempfile
@@ -14,24 +13,22 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import psutil
-import tomli_w
 from rich.console import Console
 from rich.table import Table
 
 from dino import distributed, files, run
 from dino.data.decode import BadImage
 from dino.data.sources import Source, evenly_spaced
-from dino.data.specs import make_absolute
-from dino.engine.budget import REPORT
+from dino.engine import budget
 from dino.engine.build import Plan
-from dino.engine.pace import describe_time, low
+from dino.engine.folder import write_options
+from dino.engine.pace import describe_time
 from dino.engine.train import Trainer
 from dino.features.copies import EDGE, LEAST_SKETCH, is_copy, make_sketch
 from dino.machine import measure_peak_memory, name_device
-from dino.options import replace, required
-from dino.options.commands import PlanOptions
-from dino.options.toml import to_dict
+from dino.options import flatten, replace
 from dino.options.train import TrainOptions
+from dino.options.trainings import PlanOptions
 from dino.report.verdict import advise_start, warn
 from dino.terminal import Terminal, track
 
@@ -62,52 +59,47 @@ def plan(options: PlanOptions) -> None:
     Raises:
         ValueError: what `dino train` would refuse, or several ranks.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("dino plan measures one process; start it without torchrun.")
+    distributed.require_single("plan")
     path = Path(options.toml).expanduser()
     if path.exists():
         raise ValueError(f"--toml {path} exists; choose another name, or delete it.")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(
-            f"--toml {path} cannot be written: there is no folder {path.absolute().parent}; make it first."
-        )
+    files.require_folder(path, "--toml")
     imports = time.time() - psutil.Process().create_time()
     device, terminal = distributed.start(options.device), Terminal(True)
     run.set_threads(options, device)
-    if device.type == "cpu" and options.epochs is None and options.budget is None:
-        options = replace(options, {"minutes": 30})
+    given = flatten(options)
+    wanted = replace(
+        TrainOptions(), {name: given[name] for name in flatten(TrainOptions())} | {"out": None, "resume": None}
+    )
+    if device.type == "cpu" and wanted.epochs is None and wanted.budget is None:
+        wanted = replace(wanted, {"minutes": 30})
+
+    def make(options: TrainOptions, folder: Path, terminal: Terminal) -> Trainer:
+        return run.set_up(options, folder, device, terminal)[0]
+
     with tempfile.TemporaryDirectory() as folder:
-        plain, began = replace(options, {"out": None, "resume": None}), time.monotonic()
-        first, held_out = run.set_up(plain, Path(folder) / "first", device, terminal, began)
+        first, held_out = run.set_up(wanted, Path(folder, "first"), device, terminal, time.monotonic())
         chosen = replace(first.options, {"minutes": None, "hours": None})
         terminal.say("Measuring some steps and a check ...")
-        began = time.monotonic()
-        endless = replace(chosen, {"epochs": 10**6, "log.knn_every": 0, "stop_after": None})
-        second, _ = run.set_up(endless, Path(folder) / "second", device, Terminal(False))
-        cost = measure(second, first.plan, imports + time.monotonic() - began, options.seconds)
+        trial = budget.try_out(chosen, Path(folder, "second"), make, options.seconds)
+        cost = predict(trial, first.plan, imports)
     show("The images", look(first.source, held_out))
     show("The run", describe(chosen, first, cost, options.price))
     for text in filter(None, [*warn(chosen, first.plan.total), advise_start(chosen, len(first.source))]):
         print(f"Note: {text}")
-    write(chosen, path, f"about {describe_time(cost.seconds)} on {name_device(device)}")
+    about = f"# dino plan, {datetime.date.today()}: about {describe_time(cost.seconds)} on {name_device(device)}\n"
+    with files.replacing(path) as temporary:
+        temporary.write_text(about + write_options(chosen))
     print(f"Written: {path}. Start it with: dino train {path} --out runs/NAME")
 
 
-def measure(trainer: Trainer, plan: Plan, getting_ready: float, seconds: float) -> Cost:
-    """The cost of the run that is planned, from `seconds` of the steps of a longer one and two of its checks."""
-    pace = trainer.pace
-    pace.limit = seconds
-    trainer.fit()
-    first_check = low(pace.checks)
-    with pace.pause(pace.checks):
-        trainer.method.eval()
-        required(trainer.callback)(trainer.get_teacher(), 0)
-    report = plan.options.report * (low(pace.checks) + REPORT)
-    still = getting_ready + pace.start_up + first_check + report
+def predict(trial: budget.Trial, plan: Plan, imports: float) -> Cost:
+    """The cost of the run that is planned, with `imports` the seconds until a program has begun."""
+    pace = trial.trainer.pace
+    expected = imports + trial.apart + pace.predict(plan, 0, plan.total)
     times = [*pace.blocks]
-    expected = still + pace.predict(plan, 0, plan.total)
     least, most = (expected + plan.total * (float(np.quantile(times, share)) - pace.step) for share in (0.1, 0.9))
-    return Cost(expected, least, most, measure_peak_memory(trainer.device))
+    return Cost(expected, least, most, measure_peak_memory(trial.trainer.device))
 
 
 def look(source: Source, held_out: Source | None) -> Rows:
@@ -177,14 +169,3 @@ def show(title: str, rows: Rows) -> None:
     for row in rows:
         table.add_row(*row)
     Console(width=None if os.isatty(1) else 160, highlight=False).print(table)
-
-
-def write(options: TrainOptions, path: Path, cost: str) -> None:
-    """The resolved options as a file that `dino train` takes, with absolute paths."""
-    paths = {"data.path": make_absolute(options.data.path)}
-    if options.data.val is not None:
-        paths["data.val"] = make_absolute(options.data.val)
-    of_train = {field.name for field in dataclasses.fields(TrainOptions)} - {"out"}
-    content = {name: value for name, value in to_dict(replace(options, paths)).items() if name in of_train}
-    with files.replacing(path) as temporary:
-        temporary.write_text(f"# dino plan, {datetime.date.today()}: {cost}\n{tomli_w.dumps(content)}")

@@ -23,8 +23,8 @@ from dino import errors, files
 from dino.data.specs import find_path
 from dino.engine.folder import choose_folder, find_options
 from dino.options import replace, toml
-from dino.options.commands import SlurmOptions, SubmitOptions
 from dino.options.train import AUTO
+from dino.options.trainings import SlurmOptions, SubmitOptions
 from dino.terminal import say
 
 LOGS = "slurm"  # a folder in the run's, for what Slurm and submitit write

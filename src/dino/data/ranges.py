@@ -1,13 +1,12 @@
 """Reads many ranges of files elsewhere at once, with retries.
 
-S3's own library takes about a millisecond of the processor for each range, as long as a small image takes to decode. So
-it only signs an address for each file, and the ranges are read there as from any web server, in a sixth of that.
+S3's own library takes about a millisecond of the processor for each range, and a small image is decoded in that time. So
+the library only signs an address for each file, and the ranges are read there as from any web server: in a sixth of that.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -70,7 +69,7 @@ def _read_ranges(
     """Bytes from `starts` to `ends` of each file, or the exception that came instead."""
     if "s3" not in system.protocol or _refused.get(id(system), 0) >= _MOST_REFUSED:
         return system.cat_ranges(paths, starts, ends)
-    aiohttp: Any = importlib.import_module("aiohttp")
+    aiohttp = errors.import_optional("aiohttp", f"s3://{paths[0]} needs aiohttp", "data")
     patience = aiohttp.ClientTimeout(total=None, sock_connect=_PATIENCE, sock_read=_PATIENCE)
     web, _ = open_filesystem("https://", encoded=True, client_kwargs={"trust_env": True, "timeout": patience})
     period = int(time.time() // (_VALID // 2))

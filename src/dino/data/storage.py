@@ -207,12 +207,14 @@ def upload(path: Path, address: str) -> None:
 
 
 def download(address: str, path: Path) -> None:
-    """Copy the file at an address to this disk.
+    """Copy the file at an address to this disk, where it is whole or absent, and make its folder.
 
     Raises:
         ValueError: it is not there, or cannot be read.
     """
-    ask(address, lambda system, inside: system.get_file(inside, str(path)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as temporary:
+        ask(address, lambda system, inside: system.get_file(inside, str(temporary)))
 
 
 def delete(address: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import math
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from dino import distributed
 from dino.engine.build import Plan
@@ -24,6 +26,44 @@ REPORT = 2.0  # seconds of a report, beside features of as many images as a chec
 Make = Callable[[TrainOptions, Path, Terminal], Trainer]
 
 
+class Trial(NamedTuple):
+    """A run without end that was stopped.
+
+    Args:
+        apart: what such a run takes apart from its steps, its saves and all checks but the first, seconds.
+    """
+
+    trainer: Trainer
+    apart: float
+
+
+def try_out(options: TrainOptions, place: Path, make: Make, seconds: float, patience: float = math.inf) -> Trial:
+    """Some `seconds` of the steps of a run with these options, and two checks.
+
+    Args:
+        place: folder for the trial.
+        make: builds the trainer of a run.
+        patience: seconds that the first check may take for a second one; later ones are faster.
+
+    Raises:
+        TrainingError: the run cannot go on.
+    """
+    before = time.monotonic()
+    endless = {"epochs": 10**6, "log.knn_every": 0, "stop_after": None}
+    trainer = make(replace(options, endless), place, Terminal(False))
+    getting_ready, pace = time.monotonic() - before, trainer.pace
+    pace.limit = seconds
+    trainer.fit()
+    if any(distributed.gather(trainer.signals.received)):
+        raise KeyboardInterrupt
+    first_check = low(pace.checks)
+    if distributed.from_main(lambda: first_check < patience):
+        with pace.pause(pace.checks):
+            trainer.method.eval()
+            required(trainer.callback)(trainer.get_teacher(), 0)
+    return Trial(trainer, getting_ready + pace.start_up + first_check + options.report * (low(pace.checks) + REPORT))
+
+
 def choose_length(options: TrainOptions, folder: Path, make: Make, terminal: Terminal, began: float) -> TrainOptions:
     """`options` with the epochs that fit into its minutes and hours, from a trial of which nothing is kept.
 
@@ -38,21 +78,9 @@ def choose_length(options: TrainOptions, folder: Path, make: Make, terminal: Ter
     limit, place = required(options.budget), folder / TRIAL
     terminal.say(f"Measuring how much fits into {describe_time(limit)} ...")
     options = replace(options, {"minutes": None, "hours": None})
-    before = time.monotonic()
     try:
         distributed.from_main(place.mkdir)
-        endless = {"epochs": 10**6, "log.knn_every": 0, "stop_after": None}
-        trainer = make(replace(options, endless), place, Terminal(False))
-        getting_ready, pace = time.monotonic() - before, trainer.pace
-        pace.limit = min(60, max(3, limit / 25))
-        trainer.fit()
-        if any(distributed.gather(trainer.signals.received)):
-            raise KeyboardInterrupt
-        first_check = low(pace.checks)
-        if distributed.from_main(lambda: first_check < limit / 20):
-            with pace.pause(pace.checks):  # later ones are faster
-                trainer.method.eval()
-                required(trainer.callback)(trainer.get_teacher(), 0)
+        trial = try_out(options, place, make, min(60, max(3, limit / 25)), limit / 20)
     except TrainingError as error:
         if error.__cause__ is None:
             return options  # unreadable images, for example: the run ends so itself, and keeps the list of them
@@ -60,9 +88,8 @@ def choose_length(options: TrainOptions, folder: Path, make: Make, terminal: Ter
     finally:
         if distributed.is_main():
             shutil.rmtree(place, ignore_errors=True)
-    plan = Plan(options, trainer.plan.steps_per_epoch)
-    still = getting_ready + pace.start_up + first_check + options.report * (low(pace.checks) + REPORT)
-    left = limit - (time.monotonic() - began) - still
+    pace, plan = trial.trainer.pace, Plan(options, trial.trainer.plan.steps_per_epoch)
+    left = limit - (time.monotonic() - began) - trial.apart
     epochs = distributed.from_main(lambda: choose_epochs(pace, plan, left))
     if not epochs:
         needed = describe_time(limit - left)

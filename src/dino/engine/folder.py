@@ -117,11 +117,15 @@ def prepare(options: TrainOptions, folder: Path, source: Source) -> None:
 
 def record(options: TrainOptions, folder: Path, source: Source) -> None:
     """Write the resolved options and the names of the images, which a resume reads."""
+    record_files(source, folder)
+    with files.replacing(folder / "config.toml") as temporary:
+        temporary.write_text(write_options(options))
+
+
+def write_options(options: TrainOptions) -> str:
+    """Options as TOML that means the same from any working directory, without those that hold for one call only."""
     given, words = flatten(options), (None, "auto", "folders", "none")
     absolute = dict.fromkeys(("data.path", "data.val"), make_absolute)
     absolute |= {"data.labels": files.absolute_if_exists, "init": runs.make_absolute}
     paths = {name: function(given[name]) for name, function in absolute.items() if given[name] not in words}
-    recorded = replace(options, paths | {"out": None, "overwrite": False, "stop_after": None})
-    record_files(source, folder)
-    with files.replacing(folder / "config.toml") as temporary:
-        temporary.write_text(tomli_w.dumps(to_dict(recorded)))
+    return tomli_w.dumps(to_dict(replace(options, paths | {"out": None, "overwrite": False, "stop_after": None})))

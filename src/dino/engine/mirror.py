@@ -45,10 +45,7 @@ class Mirror:
         if "config.toml" not in there or ("config.toml" in here and find_step(here) >= find_step(there)):
             return
         for name in sort_for_copying(there):
-            path = self.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with files.replacing(path) as temporary:
-                storage.download(f"{self.address}/{name}", temporary)
+            storage.download(f"{self.address}/{name}", path := self.folder / name)
             self.copied[name] = stamp(path)
 
     def push(self) -> None:

@@ -84,14 +84,13 @@ def watching(run: Path) -> Iterator[None]:
     def end(lost: str) -> None:
         if over.wait(BEAT):  # the block has ended, and says itself if it could not
             return
-        again = f"what was saved stays, continue with: dino train --resume {run}"
+        if (run / "config.toml").is_file():
+            how = f"what was saved stays, continue with: dino train --resume {run}"
+        else:
+            how = "it had not begun to train, so give the same command again"
         print(
             f"dino: no word from {lost} for {BEAT * SILENT:.0f} seconds: the machine has stopped, or its network is down; "
-            + (
-                again
-                if (run / "config.toml").is_file()
-                else "it had not begun to train, so give the same command again"
-            ),
+            f"{how}",
             file=sys.stderr,
             flush=True,
         )

@@ -11,11 +11,12 @@ from dino.features.extract import EvaluationViews, Features
 
 COLORS = 8**3  # bins of a color histogram
 LARGEST = 64  # edge of the images whose pixels are compared
+BANK, QUERIES = 5000, 1000  # images at most, so that a check takes much less time than an epoch
 
 
-def read_views(source: Source, found: Features, edge: int) -> Features:
-    """Evaluation views of the same images, uint8 [m, edge, edge, 3], if they can be read."""
-    views = EvaluationViews(source, found.indices.tolist(), edge, len(found.indices), threads=torch.get_num_threads())
+def read_views(source: Source, positions: np.ndarray, edge: int) -> Features:
+    """Evaluation views of the images at these positions, uint8 [m, edge, edge, 3], if they can be read."""
+    views = EvaluationViews(source, positions.tolist(), edge, len(positions), threads=torch.get_num_threads())
     runs, indices, bad = views[0]
     values = runs[0][0] if runs else torch.zeros(0, edge, edge, 3, dtype=torch.uint8)
     return Features(values, np.array(indices, np.int64), bad)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,19 +13,17 @@ from torch import Tensor
 from dino.data.open import open_labeled_pair
 from dino.data.sources import Source, evenly_spaced
 from dino.eval.evaluate import Result
-from dino.eval.floors import LARGEST, count_colors, flatten_pixels, read_views
+from dino.eval.floors import BANK, LARGEST, QUERIES, count_colors, flatten_pixels, read_views
 from dino.features import cache
-from dino.features.extract import Features
 from dino.features.neighbors import find_neighbors, split_rows, vote
 from dino.models import Backbone
+from dino.options import required
 from dino.options.evaluate import KnnOptions
 
 KS = (10, 20, 100, 200)
-BANK, QUERIES = 5000, 1000  # images at most whose pixels are compared
 SAME = 1e-6  # 1 - cosine of two features of one image, at most
 
 
-@torch.no_grad()
 def classify(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, ks: Sequence[int] = KS, temp: float = 0.07
 ) -> dict[str, float]:
@@ -43,6 +40,14 @@ def classify(
     Raises:
         ValueError: fewer bank images than the smallest k.
     """
+    return search_and_vote(bank, bank_labels, queries, labels, ks, temp)[0]
+
+
+@torch.no_grad()
+def search_and_vote(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, ks: Sequence[int], temp: float
+) -> tuple[dict[str, float], Tensor]:
+    """What `classify` returns, and the cosine of each query to the nearest of the bank [n]."""
     ks = [k for k in ks if k <= len(bank)] if min(ks) <= len(bank) else []
     if not ks:
         raise ValueError(f"k-NN needs more labeled images than neighbors, but there are only {len(bank)}; lower --k.")
@@ -60,7 +65,7 @@ def classify(
         result[f"knn{k}_top1"], top5 = (100 * hits / len(queries)).tolist()
         if top == 5:
             result[f"knn{k}_top5"] = top5
-    return result
+    return result, cosines[:, 0]
 
 
 def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Result:
@@ -71,16 +76,15 @@ def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Resu
         cache.load_labeled(model, source, size, what) for source, what in ((train, "training"), (test, "test"))
     )
     known, asked = ((part.values.to(device), part.labels.to(device)) for part in (bank, queries))
-    figures = classify(*known, *asked, options.k, options.temp)
-    floors = measure_floors(Pair(train, test), min(size, LARGEST), tuple(options.k), options.temp)
+    figures, nearest = search_and_vote(*known, *asked, options.k, options.temp)
+    floors = find_floors(train, test, min(size, LARGEST), options)
     notes = [
-        f"To beat, on {floors.images}: " + ", ".join(f"{what} {value:.1f} %" for what, value in floors.found.items())
+        f"To beat, on {floors.images}: " + ", ".join(f"{name} {value:.1f} %" for name, value in floors.found.items())
     ]
-    twice = count_same(known[0], asked[0])
-    if 20 * twice > len(queries.values):
+    if 20 * (twice := int((nearest > 1 - SAME).sum())) > len(nearest):
         notes.append(
-            f"Warning: {twice:,} of {len(queries.values):,} test images are among the training images too, so the figures "
-            "say little; give others with --val."
+            f"Warning: {twice:,} of {len(nearest):,} test images are among the training images too, so the figures say "
+            "little; give others with --val."
         )
     what = "[CLS]" if model.has_attention else "pooled"
     return Result(
@@ -93,45 +97,36 @@ def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Resu
     )
 
 
-class Pair(NamedTuple):
-    """Labeled images, and those that are classified; equal if they have the same names and labels."""
-
-    train: Source
-    test: Source
-
-    def __hash__(self) -> int:
-        return hash((self.train.fingerprint, self.test.fingerprint))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pair) and hash(self) == hash(other)
-
-
 class Floors(NamedTuple):
     found: dict[str, float]  # accuracies by their names, percent
     images: str  # in words
 
 
-@functools.lru_cache(maxsize=8)  # a run that is evaluated again and again has them already
-def measure_floors(pair: Pair, edge: int, ks: tuple[int, ...], temp: float) -> Floors:
+_found: dict[
+    tuple[object, ...], Floors
+] = {}  # of what this process has evaluated, which a training does again and again
+
+
+def find_floors(train: Source, test: Source, edge: int, options: KnnOptions) -> Floors:
     """The same votes on raw pixels of `edge` pixels and on color histograms, and the share of the largest class."""
+    key = (train.fingerprint, test.fingerprint, edge, options.k, options.temp)
+    if key not in _found:
+        _found[key] = measure_floors(train, test, edge, options)
+    return _found[key]
+
+
+def measure_floors(train: Source, test: Source, edge: int, options: KnnOptions) -> Floors:
     views, labels = [], []
-    for source, most in zip(pair, (BANK, QUERIES), strict=True):
-        assert source.labels is not None
-        chosen = np.flatnonzero(source.labels >= 0)
-        chosen = chosen[list(evenly_spaced(len(chosen), most))]
-        found = read_views(source, Features(torch.zeros(0), chosen, []), edge)
-        views.append(found)
-        labels.append(torch.from_numpy(source.labels[found.indices]))
+    for source, most in ((train, BANK), (test, QUERIES)):
+        known = np.flatnonzero(required(source.labels) >= 0)
+        views.append(read_views(source, known[list(evenly_spaced(len(known), most))], edge))
+        labels.append(torch.from_numpy(required(source.labels)[views[-1].indices]))
     floors = {"the largest class": 100 * float(labels[1].bincount().max()) / len(labels[1])}
-    if usable := [k for k in ks if k <= len(labels[0])]:
+    if usable := [k for k in options.k if k <= len(labels[0])]:
         k = min(usable, key=lambda k: abs(k - 20))
         for name, describe in ((f"raw {edge}x{edge} pixels", flatten_pixels), ("color histograms", count_colors)):
-            bank, queries = (describe(found).values for found in views)
-            floors[f"{k}-NN of {name}"] = classify(bank, labels[0], queries, labels[1], (k,), temp)[f"knn{k}_top1"]
+            bank, queries = (describe(part).values for part in views)
+            floors[f"{k}-NN of {name}"] = classify(bank, labels[0], queries, labels[1], (k,), options.temp)[
+                f"knn{k}_top1"
+            ]
     return Floors(floors, f"{len(labels[1]):,} test images and {len(labels[0]):,} of the bank")
-
-
-def count_same(bank: Tensor, queries: Tensor) -> int:
-    """How many of the queries [n, d] are in the bank [m, d] too, as far as their features tell."""
-    cosines, _ = find_neighbors(F.normalize(queries.float(), dim=1), F.normalize(bank.float(), dim=1), 1)
-    return int((cosines[:, 0] > 1 - SAME).sum())

@@ -22,7 +22,7 @@ from dino.data.sources import Source, evenly_spaced, read_or_gray
 from dino.data.views import draw_views
 from dino.engine import health
 from dino.eval import evaluate, knn
-from dino.eval.floors import COLORS, LARGEST, count_colors, flatten_pixels, read_views
+from dino.eval.floors import BANK, COLORS, LARGEST, QUERIES, count_colors, flatten_pixels, read_views
 from dino.features.extract import Features, extract
 from dino.look.attention import enlarge, jaccard, map_attention, mass_mask
 from dino.models import Backbone
@@ -30,8 +30,7 @@ from dino.options import replace, required
 from dino.options.train import ViewOptions
 from dino.randomness import CHECKS
 
-# At most so many images, so that a check takes much less time than an epoch; and two crops of each of CROPPED.
-BANK, QUERIES, MASKS, CROPPED = 5000, 1000, 200, 200
+MASKS, CROPPED = 200, 200  # images at most, of scenes, and of which two crops are compared
 NEAREST = 10  # images that are compared
 
 
@@ -91,14 +90,14 @@ class OnlineEvaluation:
             crops = extract_crops(backbone, images, cropped, self.views, self.seed)
             result["two_crop_retrieval"] = health.two_crop_retrieval(*crops.unbind(dim=1))
         edge = min(self.size, LARGEST)
-        views = None if self.colors else read_views(images, queries, edge)
+        views = None if self.colors else read_views(images, queries.indices, edge)
         self.colors = self.colors or count_colors(required(views))
         result |= measure_color_agreement(queries, self.colors)
         if self.held_out is not None and self.held_out.labels is not None and self.train.labels is not None:
             bank = extract(backbone, self.train, self.size, evenly_spaced(len(self.train), BANK))
             result |= self._knn(bank, queries)
             if not self.floors_done and views is not None:  # floors to beat: the same vote on what needs no training
-                known = read_views(self.train, bank, edge)
+                known = read_views(self.train, bank.indices, edge)
                 for name, describe in (("pixels", flatten_pixels), ("colors", count_colors)):
                     floor = self._knn(describe(known), describe(views))
                     result |= {f"{name}_{key}": value for key, value in floor.items() if key != "knn_queries"}

@@ -84,9 +84,8 @@ def compare(found: Weights, to: str, out: Path) -> list[Difference]:
         largest, alike = (
             max((a - b).abs().max().item() for a, b in zip(given, each, strict=False)) for each in expected
         )
-        alike = min(
-            largest, alike
-        )  # they differ where a library interpolates positions of one family as the model does
+        # hf interpolates the positions of some families in its own way, and those of others as the model does.
+        alike = min(largest, alike)
         scale = max(value.abs().max().item() for value in expected[0])
         differences.append(Difference(f"{rows * patch}x{columns * patch}", largest, alike, scale))
     return differences

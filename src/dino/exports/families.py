@@ -44,10 +44,10 @@ def convert(arch: str, model: Any, image_size: int, in_channels: int) -> tuple[d
     moved, state = FAMILIES[kind](config.to_dict(), named)[1], to_timm(model.state_dict())
     if wrong := [name for name, value in state.items() if name not in moved or moved[name].shape != value.shape]:
         raise ValueError(f"{arch} is no {kind} of transformers: {wrong[0]} has no place there.")
+    # Place 0 stays zero: it is that of what only pre-training uses.
     numbers = torch.zeros(1 + sum(value.numel() for value in places.values()))
     for name, value in state.items():
         numbers[moved[name].flatten().long()] = value.float().flatten()
-    numbers[0] = 0.0  # of what only pre-training uses
     written = config.to_dict() | {
         "architectures": [type(config).__name__.replace("Config", "Model")],
         "dtype": "float32",
@@ -74,19 +74,16 @@ def _number_places(config: Any) -> State:
 
 
 def _describe_dinov2(model: Any) -> dict[str, Any]:
-    given, mlp, registers = _describe_vit(model), model.blocks[0].mlp, model.reg_token
+    mlp, registers = model.blocks[0].mlp, model.reg_token
     hidden = mlp.fc2.in_features
     gated = mlp.fc1.out_features != hidden
-    return (
-        given
-        | {
-            "model_type": "dinov2" if registers is None else "dinov2_with_registers",
-            "mlp_ratio": round((1.5 if gated else 1) * hidden / model.embed_dim),
-            "use_swiglu_ffn": gated,
-            "qkv_bias": model.blocks[0].attn.qkv.bias is not None,
-        }
-        | ({} if registers is None else {"num_register_tokens": registers.shape[1]})
-    )
+    return _describe_vit(model) | {
+        "model_type": "dinov2" if registers is None else "dinov2_with_registers",
+        "mlp_ratio": round((1.5 if gated else 1) * hidden / model.embed_dim),
+        "use_swiglu_ffn": gated,
+        "qkv_bias": model.blocks[0].attn.qkv.bias is not None,
+        **({} if registers is None else {"num_register_tokens": registers.shape[1]}),
+    }
 
 
 def _describe_dinov3(model: Any) -> dict[str, Any]:

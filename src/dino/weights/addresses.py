@@ -38,7 +38,5 @@ def bring(name: str) -> str:
     folder = files.cache_folder() / "weights" / f"{base}-{digest}"
     for file in versions:
         if not (folder / file).is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            with files.replacing(folder / file) as temporary:
-                storage.download(f"{address}/{file}", temporary)
+            storage.download(f"{address}/{file}", folder / file)
     return str(folder / base if base in versions else folder) + last
