@@ -76,6 +76,18 @@ def test_the_loss_is_zero_where_the_student_agrees_and_moves_the_student_only(bi
     assert next(method.double()._frozen[0].parameters()).dtype == torch.float64
 
 
+def test_the_average_has_the_statistics_of_the_student(big):
+    """Nothing else would give it any: only the frozen network and the student see the images."""
+    method, views = build(big, "resnet_nano"), 3 + torch.randn(16, 3, 32, 32)
+    for _ in range(60):  # the statistics of the student come near those of the images, too
+        method.student([views])
+        method.update_teacher(0.5)
+    trained, average = method.student.backbone.eval(), method.teacher.backbone.eval()
+    torch.testing.assert_close(average(views), trained(views), atol=0.02, rtol=0.02)
+    counts = [value for name, value in method.teacher.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts and set(map(int, counts)) == {60}
+
+
 def test_views_are_normalized_as_each_network_wants():
     other = Preprocessing(mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
     pixels = torch.rand(2, 3, 4, 4)

@@ -77,6 +77,17 @@ class Distillation(DINO):
         cells = F.interpolate(cells, student.grid(size, size), mode="area")
         return torch.cat([tokens[:, :1], cells.flatten(2).transpose(1, 2)], dim=1)
 
+    @torch.no_grad()
+    def update_teacher(self, momentum: float, epoch_ends: bool = False) -> None:
+        """The moving average sees no images here, so it takes the statistics of BatchNorm from the student, too."""
+        super().update_teacher(momentum, epoch_ends)
+        there = dict(self.student.named_buffers())
+        for name, buffer in self.teacher.named_buffers():
+            if buffer.is_floating_point():
+                buffer.lerp_(there[name], 1 - momentum)
+            else:
+                buffer.copy_(there[name])
+
     def student_loss(self, student_scores: Float[Tensor, "gn t d"], targets: Float[Tensor, "g n t d"]) -> Tensor:
         """1 - cosine, half of it for the image's tokens and half for the cells'."""
         cosines = F.cosine_similarity(at_least_float32(student_scores), targets.flatten(0, 1), dim=-1)
