@@ -85,7 +85,8 @@ def test_the_average_has_the_statistics_of_the_student(big):
     trained, average = method.student.backbone.eval(), method.teacher.backbone.eval()
     torch.testing.assert_close(average(views), trained(views), atol=0.02, rtol=0.02)
     counts = [value for name, value in method.teacher.named_buffers() if name.endswith("num_batches_tracked")]
-    assert counts and set(map(int, counts)) == {60}
+    assert counts
+    assert set(map(int, counts)) == {60}
 
 
 def test_views_are_normalized_as_each_network_wants():

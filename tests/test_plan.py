@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dino import cli
+from dino.engine.estimate import DEVICES, count_step
 from dino.options import flatten
 from helpers import draw_images, tiny_flags
 
@@ -47,6 +48,24 @@ def test_a_plan_says_what_is_there_and_train_takes_it(photos, tmp_path, capsys, 
     assert not [path for path in tmp_path.iterdir() if path.name not in ("photos", "plan.toml")]
     assert cli.main(["train", "plan.toml", "--out", "run"]) == 0
     assert (tmp_path / "run/report.html").exists() == (given["report"] is not False)
+
+
+def test_a_plan_for_a_gpu_that_is_not_here(photos, tmp_path, capsys, monkeypatch):
+    """Twice the images a step take twice the arithmetic; a budget of time is kept at the usual rate."""
+    monkeypatch.chdir(tmp_path)
+    net = ["--model.arch", "vit_base", "--model.depth", "2", "--views.num-local", "1"]
+    for batch, words in ((4, ["--epochs", "10"]), (8, ["--hours", "2"])):
+        flags = ["plan", "--data", "photos", *net, "--batch-size", f"{batch}", *words, "--gpu", "a100"]
+        assert cli.main([*flags, "--toml", f"{batch}.toml"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"10 epochs of 23 images, 50 steps of 4\b", said), said
+    assert re.findall(r"time +(\S+ \S+)", said)[-1] in ("2 hours", "120 minutes")
+    half, whole = (count_step(cli.parse(["train", f"{batch}.toml"])[1]) for batch in (4, 8))
+    assert whole.flops == pytest.approx(2 * half.flops)
+    assert half.memory < whole.memory < 2 * half.memory, "the parameters stay"
+    monkeypatch.setitem(DEVICES, "t4", DEVICES["t4"]._replace(memory=1e9))
+    assert cli.main([*flags, "--gpu", "t4", "--toml", "t4.toml"]) == 0
+    assert "train with --fit 1GB" in capsys.readouterr().out
 
 
 def test_misuse_of_plan_is_said_before_anything_is_measured(photos, tmp_path, capsys):

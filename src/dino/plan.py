@@ -13,6 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import psutil
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -20,13 +21,14 @@ from dino import distributed, files, run
 from dino.data.decode import BadImage
 from dino.data.sources import Source, evenly_spaced
 from dino.engine import budget
-from dino.engine.build import Plan
+from dino.engine.build import Plan, build_method
+from dino.engine.estimate import DEVICES, LAUNCH, LEAST, MOST, USUAL, Device, count_step
 from dino.engine.folder import write_options
 from dino.engine.pace import describe_time
 from dino.engine.train import Trainer
 from dino.features.copies import EDGE, LEAST_SKETCH, is_copy, make_sketch
 from dino.machine import measure_peak_memory, name_device
-from dino.options import flatten, replace
+from dino.options import flatten, replace, required
 from dino.options.train import TrainOptions
 from dino.options.trainings import PlanOptions
 from dino.report.verdict import advise_start, warn
@@ -45,12 +47,13 @@ Rows = list[tuple[str, str]]  # what, and how much
 
 
 class Cost(NamedTuple):
-    """What a run takes."""
+    """What a run takes, and on what."""
 
+    device: str
     seconds: float
-    least: float  # if all steps are as fast as the fastest tenth of those measured
+    least: float  # measured: if all steps are as fast as the fastest tenth
     most: float  # or as slow as the slowest tenth
-    memory: int  # bytes, at most
+    memory: float  # bytes, at most
 
 
 def plan(options: PlanOptions) -> None:
@@ -78,18 +81,22 @@ def plan(options: PlanOptions) -> None:
         return run.set_up(options, folder, device, terminal)[0]
 
     with tempfile.TemporaryDirectory() as folder:
-        first, held_out = run.set_up(wanted, Path(folder, "first"), device, terminal, time.monotonic())
-        chosen = replace(first.options, {"minutes": None, "hours": None})
-        terminal.say("Measuring some steps and a check ...")
-        trial = budget.try_out(chosen, Path(folder, "second"), make, options.seconds)
-        cost = predict(trial, first.plan, imports)
-    show("The images", look(first.source, held_out))
-    show("The run", describe(chosen, first, cost, options.price))
-    for text in filter(None, [*warn(chosen, first.plan.total), advise_start(chosen, len(first.source))]):
+        if options.gpu is not None:
+            source, held_out = run.open_data(wanted, Path(folder))
+            planned, cost = estimate(wanted, source, Path(folder), DEVICES[options.gpu], terminal)
+        else:
+            first, held_out = run.set_up(wanted, Path(folder, "first"), device, terminal, time.monotonic())
+            chosen = replace(first.options, {"minutes": None, "hours": None})
+            source, planned = first.source, Plan(chosen, first.plan.steps_per_epoch)
+            terminal.say("Measuring some steps and a check ...")
+            cost = predict(budget.try_out(chosen, Path(folder, "second"), make, options.seconds), planned, imports)
+    show("The images", look(source, held_out))
+    show("The run, estimated" if options.gpu else "The run", describe(planned, len(source), cost, options.price))
+    for text in filter(None, [*warn(planned.options, planned.total), advise_start(planned.options, len(source))]):
         print(f"Note: {text}")
-    about = f"# dino plan, {datetime.date.today()}: about {describe_time(cost.seconds)} on {name_device(device)}\n"
+    about = f"# dino plan, {datetime.date.today()}: about {describe_time(cost.seconds)} on {cost.device}\n"
     with files.replacing(path) as temporary:
-        temporary.write_text(about + write_options(chosen))
+        temporary.write_text(about + write_options(planned.options))
     print(f"Written: {path}. Start it with: dino train {path} --out runs/NAME")
 
 
@@ -99,7 +106,33 @@ def predict(trial: budget.Trial, plan: Plan, imports: float) -> Cost:
     expected = imports + trial.apart + pace.predict(plan, 0, plan.total)
     times = [*pace.blocks]
     least, most = (expected + plan.total * (float(np.quantile(times, share)) - pace.step) for share in (0.1, 0.9))
-    return Cost(expected, least, most, measure_peak_memory(trial.trainer.device))
+    device = trial.trainer.device
+    return Cost(name_device(device), expected, least, most, measure_peak_memory(device))
+
+
+def estimate(wanted: TrainOptions, source: Source, folder: Path, gpu: Device, terminal: Terminal) -> tuple[Plan, Cost]:
+    """A run on a GPU that is not here, and its cost: its arithmetic, at the share of the peak that others reach."""
+    terminal.say(f"Counting the arithmetic of a step for {gpu.name} ...")
+    start = run.read_start(wanted, folder)
+
+    def choose(options: TrainOptions, terminal: Terminal) -> Plan:
+        chosen = run.resolve_options(options, source, start, torch.device("cuda"), terminal)
+        return Plan(chosen, len(source) // required(chosen.batch_size))
+
+    timeless = replace(wanted, {"minutes": None, "hours": None})
+    planned = choose(timeless, terminal)
+    step = count_step(planned.options)
+    usual, least, most = (max(LAUNCH * USUAL, step.flops / gpu.peak) / share for share in (USUAL, MOST, LEAST))
+    if wanted.budget is not None:
+        epochs = wanted.budget / (usual * planned.steps_per_epoch)
+        planned = choose(replace(timeless, {"epochs": float(f"{epochs:.3g}")}), Terminal(False))
+    if step.memory > (there := 0.9 * gpu.memory):
+        print(
+            f"Note: a step needs about {step.memory / 1e9:.0f} GB, and {gpu.name} has {gpu.memory / 1e9:.0f}; train with "
+            f"--fit {there / 1e9:.0f}GB, on several GPUs, or a smaller model."
+        )
+    total = planned.total
+    return planned, Cost(gpu.name, total * usual, total * least, total * most, step.memory)
 
 
 def look(source: Source, held_out: Source | None) -> Rows:
@@ -141,26 +174,28 @@ def count_copies(thumbnails: list[np.ndarray]) -> int:
     return len({int(a) for a, b in likely if is_copy(thumbnails[a], thumbnails[b])})
 
 
-def describe(options: TrainOptions, trainer: Trainer, cost: Cost, price: float | None) -> Rows:
+def describe(planned: Plan, count: int, cost: Cost, price: float | None) -> Rows:
+    """What the run on `count` images is, and what it takes."""
+    options = planned.options
     views, model = options.views, options.model
     loss = f"{options.method.loss}" + (f", {options.head.out_dim:,} prototypes" if options.head.prototypes else "")
     of_views = f"2 of {views.global_size} pixels"
     if views.num_local:
         of_views += f" and {views.num_local} of {views.local_size}"
-    parameters = sum(p.numel() for p in trainer.method.student.backbone.parameters()) / 1e6
-    images = f"{len(trainer.source):,} images"
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_method(options).student.backbone.parameters()) / 1e6
     between = f"{describe_time(cost.least)} to {describe_time(cost.most)}"
     rows = [
         ("model", f"{model.arch}, {parameters:.1f} million parameters"),
         ("loss", loss),
         ("views of an image", of_views),
-        ("length", f"{options.epochs:g} epochs of {images}, {trainer.plan.total:,} steps of {options.batch_size}"),
-        ("time", f"{describe_time(cost.seconds)} ({between}) on {name_device(trainer.device)}"),
+        ("length", f"{options.epochs:g} epochs of {count:,} images, {planned.total:,} steps of {options.batch_size}"),
+        ("time", f"{describe_time(cost.seconds)} ({between}) on {cost.device}"),
         ("memory", f"{cost.memory / 1e9:.2g} GB at most"),
     ]
     if price is not None:
         rows.append(("cost", f"{cost.seconds / 3600 * price:.2f}"))
-    near = sorted(REACHED, key=lambda each: abs(np.log(each[0] / len(trainer.source))))[:2]
+    near = sorted(REACHED, key=lambda each: abs(np.log(each[0] / count)))[:2]
     return [*rows, *(("such runs reached", words) for _, words in near if options.init is None)]
 
 

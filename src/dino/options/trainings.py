@@ -78,6 +78,8 @@ class BenchOptions(TrainOptions):
 class PlanOptions(TrainOptions):
     toml: str = "plan.toml"
     """File of options to write, which `dino train` takes."""
+    gpu: Literal["h200", "h100", "a100", "l4", "t4", "v100", "rtx4090", "mps"] | None = None
+    """Plan for a GPU that is not here: its time is computed from the arithmetic of a step. None: this machine, measured."""
     seconds: PositiveFloat = 20
     """About how long to measure steps."""
     price: PositiveFloat | None = None
