@@ -128,8 +128,8 @@ def estimate(wanted: TrainOptions, source: Source, folder: Path, gpu: Device, te
         planned = choose(replace(timeless, {"epochs": float(f"{epochs:.3g}")}), Terminal(False))
     if step.memory > (there := 0.9 * gpu.memory):
         print(
-            f"Note: a step needs about {step.memory / 1e9:.0f} GB, and {gpu.name} has {gpu.memory / 1e9:.0f}; train with "
-            f"--fit {there / 1e9:.0f}GB, on several GPUs, or a smaller model."
+            f"Note: a step needs about {step.memory / 1e9:.2g} GB, and {gpu.name} has {gpu.memory / 1e9:.3g}; train with "
+            f"--fit {there / 1e9:.2g}GB, on several GPUs, or a smaller model."
         )
     total = planned.total
     return planned, Cost(gpu.name, total * usual, total * least, total * most, step.memory)
