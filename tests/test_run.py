@@ -128,6 +128,28 @@ def test_stop_after_is_a_limit_of_one_call(photos, tmp_path, capsys):
     assert "Stopped" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("length", [["--epochs", "2"], ["--minutes", "1"]])
+def test_a_dry_run_prints_what_train_takes_and_writes_nothing(photos, tmp_path, capsys, monkeypatch, length):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(photos), *tiny_flags(epochs=None, optim__warmup_epochs=None), *length, "--out", "run"]
+    before = set(tmp_path.rglob("*"))
+    assert cli.main(["train", *flags, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert set(tmp_path.rglob("*")) == before
+    options = tomllib.loads(printed)
+    assert options["optim"]["lr"] > 0, "what was open is chosen"
+    assert ("epochs" in options, "warmup_epochs" in options["optim"]) == (2 * (length[0] == "--epochs",))
+    Path("mine.toml").write_text(printed)
+    assert cli.main(["train", "mine.toml", "--out", "run", "--dry-run"]) == 0
+    assert capsys.readouterr().out == printed
+    if length[0] == "--epochs":
+        assert cli.main(["train", "mine.toml", "--out", "run"]) == 0
+        assert cli.main(["train", "--dry-run", "--resume", "run"]) == 0
+        assert tomllib.loads(capsys.readouterr().out) == options | {"resume": "run"}
+        assert cli.main(["train", "mine.toml", "--out", "run", "--dry-run"]) == 2
+        assert "already holds a run" in capsys.readouterr().err
+
+
 def test_resume_with_other_mathematics_is_refused_in_every_way(photos, tmp_path, capsys):
     run = dino.train(data=str(photos), out=str(tmp_path / "run"), **TINY | {"stop_after": 3})
     before = read_all(run)

@@ -188,7 +188,8 @@ def test_colors_agree_with_themselves_and_by_chance_with_nothing(tmp_path):
 def test_a_short_run_says_so_before_it_starts_and_at_its_end(images, tmp_path, capsys):
     run = dino.train(data=str(images), out=str(tmp_path / "run"), **TINY | {"epochs": 4, "report": True})
     said = capsys.readouterr().err
-    before, after = said.split("epoch 1/4")
+    before, after = said.split("epoch 4/4  step 52 of 52  loss")
+    assert "epoch 3/4" not in before, "epochs of a second have no line of their own"
     assert "Of photographs, 54 are few: starting from released weights is likely better" in before
     assert "Warning: 52 steps are few" in before
     assert "color histograms" in after

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from dino.data.sources import Source
 from dino.data.specs import find_path
 from dino.engine import budget, build, fit, init, mirror, parallel, shared
 from dino.engine.checkpoint import lock_folder
-from dino.engine.folder import choose_folder, find_options, prepare, record
+from dino.engine.folder import choose_folder, find_options, prepare, record, write_options
 from dino.engine.presence import watching
 from dino.engine.step import Split
 from dino.engine.train import Trainer
@@ -80,6 +81,9 @@ def run_training(options: TrainOptions) -> Path:
             options = replace(options, {"minutes": 30})
         terminal = Terminal(distributed.is_main())
         folder = distributed.from_main(lambda: choose_folder(options))
+        if options.dry_run:
+            distributed.from_main(lambda: print_options(options, device, terminal))
+            return folder
         fresh = distributed.is_main() and not folder.exists()
         distributed.from_main(lambda: held.enter_context(lock_folder(folder)))
         distributed.from_main(lambda: (files.sweep(folder), shutil.rmtree(folder / budget.TRIAL, ignore_errors=True)))
@@ -111,6 +115,27 @@ def run_training(options: TrainOptions) -> Path:
         if options.budget is not None and complete:
             terminal.say(f"Took {(time.monotonic() - began) / 60:.1f} of {options.budget / 60:g} minutes.")
     return folder
+
+
+def print_options(options: TrainOptions, device: torch.device, terminal: Terminal) -> None:
+    """What a run would be, as TOML on stdout. Nothing is built or written."""
+    if options.resume is None:
+        with tempfile.TemporaryDirectory() as place:
+            source, _ = open_data(options, Path(place))
+            start = read_start(options, Path(place))
+        terminal.say(describe(source, options.data.path))
+        timeless = replace(options, {"minutes": None, "hours": None})
+        quiet = Terminal(False)  # the TOML says what is chosen
+        chosen = resolve_options(timeless, source, start, device, quiet)
+        if options.budget is not None:
+            # What depends on the epochs is chosen when the speed has been measured, as the run starts.
+            lengths = [replace(timeless, {"epochs": epochs}) for epochs in (1, 10**4)]
+            short, long = (flatten(resolve_options(each, source, start, device, quiet)) for each in lengths)
+            own = {name: value for name, value in flatten(options).items() if short[name] != long[name]}
+            chosen = replace(chosen, own | {"minutes": options.minutes, "hours": options.hours})
+            terminal.say(f"How many epochs fit into {options.budget / 60:g} minutes is measured as the run starts.")
+        options = chosen
+    print(write_options(options), end="")
 
 
 def set_threads(options: TrainOptions, device: torch.device) -> None:

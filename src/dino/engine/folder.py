@@ -128,4 +128,5 @@ def write_options(options: TrainOptions) -> str:
     absolute = dict.fromkeys(("data.path", "data.val"), make_absolute)
     absolute |= {"data.labels": files.absolute_if_exists, "init": runs.make_absolute}
     paths = {name: function(given[name]) for name, function in absolute.items() if given[name] not in words}
-    return tomli_w.dumps(to_dict(replace(options, paths | {"out": None, "overwrite": False, "stop_after": None})))
+    words = to_dict(replace(options, paths | dict.fromkeys(("out", "stop_after"))))
+    return tomli_w.dumps({name: value for name, value in words.items() if name not in ("overwrite", "dry_run")})

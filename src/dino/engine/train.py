@@ -92,7 +92,7 @@ class Trainer:
         self.checkpoints = ShardedCheckpoints(*kept, self.training_step) if sharded else Checkpoints(*kept)
         self.quarantine = Quarantine(run / "quarantine.jsonl", len(source), options.data.max_bad_fraction)
         self.step = 0  # steps done
-        self.pace, self.told = Pace(required(options.data.num_workers)), False
+        self.pace, self.told, self.said = Pace(required(options.data.num_workers)), False, time.monotonic()
         self.signals = Signals(terminal)
         self.failure: Exception | None = None  # a reason to save and end
         self.hurts = False  # training has made the weights that it started from worse, for long
@@ -433,8 +433,12 @@ class Trainer:
         what = f"epoch {min(epochs, 1 + (self.step - 1) // per_epoch):g}/{epochs:g}"
         left = pace.predict(self.plan, self.step, stop)
         self.terminal.update(self.step, what, status, left)
-        if not self.terminal.live and (self.step % per_epoch == 0 or self.step == self.plan.total):
-            self.terminal.say(f"{what}  step {self.step}  {status}")
+        since = time.monotonic() - self.said
+        due = since > 60 or (since > 10 and self.step % per_epoch == 0) or self.step == self.plan.total
+        if due and not self.terminal.live:
+            more = f"  {describe_time(left)} left" if left > 0 else ""
+            self.terminal.say(f"{what}  step {self.step} of {self.plan.total}  {status}{more}")
+            self.said = time.monotonic()
         if pace.is_settled() and not self.told and self.step < stop:
             self.terminal.say(f"About {describe_time(left)} to go: {pace.describe(self.plan, self.step, stop)}.")
             self.told = True

@@ -12,7 +12,7 @@ from dino.options.train import TrainOptions
 
 # These options and those of `log` may be others.
 FREE_ON_RESUME = {
-    *("resume", "device", "threads", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"),
+    *("resume", "device", "threads", "dry_run", "stop_after", "report", "data.num_workers", "data.max_bad_fraction"),
     *("fit", "accumulate", "recompute", "compile", "data.decode"),
 }
 MOVABLE = {"data.path", "data.val", "data.labels"}  # may be elsewhere: images are compared by their names and labels

@@ -315,6 +315,8 @@ class TrainOptions(Options):
     """Compile the networks (torch.compile): minutes at the start, then faster steps, on a GPU above all."""
     threads: PositiveInt | None = None
     """CPU threads for the arithmetic. None: all cores but one, from four cores on."""
+    dry_run: Annotated[bool, tyro.conf.arg(aliases=["--print-config"])] = False
+    """Open the images, choose and check all options, print them as TOML (which `dino train` takes), and stop there."""
     stop_after: PositiveInt | None = None
     """Stop (and save) after this many steps of the run; schedules still span all epochs. A resume goes on to the end."""
     report: bool = True
