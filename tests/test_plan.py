@@ -39,7 +39,7 @@ def test_a_plan_says_what_is_there_and_train_takes_it(photos, tmp_path, capsys, 
     assert re.search(r"near-copies +1 of", said), said
     time, cost = (re.search(rf"{word} +([\d.]+) ?(\w*)", said) for word in ("time", "cost"))
     seconds = float(time[1]) * {"seconds": 1, "minutes": 60}[time[2]]
-    assert float(cost[1]) / 1000 == pytest.approx(seconds, rel=0.1, abs=0.5), "3.6e6 an hour is 1000 a second"
+    assert float(cost[1]) / 1000 == pytest.approx(seconds, rel=0.3, abs=0.5), "3.6e6 an hour is 1000 a second"
     assert "dino train plan.toml" in said
     planned, given = (flatten(cli.parse(["train", *rest])[1]) for rest in (["plan.toml"], flags))
     assert planned | {"data.path": "photos"} == planned | {

@@ -45,6 +45,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "what a training would be: model, time, memory, and what to consider", trainings.PlanOptions, "dino.plan:plan"
     ),
+    "doctor": Command("what is wrong with this machine, images or a run", commands.DoctorOptions, "dino.doctor:doctor"),
     "attention": Command(
         "pictures of where the model looks", commands.AttentionOptions, "dino.look.commands:draw_attention"
     ),

@@ -6,11 +6,9 @@ import datetime
 import os
 import tempfile
 import time
-from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import psutil
 import torch
@@ -18,23 +16,21 @@ from rich.console import Console
 from rich.table import Table
 
 from dino import distributed, files, run
-from dino.data.decode import BadImage
-from dino.data.sources import Source, evenly_spaced
+from dino.data.sources import Source
 from dino.engine import budget
 from dino.engine.build import Plan, build_method
 from dino.engine.estimate import DEVICES, LAUNCH, LEAST, MOST, USUAL, Device, count_step
 from dino.engine.folder import write_options
 from dino.engine.pace import describe_time
 from dino.engine.train import Trainer
-from dino.features.copies import EDGE, LEAST_SKETCH, is_copy, make_sketch
+from dino.features.survey import survey
 from dino.machine import measure_peak_memory, name_device
 from dino.options import flatten, replace, required
 from dino.options.train import TrainOptions
 from dino.options.trainings import PlanOptions
 from dino.report.verdict import advise_start, warn
-from dino.terminal import Terminal, track
+from dino.terminal import Terminal
 
-LOOKED_AT = 400  # images
 # What runs of the automatic choice reached in thirty minutes on one thread (docs/results.md): images, and the words.
 REACHED = (
     (180, "180 photographs of groceries: 48.1 % 10-NN (untrained 25.5, color histograms 34.7)"),
@@ -137,41 +133,23 @@ def estimate(wanted: TrainOptions, source: Source, folder: Path, gpu: Device, te
 
 def look(source: Source, held_out: Source | None) -> Rows:
     """What there is to know of the images before a training, from some of them."""
-    sources = [source] if held_out is None else [source, held_out]
-    total = sum(map(len, sources))
-    chosen = [(each, i) for each in sources for i in evenly_spaced(len(each), 1 + LOOKED_AT * len(each) // total)]
-    sides, bad, means, thumbnails = list[int](), list[str](), list[np.ndarray](), list[np.ndarray]()
-    for each, position in track(chosen, len(chosen), "images"):
-        try:
-            pixels = each.read(position)
-        except BadImage as error:
-            bad.append(f"{each.name(position)}: {error.reason}")
-            continue
-        sides.append(min(pixels.shape[:2]))
-        means.append((pixels.reshape(-1, 3) / 255).mean(axis=0))
-        thumbnails.append(cv2.resize(pixels, (EDGE, EDGE), interpolation=cv2.INTER_AREA))
-    kinds = Counter(PurePosixPath(each.name(position)).suffix.lower() for each, position in chosen)
-    copies, of = count_copies(thumbnails), f"of {len(chosen):,} looked at" if total > len(chosen) else f"of {total:,}"
-    rows = [("number", f"{total:,}, of which {total - len(source):,} are held out")]
+    found = survey([source] if held_out is None else [source, held_out])
+    rows = [("number", f"{found.total:,}, of which {found.total - len(source):,} are held out")]
     if source.classes and source.labels is not None:
         counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
         rows.append(("classes", f"{len(source.classes)}, of {counts.min():,} to {counts.max():,} images to train on"))
-    if "" not in kinds:
-        rows.append(("formats", ", ".join(f"{kind[1:]} {count}" for kind, count in kinds.most_common(4)) + f" ({of})"))
-    rows.append(("shorter side", f"{min(sides)} to {max(sides)} pixels, median {int(np.median(sides))}"))
-    rows.append(("mean color", ", ".join(f"{value:.2f}" for value in np.mean(means, axis=0)) + " (red, green, blue)"))
-    rows.append(("cannot be read", f"{len(bad)} {of}" + (f", first {bad[0]}" if bad else "")))
-    rows.append(
-        ("near-copies", f"{copies} {of} repeat another of them" + (" (dino duplicates finds all)" if copies else ""))
-    )
-    return rows
-
-
-def count_copies(thumbnails: list[np.ndarray]) -> int:
-    """How many of the images [EDGE, EDGE, 3] uint8 are near-copies of one before them."""
-    sketches = np.stack([make_sketch(thumbnail) for thumbnail in thumbnails])
-    likely = np.argwhere(np.tril(sketches @ sketches.T >= LEAST_SKETCH, -1))
-    return len({int(a) for a, b in likely if is_copy(thumbnails[a], thumbnails[b])})
+    if "" not in found.formats:
+        formats = ", ".join(f"{kind[1:]} {count}" for kind, count in found.formats.most_common(4))
+        rows.append(("formats", f"{formats} ({found.of})"))
+    if len(found.sides):
+        low, high, median = found.sides.min(), found.sides.max(), int(np.median(found.sides))
+        rows.append(("shorter side", f"{low} to {high} pixels, median {median}"))
+        colors = ", ".join(f"{value:.2f}" for value in found.colors.mean(axis=0))
+        rows.append(("mean color", f"{colors} (red, green, blue)"))
+    first = f", first {found.bad[0]}" if found.bad else ""
+    advice = " (dino duplicates finds all)" if found.copies else ""
+    rows.append(("cannot be read", f"{len(found.bad)} {found.of}{first}"))
+    return [*rows, ("near-copies", f"{found.copies} {found.of} repeat another of them{advice}")]
 
 
 def describe(planned: Plan, count: int, cost: Cost, price: float | None) -> Rows:

@@ -198,6 +198,11 @@ class ReportOptions(Options):
     """A run directory."""
 
 
+class DoctorOptions(Options):
+    target: Annotated[Positional[str | None], arg(metavar="[RUN|IMAGES]")] = None
+    """A run directory, or images as --data takes them. Without one, this machine is examined."""
+
+
 class ModelsOptions(Options):
     name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
     """Download this release ('vits16', 'vits16:full', 'vits16:linear'), timm:NAME or hf:ORG/NAME, and print where it lies."""
