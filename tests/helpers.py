@@ -123,7 +123,7 @@ TINY = {
     "optim.lr": 5e-4,
     "log.every": 2,
     "log.knn_every": 1,
-    "log.tensorboard": False,
+    "log.to": (),
     # The paper's method, which is not what is chosen for so few images.
     "precision": "fp32",
     "model.drop_path": 0.1,

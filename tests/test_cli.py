@@ -161,9 +161,9 @@ def test_debug_shows_the_traceback():
 
 def test_toml_file_and_flags(tmp_path):
     file = tmp_path / "mine.toml"
-    file.write_text('epochs = 7\n[views]\nglobal_scale = [0.3, 1.0]\n[log]\ntensorboard = false\n[data]\npath = "x"\n')
+    file.write_text('epochs = 7\n[views]\nglobal_scale = [0.3, 1.0]\n[log]\nto = []\n[data]\npath = "x"\n')
     options = cli.parse_train([str(file), "--epochs", "9"])
-    assert (options.epochs, options.views.global_scale, options.log.tensorboard) == (9, (0.3, 1.0), False)
+    assert (options.epochs, options.views.global_scale, options.log.to) == (9, (0.3, 1.0), ())
     file.write_text("epochz = 7\n")
     with pytest.raises(ValueError, match=r"mine.toml: unknown options \['epochz'\].*Did you mean 'epochs'"):
         cli.parse_train([str(file)])

@@ -76,7 +76,7 @@ def drop_time(run: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("part", range(4))
 def test_killed_before_any_write_a_run_ends_with_its_own_model(photos, tmp_path, part):
     """SIGKILL between every two writes of the start and of the last save. Readers find the newest model meanwhile."""
-    flags = ["--data", photos, *tiny_flags(epochs=2, log__keep=1, log__tensorboard=True)]
+    flags = ["--data", photos, *tiny_flags(epochs=2, log__keep=1, log__to=("tensorboard",))]
     whole, notes = tmp_path / "whole", tmp_path / "notes"
     assert train_until_write(-1, whole, notes, *flags, "--out", whole) == 0
     writes = notes.read_text().splitlines()
@@ -172,7 +172,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 @pytest.mark.parametrize("size", ["4k", "12k", "20k", "360k", "420k", "480k", "540k", "800k"])
 def test_a_full_disk_is_said_and_mended_by_a_larger_one(photos, tmp_path, disk, size):
     """From no room for anything to no room for the second checkpoint; with metrics, events and teacher between them."""
-    flags = ["--data", photos, *tiny_flags(log__every=1, log__tensorboard=True)]
+    flags = ["--data", photos, *tiny_flags(log__every=1, log__to=("tensorboard",))]
     run = disk(size) / "run"
     done = run_dino("train", *flags, "--out", run)
     assert done.returncode in (1, 2)

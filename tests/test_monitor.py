@@ -82,7 +82,7 @@ def test_a_passing_dip_is_silent_and_state_survives_a_resume():
 
 def test_metrics_are_json_whatever_the_numbers(tmp_path):
     """A step that fp16's scaler leaves out has an infinite gradient norm, and JSON no such number."""
-    metrics = MetricsLog(tmp_path, 0, tensorboard=False)
+    metrics = MetricsLog(tmp_path, 0)
     metrics.write(3, {"loss": 5.0, "grad_norm": math.inf, "kl": math.nan})
     metrics.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "loss": 5.0}\n'

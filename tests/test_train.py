@@ -302,7 +302,7 @@ def test_full_disk_during_a_run(photos, tmp_path):
 def test_tensorboard_events_hold_the_metrics(photos, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = dino.train(TRAIN, data=str(photos), out=str(tmp_path / "run"), epochs=1, **{"log.tensorboard": True})
+    run = dino.train(TRAIN, data=str(photos), out=str(tmp_path / "run"), epochs=1, **{"log.to": ("tensorboard",)})
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     tags = set(events.Tags()["scalars"])
     assert {"loss", "lr", "weight_decay", "momentum", "teacher_temp", "teacher_entropy", "kl"} <= tags

@@ -45,6 +45,7 @@ EXTRAS = {
     "heif": "HEIC photographs, as iPhones take them",
     "search": "embeddings in files and their search (dino embed, search, duplicates, outliers)",
     "slurm": "jobs of Slurm (dino submit)",
+    "tracking": "metrics for Weights & Biases, MLflow and Trackio (--log.to)",
     "video": "video files (dino video)",
 }
 GB = 1e9
@@ -72,7 +73,7 @@ def doctor(options: DoctorOptions) -> int:
     """
     distributed.require_single("doctor")
     target = options.target
-    if target is None:
+    if not target:
         findings = examine_machine()
     elif (Path(target).expanduser() / "config.toml").is_file():
         findings = examine_run(Path(target).expanduser())

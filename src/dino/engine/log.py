@@ -1,72 +1,46 @@
-"""What a run writes beside its checkpoints: `metrics.jsonl`, TensorBoard events, and the list of unreadable images."""
+"""What a run writes beside its checkpoints: `metrics.jsonl`, and the list of unreadable images."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import os
-import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import scalar
 
 from dino import files
 from dino.data.decode import BadImage
 from dino.data.sources import Source
+from dino.engine.trackers import Guarded
 
 A_FEW = 5  # unreadable images that any folder may have
 
 
-class Events:
-    """Scalars as a file of TensorBoard. Written in this thread, where a full disk can be told; SummaryWriter has its own."""
-
-    def __init__(self, folder: Path, first_step: int):
-        folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
-        self.records = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115 - lives as long as the run
-        self._write(file_version="brain.Event:2")
-        # Events of steps beyond the checkpoint are marked as superseded.
-        self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._write(step=step, summary=scalar(name, value))
-        self.records.flush()
-
-    def _write(self, **what: Any) -> None:
-        self.records.write(Event(wall_time=time.time(), **what).SerializeToString())
-
-
 class MetricsLog:
-    """Metrics by step: one JSON object to a line of `metrics.jsonl`, and the same numbers as TensorBoard events.
+    """Metrics by step: one JSON object to a line of `metrics.jsonl`, and the same numbers to `trackers`.
 
     A run that resumes after `first_step` first drops the later lines, and in the end has the file of a run that was never
     interrupted.
     """
 
-    def __init__(self, folder: Path, first_step: int, tensorboard: bool):
+    def __init__(self, folder: Path, first_step: int, trackers: Sequence[Guarded] = ()):
         self.path = folder / "metrics.jsonl"
         # A run that starts measures its untrained network, also where it was killed before the first checkpoint.
         kept = [line for line in read_metrics(self.path) if 0 < first_step >= line["step"]]
         with files.replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
-        self.events = Events(folder / "tensorboard", first_step + 1) if tensorboard else None
+        self.trackers = trackers
 
     def write(self, step: int, values: dict[str, float]) -> None:
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no other numbers
         self.file.write(json.dumps({"step": step} | values) + "\n")
-        if self.events is not None:
-            self.events.write(step, values)
+        for tracker in self.trackers:
+            tracker.write(step, values)
 
     def close(self) -> None:
-        for file in filter(None, (self.file, self.events and self.events.records)):
+        for file in (self.file, *self.trackers):
             with contextlib.suppress(OSError):  # each write was flushed: an error has been told already
                 file.close()
 

@@ -32,6 +32,7 @@ from dino.engine.prototypes import PrototypeMonitor
 from dino.engine.sharded_checkpoint import ShardedCheckpoints
 from dino.engine.signals import Signals
 from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
+from dino.engine.trackers import open_trackers
 from dino.engine.waiting import Waiting
 from dino.machine import measure_peak_memory
 from dino.models import Backbone, create
@@ -248,7 +249,8 @@ class Trainer:
         with self.signals:
             try:
                 if distributed.is_main():
-                    self.metrics = MetricsLog(self.run, self.step, self.options.log.tensorboard)
+                    to = open_trackers(self.options.log.to, self.run, self.step, flatten_names(to_dict(self.options)))
+                    self.metrics = MetricsLog(self.run, self.step, to)
                 if self.step == 0:
                     self._measure()
                 self._run(stop)

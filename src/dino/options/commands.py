@@ -199,7 +199,7 @@ class ReportOptions(Options):
 
 
 class DoctorOptions(Options):
-    target: Annotated[Positional[str | None], arg(metavar="[RUN|IMAGES]")] = None
+    target: Annotated[Positional[str], arg(metavar="[RUN|IMAGES]")] = ""
     """A run directory, or images as --data takes them. Without one, this machine is examined."""
 
 

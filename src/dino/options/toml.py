@@ -62,6 +62,8 @@ def read_recorded(run: str) -> TrainOptions:
     if not path.is_file():
         raise ValueError(f"{run} holds no run (no config.toml); give the --out folder of a run.")
     recorded = _read_values(path)
+    if "log.tensorboard" in recorded:  # of version 0.1
+        recorded["log.to"] = ["tensorboard"] if recorded.pop("log.tensorboard") else []
     options = _apply(path, TrainOptions(), recorded | dict.fromkeys(("resume", "stop_after")))
     if missing := [name for name in COMPLETE if name not in recorded]:
         raise ValueError(f"{path} is cut short: it does not say {missing[0]}; copy it from a backup.")

@@ -42,7 +42,10 @@ AreaRange = tuple[Area, Area]
 ViewEdge = Annotated[int, between(1, 2048, " pixels")]
 Sigma = Annotated[float, between(0.001, 100, " pixels")]
 Prototypes = Annotated[int, between(1, 2**24)]
-
+TRACKER = Rule(
+    re.compile(r"tensorboard|wandb|mlflow|trackio|[\w.]+:\w+").fullmatch,
+    "it is tensorboard, wandb, mlflow, trackio or package.module:Class",
+)
 
 AUTO = "auto"  # as --resume
 
@@ -269,8 +272,9 @@ class LogOptions(Options, section="log."):
     """Minutes between checkpoints; one is also written after every epoch."""
     keep: PositiveInt = 2
     """Checkpoints to keep, the newest first."""
-    tensorboard: bool = True
-    """Also write TensorBoard events."""
+    to: tuple[Annotated[str, TRACKER], ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: any of tensorboard, wandb, mlflow, trackio, or a class of yours as
+    package.module:Class."""
 
 
 class TrainOptions(Options):

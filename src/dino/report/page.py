@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from dino import weights
 from dino.data.sources import Source
+from dino.engine.trackers import read_pages
 from dino.html import render, write_page
 from dino.machine import name_processor
 from dino.models import Backbone
@@ -42,7 +43,12 @@ def write_report(folder: Path, source: Source, held_out: Source | None, device: 
     sections = {
         "Result": render_result(run, model, source, shown, verdict, found.best),
         **Gallery.open(run, model, source, held_out, device).render_sections(),
-        "Training": render("training", run=run, charts=[(c, *draw_chart(c, run)) for c in list_charts(run)]),
+        "Training": render(
+            "training",
+            run=run,
+            charts=[(c, *draw_chart(c, run)) for c in list_charts(run)],
+            pages=read_pages(folder),
+        ),
         "Options and environment": render(
             "details",
             environment=describe_environment(device),
