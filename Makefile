@@ -2,16 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+USERS := .venv/.for-users
 
 .PHONY: demo check quick test machines docs bench format clean
 
-demo: $(STAMP)  ## train on the built-in scenes and write runs/demo/report.html
+demo: $(USERS)  ## train on the built-in scenes and write runs/demo/report.html
 	$(BIN)/dino train demo --out runs/demo --overwrite
 
 check: $(STAMP)  ## format, lint, import layers, types, line budget: no tests, seconds
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/*.Dockerfile
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python tools/count_lines.py
 
@@ -47,12 +49,20 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(STAMP): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dino needs Python 3.11 or later; set PYTHON=...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
+# What a user needs, for the demo, and what a developer needs beside it. PyTorch from the package index brings CUDA along, 5 GB
+# of it, on Linux; with PIP_INDEX_URL and PIP_EXTRA_INDEX_URL pip takes the CPU build that pytorch.org/get-started names.
+$(USERS): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dino needs Python 3.11 or later; set PYTHON=...")'
+	@echo "Installing PyTorch and what else dino needs into .venv: once, some minutes, up to 8 GB."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --editable .
+	@touch $(USERS)
+
+$(STAMP): $(USERS)
+	@echo "Installing what the tests need, too."
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $(STAMP)
+	@touch $(STAMP)
 
 clean:
 	rm -rf .venv

@@ -175,7 +175,7 @@ def test_bad_ways_to_start(trained, tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app", str(trained)]) == 2
-    assert "pip install 'dino[app]'" in capsys.readouterr().err
+    assert "pip install 'dino-vision[app]'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- in a browser

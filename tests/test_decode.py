@@ -272,7 +272,7 @@ def test_heic(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(decode(data).astype(int) - np.rot90(picture(), -1)).max() < 12  # not turned twice
     assert reason(data[:-100]).split(" (")[0] in ("truncated", "damaged")
     monkeypatch.setattr(decoding, "IMAGE_SUFFIXES", frozenset())  # as without pillow-heif
-    assert reason(data) == "HEIC, to be read after: pip install 'dino[heif]'"
+    assert reason(data) == "HEIC, to be read after: pip install 'dino-vision[heif]'"
 
 
 def test_avif(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,8 @@ def test_a_machine_is_described_and_what_is_missing_is_named(capsys, monkeypatch
     assert code == 0, said
     assert f"dino {dino.__version__}, Python" in said
     assert "Not installed: av, for video files" in said
-    assert "pip install 'dino[video]'" in said
-    assert "pip install 'dino[app]'" in said
+    assert "pip install 'dino-vision[video]'" in said
+    assert "pip install 'dino-vision[app]'" in said
     assert "cannot be reached" in examine(None, capsys)[1], "the server is closed"
     monkeypatch.setattr(doctor.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in doctor.examine_network().text

@@ -284,7 +284,9 @@ def test_what_is_not_installed_is_named(monkeypatch, saved_model, photos, tmp_pa
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert main(["embed", str(saved_model), str(photos), "--out", str(tmp_path / "x.parquet")]) == 2
-    assert capsys.readouterr().err == "dino: embeddings need PyArrow; install it with: pip install 'dino[search]'\n"
+    assert (
+        capsys.readouterr().err == "dino: embeddings need PyArrow; install it with: pip install 'dino-vision[search]'\n"
+    )
 
 
 def test_a_step_of_a_pipeline(photos, saved_model):

@@ -185,7 +185,7 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(run, tmp_path, capsys,
     convnext = save(tmp_path / "convnext", arch="timm:convnext_atto", image_size=64)
     for source, to, out, words in (
         (run, "onnx", "a", "write --out"),
-        (run, "onnx", "a.onnx", "pip install 'dino[export]'"),
+        (run, "onnx", "a.onnx", "pip install 'dino-vision[export]'"),
         (swin, "torch-export", "a.pt2", "windows"),
         (stem, "timm", "a", "stem 'small'"),
         (stem, "hf", "a", "which transformers does not have"),

@@ -403,5 +403,5 @@ def test_a_missing_package_names_its_extra(saved_model, photos, tmp_path, packag
     arguments = [*words[:at], saved_model, *words[at:], last]
     done = run_dino(*arguments, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"pip install 'dino[{extra}]'" in done.stderr
+    assert f"pip install 'dino-vision[{extra}]'" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -117,8 +117,9 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path: Path, capsys, monkeyp
     monkeypatch.setattr(listing, "_SUFFIXES", (b".png", b".jpe", b".jfif"))  # as without pillow-heif and libavif
     assert len(open_source(str(root))) == 3
     assert capsys.readouterr().err == (
-        f"{root}: 40 other files left out (30 .heic, 5 .avif, 1 .nef, 2 .json, 1 broken links or special files, ...; HEIC "
-        "is read after: pip install 'dino[heif]'; AVIF is read after: pip install -U pillow; export camera raw as JPEG).\n"
+        f"{root}: 40 other files left out (30 .heic, 5 .avif, 1 .nef, 2 .json, 1 broken links or special files, ...; HEIC is "
+        "read after: pip install 'dino-vision[heif]'; AVIF is read after: pip install -U pillow; "
+        "export camera raw as JPEG).\n"
     )
     open_source(str(root))
     assert capsys.readouterr().err == ""  # said once: a command may open the same folder again

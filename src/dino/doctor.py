@@ -172,7 +172,7 @@ def examine_network() -> Finding:
 
 def examine_extras() -> Iterator[Finding]:
     needed: dict[str, list[str]] = {extra: [] for extra in EXTRAS}
-    for text in importlib.metadata.requires("dino") or []:
+    for text in importlib.metadata.requires("dino-vision") or []:
         requirement = Requirement(text)
         for extra, missing in needed.items():
             if requirement.marker and requirement.marker.evaluate({"extra": extra}) and not is_installed(requirement):
@@ -183,7 +183,7 @@ def examine_extras() -> Iterator[Finding]:
     for extra, missing in needed.items():
         if missing:
             text = f"Not installed: {', '.join(missing)}, for {EXTRAS[extra]}"
-            yield Finding("note", text, f"pip install 'dino[{extra}]'")
+            yield Finding("note", text, f"pip install 'dino-vision[{extra}]'")
 
 
 def is_installed(requirement: Requirement) -> bool:

@@ -61,4 +61,4 @@ def import_optional(module: str, need: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"{need}; install it with: pip install 'dino[{extra}]'") from error
+        raise ValueError(f"{need}; install it with: pip install 'dino-vision[{extra}]'") from error

@@ -111,7 +111,7 @@ def _recognize(stream: BinaryIO) -> tuple[str, Callable[[BinaryIO, str], ImageFi
         return "AVIF", Image.OPEN["AVIF"][0]
     if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
         if not HEIF_SUFFIXES <= IMAGE_SUFFIXES:
-            raise BadImage("HEIC, to be read after: pip install 'dino[heif]'")
+            raise BadImage("HEIC, to be read after: pip install 'dino-vision[heif]'")
         from pillow_heif import HeifImageFile
 
         return "HEIC", HeifImageFile

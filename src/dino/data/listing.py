@@ -31,7 +31,7 @@ _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"
 _RAW_SUFFIXES = frozenset([".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"])
 # How to use pictures of kinds that are left out.
 _ADVICE = {
-    HEIF_SUFFIXES: "HEIC is read after: pip install 'dino[heif]'",
+    HEIF_SUFFIXES: "HEIC is read after: pip install 'dino-vision[heif]'",
     AVIF_SUFFIXES: "AVIF is read after: pip install -U pillow",
     _RAW_SUFFIXES: "export camera raw as JPEG",
 }

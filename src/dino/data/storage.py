@@ -57,7 +57,9 @@ def open_filesystem(path: str, **options: Any) -> tuple[Any, str]:
     try:
         system, inside = fsspec.core.url_to_fs(path, **options)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{path} cannot be opened: {errors.first_line(error)} (pip install 'dino[data]').") from error
+        raise ValueError(
+            f"{path} cannot be opened: {errors.first_line(error)} (pip install 'dino-vision[data]')."
+        ) from error
     _OPENED[id(system)] = system
     return system, inside
 

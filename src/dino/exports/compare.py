@@ -53,7 +53,9 @@ def check_format(to: str, out: Path) -> None:
     if not out.name.endswith(ending):
         raise ValueError(f"--out {out}: readers of {to} want the ending {ending}; write --out {out}{ending}.")
     if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"--to {to} needs {' and '.join(missing)}; install them with: pip install 'dino[export]'.")
+        raise ValueError(
+            f"--to {to} needs {' and '.join(missing)}; install them with: pip install 'dino-vision[export]'."
+        )
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ try:
     from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
     from sklearn.utils.validation import check_is_fitted
 except ImportError as error:
-    raise ValueError("DinoFeatures needs scikit-learn; install it with: pip install 'dino[search]'") from error
+    raise ValueError("DinoFeatures needs scikit-learn; install it with: pip install 'dino-vision[search]'") from error
 
 
 class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):

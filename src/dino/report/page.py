@@ -90,7 +90,7 @@ def render_result(
 
 def describe_environment(device: torch.device) -> dict[str, str]:
     try:
-        own = version("dino")
+        own = version("dino-vision")
     except PackageNotFoundError:  # run from a checkout
         own = "not installed"
     values = {
