@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ import dino
 import processes
 from dino import cli, run
 from dino.engine.build import Plan, build_method
-from dino.options import auto, flatten, replace, toml
+from dino.options import auto, completion, flatten, help, replace, toml
 from dino.options.recipes import RECIPES, find_recipe
 from dino.options.train import TrainOptions
 from helpers import TINY, dino_command, draw_images, run_dino, tiny_flags
@@ -38,12 +40,99 @@ def test_help_is_quick_and_loads_no_torch():
     assert loaded.stdout.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
-def test_every_command_explains_itself(command, capsys):
+def read_help(capsys, *words: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        cli.main([*command.split(), "--help"])
+        cli.main([*words])
     assert stop.value.code == 0
-    assert "--help" in capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_explains_itself(command, capsys, monkeypatch):
+    """A sentence, two examples, and every option with a text; nothing is wider than the terminal, and nothing is lost."""
+    monkeypatch.setenv("COLUMNS", "80")
+    said = read_help(capsys, *command.split(), "--help")
+    assert read_help(capsys, "help", *command.split()) == said
+    sentence, examples = said.split("\n\n")[:2]
+    assert re.match(r"[A-Z].*\.$", sentence, re.DOTALL)
+    assert len(examples.splitlines()) >= 2
+    assert all(line.startswith(f"  dino {command}") for line in examples.splitlines())
+    assert "None" not in said
+    assert not re.search(r"\b(STR|INT|FLOAT)\b", said)
+    lines = [line for line in said.splitlines() if not line.startswith("  dino ")]
+    assert max(map(len, lines)) <= 80
+    flat, flags = " ".join(said.split()), help.list_flags(cli.COMMANDS[command].options)
+    for flag in flags:
+        assert flag.text, flag.name
+        assert f" {', '.join(flag.spellings)} {flag.values * (not flag.by_place)}".rstrip() in flat
+        assert " ".join(flag.text.replace("None: ", "Default: ").split()) in flat
+    assert {*cli.COMMANDS[command].options.common} <= {flag.name for flag in flags}
+
+
+def test_common_options_come_first(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = read_help(capsys, "train", "--help")
+    assert said.index("--no-report") > said.index("more options:")
+    assert said.index("--data.val") > said.index("options data.*: Images and their labels.")
+    common = said[said.index("common options:") : said.index("more options:")]
+    found = re.findall(r"^  (--[a-z]+)", common, re.MULTILINE)
+    assert found[:7] == ["--data", "--out", "--epochs", "--minutes", "--hours", "--model", "--init"]
+    assert said[: said.index("--data,")].count("\n") < 15
+    assert "usage: dino attention MODEL IMAGES... [OPTIONS]" in read_help(capsys, "attention", "-h")
+    assert "MODEL --data IMAGES [OPTIONS]" in read_help(capsys, "eval", "knn", "-h")
+    assert "Here: 800." in " ".join(read_help(capsys, "train", "vit_small_800ep", "-h").split())
+
+
+def test_help_fits_any_terminal(capsys, monkeypatch):
+    for columns, widest in ((20, 40), (60, 60), (500, 100)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = read_help(capsys, "train", "--help").splitlines()
+        assert widest - 20 < max(len(line) for line in lines if not line.startswith("  dino ")) <= widest
+
+
+def test_a_group_of_commands_lists_them(capsys):
+    for words in (["eval"], ["eval", "--help"], ["help", "eval"]):
+        assert cli.main(words) == 0
+        said = capsys.readouterr().out
+        assert "eval knn " in said
+        assert "train" not in said.split("eval finetune")[0]
+    assert cli.main(["help", "nosuch"]) == 2
+    assert cli.main(["help"]) == 0
+    assert "figure tsne" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("knn eval m --data x", "eval knn m --data x"),
+        ("knn m", "eval knn m"),
+        ("runs/a eval knn", "eval knn runs/a"),
+        ("eval runs/a knn", "eval knn runs/a"),
+        ("--data x train", "train --data x"),
+    ],
+)
+def test_words_in_another_order_are_put_right(words, meant, capsys):
+    assert cli.main(words.split()) == 2
+    assert capsys.readouterr().err == f"dino: the command comes first; write: dino {meant}\n"
+
+
+def test_a_shell_completes_commands_options_and_choices(tmp_path):
+    """By a real bash, which offers files itself where we offer nothing."""
+    (tmp_path / "dino").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dino "$@"\n')
+    (tmp_path / "dino").chmod(0o755)
+    cases = {"ev": "eval", "eval k": "knn", "help eval dav": "davis", "recipes vit_small_1": "vit_small_100ep"}
+    cases |= {"train --dev": "--device", "train --device ": "auto cpu cuda", "train resnet18": "resnet18_cifar10"}
+    cases |= {"submit --gpus 2 tr": "train", "submit train --mode": "--model", "eval knn phot": "", "train --out ": ""}
+    ask = 'ask() { COMP_WORDS=(dino "$@"); COMP_CWORD=$#; _dino; echo "${COMPREPLY[*]}"; }'
+    script = f'eval "$(dino completion bash)"; {ask}\n'
+    script += "".join(f"ask {shlex.join(text.split(' '))}\n" for text in cases)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", script], env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    found = done.stdout.splitlines()
+    assert not done.stderr
+    for text, offered in zip(cases, found, strict=True):
+        assert offered.split()[: len(cases[text].split()) or None] == cases[text].split(), text
+    assert "complete -c dino" in completion.SCRIPTS["fish"]
 
 
 def broken_folder(path: Path) -> Path:
@@ -72,6 +161,7 @@ BAD = {
     "unknown option": (["--data", "{photos}", "--optim.lrr", "1"], "--optim.lr"),
     "unknown recipe": (["cifar", "--data", "{photos}"], "Did you mean 'cifar10'?"),
     "folder as recipe": (["{photos}"], "dino train --data"),
+    "images as recipe": (["{photos}/class0/000.jpg"], "photos/class0"),
     "wrong type": (["--data", "{photos}", "--epochs", "many"], "epochs is 'many'; it must be a number."),
     "negative": (["--data", "{photos}", "--optim.lr", "-1"], "cannot be negative"),
     "contradiction": (["--data", "{photos}", "--device", "cpu", "--precision", "fp16"], "needs a GPU"),
@@ -316,6 +406,11 @@ def test_held_out_images_of_other_classes_are_refused(photos, tmp_path, capsys):
         (["train", "--epochs"], "--epochs has no value"),
         (["train", "--out", "-x"], "--out has no value; write it as --out=VALUE where it begins with '-'."),
         (["train", "--views.global-scale", "1"], "views.global_scale is (1.0,); give 2 values."),
+        (["train", "--lr", "1"], "there is no option '--lr'; --help lists them. Did you mean '--optim.lr'?"),
+        (["train", "--gpus", "2"], "for several start it with torchrun --nproc-per-node 2 -m dino train"),
+        (["train", "--data", "a.jpg", "b.jpg"], "'b.jpg' is one word too many; put a name with spaces in quotes"),
+        (["train", "--device", "gpu"], "device is 'gpu'; choose one of auto, cpu, cuda. Did you mean 'cuda'?"),
+        (["eval", "knn"], "MODEL is missing; --help explains it."),
         (["train", "--device", "mps"], "device is 'mps'; choose one of auto, cpu, cuda."),
         (["eval", "knn", "m"], "--data is missing; --help explains it."),
         (["embed", "m", "--data", "x", "--out", "y"], "data is given by its place and not as '--data'"),

@@ -40,6 +40,7 @@ LEAST = TINY | {"model.depth": 4, "epochs": 30, "stop_after": 2, "overwrite": Tr
 QUICK = {
     "eval linear": ["--epochs", "1", "--batch-size", "16"],
     "eval finetune": ["--epochs", "1", "--batch-size", "16"],
+    "select": ["--threshold", "0.9999"],  # a model so little trained cannot tell images apart, and the command says so
 }
 # Only parsed by the real parser of options, because:
 PARSED = {
@@ -52,6 +53,7 @@ PARSED = {
     r"train .*hf://": "it downloads: test_tables.py does so",
     r"train .*s3://": "it reads from an object store: test_storage.py starts one",
     r"submit": "it sends a job: test_slurm.py does so",
+    r"(bench|plan)": "they measure for a while: test_bench.py and test_plan.py run them",
     r"ablate": "six to nine trainings, each a process: test_ablate.py runs them",
 }
 
@@ -155,6 +157,16 @@ def execute(words: list[str]) -> None:
         assert done.returncode == 0, done.stderr
     else:
         assert cli.main(arguments) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_examples_of_help_run(command, session):
+    """They name what the pages name, and an embedding of these images."""
+    if "x.parquet" in (examples := cli.COMMANDS[command].options.__doc__ or ""):
+        assert cli.main(["embed", "runs/a", "photos/", "--out", "x.parquet"]) == 0
+    for line in re.findall(r"^ *(dino .*)$", examples, re.MULTILINE):
+        execute(shlex.split(line))
 
 
 # test_fine_tuning.py runs that page on real images.

@@ -9,8 +9,7 @@ import dataclasses
 import inspect
 import math
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ import dino
 from dino import cli, distributed
 from dino.options import commands, evaluate, replace, train, trainings
 from dino.options.flags import parse_flags
-from dino.options.rules import Options, get_types
+from dino.options.rules import Options, allows_none, get_plain, get_types
 from dino.options.toml import read_toml, to_dict
 from dino.options.train import TrainOptions
 
@@ -32,7 +31,7 @@ CLASSES = [
 ]
 # What makes options of each class, which has no default for these.
 REQUIRED = {"model": "m", "data": "d", "images": ("i",), "a": "a", "b": "b", "clip": "c", "out": "o", "embedding": "e"}
-REQUIRED |= {"run": "r", "to": "onnx", "keep": 1}
+REQUIRED |= {"run": "r", "to": "onnx", "keep": 1, "shell": "bash"}
 
 
 def make(kind: type[Options], **values: Any) -> Any:
@@ -43,16 +42,9 @@ def make(kind: type[Options], **values: Any) -> Any:
     return kind(**needed | values)
 
 
-def strip(kind: Any) -> Any:
-    """A type without its rules and None."""
-    while get_origin(kind) is Annotated or NoneType in get_args(kind):
-        kind = get_args(kind)[0]
-    return kind
-
-
 def find_choices(kind: Any) -> tuple[Any, ...]:
     """The values of a Literal, also of one within a tuple."""
-    kind = strip(kind)
+    kind = get_plain(kind)
     return get_args(kind) if get_origin(kind) is Literal else find_choices(get_args(kind)[0]) if get_args(kind) else ()
 
 
@@ -72,14 +64,14 @@ WRONG = {int: (2.5, "3", True), float: ("0.1", True, math.nan, math.inf), bool: 
 def test_wrong_types_and_words_are_refused_with_the_name_of_the_option(kind):
     make(kind)
     for name, hint in get_types(kind).items():
-        plain, words = strip(hint), find_choices(hint)
+        plain, words = get_plain(hint), find_choices(hint)
         if get_origin(plain) is tuple:
             wrong: list[Any] = [3, "3", (object(),) * max(1, len(get_args(plain)) - (get_args(plain)[-1] is ...))]
         elif words:
             wrong = [3.5, True, f"{words[0]}x"]
         else:
             wrong = [*WRONG.get(plain, ("section",))]
-        if NoneType not in get_args(hint):
+        if not allows_none(hint):
             wrong.append(None)
         for value in wrong:
             with pytest.raises(ValueError, match=rf"^{kind.section}{name} is .*; .+\.") as error:
@@ -195,9 +187,9 @@ def test_choices_are_the_entries_of_the_tables():
 
 
 def describe_type(kind: Any) -> str:
-    if NoneType in get_args(kind):
-        return f"{describe_type(get_args(kind)[0])} | None"
-    kind = strip(kind)
+    if allows_none(kind):
+        return f"{describe_type(get_plain(kind))} | None"
+    kind = get_plain(kind)
     if get_origin(kind) is Literal:
         return "{" + ",".join(map(str, get_args(kind))) + "}"
     if get_origin(kind) is tuple:
@@ -220,10 +212,10 @@ def find_leaves(kind: type[Options], inherited: bool) -> list[tuple[str, str]]:
     for name, hint in get_types(kind).items():
         if inherited and issubclass(kind, TrainOptions) and name in get_types(TrainOptions):
             continue
-        if strip(hint) is TrainOptions:  # of `submit`
+        if get_plain(hint) is TrainOptions:  # of `submit`
             continue
-        if isinstance(strip(hint), type) and issubclass(strip(hint), Options):
-            leaves += find_leaves(strip(hint), inherited=False)
+        if isinstance(get_plain(hint), type) and issubclass(get_plain(hint), Options):
+            leaves += find_leaves(get_plain(hint), inherited=False)
             continue
         default = "" if defaults[name] is dataclasses.MISSING else f" = {defaults[name]!r}"
         positional = any("Positional" in repr(mark) for mark in getattr(hint, "__metadata__", ()))

@@ -9,12 +9,15 @@ import argparse
 import dataclasses
 import importlib
 import io
+import itertools
 import os
+import shlex
 import sys
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from dino import errors
-from dino.options import commands, toml, trainings
+from dino.options import commands, completion, help, toml, trainings
 from dino.options.evaluate import EVALUATIONS
 from dino.options.flags import parse_flags
 from dino.options.recipes import RECIPES, choose_base, find_recipe, free_length
@@ -78,30 +81,24 @@ COMMANDS: dict[str, Command] = {
         "write a model for other libraries and runtimes", commands.ExportOptions, "dino.exports.export:export_command"
     ),
     "recipes": Command("list the named configurations", commands.RecipesOptions, "dino.cli:show_recipes"),
+    "completion": Command(
+        "what completes commands and options in your shell", commands.CompletionOptions, "dino.cli:print_completion"
+    ),
 }
 
 # Their modules need PyTorch, so they are known by name.
 _FAILURES = "TrainingError", "CheckpointError", "DownloadError", "ExportError", "PushError", "WorkerDied", "LostRank"
 
-HELP = """\
-usage: dino COMMAND [OPTIONS]
-
-Self-supervised pre-training of vision models with DINO (Caron et al. 2021).
-
-{commands}
-
-first steps:
-  dino train                                     train on built-in drawn scenes: minutes on a laptop
-  dino train --data photos/ --out runs/a         train on your own images, any folder, no labels needed
-  dino train vit_small_100ep --data train/       a named recipe (see: dino recipes), any option can follow
-  dino train --data photos/ --minutes 30         as many epochs as fit into half an hour
-  dino train mine.toml --epochs 30               a file is flags written down; flags win
-  dino train --resume runs/a                     continue an interrupted run, to the bit
-  dino submit --gpus 8 train --data photos/      as a job of Slurm, which goes on by itself after its time limit
-  dino app runs/a                                explore it in a browser: where it looks, what is alike
-
-dino COMMAND --help explains every option. --debug after any command shows the full traceback of an error.
-"""
+FIRST_STEPS = {
+    "dino train": "train on built-in drawn scenes: minutes on a laptop",
+    "dino train --data photos/ --out runs/a": "train on your own images, any folder, no labels needed",
+    "dino train vit_small_100ep --data train/": "a named recipe (see: dino recipes), any option can follow",
+    "dino train --data photos/ --minutes 30": "as many epochs as fit into half an hour",
+    "dino train mine.toml --epochs 30": "a file is flags written down; flags win",
+    "dino train --resume runs/a": "continue an interrupted run, to the bit",
+    "dino submit --gpus 8 train --data photos/": "as a job of Slurm, which goes on by itself after its time limit",
+    "dino app runs/a": "explore it in a browser: where it looks, what is alike",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,9 +142,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        width = max(map(len, COMMANDS))
-        print(HELP.format(commands="\n".join(f"  {n:<{width}}  {c.summary}" for n, c in COMMANDS.items())), end="")
+    if arguments[:1] == ["__complete"]:  # a shell's Tab
+        print("\n".join(completion.complete(arguments[1:], {name: c.options for name, c in COMMANDS.items()})))
+        return 0
+    if arguments[:1] == ["help"]:  # `dino help train` is `dino train --help`
+        arguments = [*arguments[1:], "--help"]
+    words = [word for word in arguments if word not in ("-h", "--help")]
+    if not words or (len(words) == 1 and any(name.startswith(f"{words[0]} ") for name in COMMANDS)):
+        print_overview("".join(words))
         return 0
     if arguments[0] == "--version":
         print(f"dino {__version__}")
@@ -158,13 +160,31 @@ def _dispatch(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+def print_overview(group: str) -> None:
+    """The commands of a group, `eval` or `figure`; "": all, and the first steps."""
+    begin = f"dino {group} NAME" if group else "dino COMMAND"
+    rows = [(name, command.summary) for name, command in COMMANDS.items() if name.startswith(f"{group} ".lstrip())]
+    commands = help.draw_rows(rows, max(len(name) for name, _ in rows) + 4)
+    parts = [f"usage: {begin} [OPTIONS]", commands]
+    if not group:
+        parts.insert(1, help.fill("Self-supervised pre-training of vision models with DINO (Caron et al. 2021)."))
+        parts.append("first steps:\n" + help.draw_rows(FIRST_STEPS.items(), 46))
+    parts.append(
+        help.fill(f"{begin} --help explains every option. --debug after any command shows the traceback of an error.")
+    )
+    print("\n\n".join(parts))
+
+
 def parse(arguments: list[str]) -> tuple[str, Options]:
     """The name of a command and its options."""
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name, flags = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
-        known = sorted(n for n in COMMANDS if n.startswith(f"{name} ")) or list(COMMANDS)
+        group = sorted(n for n in COMMANDS if n.startswith(f"{name} "))
+        known = group or list(COMMANDS)
         near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
+        if meant := find_order(arguments, range(1 if near and not group else len(arguments))):
+            raise ValueError(f"the command comes first; write: dino {shlex.join(meant)}")
         raise ValueError(f"there is no command '{name}'; known are {', '.join(known)}.{near}")
     kind, flags = COMMANDS[name].options, join_repeated(flags)
     if issubclass(kind, TrainOptions):
@@ -172,6 +192,21 @@ def parse(arguments: list[str]) -> tuple[str, Options]:
     if kind is trainings.SubmitOptions:
         return name, parse_submit(flags)
     return name, parse_flags(kind, flags, f"dino {name}")
+
+
+def find_order(arguments: list[str], places: Iterable[int]) -> list[str]:
+    """The arguments behind the command that begins at one of the `places`, maybe as `knn` or `knn eval`; [] without one."""
+    meant: dict[str, str] = {}
+    for name in COMMANDS:
+        *group, last = name.split()
+        meant |= {last: name, " ".join([last, *group]): name}
+    meant |= {name: name for name in COMMANDS}
+    for place, length in itertools.product(places, (2, 1)):
+        if name := meant.get(" ".join(arguments[place : place + length])):
+            words = name.split()
+            rest = arguments[:place] + arguments[place + length :]
+            return [*words, *(word for word in rest if word not in words)]
+    return []
 
 
 def join_repeated(flags: list[str]) -> list[str]:
@@ -221,6 +256,10 @@ def show_recipes(options: commands.RecipesOptions) -> None:
         return
     for name, recipe in RECIPES.items():
         print(f"{name}\n    {recipe.about}\n    {recipe.command}\n    expected: {recipe.expected}")
+
+
+def print_completion(options: commands.CompletionOptions) -> None:
+    print(completion.SCRIPTS[options.shell], end="")
 
 
 def _complain(text: str, code: int) -> int:

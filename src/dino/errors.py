@@ -17,9 +17,12 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"there is no {what} '{name}'; known are {', '.join(known)}.{did_you_mean(name, known)}")
 
 
+SYNONYMS = {"gpu": "cuda"}  # which would be near to another word, "cpu"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that suggests the known name nearest to `name`; "" if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(SYNONYMS.get(name, name), list(known), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

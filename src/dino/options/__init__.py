@@ -1,6 +1,7 @@
 """Everything that a user can set, at the bottom of the house: nothing heavy is imported here."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from dino.errors import did_you_mean
@@ -27,6 +28,11 @@ def flatten_names(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def flatten(options: Options) -> dict[str, Any]:
     """Options as {dotted name: value}, in declaration order."""
     return flatten_names(dataclasses.asdict(options))
+
+
+def find_names(word: str, known: Iterable[str]) -> list[str]:
+    """The dotted names that end in `word`: "lr" is that of "optim.lr"."""
+    return [name for name in known if name.rpartition(".")[2] == word]
 
 
 def replace(options: AnyOptions, changes: dict[str, Any]) -> AnyOptions:

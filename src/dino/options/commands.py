@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from dino.options.rules import (
     AttentionMass,
+    DataSpec,
     Few,
+    File,
+    Folder,
+    Metavar,
+    ModelName,
     NoneOrFew,
     NonNegativeInt,
     Options,
@@ -25,7 +30,7 @@ from dino.options.rules import (
 class InferenceOptions(Options):
     """For commands that look at images with a trained model."""
 
-    model: Positional[str]
+    model: Positional[ModelName]
     """A run directory (its best teacher; with :last the last), a release (see `dino models`) or a weight file."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
@@ -39,14 +44,26 @@ class LookOptions(InferenceOptions):
 
 
 class PcaOptions(LookOptions):
+    """Write pictures in which the features of patches are colors.
+
+    dino pca runs/a photos/ --out colors/
+    dino pca runs/a a.jpg b.jpg --size 64
+    """
+
     images: Positional[tuple[str, ...]]
     """Image files or folders."""
-    out: str = "pca"
+    out: Folder = "pca"
     """Folder to write the pictures to."""
 
 
 class AttentionOptions(PcaOptions):
-    out: str = "attention"
+    """Write pictures of where each head of the model looks.
+
+    dino attention runs/a photos/
+    dino attention runs/a a.jpg b.jpg --panel --out maps/
+    """
+
+    out: Folder = "attention"
     """Folder to write the pictures to."""
     mass: AttentionMass = 0.6
     """Share of the attention that the mask keeps."""
@@ -55,17 +72,29 @@ class AttentionOptions(PcaOptions):
 
 
 class MatchOptions(LookOptions):
+    """Draw lines between the patches of two images that are most alike.
+
+    dino match runs/a a.jpg b.jpg
+    dino match runs/a a.jpg b.jpg --lines 20 --out pairs.png
+    """
+
     a: Positional[str]
     """An image."""
     b: Positional[str]
     """Another image."""
-    out: str = "match.png"
+    out: File = "match.png"
     """Picture to write."""
     lines: NonNegativeInt = 50
     """Most pairs to draw, those that are most alike."""
 
 
 class VideoOptions(LookOptions):
+    """Write a video of where the model looks in each frame of a clip.
+
+    dino video runs/a walk.mp4
+    dino video runs/a walk.mp4 --show pca --out colors.mp4
+    """
+
     clip: Positional[str]
     """A video (mp4, mov, webm, gif, ...), or a folder of frames named in their order."""
     show: Literal["attention", "mask", "pca"] = "attention"
@@ -78,38 +107,56 @@ class VideoOptions(LookOptions):
     """Leave out the clip itself, which is shown on the left."""
     fps: Annotated[float, between(0.1, 1000)] = 24.0
     """Frames per second of a folder of frames; videos say their own."""
-    out: str | None = None
+    out: File | None = None
     """Video to write, an .mp4. None: CLIP-SHOW.mp4 in the working directory."""
 
 
 class TsneOptions(InferenceOptions):
-    data: str
+    """Draw a map of classes, in which images with similar features lie close together (t-SNE).
+
+    dino figure tsne runs/a --data labeled/
+    dino figure tsne runs/a --data scenes:200 --out map.svg
+    """
+
+    data: DataSpec
     """Labeled images: a folder of classes, a folder with train/ and val/, of which val/ is used, scenes:NUMBER, or
     torchvision:NAME:FOLDER, of which the test images are used."""
     size: Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
-    out: str = "tsne.png"
+    out: File = "tsne.png"
     """Figure to write: .png, .svg or .pdf."""
 
 
 class NeighborsOptions(TsneOptions):
-    data: str
+    """Write a page of test images and the training images nearest to them: where k-NN is right, and where it is wrong.
+
+    dino figure neighbors runs/a --data labeled/
+    dino figure neighbors runs/a --data labeled/ --k 5 --out nearest.html
+    """
+
+    data: DataSpec
     """Labeled images: a folder with train/ and val/, a folder of classes (a tenth of it becomes the queries),
     scenes:NUMBER, or torchvision:NAME:FOLDER."""
-    val: str | None = None
+    val: DataSpec | None = None
     """Labeled queries, when they lie elsewhere."""
     k: PositiveInt = 20
     """Neighbors that vote."""
     rows: Few = 12
     """Most queries to show of those that are right, and of those that are wrong."""
-    out: str = "neighbors.html"
+    out: File = "neighbors.html"
     """Page to write."""
 
 
 class EmbedOptions(InferenceOptions):
-    data: Positional[str]
+    """Write the features of all images of a folder as Parquet files.
+
+    dino embed runs/a photos/ --out x.parquet
+    dino embed runs/a photos/ --out patches.parquet --pooling patches
+    """
+
+    data: Positional[DataSpec]
     """Images: a folder, a list of files (.txt, .csv), tar files, scenes:NUMBER, or torchvision:NAME:FOLDER."""
-    out: str
+    out: Folder
     """Folder of Parquet files to write, e.g. x.parquet or s3://bucket/x. The same command again goes on where it stopped."""
     pooling: Literal["cls", "average", "gem", "patches"] = "cls"
     """[CLS], the mean or generalized mean of the patches, or a row for every patch."""
@@ -131,18 +178,24 @@ class FindOptions(Options):
     million images (2^20)."""
     rebuild: bool = False
     """Make the index anew."""
-    html: str | None = None
+    html: File | None = None
     """Page of thumbnails to write."""
-    json: str | None = None
+    json: File | None = None
     """Result file to write."""
 
 
 class SearchOptions(FindOptions):
+    """Find the images that are most like yours.
+
+    dino search x.parquet a.jpg
+    dino search x.parquet a.jpg b.jpg --k 5 --html found.html
+    """
+
     images: Positional[tuple[str, ...]]
     """Image files or folders to find the like of."""
     k: PositiveInt = 10
     """Neighbors of each."""
-    model: str | None = None
+    model: ModelName | None = None
     """The model that made the embedding. None: where it was then."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
@@ -152,11 +205,23 @@ Cosine = Annotated[float, Rule(lambda value: -1 <= value <= 1, "a cosine lies be
 
 
 class DuplicatesOptions(FindOptions):
+    """Find near-copies, in groups, and which of each group to keep.
+
+    dino duplicates x.parquet
+    dino duplicates x.parquet --html copies.html
+    """
+
     threshold: Cosine | None = None
     """Cosine from which the pixels of two images are compared. None: chosen from the cosines of all pairs."""
 
 
 class OutliersOptions(FindOptions):
+    """Find the images that are least like all others.
+
+    dino outliers x.parquet
+    dino outliers x.parquet --top 5 --html odd.html
+    """
+
     k: PositiveInt = 10
     """Nearest others that an image is compared with."""
     top: PositiveInt = 20
@@ -164,11 +229,17 @@ class OutliersOptions(FindOptions):
 
 
 class SelectOptions(Options):
+    """Choose fewer images to train on: no near-copies, and some of every kind.
+
+    dino select x.parquet --keep 10 --out chosen.txt
+    dino select x.parquet --keep 5 --seed 1 --out few.txt
+    """
+
     embedding: Positional[str]
     """What `dino embed` wrote."""
     keep: PositiveInt
     """Images to keep."""
-    out: str
+    out: File
     """List to write, a .txt file that --data takes."""
     threshold: Cosine | None = None
     """Cosine from which two images are near-copies, of which one is kept. None: chosen from the cosines of all pairs."""
@@ -177,16 +248,22 @@ class SelectOptions(Options):
 
 
 class AppOptions(Options):
-    model: Annotated[Positional[str], arg(metavar="[MODEL]")] = ""
+    """Open a page in the browser, to explore what a model sees.
+
+    dino app
+    dino app runs/a --data photos/
+    """
+
+    model: Positional[ModelName] = ""
     """A run directory (its best teacher; with :last the last), a release or a weight file. None: the newest run in runs/."""
-    data: str | None = None
+    data: DataSpec | None = None
     """Images to pick from and to search: a folder, a list of files, scenes:NUMBER, or torchvision:NAME:FOLDER. None: what
     the run was trained on."""
-    embedding: str | None = None
+    embedding: Folder | None = None
     """What `dino embed` wrote with this model. None: a button on the page embeds the data."""
     port: Annotated[int, Rule(lambda value: 0 <= value < 2**16, "a port lies between 0 and 65535")] | None = None
     """Port of the page. None: the first free one from 7860."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, Metavar("ADDRESS")] = "127.0.0.1"
     """Address of the page: this machine alone, or another of its addresses, or 0.0.0.0 for all. The printed address holds
     a token, without which nobody can use the page; but what is sent over a network is not encrypted."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -194,6 +271,12 @@ class AppOptions(Options):
 
 
 class ReportOptions(Options):
+    """Write the page report.html of a run again.
+
+    dino report runs/a
+    dino report runs/demo
+    """
+
     run: Positional[str]
     """A run directory."""
 
@@ -204,7 +287,13 @@ class DoctorOptions(Options):
 
 
 class ModelsOptions(Options):
-    name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
+    """List weights to start from, or download some and print where they lie.
+
+    dino models
+    dino models vits16
+    """
+
+    name: Positional[str] = ""
     """Download this release ('vits16', 'vits16:full', 'vits16:linear'), timm:NAME or hf:ORG/NAME, and print where it lies."""
     offline: bool = False
     """Never download; DINO_OFFLINE=1 in the environment means the same for every command."""
@@ -216,13 +305,19 @@ ORG_NAME = Rule(
 
 
 class ExportOptions(Options):
-    model: Positional[str]
+    """Write a model for other libraries and runtimes.
+
+    dino export runs/a --to timm --out mine/
+    dino export runs/a --to safetensors --out mine.safetensors
+    """
+
+    model: Positional[ModelName]
     """A run directory (its best teacher; with :last the last), a release, a weight file, or timm's or HF's folder."""
     to: Literal["onnx", "torch-export", "safetensors", "hf", "timm", "reference", "reference-checkpoint"]
     """Format to write; 'timm' and 'hf' are folders, the others files. Each is opened again and compared with the model."""
-    out: str | None = None
+    out: File | None = None
     """File or folder to write; a model card goes into it as README.md, or beside it. Not needed with --push."""
-    push: Annotated[str, ORG_NAME] | None = None
+    push: Annotated[str, Metavar("ORG/NAME"), ORG_NAME] | None = None
     """ORG/NAME: upload it, with its card, to this repository of Hugging Face, which is created if there is none."""
     private: bool = False
     """With --push: only its owners see the repository."""
@@ -232,6 +327,26 @@ class ExportOptions(Options):
     """Never download; DINO_OFFLINE=1 in the environment means the same."""
 
 
+class CompletionOptions(Options):
+    """Print a script with which a shell completes commands, options, choices and recipes at Tab.
+
+    dino completion bash
+    dino completion fish
+
+    bash and zsh: add the line `eval "$(dino completion bash)"` (or zsh) to ~/.bashrc or ~/.zshrc. fish: write the script to
+    ~/.config/fish/completions/dino.fish.
+    """
+
+    shell: Positional[Literal["bash", "zsh", "fish"]]
+    """The shell that you use."""
+
+
 class RecipesOptions(Options):
-    name: Annotated[Positional[str], arg(metavar="[NAME]")] = ""
+    """List the named configurations, or show one as a file to start from.
+
+    dino recipes
+    dino recipes vit_small_100ep
+    """
+
+    name: Positional[str] = ""
     """Show one recipe as a TOML file to start from."""

@@ -11,6 +11,11 @@ from dino.options.rules import (
     NOT_EMPTY,
     AttentionMass,
     BelowOne,
+    DataSpec,
+    File,
+    Folder,
+    ModelName,
+    Name,
     NoneOrFew,
     NonNegativeFloat,
     NonNegativeInt,
@@ -31,27 +36,33 @@ Percent = Annotated[float, Rule(lambda value: 0 < value <= 100, "give shares abo
 class EvalOptions(Options):
     """What every evaluation takes."""
 
-    model: Positional[str]
+    model: Positional[ModelName]
     """A run directory (its best teacher; with :last the last), a weight file, or a model's name (dino models)."""
     size: Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the protocol or the model was made for."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. Under torchrun the work is shared, with the same result."""
-    json: str | None = None
+    json: File | None = None
     """File for the result. None: eval/NAME.json (of the last eval/last/NAME.json) in a run's directory, else none."""
 
 
 class LabeledOptions(EvalOptions):
     """For evaluations that classify."""
 
-    data: str
+    data: DataSpec
     """Labeled images: DATA/train/CLASS/image.jpg and DATA/val/CLASS/image.jpg; or DATA/CLASS/image.jpg, a tenth of
     which becomes the test set; or torchvision:NAME:FOLDER, a data set whose files are there already."""
-    val: str | None = None
+    val: DataSpec | None = None
     """Labeled test images, when they lie elsewhere."""
 
 
-class KnnOptions(LabeledOptions):
+class KnnOptions(LabeledOptions, common=("data", "val", "k")):
+    """Measure how often the images nearest to a test image vote for its class. Nothing is trained.
+
+    dino eval knn runs/a --data labeled/
+    dino eval knn runs/a --data labeled/train --val labeled/val --k 20
+    """
+
     k: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (10, 20, 100, 200)
     """Numbers of neighbors."""
     temp: Annotated[float, between(0.02, 1000)] = 0.07  # below, the exponential is beyond float32
@@ -63,12 +74,18 @@ class RankingOptions(EvalOptions):
 
     protocol: Literal["fixed", "original"] = "fixed"
     """'original' repeats what the reference does otherwise, see docs/evaluations.md."""
-    whiten: str | None = None
+    whiten: DataSpec | None = None
     """Other images, a folder or list, to learn a PCA whitening of the features from. None: features as they are."""
 
 
 class RetrievalOptions(RankingOptions):
-    data: str
+    """Measure how well the model finds the photographs of a landmark, as on Oxford and Paris.
+
+    dino eval retrieval runs/a --data rcaltech/
+    dino eval retrieval runs/a --data rcaltech/ --size 64 --scales 1
+    """
+
+    data: Folder
     """Folder DATA with one ground truth, DATA/gnd_roxford5k.pkl, DATA/gnd_rparis6k.pkl or any gnd_NAME.pkl of that
     form, and its images DATA/jpg/NAME.jpg; or such a .pkl file with jpg/ beside it."""
     scales: Literal[1, 3] | None = None
@@ -77,15 +94,21 @@ class RetrievalOptions(RankingOptions):
 
 
 class CopydetectOptions(RankingOptions):
-    data: str | None = None
+    """Measure how well the model finds the originals of copies, as on Copydays.
+
+    dino eval copydetect runs/a --originals originals/ --copies copies/
+    dino eval copydetect runs/a --originals originals/ --copies copies/ --distractors distractors/
+    """
+
+    data: Folder | None = None
     """Copydays: a folder DATA with DATA/original/ and at least one block of copies, DATA/strong/, DATA/jpegqual/N/ or
     DATA/crops/N/. A copy and its original begin with the same four characters."""
-    originals: str | None = None
+    originals: DataSpec | None = None
     """Instead of --data: a folder of originals, with --copies."""
-    copies: str | None = None
+    copies: DataSpec | None = None
     """A folder of copies, or of sub-folders with one kind of copies each. A copy has its original's name, or that name,
     '_' and anything: beach.jpg and beach_crop20.png are copies of beach.jpg."""
-    distractors: str | None = None
+    distractors: DataSpec | None = None
     """Other images, a folder or list, that the originals must be found among."""
 
     def contradictions(self) -> Iterator[str]:
@@ -96,12 +119,12 @@ class CopydetectOptions(RankingOptions):
 class PairsOptions(EvalOptions):
     """For evaluations of images with masks."""
 
-    data: str | None = None
+    data: Folder | None = None
     """PASCAL VOC: a folder DATA with DATA/JPEGImages/, DATA/SegmentationObject/ (or DATA/SegmentationClass/) and
     DATA/ImageSets/Segmentation/val.txt."""
-    images: str | None = None
+    images: DataSpec | None = None
     """Instead of --data: a folder of images, with --masks."""
-    masks: str | None = None
+    masks: Folder | None = None
     """A folder of masks of the same names and sizes: gray images whose bright half is the object, or palette images
     with an object to an index (0 is none, 255 is unknown)."""
 
@@ -110,21 +133,33 @@ class PairsOptions(EvalOptions):
             yield "give either --data with the VOC folder, or --images and --masks."
 
 
-class MasksOptions(PairsOptions):
+class MasksOptions(PairsOptions, common=("data", "images", "masks")):
+    """Measure how well the attention of the heads covers the objects of images.
+
+    dino eval masks runs/a --images ecssd/images --masks ecssd/masks
+    dino eval masks runs/a --images ecssd/images --masks ecssd/masks --mass 0.8
+    """
+
     mass: AttentionMass = 0.6
     """Share of a head's attention that its mask keeps."""
 
 
-class SegmentOptions(PairsOptions):
-    data: str | None = None
+class SegmentOptions(PairsOptions, common=("data", "images", "masks", "val_images", "val_masks")):
+    """Measure how well patches tell the classes of pixels, by k-NN and by a linear layer.
+
+    dino eval segment runs/a --images ecssd/images --masks ecssd/masks
+    dino eval segment runs/a --images ecssd/images --masks ecssd/masks --k 5
+    """
+
+    data: Folder | None = None
     """PASCAL VOC: a folder DATA with DATA/JPEGImages/, DATA/SegmentationClass/ and DATA/ImageSets/Segmentation/train.txt
     and val.txt."""
-    masks: str | None = None
+    masks: Folder | None = None
     """A folder of masks of the same names and sizes: gray or palette PNGs whose value is the class of the pixel. 0 is a
     class too, often the background; 255 is unknown, or the object where all masks hold only 0 and 255."""
-    val_images: str | None = None
+    val_images: DataSpec | None = None
     """Images to measure on, with --val-masks. None: a tenth, at most 1000, of the images."""
-    val_masks: str | None = None
+    val_masks: Folder | None = None
     """Their masks."""
     k: PositiveInt = 20
     """Number of neighbors of the k-NN."""
@@ -154,7 +189,13 @@ class TrainedOptions(LabeledOptions):
     """Between checkpoints, which lie beside the result; the same command goes on after an interruption, to the bit."""
 
 
-class LinearOptions(TrainedOptions):
+class LinearOptions(TrainedOptions, common=("data", "val", "mode", "pooling")):
+    """Train a linear classifier on the frozen features and measure it.
+
+    dino eval linear runs/a --data labeled/
+    dino eval linear runs/a --data labeled/ --mode paper --epochs 100
+    """
+
     mode: Literal["fast", "paper"] = "fast"
     """'fast': sweep on features of the evaluation view, kept on disk. 'paper': crops and flips, 100 epochs of forwards."""
     protocol: Literal["fixed", "original"] = "fixed"
@@ -179,10 +220,16 @@ class LinearOptions(TrainedOptions):
             yield "paper mode classifies one pooling; give one, or use --mode fast."
 
 
-class LowshotOptions(LabeledOptions):
+class LowshotOptions(LabeledOptions, common=("data", "val", "percent", "list")):
+    """Measure what a few labels are worth: logistic regression and k-NN on the frozen features.
+
+    dino eval lowshot runs/a --data labeled/ --percent 10
+    dino eval lowshot runs/a --data labeled/ --percent 10 50 --seed 1
+    """
+
     percent: tuple[Percent, ...] = (1.0, 10.0)
     """Shares of each class of the training images, drawn from the seed, at least one image of each; 100: all."""
-    list: tuple[str, ...] = ()
+    list: tuple[File, ...] = ()
     """Files with a name of an image per line, e.g. ImageNet's published 1 % and 10 % lists, in place of drawn shares."""
     c: PositiveFloat | None = None
     """Inverse strength of the L2 penalty, sum of losses + |W|^2 / 2C. None: chosen by cross-validation."""
@@ -198,17 +245,27 @@ class LowshotOptions(LabeledOptions):
             yield "percent is empty; give shares above 0 and up to 100."
 
 
-class FinetuneOptions(TrainedOptions):
+class FinetuneOptions(TrainedOptions, common=("data", "val", "recipe", "epochs", "batch_size", "lr")):
+    """Train the whole model on labels, and measure it.
+
+    dino eval finetune runs/a --data labeled/ --epochs 10
+    dino eval finetune runs/demo --data labeled/ --recipe cifar10 --batch-size 64
+    """
+
     recipe: Literal["cifar10", "cifar100", "flowers", "cars", "inat18", "inat19", "imagenet"] = "imagenet"
     """Where what is not given comes from; docs/evaluations.md lists them with what is known of each."""
     epochs: PositiveInt | None = None
+    """Passes over the training images."""
     batch_size: PositiveInt | None = None
     """Images per step, over all ranks."""
     lr: PositiveFloat | None = None
     """Peak learning rate per 512 images."""
     min_lr: NonNegativeFloat | None = None
+    """Learning rate at the end of the cosine."""
     warmup_epochs: NonNegativeInt | None = None
+    """Epochs of linear warm-up from 0."""
     weight_decay: NonNegativeFloat | None = None
+    """Weight decay; not applied to biases and one-dimensional parameters."""
     layer_decay: PositiveFloat | None = None
     """The learning rate of a block is this times that of the next one; 1: all alike."""
     drop_path: BelowOne | None = None
@@ -216,9 +273,10 @@ class FinetuneOptions(TrainedOptions):
     mixup: Beta | None = None
     """Parameter of the Beta distribution of MixUp; 0: no MixUp. With CutMix, each step takes one of them at random."""
     cutmix: Beta | None = None
+    """The same of CutMix."""
     smoothing: BelowOne | None = None
     """Label smoothing."""
-    rand_augment: str | None = None
+    rand_augment: Name | None = None
     """timm's name of an augmentation policy, '' for none."""
     erasing: BelowOne | None = None
     """Probability of random erasing."""
@@ -231,10 +289,16 @@ class FinetuneOptions(TrainedOptions):
 
 
 class DavisOptions(EvalOptions):
-    data: str
+    """Measure how well objects are followed through videos, as on DAVIS-2017.
+
+    dino eval davis runs/a --data davis_dev/
+    dino eval davis runs/a --data davis_dev/ --out masks/
+    """
+
+    data: Folder
     """DAVIS-2017, or videos laid out like it: a folder DATA with DATA/JPEGImages/480p/VIDEO/00000.jpg and so on,
     DATA/Annotations/480p/VIDEO/00000.png and so on, and DATA/ImageSets/2017/val.txt with a VIDEO per line."""
-    out: str | None = None
+    out: Folder | None = None
     """Folder for the masks, OUT/VIDEO/00000.png; videos finished there are not computed again. None: davis.masks beside
     the result."""
     protocol: Literal["fixed", "original"] = "fixed"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import re
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from dino.errors import did_you_mean
-from dino.options import AnyOptions, flatten
-from dino.options.rules import CHECKED, allows_none, get_plain, get_types
+from dino.options import AnyOptions, find_names
+from dino.options.help import Flag, describe, list_flags
+from dino.options.rules import CHECKED, Options, allows_none, get_plain
+from dino.options.train import TrainOptions
 
 _REGISTRY = ConstructorRegistry()
 
@@ -31,7 +32,7 @@ def _read_words(field: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Non
         words_of = {"True": True, "False": False, "None": None}
         return PrimitiveConstructorSpec(
             nargs="*",
-            metavar="[True|False]",
+            metavar="",  # our own help names values
             instance_from_str=lambda words: words_of.get(words[0], words[0]) if words else True,
             is_instance=lambda _: True,
             str_from_instance=lambda value: [str(value)],
@@ -50,12 +51,9 @@ def _read_words(field: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Non
         except ValueError:
             return word
 
-    names = [
-        "{" + ",".join(map(str, get_args(part))) + "}" if get_args(part) else part.__name__.upper() for part in parts
-    ]
     return PrimitiveConstructorSpec(
         nargs="*" if several else 1,
-        metavar=f"[{names[0]} ...]" if several and ... in get_args(kind) else " ".join(names),
+        metavar="",
         instance_from_str=lambda words: tuple(map(read, words)) if several and words != ["None"] else read(words[0]),
         is_instance=lambda _: True,
         str_from_instance=lambda value: [*map(str, value)] if isinstance(value, tuple) else [str(value)],
@@ -71,38 +69,50 @@ def parse_flags(
         SystemExit: help was asked for and given.
         ValueError: an option does not exist, is missing, has no value, or breaks its rule.
     """
-    needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    if {"-h", "--help"} & {*arguments}:
+        print(describe(kind, prog, default))
+        raise SystemExit(0)
+    flags = list_flags(kind)
+    needed = [flag for flag in flags if flag.is_needed]
     token, said = CHECKED.set(False), io.StringIO()
     try:
-        if default is None and not {"-h", "--help"} & {*arguments}:
-            default = kind(**dict.fromkeys(needed))
-        given: dict[str, Any] = {} if default is None else {"default": default}
+        default = default or kind(**dict.fromkeys([flag.name for flag in needed]))
         with (
             _REGISTRY,
             contextlib.redirect_stderr(said),
             warnings.catch_warnings(action="ignore"),  # None stands for what must be given
         ):
-            options, unknown = tyro.cli(kind, args=arguments, prog=prog, return_unknown_args=True, **given)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
+            options, unknown = tyro.cli(kind, args=arguments, default=default, add_help=False, return_unknown_args=True)
+    except SystemExit:
         name = re.search(r"'(-[^']*)'", said.getvalue())
         flag = name[1] if name else "an option"
         raise ValueError(f"{flag} has no value; write it as {flag}=VALUE where it begins with '-'.") from None
     finally:
         CHECKED.reset(token)
     if unknown:
-        flag = unknown[0].partition("=")[0][:99]
-        if _is_positional(kind, flag.removeprefix("--")):
-            raise ValueError(f"{flag[2:]} is given by its place and not as '{flag}'; --help shows the order.")
-        near = did_you_mean(flag, [f"--{name.replace('_', '-')}" for name in flatten(options)])
-        raise ValueError(f"there is no option '{flag}'; --help lists them.{near}")
-    if missing := [name for name in needed if getattr(options, name) is None]:
-        dashes = "" if _is_positional(kind, missing[0]) else "--"
-        raise ValueError(f"{dashes}{missing[0]} is missing; --help explains it.")
+        raise ValueError(_explain_unknown(unknown[0].partition("=")[0][:99], kind, flags))
+    if missing := [flag.spellings[0] for flag in needed if getattr(options, flag.name) is None]:
+        raise ValueError(f"{missing[0]} is missing; --help explains it.")
     options.check()
     return options
 
 
-def _is_positional(kind: type, name: str) -> bool:
-    return "Positional" in repr(get_types(kind).get(name))
+def _explain_unknown(word: str, kind: type[Options], flags: Sequence[Flag]) -> str:
+    """What to do instead of `word`, which the parser does not know."""
+    name = word.lstrip("-").replace("-", "_")
+    if not word.startswith("-"):
+        return (
+            f"'{word}' is one word too many; put a name with spaces in quotes, and in place of a pattern such as *.jpg, "
+            "which the shell writes out, give the folder or a list of files (.txt)."
+        )
+    if name in [flag.name for flag in flags if flag.by_place]:
+        return f"{word[2:]} is given by its place and not as '{word}'; --help shows the order."
+    if name in ("gpu", "gpus") and issubclass(kind, TrainOptions):
+        return (
+            f"there is no option '{word}': a training takes one GPU, which CUDA_VISIBLE_DEVICES=0 chooses; for several "
+            "start it with torchrun --nproc-per-node 2 -m dino train ..., or on a cluster with dino submit --gpus 2 train ..."
+        )
+    names = [flag.name for flag in flags]
+    near = find_names(name, names) or get_close_matches(name, names, 1)
+    hint = " or ".join(f"'--{each}'".replace("_", "-") for each in near)
+    return f"there is no option '{word}'; --help lists them." + (f" Did you mean {hint}?" if near else "")

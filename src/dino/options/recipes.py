@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,6 +84,14 @@ def choose_base(
     recipe = os.fspath(recipe)
     if recipe.endswith(".toml"):
         return read_toml(Path(recipe))
-    if recipe not in RECIPES and Path(recipe).exists():
-        raise ValueError(f"'{recipe}' is not a recipe; to train on it write: dino {command} --data {recipe}")
+    if recipe not in RECIPES and (path := Path(recipe)).exists():
+        is_image = (mimetypes.guess_type(path)[0] or "").startswith("image/")
+        raise ValueError(
+            f"'{recipe}' is not a recipe; to train on "
+            + (
+                f"the images of its folder write: dino {command} --data {path.parent}"
+                if is_image
+                else f"it write: dino {command} --data {recipe}"
+            )
+        )
     return find_recipe(recipe).options

@@ -43,6 +43,10 @@ class Rule(NamedTuple):
         return self.text
 
 
+class Metavar(str):
+    """The word that stands for a value in help, in the type of a field: ``Annotated[str, Metavar("FOLDER")]``."""
+
+
 def at_least(least: float, text: str) -> Rule:
     return Rule(lambda value: value >= least, text)
 
@@ -87,9 +91,16 @@ BelowOne = Annotated[float, Rule(lambda value: 0 <= value < 1, "it must be in [0
 AttentionMass = Annotated[
     float, Rule(lambda value: 0 < value <= 1, "the share of attention to keep lies above 0 and up to 1")
 ]
-MemorySize = Annotated[str, Rule(parse_bytes, "write an amount of memory such as 8GB or 500MB")]
+ModelName = Annotated[str, Metavar("MODEL")]  # what `dino.load` takes
+DataSpec = Annotated[str, Metavar("IMAGES")]  # what `dino.data.specs` describes
+Folder = Annotated[str, Metavar("FOLDER")]
+File = Annotated[str, Metavar("FILE")]
+Name = Annotated[str, Metavar("NAME")]
+MemorySize = Annotated[str, Metavar("SIZE"), Rule(parse_bytes, "write an amount of memory such as 8GB or 500MB")]
 Part = Annotated[
-    str, Rule(parse_part, "write i/n, the i-th of n parts: from 1/8 to 8/8 where there are eight (in a job array, 1-8)")
+    str,
+    Metavar("I/N"),
+    Rule(parse_part, "write i/n, the i-th of n parts: from 1/8 to 8/8 where there are eight (in a job array, 1-8)"),
 ]
 
 # Type -> the values that are taken for it and converted, and its name in an error.
@@ -152,7 +163,7 @@ def conform(value: Any, kind: Any) -> Any:
 
 def allows_none(kind: Any) -> bool:
     """Whether a type is an Optional, whose other type is the first."""
-    return NoneType in get_args(kind)
+    return allows_none(get_args(kind)[0]) if get_origin(kind) is Annotated else NoneType in get_args(kind)
 
 
 def get_plain(kind: Any) -> Any:
@@ -160,6 +171,11 @@ def get_plain(kind: Any) -> Any:
     while get_origin(kind) is Annotated or allows_none(kind):
         kind = get_args(kind)[0]
     return kind
+
+
+def get_marks(kind: Any) -> list[Any]:
+    """What ``Annotated`` says of a type and of its parts."""
+    return [*getattr(kind, "__metadata__", ()), *(mark for part in get_args(kind) for mark in get_marks(part))]
 
 
 def conform_named(name: str, value: Any, kind: Any) -> Any:
@@ -185,13 +201,15 @@ CHECKED = ContextVar("CHECKED", default=True)  # False while a parser builds opt
 class Options:
     """Base of all options. A subclass becomes a frozen dataclass of keywords, checked whenever one is made.
 
-    `section` is what the names of its fields begin with: ``class OptimOptions(Options, section="optim.")``.
+    `section` is what the names of its fields begin with: ``class OptimOptions(Options, section="optim.")``; `common` names
+    the options that help shows first. The text under a class is the beginning of its command's help, with two examples.
     """
 
     section: ClassVar[str] = ""
+    common: ClassVar[tuple[str, ...]] = ()
 
-    def __init_subclass__(cls, section: str = "") -> None:
-        cls.section = section
+    def __init_subclass__(cls, section: str = "", common: tuple[str, ...] = ()) -> None:
+        cls.section, cls.common = section, common or cls.common
         dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:

@@ -19,8 +19,13 @@ import tyro
 from dino.options import flatten, required
 from dino.options.rules import (
     BelowOne,
+    DataSpec,
     Few,
+    Folder,
     MemorySize,
+    Metavar,
+    ModelName,
+    Name,
     NoneOrFew,
     NonNegativeFloat,
     NonNegativeInt,
@@ -51,7 +56,9 @@ AUTO = "auto"  # as --resume
 
 
 class DataOptions(Options, section="data."):
-    path: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "scenes"
+    """Images and their labels."""
+
+    path: Annotated[DataSpec, tyro.conf.arg(aliases=["--data"])] = "scenes"
     """Images to learn from: a folder (searched at any depth), a list file (.txt or .csv), tar files ('shards/{000..127}.tar',
     or their folder), Parquet files, an address of these (s3://...), hf://datasets/ORG/NAME, 'scenes' (built in), or
     torchvision:NAME:FOLDER. Given several times: several sources."""
@@ -59,12 +66,12 @@ class DataOptions(Options, section="data."):
     """How often images of each source are visited, in proportion, one number for each --data. None: every image as often."""
     cache: MemorySize | None = None
     """Keep images that are read from an address (s3://, https://) on this disk, e.g. 20GB of them. None: none."""
-    val: str | None = None
+    val: DataSpec | None = None
     """Held-out images for the monitors: a folder or list. None: the test images that belong to `path`, else a share of the
     training images is set aside."""
     val_fraction: BelowOne = 0.1
     """Share of the images set aside when `val` is not given, at most 1000 images. 0: none."""
-    labels: str = "auto"
+    labels: Annotated[str, Metavar("auto|folders|none|FILE")] = "auto"
     """Labels for the k-NN monitor: 'auto' or 'folders' (first folder level), 'none', or a CSV file of path,label."""
     max_bad_fraction: Share = 0.01
     """The run ends when more than this share of the images, and more than five, cannot be read. 0: when any cannot."""
@@ -75,17 +82,19 @@ class DataOptions(Options, section="data."):
 
 
 class ModelOptions(Options, section="model."):
-    arch: str | None = None
+    """The backbone, and how it wants its pictures."""
+
+    arch: Annotated[Name | None, tyro.conf.arg(aliases=["--model"])] = None
     """Backbone: resnet_nano, vit_nano_hybrid, vit_nano, vit_tiny, vit_small, vit_base, vit_large, or timm:NAME. None: chosen
     for data and device."""
     patch_size: Pixels | None = None
     """Edge of a patch of our own ViTs, pixels. None: 16, or 8 for views under 128 pixels, or 4 under 48."""
     width: Width | None = None
-    """Embedding width; None: the architecture's own."""
+    """Embedding width. None: the architecture's own."""
     depth: Few | None = None
-    """Number of blocks; None: the architecture's own."""
+    """Number of blocks. None: the architecture's own."""
     num_heads: Few | None = None
-    """Attention heads; None: the architecture's own."""
+    """Attention heads. None: the architecture's own."""
     drop_path: BelowOne | None = None
     """Stochastic depth rate of the last block (linear from 0 at the first), student only. None: 0.1, or 0 for little data."""
     pos_interp: Literal["offset", "size", "antialias"] = "offset"
@@ -111,6 +120,8 @@ class ModelOptions(Options, section="model."):
 
 
 class HeadOptions(Options, section="head."):
+    """The projection head."""
+
     out_dim: Prototypes | None = None
     """Number of prototypes K. None: chosen from the number of images (paper: 65536)."""
     hidden_dim: Width | None = None
@@ -138,6 +149,7 @@ class HeadOptions(Options, section="head."):
 TEACHERS = ("momentum", "previous-epoch", "previous-iteration", "student")
 Teacher = Annotated[
     str,
+    Metavar("NAME"),
     Rule(
         lambda value: value in TEACHERS or re.fullmatch(r"frozen:.+", value),
         f"choose {', '.join(TEACHERS)} or frozen:NAME",
@@ -146,6 +158,8 @@ Teacher = Annotated[
 
 
 class MethodOptions(Options, section="method."):
+    """Teacher, loss and targets."""
+
     teacher: Teacher = "momentum"
     """What the teacher is: momentum (a moving average of the student), previous-epoch, previous-iteration or student (paper
     Fig. 6); or frozen:NAME, trained weights whose features the student learns (a name as for --init)."""
@@ -239,6 +253,8 @@ class ViewOptions(Options, section="views."):
 
 
 class OptimOptions(Options, section="optim."):
+    """Optimizer and schedules."""
+
     name: Literal["adamw", "sgd", "lars", "muon"] | None = None
     """Optimizer of the student. None: adamw, or muon for little data."""
     lr: Rate | None = None
@@ -261,6 +277,8 @@ class OptimOptions(Options, section="optim."):
 
 
 class LogOptions(Options, section="log."):
+    """What is written down, and when."""
+
     every: PositiveInt = 10
     """Steps between log lines; metrics leave the device only then."""
     knn_every: NonNegativeFloat | None = None
@@ -277,14 +295,25 @@ class LogOptions(Options, section="log."):
     package.module:Class."""
 
 
-class TrainOptions(Options):
-    out: str | None = None
+class TrainOptions(
+    Options, common=("data.path", "out", "epochs", "minutes", "hours", "model.arch", "init", "resume", "overwrite")
+):
+    """Learn from images without labels.
+
+    dino train --data photos/ --out runs/b --minutes 30
+    dino train --data photos/ --out runs/c --model vit_small --epochs 100
+    dino train --resume runs/a
+
+    A recipe (`dino recipes`) or a file of options can come first; options win over it.
+    """
+
+    out: Folder | None = None
     """Run directory to write; of an address (s3://...) a folder of the cache, copied there after every save. None: runs/<data
     name>."""
-    resume: str | None = None
+    resume: Folder | None = None
     """Run directory to continue; all other options come from its config.toml. Moved images: with --data, their new place.
     'auto': continue the run in --out if there is one, else start it."""
-    init: str | None = None
+    init: ModelName | None = None
     """Trained weights to start from: a run (its last step), a release ('vits16:full', see `dino models`), timm:NAME,
     hf:ORG/NAME or a file. None: fresh ones."""
     overwrite: bool = False

@@ -6,14 +6,31 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, Suppress, arg
+from tyro.conf import Positional, Suppress
 
-from dino.options.rules import Few, NoneOrFew, Options, PositiveFloat, PositiveInt, Rule
+from dino.options.rules import (
+    DataSpec,
+    Few,
+    File,
+    Folder,
+    Metavar,
+    Name,
+    NoneOrFew,
+    Options,
+    PositiveFloat,
+    PositiveInt,
+    Rule,
+)
 from dino.options.train import TrainOptions
 
-SBATCH_OPTION = Rule(
-    re.compile(r"[a-z][a-z_-]*(=.*)?").fullmatch, "write an option of sbatch as KEY=VALUE, or KEY alone, without dashes"
-)
+SbatchOption = Annotated[
+    str,
+    Metavar("KEY=VALUE"),
+    Rule(
+        re.compile(r"[a-z][a-z_-]*(=.*)?").fullmatch,
+        "write an option of sbatch as KEY=VALUE, or KEY alone, without dashes",
+    ),
+]
 
 
 class SlurmOptions(Options):
@@ -25,13 +42,21 @@ class SlurmOptions(Options):
     """Cores of each process."""
     hours: PositiveFloat = 24
     """Limit of time. What is not done by then is saved, queued again, and goes on."""
-    partition: str | None = None
+    partition: Name | None = None
     """Where to run. None: the cluster's usual one."""
-    slurm: tuple[Annotated[str, SBATCH_OPTION], ...] = ()
+    slurm: tuple[SbatchOption, ...] = ()
     """Other options of sbatch, e.g. qos=high mem=64G exclusive."""
 
 
 class SubmitOptions(SlurmOptions):
+    """Train as a job of Slurm, which goes on by itself after its time limit.
+
+    dino submit --gpus 8 train --data photos/ --out runs/a
+    dino submit --nodes 2 --gpus 8 --hours 12 train vit_small_100ep --data imagenet/train
+
+    `dino submit train --help` explains what can follow the word `train`.
+    """
+
     training: Suppress[TrainOptions] = TrainOptions()  # what follows the word `train`
 
     def contradictions(self) -> Iterator[str]:
@@ -42,20 +67,26 @@ class SubmitOptions(SlurmOptions):
             )
 
 
-class AblateOptions(Options):
-    table: Annotated[Positional[str], arg(metavar="[TABLE]")] = ""
+class AblateOptions(Options, common=("data", "val", "scale", "epochs", "out")):
+    """Train the rows of one of the paper's tables, and compare them.
+
+    dino ablate
+    dino ablate 7 --data labeled/ --epochs 2
+    """
+
+    table: Positional[str] = ""
     """Which of the paper's tables (7, 14, 15, teacher, crops, prototypes, ...). Without one, they are listed."""
-    data: str | None = None
+    data: DataSpec | None = None
     """Labeled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the test set)."""
-    val: str | None = None
+    val: DataSpec | None = None
     """Labeled test images, when they lie elsewhere."""
     scale: Literal["tiny", "paper"] = "tiny"
     """'tiny': minutes a row, small images and model; shows what collapses. 'paper': ViT-S/16, 100 or 300 epochs."""
-    recipe: str | None = None
+    recipe: Name | None = None
     """Recipe or TOML file that rows start from. None: cifar10 at tiny scale, the table's own at paper scale."""
     epochs: PositiveInt | None = None
     """Epochs of every row. None: 8 at tiny scale, the recipe's at paper scale."""
-    out: str | None = None
+    out: Folder | None = None
     """Folder for the runs and the table. None: runs/ablate-TABLE. The same command again goes on where it stopped."""
     jobs: Few = 1
     """Rows trained at a time on a CPU; with GPUs it is one row for each."""
@@ -63,20 +94,38 @@ class AblateOptions(Options):
     """Write each row's report.html."""
     device: Literal["auto", "cpu"] = "auto"
     """Where to compute."""
-    slurm: tuple[Annotated[str, SBATCH_OPTION], ...] | None = None
+    slurm: tuple[SbatchOption, ...] | None = None
     """Train the rows as jobs of Slurm, an array with a GPU each, with options of sbatch such as partition=P time=8:00:00. The
     same command again collects them."""
 
 
-class BenchOptions(TrainOptions):
-    json: str | None = None
+class BenchOptions(TrainOptions, common=("data.path", "seconds", "json", "model.arch", "batch_size")):
+    """Measure what training costs with your data on this machine, and which options help.
+
+    dino bench --data photos/
+    dino bench --data photos/ --seconds 20 --json bench.json
+
+    A recipe (`dino recipes`) or a file of options can come first.
+    """
+
+    json: File | None = None
     """File to write the figures to."""
     seconds: PositiveFloat = 40
     """About how long to measure."""
 
 
-class PlanOptions(TrainOptions):
-    toml: str = "plan.toml"
+class PlanOptions(
+    TrainOptions, common=("data.path", "epochs", "minutes", "model.arch", "init", "toml", "seconds", "price")
+):
+    """Say what a training would be: the model, the time, the memory, and what to consider. Nothing is trained.
+
+    dino plan --data photos/
+    dino plan --data photos/ --minutes 30 --toml night.toml
+
+    A recipe (`dino recipes`) or a file of options can come first.
+    """
+
+    toml: File = "plan.toml"
     """File of options to write, which `dino train` takes."""
     gpu: Literal["h200", "h100", "a100", "l4", "t4", "v100", "rtx4090", "mps"] | None = None
     """Plan for a GPU that is not here: its time is computed from the arithmetic of a step. None: this machine, measured."""
