@@ -142,6 +142,9 @@ def quickened(command: str, arguments: list[str]) -> list[str]:
 
 def parsed(arguments: list[str]) -> tuple[str, list[str]]:
     """The command and its arguments, which the command line's own parser has accepted."""
+    if arguments[0] == "help":
+        assert any(f"{name} ".startswith(" ".join([*arguments[1:], ""])) for name in cli.COMMANDS)
+        return "help", arguments[1:]
     command, _ = cli.parse(arguments)
     return command, arguments[len(command.split()) :]
 
@@ -150,6 +153,8 @@ def execute(words: list[str]) -> None:
     ranks = 2 if "torchrun" in words else 1
     command, arguments = parsed(words[words.index("dino") + 1 :])
     if any(re.match(known, " ".join([command, *arguments])) for known in PARSED):
+        return
+    if command == "help":
         return
     arguments = [*command.split(), *quickened(command, arguments)]
     if ranks > 1 or {"onnx", "torch-export"} & {*arguments}:  # graphs cannot be made where tests check types
