@@ -17,7 +17,7 @@ from PIL import Image
 
 import dino
 import processes
-from dino import cli, run
+from dino import cli, names, run
 from dino.engine.build import Plan, build_method
 from dino.options import auto, completion, flatten, help, replace, toml
 from dino.options.recipes import RECIPES, find_recipe
@@ -133,6 +133,33 @@ def test_a_shell_completes_commands_options_and_choices(tmp_path):
     for text, offered in zip(cases, found, strict=True):
         assert offered.split()[: len(cases[text].split()) or None] == cases[text].split(), text
     assert "complete -c dino" in completion.SCRIPTS["fish"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("eval knn nosuch --data x", "there is no run, weight file or release 'nosuch'"),
+        ("eval knn vits16 --data nosuch/", "The data path 'nosuch/' does not exist"),
+        ("train --data nosuch/", "The data path 'nosuch/' does not exist"),
+        ("train --init vits61", "there is no run, weight file or release 'vits61'"),
+        ("embed runs/a:last x --out y", "there is no run, weight file or release 'runs/a:last'"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_torch_is_imported(words, said, tmp_path):
+    script = "import sys, dino.cli; print(dino.cli.main(sys.argv[1:]), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", script, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "2 False\n"
+    assert done.stderr.startswith(f"dino: {said}")
+
+
+def test_every_name_that_may_be_a_model_passes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for name in ("vits16", "dino_vits16:full", "timm:x", "hf:a/b", "s3://b/runs/a", "a", "a:last", str(tmp_path)):
+        names.require_model(name)
+    with pytest.raises(ValueError, match="has no part 'x'"):
+        names.require_model("vits16:x")
 
 
 def broken_folder(path: Path) -> Path:

@@ -19,12 +19,12 @@ from dino.data.image_files import open_source
 from dino.eval.floors import count_colors, read_views
 from dino.eval.online import measure_color_agreement
 from dino.features.extract import Features
+from dino.names import find_release
 from dino.options import auto, replace, toml
 from dino.options.train import TrainOptions
 from dino.report import verdict as rules
 from dino.report.run import Run
 from dino.report.verdict import RELEASED, Verdict, judge, measure_margin, warn
-from dino.weights.releases import find_release
 from helpers import TINY, as_flags, draw_images
 
 IMAGES = 4000  # that the recorded runs say they had; 1000 steps an epoch

@@ -22,7 +22,7 @@ import torchvision
 from timm.models.xcit import checkpoint_filter_fn
 
 import dino
-from dino import cli, weights
+from dino import cli, names, weights
 from dino.data.image_files import open_source
 from dino.data.normalize import normalize
 from dino.downloads import DownloadError
@@ -375,14 +375,14 @@ def test_without_network_or_permission_to_use_it(server, tmp_path, monkeypatch, 
     with pytest.raises(DownloadError, match="check the network"):
         releases.fetch_release("vits16")
     with pytest.raises(ValueError, match="no part 'x'"):
-        releases.find_release("vits16:x")
+        names.find_release("vits16:x")
 
 
 def test_models_are_listed(server, capsys):
     releases.fetch_release("vits16")
     assert cli.main(["models"]) == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in releases.RELEASES)
+    assert all(name in said for name in names.RELEASES)
     assert "backbone*" in said
     assert "74.5" in said
 

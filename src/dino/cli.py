@@ -11,13 +11,14 @@ import importlib
 import io
 import itertools
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from dino import errors
-from dino.options import commands, completion, help, toml, trainings
+from dino import errors, names
+from dino.options import commands, completion, flatten, help, toml, trainings
 from dino.options.evaluate import EVALUATIONS
 from dino.options.flags import parse_flags
 from dino.options.recipes import RECIPES, choose_base, find_recipe, free_length
@@ -155,9 +156,27 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"dino {__version__}")
         return 0
     name, options = parse(arguments)
+    check_names(options)
     module, _, function = COMMANDS[name].function.partition(":")
     code = getattr(importlib.import_module(module), function)(options)
     return code if isinstance(code, int) else 0
+
+
+def check_names(options: Options) -> None:
+    """Refuse models and images that are not there, before seconds pass with the import of PyTorch.
+
+    Of a run that is resumed, and of one in several processes, whoever opens them can say more.
+    """
+    given = flatten(options)
+    if given.get("resume") is not None or "RANK" in os.environ:
+        return
+    for flag in help.list_flags(type(options)):
+        name = given[flag.name] or ""
+        if flag.values == "MODEL" and name:
+            names.require_model(name)
+        is_path = flag.values == "IMAGES" and name and not re.search(r"[:{*?\n]", name)
+        if is_path and not os.path.exists(os.path.expanduser(name)):
+            importlib.import_module("dino.data.listing").locate(name)
 
 
 def print_overview(group: str) -> None:
@@ -211,12 +230,12 @@ def find_order(arguments: list[str], places: Iterable[int]) -> list[str]:
 
 def join_repeated(flags: list[str]) -> list[str]:
     """Flags in which several times --data, or several times --val, became one, whose value has a line for each."""
-    for names in (["--data", "--data.path"], ["--val"], ["--data.val"]):
+    for spellings in (["--data", "--data.path"], ["--val"], ["--data.val"]):
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument(*names, action="append", nargs="?", dest="values")
+        parser.add_argument(*spellings, action="append", nargs="?", dest="values")
         given, others = parser.parse_known_args(flags)
         if len(given.values or ()) > 1 and None not in given.values:
-            flags = [*others, f"{names[0]}={chr(10).join(given.values)}"]
+            flags = [*others, f"{spellings[0]}={chr(10).join(given.values)}"]
     return flags
 
 

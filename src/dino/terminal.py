@@ -7,6 +7,7 @@ are only the lines.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import sys
 import time
@@ -18,9 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from dino import distributed
-
 T = TypeVar("T")
+
+
+def is_main() -> bool:
+    """As `distributed.is_main`. Ranks talk only after PyTorch was imported, which takes seconds, and is not done here."""
+    return "torch" not in sys.modules or importlib.import_module("dino.distributed").is_main()
 
 
 class Lasting(Console):
@@ -55,7 +59,7 @@ class Terminal:
     """
 
     def __init__(self, enabled: bool | None = None, keep: bool = True):
-        enabled = distributed.is_main() if enabled is None else enabled
+        enabled = is_main() if enabled is None else enabled
         self.console = Lasting(stderr=True, quiet=not enabled, soft_wrap=True, emoji=False)
         self.live = enabled and sys.stderr.isatty()
         columns = "{task.description}", BarColumn(24), "{task.percentage:>3.0f}%", "{task.fields[status]}"
@@ -90,7 +94,7 @@ class Terminal:
 
 def say(text: str) -> None:
     """A line on stderr from the main rank, above a bar if there is one."""
-    if distributed.is_main():
+    if is_main():
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr)
 

@@ -11,6 +11,7 @@ from typing import Any
 from dino.engine.log import read_metrics
 from dino.html import ENVIRONMENT
 from dino.models import Backbone
+from dino.names import RELEASES, find_release
 from dino.version import __version__
 from dino.weights import releases, runs
 from dino.weights.checkpoints import CheckpointError, read_newest
@@ -38,11 +39,11 @@ def render_card(
         repo: ORG/NAME on the hub where it is read. With it, options that hold paths of this machine are left out.
     """
     path = Path(runs.split_name(name)[0]).expanduser()
-    release = releases.find_release(name) if not path.exists() else None
+    release = find_release(name) if not path.exists() else None
     license = options = None
     figures: list[tuple[str, ...]] = []
     if release:
-        license, published = releases.LICENSE, releases.RELEASES[release[0]]
+        license, published = releases.LICENSE, RELEASES[release[0]]
         facts = facts | {"trained by": f"the authors of the paper ({release[0]}, license {license})"}
         pairs = (("k-NN", published.knn), ("linear", published.linear))
         figures = [("published", f"{k}, ImageNet top-1", f"{v:.1f}", "") for k, v in pairs if v is not None]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dino import errors
+from dino import errors, names
 from dino.models import SIZES, Backbone, create
 from dino.models.vit import VisionTransformer
 from dino.terminal import say
@@ -119,7 +119,7 @@ def read(
             backbone is kept; with more, it is the last that is read.
     """
     text, last = runs.split_name(addresses.bring(os.fspath(name)))
-    remote = hub.is_hub_name(text)
+    remote = names.is_hub_name(text)
     path = Path(text) if remote else _locate(text, offline)
     try:
         if remote:
@@ -146,11 +146,8 @@ def _locate(name: str, offline: bool) -> Path:
     """The path of `name`, downloaded if it is a release."""
     if (path := Path(name).expanduser()).exists():
         return path
-    if releases.find_release(name) is None:
-        raise ValueError(
-            f"there is no run, weight file or release '{name}'; give the --out folder of a training run, a .pth or "
-            ".safetensors file, a name that `dino models` lists, timm:NAME or hf:ORG/NAME."
-        )
+    if names.find_release(name) is None:
+        raise names.no_model(name)
     return releases.fetch_release(name, offline)
 
 
@@ -183,12 +180,12 @@ def _open_file(path: Path) -> runs.Opened:
 
 def _recognize(content: Any, config: dict[str, Any], where: str, num_heads: int | None) -> Weights:
     """The kinds of files, each told by its names or its configuration."""
-    names = content.keys() if isinstance(content, dict) else set[str]()
+    keys = content.keys() if isinstance(content, dict) else set[str]()
     if "model" in config:  # in our keys
         return Weights(where, config["model"], {f"teacher.backbone.{name}": value for name, value in content.items()})
-    if {"method", "options"} <= names:
+    if {"method", "options"} <= keys:
         return _read_our_checkpoint(content, where)
-    if {"teacher", "student"} & names:
+    if {"teacher", "student"} & keys:
         return _read_reference_checkpoint(content, where, num_heads)
     if "arch" in config:  # one of our ConvNets, written for timm
         state = {f"teacher.backbone.model.{name}": value for name, value in content.items()}

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from dino import errors
 from dino.downloads import DownloadError, explain, is_offline, page
 
-PREFIXES = ("timm:", "hf:")
 # The first of these that a repository has. Shards are listed in an index.
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "model.pth")
 
@@ -20,11 +19,6 @@ class Downloaded(NamedTuple):
     folder: Path
     weights: Path
     pretrained_cfg: dict[str, Any] | None = None  # timm's, of `timm:NAME`
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether weights are named by where they are published. A path that exists is taken as such."""
-    return name.startswith(PREFIXES) and not Path(name).exists()
 
 
 def fetch_named(name: str, offline: bool) -> Downloaded:

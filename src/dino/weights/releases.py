@@ -1,6 +1,6 @@
-"""The weights that the paper's authors released: a table, and a cache of downloaded files.
+"""The weights that the paper's authors released (`dino.names.RELEASES`), in a cache of downloaded files.
 
-Figures and addresses are those of the reference's README; sizes are those of the tensors. Files come from `BASE` (or
+Files come from `BASE` (or
 $DINO_RELEASES, a mirror) into $DINO_CACHE (or ~/.cache/dino). No checksums were published, so a file's SHA-256 is recorded
 beside it after the download, and checked at every use.
 """
@@ -14,68 +14,16 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 from dino import errors
 from dino.downloads import DownloadError, is_offline
 from dino.files import cache_folder
-from dino.paper import FIGURES
+from dino.names import RELEASES, find_release
 from dino.terminal import Terminal
 
 BASE = "https://dl.fbaipublicfiles.com/dino"
 LICENSE = "Apache-2.0"
 ATTEMPTS, TIMEOUT, CHUNK = 3, 30, 1 << 20
-
-
-class Release(NamedTuple):
-    arch: str
-    megabytes: int  # of the backbone
-    files: dict[str, str]  # part -> path below BASE
-    knn: float | None = None  # ImageNet top-1 accuracies, percent
-    linear: float | None = None
-
-
-def _release(model: str, megabytes: int, stem: str, arch: str | None = None) -> Release:
-    folder = f"{stem}_pretrain"
-    files = {
-        "backbone": f"{folder}/{folder}.pth",
-        "full": f"{folder}/{folder}_full_checkpoint.pth",
-        "linear": f"{folder}/{stem}_linearweights.pth",
-    }
-    knn, linear = FIGURES["knn"][model]["knn20_top1"], FIGURES["linear"][model]["linear_top1"]
-    return Release(arch or model, megabytes, files, knn, linear)
-
-
-_S8_300, _S16_LANDMARKS = "dino_deitsmall8_300ep_pretrain", "dino_vitsmall16_googlelandmark_pretrain"
-
-RELEASES: dict[str, Release] = {
-    "dino_vits16": _release("vit_small/16", 87, "dino_deitsmall16"),
-    "dino_vits8": _release("vit_small/8", 87, "dino_deitsmall8"),
-    "dino_vitb16": _release("vit_base/16", 343, "dino_vitbase16"),
-    "dino_vitb8": _release("vit_base/8", 343, "dino_vitbase8"),
-    "dino_resnet50": _release("resnet50", 94, "dino_resnet50"),
-    "dino_xcit_small_12_p16": _release("xcit_small_12_p16_224", 104, "dino_xcit_small_12_p16", "xcit_small_12/16"),
-    "dino_xcit_small_12_p8": _release("xcit_small_12_p8_224", 103, "dino_xcit_small_12_p8", "xcit_small_12/8"),
-    "dino_xcit_medium_24_p16": _release("xcit_medium_24_p16_224", 336, "dino_xcit_medium_24_p16", "xcit_medium_24/16"),
-    "dino_xcit_medium_24_p8": _release("xcit_medium_24_p8_224", 335, "dino_xcit_medium_24_p8", "xcit_medium_24/8"),
-    # Of its evaluations and example runs: attention pictures, landmark retrieval, ResNet-50 of 100 epochs.
-    "dino_vits8_300ep": Release("vit_small/8", 87, {"backbone": f"{_S8_300}/{_S8_300}.pth"}),
-    "dino_vits16_landmarks": Release("vit_small/16", 87, {"backbone": f"{_S16_LANDMARKS}/{_S16_LANDMARKS}.pth"}),
-    "dino_resnet50_100ep": Release("resnet50", 94, {"full": "example_runs_logs/dino_rn50_checkpoint.pth"}),
-}
-
-
-def find_release(name: str) -> tuple[str, str] | None:
-    """Release and part that `name` stands for, e.g. 'dino_vits16', 'vits16', 'vits16:full', 'vits16:linear'."""
-    release, _, part = name.partition(":")
-    release = release if release.startswith("dino_") else f"dino_{release}"
-    if release not in RELEASES:
-        return None
-    files = RELEASES[release].files
-    part = part or next(iter(files))
-    if part not in files:
-        raise ValueError(f"{release} has no part '{part}'; it has {', '.join(files)}.")
-    return release, part
 
 
 def locate_cached(file: str) -> Path:

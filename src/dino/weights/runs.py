@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dino import errors, files
+from dino.names import find_release
 from dino.options import required
 from dino.terminal import say
-from dino.weights import releases
 from dino.weights.checkpoints import get_step, list_checkpoints, read_newest
 from dino.weights.formats import State
 
@@ -93,7 +93,7 @@ def split_name(name: str | os.PathLike[str]) -> tuple[str, bool]:
     is_run = path and any((Path(path).expanduser() / file).is_file() for file in ("config.toml", WEIGHTS))
     if not is_run or os.path.exists(os.path.expanduser(text)):
         return text, False
-    if word != "last" and releases.find_release(text) is None:
+    if word != "last" and find_release(text) is None:
         raise ValueError(f"a run has no '{word}' teacher; give {path} for the best, or {path}:last for the last.")
     return (path, True) if word == "last" else (text, False)
 

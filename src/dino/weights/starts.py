@@ -12,6 +12,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from dino import names
 from dino.options.commands import ModelsOptions
 from dino.weights import hub, releases
 
@@ -46,7 +47,7 @@ STARTS = (
 def models_command(options: ModelsOptions) -> None:
     """List good weights to start from, or download those of a name and print their path."""
     if name := options.name:
-        of_hub = hub.is_hub_name(name)
+        of_hub = names.is_hub_name(name)
         print(
             hub.fetch_named(name, options.offline).weights if of_hub else releases.fetch_release(name, options.offline)
         )
@@ -75,7 +76,7 @@ def _list_releases() -> list[tuple[str, ...]]:
             releases.LICENSE,
             " ".join(part + "*" * releases.locate_cached(file).is_file() for part, file in release.files.items()),
         )
-        for name, release in releases.RELEASES.items()
+        for name, release in names.RELEASES.items()
     ]
 
 
