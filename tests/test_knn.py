@@ -89,7 +89,7 @@ def test_the_largest_are_those_of_topk(n, m, k, seed):
 def test_what_there_is_to_beat_stands_beside_the_figures(saved_model, tmp_path, capsys):
     photos = draw_images(tmp_path / "photos", 40)
     result = dino.evaluate("knn", saved_model, data=str(photos), k=(5, 10))
-    floors = result.details["floors"]
+    floors = result.floors["knn10_top1"]
     assert [*floors] == ["the largest class", "10-NN of raw 32x32 pixels", "10-NN of color histograms"]
     assert result.notes[0].startswith("To beat, on 4 test images and 36 of the bank: the largest class")
     assert len(result.notes) == 1
@@ -97,6 +97,6 @@ def test_what_there_is_to_beat_stands_beside_the_figures(saved_model, tmp_path, 
     assert cli.main(["eval", "knn", str(saved_model), *flags]) == 0
     said = capsys.readouterr().out
     assert "Warning: 40 of 40 test images are among the training images too" in said
-    assert json.loads((tmp_path / "knn.json").read_text())["floors"]["5-NN of raw 32x32 pixels"] == pytest.approx(
-        float(said.split("raw 32x32 pixels ")[1].split(" %")[0]), abs=0.05
-    )
+    assert json.loads((tmp_path / "knn.json").read_text())["floors"]["knn5_top1"][
+        "5-NN of raw 32x32 pixels"
+    ] == pytest.approx(float(said.split("raw 32x32 pixels ")[1].split(" %")[0]), abs=0.05)

@@ -55,13 +55,43 @@ def test_gradient_vanishes_at_the_solution_and_parts_change_nothing(c, monkeypat
     loss = torch.nn.functional.cross_entropy(x @ w, y) + w.square().sum() / (2 * c * len(x))
     (expected,) = torch.autograd.grad(loss, w)
     assert expected.abs().max() < 1e-6
-    value, gradient = lowshot.objective(w.detach(), x, y, c)
+    penalty = 1 / (c * len(x))
+    value, gradient = lowshot.objective(w.detach(), x, y, penalty)
     torch.testing.assert_close(value, loss.detach())
     torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
     monkeypatch.setattr(neighbors, "MOST_NUMBERS", 2 * 4 * 7)
-    parts = lowshot.objective(w.detach(), x, y, c)
+    parts = lowshot.objective(w.detach(), x, y, penalty)
     torch.testing.assert_close(parts[0], value)
     torch.testing.assert_close(parts[1], gradient, atol=1e-12, rtol=0)
+
+
+def test_fewer_images_than_numbers_and_a_start_from_another_c(monkeypatch):
+    """The gradient vanishes there too; a start near the solution takes fewer steps, and threads are given back."""
+    x, y = problem(12, 40)
+    steps, objective = [], lowshot.objective
+
+    def counting(*arguments):
+        assert torch.get_num_threads() == 1
+        steps.append(1)
+        return objective(*arguments)
+
+    monkeypatch.setattr(lowshot, "objective", counting)
+    torch.set_num_threads(2)
+    try:
+        found = [lowshot.fit_logistic(x, y, 4, 1e4)]
+        taken = len(steps)
+        found.append(lowshot.fit_logistic(x, y, 4, 1e4, start=lowshot.fit_logistic(x, y, 4, 9e3)))
+        assert torch.get_num_threads() == 2
+        steps.clear()
+        lowshot.fit_logistic(x, y, 4, 1e4, start=found[0])
+        assert len(steps) < taken / 4
+    finally:
+        torch.set_num_threads(1)
+    for w in found:
+        loss, gradient = objective(w, x, y, 1 / (1e4 * len(x)))
+        assert gradient.abs().max() < 1e-6
+        assert loss == pytest.approx(plain(w.numpy().ravel(), x.numpy(), y.numpy(), 1e4) / len(x))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-3 * found[0].abs().max().item())
 
 
 def test_one_image_a_class_in_closed_form():
@@ -161,9 +191,16 @@ def test_a_list_in_place_of_drawn_shares(trained, tmp_path, capsys):
     assert "none.txt" in capsys.readouterr().err
 
 
-def test_fewer_images_than_neighbors(trained, capsys):
+def test_without_options_shares_and_neighbors_fit_the_folder(trained, capsys):
+    """54 images of 3 classes: 1 % is no image of a class, and 10 % are fewer images than neighbors."""
     run, photos = trained
-    assert command(run, "--data", photos) == 2
+    assert command(run, "--data", photos) == 0
+    result = json.loads((run / "eval" / "lowshot.json").read_text())
+    assert result["images"] == {"training images (10%)": 6, "training images (100%)": 54, "test images": 6}
+    assert "6-NN of raw 32x32 pixels" in result["floors"]["logistic_10%_top1"]
+    assert "20-NN of raw 32x32 pixels" in result["floors"]["knn_100%_top1"]
+    assert "To beat with 10%, on 6 test images and 6 of the bank" in capsys.readouterr().out
+    assert command(run, "--data", photos, "--k", 20, "--percent", 1) == 2
     assert "k is 20, but 1% of the training images are 3; lower --k or take more" in capsys.readouterr().err
 
 

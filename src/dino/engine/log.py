@@ -14,6 +14,8 @@ from dino.data.decode import BadImage
 from dino.data.sources import Source
 from dino.engine.trackers import Guarded
 
+EVALUATIONS = "evaluations.jsonl"  # in a run directory
+_TABLES = ("options", "figures", "floors", "images")  # of its lines
 A_FEW = 5  # unreadable images that any folder may have
 
 
@@ -54,6 +56,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def read_quarantine(path: Path) -> list[dict[str, str]]:
     """The `image` and the `reason` of each line; [] if there is no such file."""
     return _read_lines(path, {"image", "reason"}, lambda value: isinstance(value, str))
+
+
+def record_evaluation(run: Path, line: dict[str, Any]) -> None:
+    """Add what `dino eval` found of a run to its `evaluations.jsonl`; raises OSError where that cannot be written."""
+    with open(run / EVALUATIONS, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """The lines of `record_evaluation`, the oldest first; [] if there is no such file."""
+    names = {"date", "step", "teacher", "options", "evaluation", "figures", "floors", "images"}
+    lines = _read_lines(path, names, lambda value: isinstance(value, str | int | dict | None))
+    return [line for line in lines if all(isinstance(line[name], dict) for name in _TABLES) and _are_numbers(line)]
+
+
+def _are_numbers(line: dict[str, Any]) -> bool:
+    """Whether all figures and floors are numbers."""
+    floors = line["floors"].values()
+    tables = [line["figures"], line["images"], *floors]
+    return all(isinstance(x, dict) and all(isinstance(n, int | float) for n in x.values()) for x in tables)
 
 
 def _read_lines(path: Path, names: set[str], accepts: Callable[[Any], bool]) -> list[dict[str, Any]]:

@@ -225,7 +225,7 @@ def make_masks_folder(options: DavisOptions) -> Path:
     """
     path = locate_result(options, "davis")
     if options.out is None and path is None:
-        raise ValueError(f"{options.model} is no run directory; give --out FOLDER for the masks.")
+        raise ValueError(f"{options.model} is no run directory that can be written; give --out FOLDER for the masks.")
     folder = path.with_suffix(".masks") if options.out is None and path else Path(str(options.out))
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,14 @@ in `dino.options.evaluate.EVALUATIONS`. What the paper reports for it stands in 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
@@ -23,6 +25,7 @@ from dino import distributed, errors, files, paper, weights
 from dino.data.decode import BadImage
 from dino.data.open import open_labeled_pair
 from dino.data.specs import find_path
+from dino.engine.log import record_evaluation
 from dino.features import cache
 from dino.models import Backbone
 from dino.options.evaluate import EVALUATIONS, EvalOptions, LabeledOptions
@@ -47,6 +50,7 @@ class Result(NamedTuple):
     counts: dict[str, int]  # part -> number of images used
     details: Mapping[str, Any] = MappingProxyType({})  # what the result file holds beside the figures
     notes: tuple[str, ...] = ()  # what to compare the figures with, or to know of them
+    floors: Mapping[str, Mapping[str, float]] = MappingProxyType({})  # figure -> the same of what needs no training
 
 
 def evaluate(name: str, model: str | os.PathLike[str] | Backbone, **options: Any) -> Result:
@@ -126,37 +130,66 @@ def _check_data(options: EvalOptions) -> None:
         if spec and (path := find_path(spec)) is not None and not path.exists():
             raise ValueError(f"{field} is {spec}, which does not exist; check the path.")
     if isinstance(options, LabeledOptions):
-        train, k = open_labeled_pair(options.data, options.val)[0], getattr(options, "k", 1)
+        train, k = open_labeled_pair(options.data, options.val)[0], getattr(options, "k", 1) or 1
         if (least := min(k) if isinstance(k, tuple) else k) > len(train):
             raise ValueError(f"k is {least}, but there are only {len(train)} labeled images; lower --k.")
 
 
 def evaluate_command(options: EvalOptions) -> None:
-    """Run an evaluation; print its figures beside the paper's and write the result file."""
+    """Run an evaluation; print its figures beside the paper's, and keep them."""
     name = next(name for name, (_, kind) in EVALUATIONS.items() if kind is type(options))
     device = distributed.start(options.device)
     try:
-        model = weights.load(options.model).to(device)
-        found = _measure(name, model, options)
-        result = {
-            "evaluation": name,
-            "figures": found.figures,
-            "protocol": found.protocol,
-            "images": found.counts,
-            **found.details,
-            "data": found.data,
-            "model": {"name": options.model, "sha256": fingerprint(model)},
-            "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in ("model", "json", "device")},
-            "version": __version__,
-            "torch": torch.__version__,
-        }
+        read = weights.read(options.model, only_backbone=True)
+        model = weights.build_backbone(read).to(device)
+        found, result = measure_for_command(name, model, options)
         if distributed.is_main():
             print(format_table(options.model, found, paper.FIGURES.get(name, {}).get(model.name, {}), model.name))
-            if path := locate_result(options, name):
-                _write(path, result)
-                print(f"Written: {path}")
+            print(*keep_result(name, options, result, read.step), sep="\n")
     finally:
         distributed.stop()
+
+
+def measure_for_command(name: str, model: Backbone, options: EvalOptions) -> tuple[Result, dict[str, Any]]:
+    """What an evaluation found, and what its result file holds."""
+    found = _measure(name, model, options)
+    return found, {
+        "evaluation": name,
+        "figures": found.figures,
+        "floors": {figure: dict(floors) for figure, floors in found.floors.items()},
+        "protocol": found.protocol,
+        "images": found.counts,
+        **found.details,
+        "data": found.data,
+        "model": {"name": options.model, "sha256": fingerprint(cast(Any, model))},
+        "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in ("model", "json", "device")},
+        "version": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def keep_result(name: str, options: EvalOptions, result: dict[str, Any], step: int | None) -> list[str]:
+    """Write the result file, and a line for the report of a run; returns what to print of it.
+
+    Args:
+        step: of the training, that the weights are of.
+    """
+    said, run = [], runs.find_run(options.model)
+    if path := locate_result(options, name):
+        write_result(path, result)
+        said.append(f"Written: {path}")
+    if run is not None:
+        defaults = {field.name: field.default for field in dataclasses.fields(options)}
+        changed = {key: value for key, value in result["options"].items() if value != defaults[key]}
+        line = {"date": datetime.now().astimezone().isoformat(timespec="minutes"), "step": step}
+        line |= {"teacher": "last" if runs.split_name(options.model)[1] else "best", "options": changed}
+        try:
+            record_evaluation(run, line | {key: result[key] for key in ("evaluation", "figures", "floors", "images")})
+            said.append(f"For its report: dino report {shlex.quote(str(run))}")
+        except OSError as error:
+            where = "" if path else "; --json FILE writes them elsewhere"
+            said.append(f"Warning: {run} does not keep these figures ({error.strerror}){where}.")
+    return said
 
 
 def format_table(name: str, found: Result, theirs: Mapping[str, float], what: str) -> str:
@@ -177,12 +210,15 @@ def format_table(name: str, found: Result, theirs: Mapping[str, float], what: st
 
 
 def locate_result(options: EvalOptions, name: str) -> Path | None:
-    """The file for the result of evaluation `name`; None: none is written."""
+    """The file for the result of evaluation `name`; None: none is written, also where the run cannot be written."""
     if options.json is not None:
         return Path(options.json).expanduser()
     if (run := runs.find_run(options.model)) is None:
         return None
-    return run / "eval" / ("last" * runs.split_name(options.model)[1]) / f"{name}.json"
+    folder = run / "eval" / ("last" * runs.split_name(options.model)[1])
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.json" if folder.is_dir() and os.access(folder, os.W_OK) else None
 
 
 def locate_work(options: EvalOptions, name: str) -> Path:
@@ -193,11 +229,13 @@ def locate_work(options: EvalOptions, name: str) -> Path:
     """
     path = locate_result(options, name)
     if path is None:
-        raise ValueError(f"{options.model} is no run directory; give --json FILE, beside which checkpoints can lie.")
+        raise ValueError(
+            f"{options.model} is no run directory that can be written; give --json FILE, beside which checkpoints can lie."
+        )
     return path.with_suffix(".training")
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
+def write_result(path: Path, result: dict[str, Any]) -> None:
     with files.naming(path, "choose another --json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as temporary:

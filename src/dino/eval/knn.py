@@ -13,7 +13,7 @@ from torch import Tensor
 from dino.data.open import open_labeled_pair
 from dino.data.sources import Source, evenly_spaced
 from dino.eval.evaluate import Result
-from dino.eval.floors import BANK, LARGEST, QUERIES, count_colors, flatten_pixels, read_views
+from dino.eval.floors import BANK, LARGEST, QUERIES, describe_plainly, read_views
 from dino.features import cache
 from dino.features.neighbors import find_neighbors, split_rows, vote
 from dino.models import Backbone
@@ -77,10 +77,8 @@ def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Resu
     )
     known, asked = ((part.values.to(device), part.labels.to(device)) for part in (bank, queries))
     figures, nearest = search_and_vote(*known, *asked, options.k, options.temp)
-    floors = find_floors(train, test, min(size, LARGEST), options)
-    notes = [
-        f"To beat, on {floors.images}: " + ", ".join(f"{name} {value:.1f} %" for name, value in floors.found.items())
-    ]
+    floors = find_floors(train, test, min(size, LARGEST), options.k, options.temp)
+    notes = [floors.describe()]
     if 20 * (twice := int((nearest > 1 - SAME).sum())) > len(nearest):
         notes.append(
             f"Warning: {twice:,} of {len(nearest):,} test images are among the training images too, so the figures say "
@@ -92,8 +90,8 @@ def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Resu
         f"k-NN of {what} features at {size} pixels, votes weighted by exp(cosine / {options.temp:g})",
         {"bank": train.fingerprint, "queries": test.fingerprint},
         {"images in the bank": len(bank.values), "classified": len(queries.values)},
-        {"floors": floors.found},
-        tuple(notes),
+        notes=tuple(notes),
+        floors={figure: floors.found for figure in figures if figure.endswith("top1")},
     )
 
 
@@ -101,32 +99,35 @@ class Floors(NamedTuple):
     found: dict[str, float]  # accuracies by their names, percent
     images: str  # in words
 
+    def describe(self, of: str = "") -> str:
+        """A line below the figures. `of`: which of them, where others have other floors."""
+        return f"To beat{of}, on {self.images}: " + ", ".join(f"{name} {x:.1f} %" for name, x in self.found.items())
 
-_found: dict[
-    tuple[object, ...], Floors
-] = {}  # of what this process has evaluated, which a training does again and again
+
+_found: dict[tuple[object, ...], Floors] = {}  # of what this process has evaluated: a training does it again and again
 
 
-def find_floors(train: Source, test: Source, edge: int, options: KnnOptions) -> Floors:
-    """The same votes on raw pixels of `edge` pixels and on color histograms, and the share of the largest class."""
-    key = (train.fingerprint, test.fingerprint, edge, options.k, options.temp)
+def find_floors(train: Source, test: Source, edge: int, ks: Sequence[int] = (20, 10, 1), temp: float = 0.07) -> Floors:
+    """Votes as in `classify` on raw pixels of `edge` pixels and on color histograms, by the one of `ks` next to 20, and the
+    share of the largest class.
+    """
+    k = min((k for k in ks if k <= min(len(train), BANK)), key=lambda k: abs(k - 20), default=0)
+    key = (train.fingerprint, test.fingerprint, edge, k, temp)
     if key not in _found:
-        _found[key] = measure_floors(train, test, edge, options)
+        _found[key] = measure_floors(train, test, edge, k, temp)
     return _found[key]
 
 
-def measure_floors(train: Source, test: Source, edge: int, options: KnnOptions) -> Floors:
+def measure_floors(train: Source, test: Source, edge: int, k: int, temp: float) -> Floors:
     views, labels = [], []
     for source, most in ((train, BANK), (test, QUERIES)):
         known = np.flatnonzero(required(source.labels) >= 0)
-        views.append(read_views(source, known[list(evenly_spaced(len(known), most))], edge))
+        views.append(read_views(source, known[list(evenly_spaced(len(known), most))], edge, "floors"))
         labels.append(torch.from_numpy(required(source.labels)[views[-1].indices]))
     floors = {"the largest class": 100 * float(labels[1].bincount().max()) / len(labels[1])}
-    if usable := [k for k in options.k if k <= len(labels[0])]:
-        k = min(usable, key=lambda k: abs(k - 20))
-        for name, describe in ((f"raw {edge}x{edge} pixels", flatten_pixels), ("color histograms", count_colors)):
+    if 0 < k <= len(labels[0]):
+        for name, describe in describe_plainly(edge).items():
             bank, queries = (describe(part).values for part in views)
-            floors[f"{k}-NN of {name}"] = classify(bank, labels[0], queries, labels[1], (k,), options.temp)[
-                f"knn{k}_top1"
-            ]
+            accuracy = classify(bank, labels[0], queries, labels[1], (k,), temp)[f"knn{k}_top1"]
+            floors[f"{k}-NN of {name}"] = accuracy
     return Floors(floors, f"{len(labels[1]):,} test images and {len(labels[0]):,} of the bank")

@@ -16,7 +16,9 @@ from dino import distributed, schedules
 from dino.data.normalize import normalize
 from dino.data.open import open_labeled_pair
 from dino.data.sources import Source, Subset
+from dino.eval import knn
 from dino.eval.evaluate import Result, locate_work
+from dino.eval.floors import LARGEST
 from dino.eval.supervised import (
     LabeledBatch,
     LabeledBatches,
@@ -77,12 +79,11 @@ def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Sourc
         {"pooling": name, "lr": lr, "weight_decay": decay, "held_out_top1": score}
         for (name, lr, decay), score in zip(points, scores, strict=True)
     ]
-    if distributed.is_main():
-        print(format_grid(grid, rates))
     name, lr, decay = points[best := int(np.argmax(scores))]
     final = train_on(everything, {name: columns[name]}, [lr], [decay], "the chosen one")
     figures = compute_accuracies(final.scores(name, asked.values.to(device))[:, 0].cpu(), asked.labels)
     save_weights(options, "linear", final.head(name, 0), train.classes, pooling=name)
+    floors = knn.find_floors(train, test, min(size, LARGEST))
     return Result(
         {f"linear_{key}": value for key, value in figures.items()},
         f"linear classifiers on features of the evaluation view at {size} pixels, {options.epochs} epochs; of {len(grid)}, "
@@ -91,6 +92,8 @@ def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Sourc
         {"training": train.fingerprint, "test": test.fingerprint},
         {"training images": len(bank.labels), "test images": len(asked.labels)},
         {"grid": grid},
+        (format_grid(grid, rates), floors.describe()),
+        {"linear_top1": floors.found},
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,10 @@ from torch import Tensor
 from dino import distributed
 from dino.data.labels import read_text
 from dino.data.open import open_labeled_pair
-from dino.data.sources import Source
+from dino.data.sources import Source, Subset
 from dino.eval import knn
 from dino.eval.evaluate import Result
+from dino.eval.floors import LARGEST
 from dino.eval.supervised import compute_accuracies, draw_per_class
 from dino.features import cache
 from dino.features.neighbors import split_rows
@@ -22,12 +26,15 @@ from dino.models import Backbone
 from dino.options import required
 from dino.options.evaluate import LowshotOptions
 from dino.randomness import Stream, draw_words
+from dino.terminal import track
 
+SHARES, K = (1.0, 10.0, 100.0), 20  # percent of each class; neighbors at most
 CS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 MAX_STEPS = 2000
+SMALL = 2**27  # products of a step, a hundredth of a second on one core
 
 
-def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -> Tensor:
+def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float, start: Tensor | None = None) -> Tensor:
     """Weights [d, classes] that minimize sum of cross-entropies + |W|^2 / 2C, without intercept, in float64.
 
     L-BFGS minimizes over V, where W = S V and S makes the Hessian at W = 0 the identity. Without S, thousands of steps
@@ -35,12 +42,19 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -
 
     Args:
         features: [n, d]; labels: [n].
+        start: weights to begin with, as those of another C, which save steps. None: zeros.
     """
     x = features.double()
+    if (
+        len(x) < x.shape[1]
+    ):  # the weights lie in the space of the images: with an orthonormal basis of it, all is smaller
+        basis, coordinates = torch.linalg.qr(x.T)
+        return basis @ fit_logistic(coordinates.T, labels, num_classes, c, None if start is None else basis.T @ start)
     hessian = x.T @ x / (len(x) * num_classes) + torch.eye(x.shape[1], dtype=x.dtype, device=x.device) / (c * len(x))
     values, vectors = torch.linalg.eigh(hessian)
-    s = vectors * values.rsqrt() @ vectors.T
-    v = x.new_zeros(x.shape[1], num_classes).requires_grad_(True)
+    s, penalties = vectors * values.rsqrt(), 1 / (values[:, None] * c * len(x))
+    first = x.new_zeros(x.shape[1], num_classes) if start is None else values.sqrt()[:, None] * (vectors.T @ start)
+    v, x = first.requires_grad_(True), x @ s
     solver = torch.optim.LBFGS(
         [v],
         max_iter=MAX_STEPS,
@@ -53,18 +67,32 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float) -
 
     @torch.no_grad()
     def closure() -> Tensor:
-        value, gradient = objective(s @ v, x, labels, c)
-        v.grad = s @ gradient
+        value, v.grad = objective(v, x, labels, penalties)
         return value
 
-    solver.step(closure)  # pyright: ignore[reportArgumentType] - a Tensor of one number does for a float
+    with few_threads(x.numel() * num_classes):
+        solver.step(closure)  # pyright: ignore[reportArgumentType] - a Tensor of one number does for a float
     return (s @ v).detach()
 
 
-def objective(weights: Tensor, x: Tensor, labels: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """The penalized loss divided by the number of images n, and its gradient. Computed in parts that fit in memory."""
-    n = len(x)
-    value, gradient = weights.square().sum() / (2 * c * n), weights / (c * n)
+@contextlib.contextmanager
+def few_threads(products: int) -> Iterator[None]:
+    """One thread on a CPU where a step has few products: others would mostly wait for each other, above all on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if products < SMALL else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def objective(weights: Tensor, x: Tensor, labels: Tensor, penalties: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(Sum of cross-entropies) / n + sum of `penalties` * weights^2 / 2 of n images, and its gradient.
+
+    It is computed in parts that fit in memory. `penalties` are [d, 1], or one number for all weights.
+    """
+    n, gradient = len(x), penalties * weights
+    value = (gradient * weights).sum() / 2
     for rows in split_rows(n, 2 * weights.shape[1]):  # a float64 takes the memory of two numbers
         part = x[rows]
         log_p = (part @ weights).log_softmax(dim=1)
@@ -79,14 +107,13 @@ def objective(weights: Tensor, x: Tensor, labels: Tensor, c: float) -> tuple[Ten
 def choose_c(x: Tensor, labels: Tensor, num_classes: int, folds: int, seed: int) -> float:
     """The C of best accuracy in cross-validation; the smallest of equally good ones."""
     fold = deal_folds(labels.cpu().numpy(), folds, seed)
-    hits = dict.fromkeys(CS, 0)
-    for part in range(folds):
+    hits, weights = dict.fromkeys(CS, 0), None
+    for part, c in track(itertools.product(range(folds), CS), folds * len(CS), "cross-validation"):
         out = torch.from_numpy(fold == part).to(x.device)
         if not out.any() or out.all():
             continue
-        for c in CS:
-            weights = fit_logistic(x[~out], labels[~out], num_classes, c)
-            hits[c] += int(((x[out].double() @ weights).argmax(dim=1) == labels[out]).sum())
+        weights = fit_logistic(x[~out], labels[~out], num_classes, c, weights if c > CS[0] else None)
+        hits[c] += int(((x[out].double() @ weights).argmax(dim=1) == labels[out]).sum())
     return max(CS, key=lambda c: hits[c])
 
 
@@ -128,7 +155,7 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
     train, test = open_labeled_pair(options.data, options.val)
     subsets = choose_subsets(train, options)
     name, fewest = min(subsets.items(), key=lambda subset: len(subset[1]))
-    if len(fewest) < options.k:
+    if len(fewest) < (options.k or 1):
         raise ValueError(
             f"k is {options.k}, but {name} of the training images are {len(fewest)}; lower --k or take more."
         )
@@ -138,26 +165,30 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
     )
     x, asked = (F.normalize(part.values, dim=1).to(device) for part in (bank, queries))
     labels, wanted = bank.labels.to(device), queries.labels.to(device)
-    figures, counts, chosen = {}, {}, {}
+    figures, counts, chosen, floors = {}, {}, {}, {}
     for name, positions in subsets.items():
         rows = torch.from_numpy(np.flatnonzero(np.isin(bank.indices, positions))).to(device)
         few, few_labels = x[rows], labels[rows]
-        votes = knn.classify(few, few_labels, asked, wanted, (options.k,))
-        figures[f"knn_{name}_top1"] = votes[f"knn{options.k}_top1"]
+        k = options.k or min(K, len(rows))
+        figures[f"knn_{name}_top1"] = knn.classify(few, few_labels, asked, wanted, (k,))[f"knn{k}_top1"]
         # All ranks compute the same from here on; they share only the features.
         c = options.c or choose_c(few, few_labels, num_classes, options.folds, options.seed)
         weights = fit_logistic(few, few_labels, num_classes, c)
         figures[f"logistic_{name}_top1"] = compute_accuracies(asked.double() @ weights, wanted)["top1"]
         counts[f"training images ({name})"], chosen[name] = len(rows), c
+        known = train if len(positions) == len(train) else Subset(train, positions)
+        floors[name] = knn.find_floors(known, test, min(size, LARGEST), (k,))
     distributed.barrier()
     how = "given" if options.c else f"chosen by {options.folds}-fold cross-validation"
     return Result(
         figures,
-        f"[CLS] features at {size} pixels, L2-normalized: {options.k}-NN, and multinomial logistic regression without "
+        f"[CLS] features at {size} pixels, L2-normalized: {options.k or K}-NN, and multinomial logistic regression without "
         f"intercept, C {how} ({', '.join(f'{name}: {c:g}' for name, c in chosen.items())})",
         {"training": train.fingerprint, "test": test.fingerprint},
         counts | {"test images": len(wanted)},
         {"c": chosen},
+        tuple(found.describe(f" with {name}") for name, found in floors.items()),
+        {f"{what}_{name}_top1": found.found for name, found in floors.items() for what in ("knn", "logistic")},
     )
 
 
@@ -170,4 +201,8 @@ def choose_subsets(train: Source, options: LowshotOptions) -> dict[str, np.ndarr
             named = {Path(file).stem: positions for file, positions in zip(options.list, found, strict=True)}
         return named
     labels = required(train.labels)
-    return {f"{percent:g}%": draw_per_class(labels, percent / 100, options.seed) for percent in options.percent}
+    shares = options.percent
+    if shares is None:
+        mean = len(labels) / len(train.classes)
+        shares = [share for share in SHARES if share * mean >= 100][:2] or SHARES[-1:]
+    return {f"{percent:g}%": draw_per_class(labels, percent / 100, options.seed) for percent in shares}

@@ -79,18 +79,22 @@ class RankingOptions(EvalOptions):
 
 
 class RetrievalOptions(RankingOptions):
-    """Measure how well the model finds the photographs of a landmark, as on Oxford and Paris.
+    """Measure how well images of the same thing are found: class folders, or landmarks as of Oxford and Paris.
 
-    dino eval retrieval runs/a --data rcaltech/
-    dino eval retrieval runs/a --data rcaltech/ --size 64 --scales 1
+    dino eval retrieval runs/a --data labeled/
+    dino eval retrieval runs/a --data roxford5k/
     """
 
     data: Folder
-    """Folder DATA with one ground truth, DATA/gnd_roxford5k.pkl, DATA/gnd_rparis6k.pkl or any gnd_NAME.pkl of that
-    form, and its images DATA/jpg/NAME.jpg; or such a .pkl file with jpg/ beside it."""
+    """Class folders, as for `dino eval knn`: an image is to be found by all others of its class, or one of test/ by those of
+    train/. Or a folder DATA with one ground truth, DATA/gnd_roxford5k.pkl, DATA/gnd_rparis6k.pkl or any gnd_NAME.pkl or
+    gnd_NAME.json of that form, and its images DATA/jpg/NAME.jpg; or such a file with jpg/ beside it."""
+    val: Folder | None = None
+    """Class folders of queries, when they lie elsewhere."""
     scales: Literal[1, 3] | None = None
     """1, or 3 for the mean of the features at 1, 1/sqrt(2) and 1/2 of --size (that of the longer side). None: as
-    published, 1 for Oxford (at 224 pixels), and 3 for Paris (at 512 pixels) and all others."""
+    published, 1 for Oxford (at 224 pixels), and 3 for Paris (at 512 pixels) and other ground truth; for class folders
+    the evaluation view."""
 
 
 class CopydetectOptions(RankingOptions):
@@ -227,21 +231,22 @@ class LowshotOptions(LabeledOptions, common=("data", "val", "percent", "list")):
     dino eval lowshot runs/a --data labeled/ --percent 10 50 --seed 1
     """
 
-    percent: tuple[Percent, ...] = (1.0, 10.0)
-    """Shares of each class of the training images, drawn from the seed, at least one image of each; 100: all."""
+    percent: tuple[Percent, ...] | None = None
+    """Shares of each class of the training images, drawn from the seed, at least one image of each; 100: all. None: the
+    first two of 1, 10 and 100 that are an image or more of a class of mean size."""
     list: tuple[File, ...] = ()
     """Files with a name of an image per line, e.g. ImageNet's published 1 % and 10 % lists, in place of drawn shares."""
     c: PositiveFloat | None = None
     """Inverse strength of the L2 penalty, sum of losses + |W|^2 / 2C. None: chosen by cross-validation."""
     folds: Annotated[int, at_least(2, "it must be at least 2"), between(2, 1000)] = 5
     """Parts of the cross-validation."""
-    k: PositiveInt = 20
-    """Neighbors of the k-NN beside it."""
+    k: PositiveInt | None = None
+    """Neighbors of the k-NN beside it. None: 20, or all images of a share that has fewer."""
     seed: Seed = 0
     """Seed of the drawn shares."""
 
     def contradictions(self) -> Iterator[str]:
-        if not self.list and not self.percent:
+        if not self.list and self.percent == ():
             yield "percent is empty; give shares above 0 and up to 100."
 
 
@@ -317,7 +322,7 @@ EVALUATIONS: dict[str, tuple[str, type[EvalOptions]]] = {
     "linear": ("linear classification of frozen features", LinearOptions),
     "lowshot": ("a few labels: logistic regression, k-NN", LowshotOptions),
     "finetune": ("train it on labels, end to end", FinetuneOptions),
-    "retrieval": ("landmark retrieval, Oxford and Paris", RetrievalOptions),
+    "retrieval": ("images of a class or a landmark, found by others", RetrievalOptions),
     "copydetect": ("find the originals of copies", CopydetectOptions),
     "masks": ("overlap of attention with objects", MasksOptions),
     "segment": ("classes of pixels: k-NN and linear on patches", SegmentOptions),
