@@ -119,6 +119,63 @@ def test_boxes_are_cut_before_shrinking_and_by_the_whole_images_scale(tmp_path):
     assert len({whole.fingerprint, cut.fingerprint, retrieval.Cropped(whole, [(0, 0, 9, 9)], 400).fingerprint}) == 3
 
 
+def test_ground_truth_as_json_is_that_of_the_pickle(saved_model, tmp_path):
+    data = lay_out_landmarks(tmp_path / "data")
+    expected = dino.evaluate("retrieval", saved_model, data=str(data))
+    pickled = data / "gnd_tiny.pkl"
+    (data / "gnd_tiny.json").write_text(json.dumps(pickle.loads(pickled.read_bytes())))
+    pickled.unlink()
+    assert dino.evaluate("retrieval", saved_model, data=str(data)) == expected
+    (data / "gnd_tiny.json").write_text('{"imlist": [')
+    with pytest.raises(ValueError, match=r"gnd_tiny\.json is no ground truth"):
+        dino.evaluate("retrieval", saved_model, data=str(data / "gnd_tiny.json"))
+
+
+def test_rankings_of_classes_by_hand():
+    """Points of a circle by their angles, so that neighbors are those next to each other."""
+
+    def place(angles: list[int], labels: list[int]) -> retrieval.Labeled:
+        radians = torch.tensor(angles, dtype=torch.float32).deg2rad()
+        return retrieval.Labeled(torch.stack([radians.cos(), radians.sin()], dim=1), np.array(labels))
+
+    bank = place([0, 10, 21, 33, 90], [0, 0, 1, 0, 1])
+    queries = place([9, 91, 40], [0, 1, 2])  # nobody is of class 2
+    # Query 0 ranks them as 1, 0, 2, 3, 4 and finds ranks 0, 1 and 3; query 1 ranks them as 4, 3, 2, 1, 0 and finds 0 and 2.
+    found = retrieval.score_classes(bank, queries, None)
+    maps = [(1 + 1 + (2 / 3 + 3 / 4) / 2) / 3, (1 + (1 / 2 + 2 / 3) / 2) / 2]
+    assert found["map"] == pytest.approx(100 * np.mean(maps))
+    assert (found["mp1"], found["mp5"]) == (100, pytest.approx(100 * np.mean([3 / 4, 2 / 3])))
+    # Each is a query for the others: itself neither counts as found nor takes a rank.
+    alone = retrieval.score_classes(bank, bank, np.arange(5))
+    assert alone["mp1"] == pytest.approx(100 * np.mean([1, 1, 0, 0, 0]))
+    assert retrieval.score_classes(bank, place([0], [2]), None) == {}
+
+
+def test_class_folders_without_options(saved_model, tmp_path, capsys):
+    """Each image is a query; with test images they are. What cannot be read is left out; ranks agree."""
+    folder = draw_images(tmp_path / "photos", 30)
+    whole = ranks_agree("eval", "retrieval", saved_model, "--data", folder)
+    assert whole["images"] == {"images in the database": 30, "queries": 30}
+    assert whole["figures"].keys() == {f"retrieval_{name}" for name in ("map", "mp1", "mp5", "mp10")}
+    floors = whole["floors"]["retrieval_mp5"]
+    assert floors["chance"] == pytest.approx(100 * 9 / 29)
+    assert floors.keys() == {"chance", "raw 32x32 pixels", "color histograms"}
+    assert whole["floors"]["retrieval_map"]["raw 32x32 pixels"] > 60  # the classes are colors of a square
+    draw_images(tmp_path / "split/train", 30)
+    draw_images(tmp_path / "split/test", 9, seed=1)
+    (tmp_path / "split/test/class0/000.jpg").write_bytes(b"no image")
+    assert main(["eval", "retrieval", str(saved_model), "--data", str(tmp_path / "split"), "--scales", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "1 queries images could not be read" in said
+    assert "30 images in the database, 8 queries" in said
+    assert "mAP to beat, on 8 queries and 30 of the database: chance 33.3 %" in said
+    for path in folder.rglob("*.jpg"):
+        if path.name != "000.jpg" and path.name != "001.jpg":
+            path.unlink()
+    with pytest.raises(ValueError, match=r"no query of .* has another image of its class"):
+        dino.evaluate("retrieval", saved_model, data=str(folder))
+
+
 class Trap:
     def __reduce__(self):
         return os.mkdir, ("trapped",)
@@ -159,8 +216,8 @@ def test_other_bad_input_is_refused(saved_model, tmp_path, capsys):
         assert main(["eval", "retrieval", str(saved_model), "--data", *map(str, arguments)]) == 2
         return capsys.readouterr().err
 
-    assert "holds none; expected are DATA/gnd_roxford5k.pkl" in said(tmp_path)
-    assert "neither a folder nor a .pkl file" in said(tmp_path / "absent")
+    assert "It holds no ground truth either: expected are DATA/gnd_roxford5k.pkl" in said(tmp_path)
+    assert "gnd_absent.pkl does not exist; expected are" in said(tmp_path / "gnd_absent.pkl")
     data = lay_out_landmarks(tmp_path / "data")
     (tmp_path / "empty").mkdir()
     assert "holds no files" in said(data, "--whiten", tmp_path / "empty")
@@ -171,4 +228,4 @@ def test_other_bad_input_is_refused(saved_model, tmp_path, capsys):
     (data / "gnd_tiny.pkl").write_bytes(b"no pickle")
     assert "is no ground truth" in said(data)
     (data / "gnd_other.pkl").write_bytes(b"")
-    assert "several: give one of them" in said(data)
+    assert "several ground truths: give one of them" in said(data)

@@ -182,11 +182,11 @@ def open_labeled_test(data: AnyPath) -> Source:
     return _get_test(*_open_labeled_parts(val or train))
 
 
-def open_labeled_pair(data: AnyPath, val: AnyPath | None) -> tuple[Source, Source]:
-    """Labeled training and test images that agree on their classes.
+def open_labeled(data: AnyPath, val: AnyPath | None) -> tuple[Source, Source | None]:
+    """Labeled images, and those for testing if there are such, `val` or a part of `data`; they agree on their classes.
 
     Raises:
-        ValueError: there are no class folders, too few images, or the classes differ.
+        ValueError: there are no class folders, or the classes differ.
     """
     train, val = split_folders(data, val)
     source, test = _open_labeled_parts(train)
@@ -195,8 +195,16 @@ def open_labeled_pair(data: AnyPath, val: AnyPath | None) -> tuple[Source, Sourc
             f"--data {data} has one class only, '{''.join(source.classes)}'; give a folder of two classes or more, or one "
             "with such folders train/ and val/."
         )
-    if val is not None:
-        return _require_same_classes(source, _get_test(*_open_labeled_parts(val)))
+    return (source, test) if val is None else _require_same_classes(source, _get_test(*_open_labeled_parts(val)))
+
+
+def open_labeled_pair(data: AnyPath, val: AnyPath | None) -> tuple[Source, Source]:
+    """Labeled training and test images that agree on their classes; without test images, a tenth is set aside.
+
+    Raises:
+        ValueError: there are no class folders, too few images, or the classes differ.
+    """
+    source, test = open_labeled(data, val)
     if test is None:
         source, test = hold_out(source, 0.1, MOST_HELD_OUT, 0)
     if test is None:

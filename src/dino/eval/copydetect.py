@@ -112,7 +112,7 @@ def evaluate(model: Backbone, options: CopydetectOptions, device: torch.device) 
     sources = {"originals": originals, "copies": copies}
     if options.distractors is not None:
         sources["distractors"] = open_source(options.distractors, "none")
-    features, whitened, data = extract_comparable(model, options, device, size, "cls+gem", "stretched", sources)
+    features, _, whitened, data = extract_comparable(model, options, device, size, "cls+gem", "stretched", sources)
     database = torch.cat([features[part] for part in ("originals", "distractors") if part in features])
     found = rank_originals(features["copies"], database, torch.tensor(owners, device=device))
     top = TOP if options.protocol == "original" else None

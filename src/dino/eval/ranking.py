@@ -14,9 +14,11 @@ from dino.data.evaluation_views import Resize
 from dino.data.image_files import open_source
 from dino.data.sources import Source
 from dino.features import cache
-from dino.features.extract import Pooling
+from dino.features.extract import Pooling, report_unreadable
 from dino.models import Backbone
 from dino.options.evaluate import RankingOptions
+
+Indices = Sequence[int] | np.ndarray
 
 
 def average_precision(positions: np.ndarray, total: int) -> float:
@@ -32,19 +34,19 @@ def average_precision(positions: np.ndarray, total: int) -> float:
     return float((before + after).sum() / 2 / total)
 
 
-def mean_precisions(
-    rankings: np.ndarray, relevant: Sequence[Sequence[int]], junk: Sequence[Sequence[int]], ks: Sequence[int]
-) -> dict[str, float]:
-    """Means over queries, in percent: {"map": ..., "mp1": ..., ...}; {} if no query has a relevant image.
+def find_precisions(
+    rankings: np.ndarray, relevant: Sequence[Indices], junk: Sequence[Indices], ks: Sequence[int]
+) -> np.ndarray:
+    """Average precision, and precision at each of `ks`, from 0 to 1, of each query that has a relevant image [q', 1 + ks].
 
     Precision at k counts only the ranks down to the last relevant image if that is above k, as the benchmark does.
 
     Args:
         rankings: database indices for each query, the best first [q, m].
         relevant, junk: database indices to find and to ignore for each query. A query with nothing to find is left out.
-        ks: depths of the mean precisions.
+        ks: depths of the precisions.
     """
-    rows = []
+    rows = [np.empty((0, 1 + len(ks)))]
     for ranking, wanted, ignored in zip(rankings, relevant, junk, strict=True):
         if not len(wanted):
             continue
@@ -52,10 +54,14 @@ def mean_precisions(
         positions -= np.searchsorted(np.flatnonzero(np.isin(ranking, ignored)), positions)
         depths = [min(k, positions[-1] + 1) for k in ks]
         at = [(positions < depth).sum() / depth for depth in depths]
-        rows.append([average_precision(positions, len(wanted)), *at])
-    if not rows:
-        return {}
-    return dict(zip(["map", *(f"mp{k}" for k in ks)], (100 * np.mean(rows, axis=0)).tolist(), strict=True))
+        rows.append(np.array([[average_precision(positions, len(wanted)), *at]]))
+    return np.concatenate(rows)
+
+
+def average_queries(rows: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
+    """Means of what `find_precisions` found, percent: {"map": ..., "mp1": ..., ...}; {} if no query had anything to find."""
+    names = ["map", *(f"mp{k}" for k in ks)]
+    return dict(zip(names, (100 * rows.mean(axis=0)).tolist(), strict=True)) if len(rows) else {}
 
 
 class Whitening(NamedTuple):
@@ -82,6 +88,15 @@ def learn_whitening(features: Tensor, centered: bool) -> Whitening:
     return Whitening(mean, directions / variances.clamp(min=1e-5 * variances[0]).sqrt())
 
 
+class Comparable(NamedTuple):
+    """What `extract_comparable` found."""
+
+    features: dict[str, Tensor]  # of each source, of length 1, on the device
+    indices: dict[str, np.ndarray]  # positions in the source
+    whitened: str  # words for the protocol
+    data: dict[str, str]  # fingerprints of the sources
+
+
 def extract_comparable(
     model: Backbone,
     options: RankingOptions,
@@ -90,26 +105,28 @@ def extract_comparable(
     pooling: Pooling,
     resize: Resize,
     sources: dict[str, Source],
-) -> tuple[dict[str, Tensor], str, dict[str, str]]:
-    """Features of length 1 of each source, on the device, whitened if the options say so.
+    every: bool = True,
+) -> Comparable:
+    """Features of length 1 of each source, whitened if the options say so.
 
-    Returns:
-        Features of each source, words about the whitening for the protocol, and the sources' fingerprints.
+    Args:
+        every: refuse images that cannot be read. False: leave them out, and say so.
 
     Raises:
         ValueError: an image cannot be read, or there are too few to learn a whitening from.
     """
     if options.whiten is not None:
         sources = sources | {"whitening": open_source(options.whiten, "none")}
-    words, features = "", {}
+    words, features, indices = "", {}, {}
     for part, source in sources.items():
         found = cache.load_or_extract(model, source, size, pooling, part, resize)
-        if found.bad:  # the figures would mean something else without it
+        if found.bad and (every or not len(found.values)):  # the figures would mean something else without it
             raise ValueError(
                 f"{len(found.bad)} of the {len(source)} images ({part}) cannot be read, first {found.bad[0][0]} "
                 f"({found.bad[0][1]}); replace or remove them, every image counts."
             )
-        features[part] = found.values
+        report_unreadable(found.bad, part)
+        features[part], indices[part] = found.values, found.indices
     if options.whiten is not None:
         learned = features.pop("whitening")
         if len(learned) < 2:
@@ -120,4 +137,4 @@ def extract_comparable(
         features = {part: whitening(values) for part, values in features.items()}
         words = f", whitened by a PCA of {len(learned):,} other images"
     unit = {part: F.normalize(values, dim=1).to(device) for part, values in features.items()}
-    return unit, words, {part: source.fingerprint for part, source in sources.items()}
+    return Comparable(unit, indices, words, {part: source.fingerprint for part, source in sources.items()})
