@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from dino import errors, names
 from dino.options import commands, completion, flatten, help, toml, trainings
-from dino.options.evaluate import EVALUATIONS
+from dino.options.evaluate import EVALUATIONS, AllOptions
 from dino.options.flags import parse_flags
 from dino.options.recipes import RECIPES, choose_base, find_recipe, free_length
 from dino.options.rules import Options
@@ -40,6 +40,9 @@ COMMANDS: dict[str, Command] = {
         f"eval {name}": Command(what, kind, "dino.eval.evaluate:evaluate_command")
         for name, (what, kind) in EVALUATIONS.items()
     },
+    "eval all": Command(
+        "every evaluation that your data allow, one table", AllOptions, "dino.eval.everything:evaluate_all"
+    ),
     "ablate": Command(
         "train the rows of one of the paper's tables", trainings.AblateOptions, "dino.ablate:ablate_command"
     ),

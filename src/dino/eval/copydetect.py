@@ -8,17 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dino.data.image_files import open_source
 from dino.data.sources import Source, Subset
 from dino.eval.evaluate import Result, choose_view_size
+from dino.eval.floors import describe_plainly, read_views
 from dino.eval.ranking import average_precision, extract_comparable
 from dino.features.neighbors import split_rows
 from dino.models import Backbone
 from dino.options.evaluate import CopydetectOptions
 
 SIZE = 320  # pixels, for a model trained at 224
+SMALL = 32  # pixels, of what needs no network
 TOP = 20  # ranks that the original protocol counts
 BLOCKS = ("strong", "jpegqual", "crops")
 LAYOUT = "expected are DATA/original/ and at least one of DATA/strong/, DATA/jpegqual/N/ and DATA/crops/N/"
@@ -104,6 +107,19 @@ def open_copies(options: CopydetectOptions) -> tuple[Source, Source, list[int], 
     return originals, copies, match_copies(originals, copies, 4, options.data), blocks
 
 
+def find_floors(
+    sources: dict[str, Source], owners: list[int], blocks: Sequence[str], top: int | None
+) -> dict[str, dict[str, float]]:
+    """The same figures of raw pixels and of color histograms, of the central squares."""
+    views = {part: read_views(source, np.arange(len(source)), SMALL, "floors") for part, source in sources.items()}
+    found = {}
+    for name, describe in describe_plainly(SMALL).items():
+        features = {part: F.normalize(describe(read).values, dim=1) for part, read in views.items()}
+        database = torch.cat([features[part] for part in ("originals", "distractors") if part in features])
+        found[name] = score_ranks(rank_originals(features["copies"], database, torch.tensor(owners)), blocks, top)
+    return found
+
+
 def evaluate(model: Backbone, options: CopydetectOptions, device: torch.device) -> Result:
     """Mean average precision by the cosine of [CLS] and GeM-pooled patch features (p = 4), exact, in float32."""
     originals, copies, owners, blocks = open_copies(options)
@@ -116,10 +132,13 @@ def evaluate(model: Backbone, options: CopydetectOptions, device: torch.device) 
     database = torch.cat([features[part] for part in ("originals", "distractors") if part in features])
     found = rank_originals(features["copies"], database, torch.tensor(owners, device=device))
     top = TOP if options.protocol == "original" else None
+    figures = score_ranks(found, blocks, top)
+    floors = find_floors(sources, owners, blocks, top)
     return Result(
-        score_ranks(found, blocks, top),
+        figures,
         f"{options.protocol} protocol: cosine of [CLS] and GeM features at {size} x {size} pixels{whitened}, average "
         f"precision on {'the whole ranking' if top is None else f'the first {top} ranks'}",
         data,
         {part: len(source) for part, source in sources.items()},
+        floors={figure: {name: of[figure] for name, of in floors.items()} for figure in figures},
     )

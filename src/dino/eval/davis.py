@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,7 +190,11 @@ def measure_video(model: Backbone, digest: str, video: Video, options: DavisOpti
     model, video and options are the same.
     """
     folder = out / video.name
-    key = [digest, *(part for files in (video.frames, video.masks) for part in (files.fingerprint, files.stamp()))]
+    key = [
+        "still",
+        digest,
+        *(part for files in (video.frames, video.masks) for part in (files.fingerprint, files.stamp())),
+    ]
     key += [str(x) for x in (options.size, options.protocol, options.queue, options.neighborhood, options.top_k)]
     done, found = folder / "figures.json", {"of": hashlib.sha256(json.dumps(key).encode()).hexdigest()}
     try:
@@ -202,7 +206,8 @@ def measure_video(model: Backbone, digest: str, video: Video, options: DavisOpti
         folder.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
     values: list[list[tuple[float, float]]] = []
-    masks = itertools.chain([_read_indices(video.masks, 0)], segment(model, video, options))
+    still, first = [], _read_indices(video.masks, 0)  # what the first mask has where it is left there
+    masks = itertools.chain([first], segment(model, video, options))
     for index, mask in enumerate(track(masks, len(video.frames), video.name)):
         picture = Image.fromarray(mask)
         picture.putpalette(PALETTE)
@@ -210,8 +215,10 @@ def measure_video(model: Backbone, digest: str, video: Video, options: DavisOpti
             picture.save(temporary, "PNG")
         if 0 < index < len(video.frames) - 1:
             truth, objects = _read_indices(video.masks, index), range(1, video.objects + 1)
-            values.append([(region(mask == k, truth == k), boundary(mask == k, truth == k)) for k in objects])
-    found |= dict(zip("jf", np.array(values).transpose(2, 1, 0).tolist(), strict=True))
+            for rows, one in ((values, mask), (still, first)):
+                rows.append([(region(one == k, truth == k), boundary(one == k, truth == k)) for k in objects])
+    for rows, names in ((values, "jf"), (still, ("still j", "still f"))):
+        found |= dict(zip(names, np.array(rows).transpose(2, 1, 0).tolist(), strict=True))
     with files.replacing(done) as temporary:
         temporary.write_text(json.dumps(found) + "\n")
     return found
@@ -234,6 +241,18 @@ def make_masks_folder(options: DavisOptions) -> Path:
     return folder
 
 
+def describe_objects(found: dict[str, Any], names: Sequence[str]) -> list[dict[str, dict[str, float]]]:
+    """Statistics of each object of a video, of the J and F by these names in its figures.json."""
+    regions, boundaries = (np.array(found[name]) for name in names)
+    return [{"j": summarize(j), "f": summarize(f)} for j, f in zip(regions, boundaries, strict=True)]
+
+
+def average_objects(every: list[dict[str, dict[str, float]]]) -> dict[str, float]:
+    names = itertools.product("jf", ("mean", "recall", "decay"))
+    figures = {f"{m}_{what}": 100 * float(np.mean([one[m][what] for one in every])) for m, what in names}
+    return {"jf_mean": (figures["j_mean"] + figures["f_mean"]) / 2} | figures
+
+
 def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Result:
     """J, F and their mean over all objects."""
     choose_view_size(options.size, model, SIZE)  # refuses a wrong size before any work
@@ -246,15 +265,13 @@ def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Re
         found[name] = result
     if distributed.is_main():
         print(f"Masks: {out}")
-    objects = {
-        name: [{"j": summarize(j), "f": summarize(f)} for j, f in zip(*(np.array(r[m]) for m in "jf"), strict=True)]
-        for name, r in found.items()
-    }
+    objects = {name: describe_objects(result, "jf") for name, result in found.items()}
     every = list(itertools.chain.from_iterable(objects.values()))
     prefix = "davis2017_" if (len(videos), len(every)) == (30, 61) else ""
-    names = itertools.product("jf", ("mean", "recall", "decay"))
-    figures = {f"{m}_{what}": 100 * float(np.mean([one[m][what] for one in every])) for m, what in names}
-    figures = {"jf_mean": (figures["j_mean"] + figures["f_mean"]) / 2} | figures
+    figures = average_objects(every)
+    still = (describe_objects(result, ("still j", "still f")) for result in found.values())
+    floors = average_objects([*itertools.chain.from_iterable(still)])
+    floors = {name: value for name, value in floors.items() if not name.endswith("decay")}  # of which less is better
     frames, masks = (
         hashlib.sha256("".join(files.fingerprint for files in part).encode()).hexdigest()
         for part in ([v.frames for v in videos.values()], [v.masks for v in videos.values()])
@@ -266,4 +283,5 @@ def evaluate(model: Backbone, options: DavisOptions, device: torch.device) -> Re
         {"frames": frames, "annotations": masks},
         {"videos": len(videos), "frames": sum(len(v.frames) for v in videos.values()), "objects": len(every)},
         {"objects": objects},
+        floors={prefix + name: {"the first mask, left where it is": value} for name, value in floors.items()},
     )

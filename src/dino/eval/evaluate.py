@@ -25,7 +25,7 @@ from dino import distributed, errors, files, paper, weights
 from dino.data.decode import BadImage
 from dino.data.open import open_labeled_pair
 from dino.data.specs import find_path
-from dino.engine.log import record_evaluation
+from dino.engine import log
 from dino.features import cache
 from dino.models import Backbone
 from dino.options.evaluate import EVALUATIONS, EvalOptions, LabeledOptions
@@ -145,7 +145,7 @@ def evaluate_command(options: EvalOptions) -> None:
         found, result = measure_for_command(name, model, options)
         if distributed.is_main():
             print(format_table(options.model, found, paper.FIGURES.get(name, {}).get(model.name, {}), model.name))
-            print(*keep_result(name, options, result, read.step), sep="\n")
+            print(*keep_result(name, options, result, read.step), *advise_report(options.model), sep="\n")
     finally:
         distributed.stop()
 
@@ -184,12 +184,20 @@ def keep_result(name: str, options: EvalOptions, result: dict[str, Any], step: i
         line = {"date": datetime.now().astimezone().isoformat(timespec="minutes"), "step": step}
         line |= {"teacher": "last" if runs.split_name(options.model)[1] else "best", "options": changed}
         try:
-            record_evaluation(run, line | {key: result[key] for key in ("evaluation", "figures", "floors", "images")})
-            said.append(f"For its report: dino report {shlex.quote(str(run))}")
+            log.record_evaluation(
+                run, line | {key: result[key] for key in ("evaluation", "figures", "floors", "images")}
+            )
         except OSError as error:
             where = "" if path else "; --json FILE writes them elsewhere"
             said.append(f"Warning: {run} does not keep these figures ({error.strerror}){where}.")
     return said
+
+
+def advise_report(model: str) -> list[str]:
+    """How the figures come into the report of a run, if they were kept."""
+    run = runs.find_run(model)
+    kept = run is not None and (run / log.EVALUATIONS).is_file()
+    return [f"For the run's report: dino report {shlex.quote(str(run))}"] if kept else []
 
 
 def format_table(name: str, found: Result, theirs: Mapping[str, float], what: str) -> str:

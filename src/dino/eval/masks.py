@@ -152,15 +152,18 @@ def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Re
     def measure(index: int) -> np.ndarray:
         indices = read_objects(Path(masks.root, masks.name(index)))
         image, objects = read_pair(images.read(index), indices, size, model.patch_size)
-        return measure_overlap(model, image, objects, options.mass)
+        whole = objects.mean(axis=(1, 2))[:, None]  # overlap of a mask of the whole image
+        return np.concatenate([measure_overlap(model, image, objects, options.mass), whole], axis=1)
 
     found = measure_each(range(len(images)), measure, "attention")  # one by one: images differ in size
-    used = [heads for heads in require_usable(found, images) if len(heads)]
+    measured = [overlaps for overlaps in require_usable(found, images) if len(overlaps)]
+    used = [overlaps[:, :-1] for overlaps in measured]
     if not used:
         raise ValueError(
             f"none of the {len(found)} masks holds an object; objects are white, or palette indices 1 to 254."
         )
     prefix = "voc_" if options.data is not None else ""
+    floor = {"a mask of the whole image": 100 * float(np.mean([overlaps[:, -1].mean() for overlaps in measured]))}
     return Result(
         {
             f"{prefix}jaccard_best_head": 100 * float(np.mean([heads.max(axis=1).mean() for heads in used])),
@@ -170,4 +173,5 @@ def evaluate(model: Backbone, options: MasksOptions, device: torch.device) -> Re
         f"shorter side {size} pixels",
         {"images": images.fingerprint, "masks": masks.fingerprint},
         {"images": len(used), "objects": sum(map(len, used)), "images without an object": len(found) - len(used)},
+        floors={f"{prefix}jaccard_{which}_head": floor for which in ("best", "mean")},
     )

@@ -255,4 +255,12 @@ def evaluate(model: Backbone, options: SegmentOptions, device: torch.device) -> 
         {name: files.fingerprint for name, files in zip(PARTS, (*train, *test), strict=True)},
         {"training images": len(used), "training patches": len(labels), "test images": len(measured)},
         {"iou": ious},
+        floors={
+            f"{name}_{what}": {
+                "colors": figures[f"colors_{what}"],
+                "the most frequent class": figures[f"majority_{what}"],
+            }
+            for name in ("knn", "linear")
+            for what in ("miou", "pixel_accuracy")
+        },
     )

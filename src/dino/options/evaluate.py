@@ -316,6 +316,22 @@ class DavisOptions(EvalOptions):
     """Most similar patches, from which labels are taken."""
 
 
+class AllOptions(Options):
+    """For all evaluations at once, with their own defaults."""
+
+    model: Positional[str]
+    """A run directory (its best teacher; with :last the last), a weight file, or a model's name (dino models)."""
+    data: str
+    """Class folders (k-NN, linear, low-shot, retrieval), or a folder with images/ and masks/ or VOC (masks, segment), the
+    videos of DAVIS (davis), originals/ and copies/ or Copydays (copydetect), or gnd_NAME.pkl or .json (retrieval)."""
+    val: str | None = None
+    """Class folders of test images, when they lie elsewhere."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. Under torchrun the work is shared, with the same result."""
+    json: str | None = None
+    """File for all results. None: only each evaluation's own, in a run's directory."""
+
+
 # Name -> what it measures, and its options. The code is in the module dino.eval.NAME.
 EVALUATIONS: dict[str, tuple[str, type[EvalOptions]]] = {
     "knn": ("k-NN accuracy of a run's features", KnnOptions),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from markupsafe import Markup
 
 from dino import weights
 from dino.data.sources import Source
+from dino.engine.log import EVALUATIONS, read_evaluations
 from dino.engine.trackers import read_pages
 from dino.html import render, write_page
 from dino.machine import name_processor
@@ -42,6 +45,7 @@ def write_report(folder: Path, source: Source, held_out: Source | None, device: 
     shown = source if held_out is None else held_out
     sections = {
         "Result": render_result(run, model, source, shown, verdict, found.best),
+        **({"What was measured": render("measured", lines=measured)} if (measured := list_measured(folder)) else {}),
         **Gallery.open(run, model, source, held_out, device).render_sections(),
         "Training": render(
             "training",
@@ -86,6 +90,14 @@ def render_result(
     values = {key: run.compare(name) for key, name in names.items() if name and run.get_metric(name)[0]}
     facts = {"run": run, "model": model, "source": source, "shown": shown, "verdict": verdict}
     return render("result", **facts, values=values, taken=best and best.describe(run.steps))
+
+
+def list_measured(folder: Path) -> list[dict[str, Any]]:
+    """The newest line of each evaluation with the same options and weights, in the order of their first."""
+    newest: dict[str, dict[str, Any]] = {}
+    for line in read_evaluations(folder / EVALUATIONS):
+        newest[json.dumps([line[name] for name in ("evaluation", "options", "step", "teacher")])] = line
+    return [*newest.values()]
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:
