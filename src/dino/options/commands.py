@@ -282,7 +282,14 @@ class ReportOptions(Options):
 
 
 class DoctorOptions(Options):
-    target: Annotated[Positional[str], arg(metavar="[RUN|IMAGES]")] = ""
+    """Say what is wrong with this machine, with images or with a run, and what helps. The exit code is 1 if something is.
+
+    dino doctor
+    dino doctor photos/
+    dino doctor runs/a
+    """
+
+    target: Positional[str] = ""
     """A run directory, or images as --data takes them. Without one, this machine is examined."""
 
 

@@ -115,12 +115,13 @@ class BenchOptions(TrainOptions, common=("data.path", "seconds", "json", "model.
 
 
 class PlanOptions(
-    TrainOptions, common=("data.path", "epochs", "minutes", "model.arch", "init", "toml", "seconds", "price")
+    TrainOptions, common=("data.path", "epochs", "minutes", "model.arch", "init", "gpu", "toml", "price")
 ):
     """Say what a training would be: the model, the time, the memory, and what to consider. Nothing is trained.
 
     dino plan --data photos/
     dino plan --data photos/ --minutes 30 --toml night.toml
+    dino plan --data photos/ --gpu a100 --price 2.5
 
     A recipe (`dino recipes`) or a file of options can come first.
     """
