@@ -317,18 +317,22 @@ class DavisOptions(EvalOptions):
 
 
 class AllOptions(Options):
-    """For all evaluations at once, with their own defaults."""
+    """Make all evaluations that a folder allows, with their own defaults, and print one table.
 
-    model: Positional[str]
+    dino eval all runs/a --data labeled/
+    dino eval all runs/a --data labeled/ --json figures.json
+    """
+
+    model: Positional[ModelName]
     """A run directory (its best teacher; with :last the last), a weight file, or a model's name (dino models)."""
-    data: str
+    data: Folder
     """Class folders (k-NN, linear, low-shot, retrieval), or a folder with images/ and masks/ or VOC (masks, segment), the
     videos of DAVIS (davis), originals/ and copies/ or Copydays (copydetect), or gnd_NAME.pkl or .json (retrieval)."""
-    val: str | None = None
+    val: Folder | None = None
     """Class folders of test images, when they lie elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. Under torchrun the work is shared, with the same result."""
-    json: str | None = None
+    json: File | None = None
     """File for all results. None: only each evaluation's own, in a run's directory."""
 
 
