@@ -9,11 +9,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import dino
 from dino import cli, weights
 from dino.data.specs import get_name
 from dino.engine.log import read_quarantine
+from dino.weights.checkpoints import get_step
+from dino.weights.runs import list_on_the_way
 from helpers import TINY, assert_same_bits, draw_images, final_state, tiny_flags
 
 SHORT = TINY | {"epochs": 1}
@@ -28,6 +31,24 @@ def read_all(folder: Path) -> dict[Path, bytes]:
 def run(photos, tmp_path) -> Path:
     """A run of one epoch in runs/a."""
     return dino.train(data=str(photos), out=str(tmp_path / "runs" / "a"), **SHORT)
+
+
+def test_teachers_are_kept_evenly_over_the_run_and_go_with_it(photos, tmp_path):
+    options = SHORT | {"data": str(photos), "log.keep_teachers": 3}
+    whole = dino.train(out=str(tmp_path / "whole"), **options)
+    kept, total = list_on_the_way(whole), final_state(whole)["step"]
+    assert [get_step(path) for path in kept] == [0, total // 2, total]
+    states = [dino.load(path).state_dict() for path in kept]
+    last = dino.load(f"{whole}:last").state_dict()
+    assert all(torch.equal(value, last[name]) for name, value in states[-1].items())
+    assert not all(torch.equal(value, last[name]) for name, value in states[1].items())
+
+    part = dino.train(out=str(tmp_path / "part"), **options | {"stop_after": 1})
+    assert [get_step(path) for path in list_on_the_way(part)] == [0]
+    dino.train(resume=str(part))
+    assert [path.read_bytes() for path in list_on_the_way(part)] == [path.read_bytes() for path in kept]
+    dino.train(out=str(part), overwrite=True, **options | {"log.keep_teachers": 0})
+    assert not (part / "teachers").exists()
 
 
 # --- overwriting ---------------------------------------------------------------------------------------------------

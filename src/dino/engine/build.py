@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from dino import schedules
+from dino.data.sources import evenly_spaced
 from dino.distillation import Distillation, TokenNetwork
 from dino.engine.step import Rates
 from dino.machine import check_memory
@@ -38,6 +40,15 @@ class Plan:
         """Steps between checks."""
         every = required(self.options.log.knn_every)
         return max(1, self.steps(every)) if every else sys.maxsize
+
+    @functools.cached_property
+    def kept_teachers(self) -> set[int]:
+        """Steps after which the teacher is kept for good; 0 is before the first."""
+        return (
+            {*evenly_spaced(self.total + 1, self.options.log.keep_teachers)}
+            if self.options.log.keep_teachers
+            else set()
+        )
 
     def steps(self, epochs: float | None) -> int:
         return round(required(epochs) * self.steps_per_epoch)

@@ -23,7 +23,7 @@ _OF_EVALUATION = (".json", ".safetensors", ".training/latest", ".training/step-?
 _WRITTEN = [
     *("config.json", "files.jsonl", "teacher.safetensors", "best.safetensors", "metrics.jsonl", "quarantine.jsonl"),
     *("report.html", "checkpoints/latest", "checkpoints/step-????????.pt", "tensorboard/events.out.tfevents.*"),
-    *("trackers.json", "evaluations.jsonl"),
+    *("trackers.json", "evaluations.jsonl", "teachers/step-????????.safetensors"),
     *(f"checkpoints/step-????????.shards/{name}" for name in (".metadata", "state.pt", "__*.distcp")),
     *(f"slurm/{name}" for name in ("train.toml", "*_log.out", "*_submitted.pkl", "*_result.pkl", "*_submission.sh")),
     "slurm/.submission_file_*.sh",

@@ -42,6 +42,7 @@ from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
 from dino.randomness import seed_step
 from dino.terminal import Terminal
+from dino.weights import runs
 from dino.weights.checkpoints import are_finite, find_tensors
 from dino.weights.checks import load_strictly
 
@@ -213,6 +214,14 @@ class Trainer:
 
         distributed.from_main(write)
 
+    def _keep_teacher(self) -> None:
+        """Write the teacher to a file of its own if it is one of those to keep; all ranks call it."""
+        if self.step in self.plan.kept_teachers:
+            backbone = self.get_teacher()
+            distributed.from_main(
+                lambda: runs.save_on_the_way(self.run, backbone, model_arguments(self.options), self.step)
+            )
+
     def get_teacher(self) -> Any:
         """The teacher's backbone, of a sharded run as a copy with whole parameters; all ranks call it."""
         backbone = self.method.teacher.backbone
@@ -253,6 +262,7 @@ class Trainer:
                     self.metrics = MetricsLog(self.run, self.step, to)
                 if self.step == 0:
                     self._measure()
+                    self._keep_teacher()
                 self._run(stop)
             except OSError as error:
                 raise self._end(errors.find_reason(error)) from error
@@ -290,6 +300,7 @@ class Trainer:
             epoch_ends = self.step % per_epoch == 0
             measure = self.step % self.plan.measure_every == 0 or self.step == self.plan.total
             due = self.step % log.every == 0 or epoch_ends or measure or self.step == stop
+            due = due or self.step in self.plan.kept_teachers  # only a log step looks whether all is finite
             if not (due or (can_ask and self._agree_to_end())):
                 if self.device.type == "cpu":  # a GPU has only begun the step
                     self.pace.reach(self.step)
@@ -303,6 +314,7 @@ class Trainer:
                 self._measure()
                 ending = ending or self._agree_to_end()
                 started = time.monotonic()
+            self._keep_teacher()
             self._show(stop)
             if epoch_ends or ending or self.step == stop or now - saved > 60 * log.checkpoint_minutes:
                 self.save(last=ending or self.step == stop)

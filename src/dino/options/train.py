@@ -290,6 +290,9 @@ class LogOptions(Options, section="log."):
     """Minutes between checkpoints; one is also written after every epoch."""
     keep: PositiveInt = 2
     """Checkpoints to keep, the newest first."""
+    keep_teachers: NonNegativeInt = 0
+    """Teachers to keep of the whole run, evenly spaced from before the first step to the last: small files without optimizer,
+    which `dino app` shows over time. 0: none."""
     to: tuple[Annotated[str, TRACKER], ...] = ("tensorboard",)
     """Where metrics go beside metrics.jsonl: any of tensorboard, wandb, mlflow, trackio, or a class of yours as
     package.module:Class."""

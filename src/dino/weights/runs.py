@@ -3,6 +3,8 @@
 `teacher.safetensors` holds the last, and says in its header which best belongs to it; `best.safetensors` holds that one. A
 checkpoint is written before both, then the best, then the last. So the files of a run that was killed are either those of its
 newest checkpoint, or the last is older; then the checkpoint, which holds both teachers too, stands in.
+
+`teachers/` holds those on the way that the option `log.keep_teachers` asks for, each a file that `dino.load` takes.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from dino.weights.checkpoints import get_step, list_checkpoints, read_newest
 from dino.weights.formats import State
 
 WEIGHTS, BEST, CONFIG = "teacher.safetensors", "best.safetensors", "config.json"
+KEPT = "teachers/step-{:08d}.safetensors"
 
 # Scores by which a teacher is the best of its run, and their form.
 _SCORES = {
@@ -127,6 +130,19 @@ def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any], step: int
 def save_best(folder: Path, state: State, best: Best) -> None:
     """Write the best backbone of a run, before the last."""
     _write(folder / BEST, state, {"step": best.step})
+
+
+def save_on_the_way(folder: Path, backbone: nn.Module, arguments: dict[str, Any], step: int) -> None:
+    """Write `backbone` after `step` steps beside the others on the way, with the arguments of `create` in its header."""
+    (path := folder / KEPT.format(step)).parent.mkdir(exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    with files.replacing(path, flush=True) as temporary:
+        save_file(state, temporary, {"model": json.dumps(arguments)})
+
+
+def list_on_the_way(folder: Path) -> list[Path]:
+    """The teachers that a run keeps of its way, the oldest first."""
+    return sorted(folder.glob("teachers/step-????????.safetensors"))
 
 
 def _write(path: Path, state: State, header: dict[str, Any]) -> None:
