@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import json
 import os
 import re
@@ -25,16 +26,19 @@ from PIL import Image
 import dino
 from dino import weights
 from dino.cli import main
+from dino.data.open import open_images
 from helpers import TINY, dino_command, draw_images
 
 gradio, httpx = pytest.importorskip("gradio"), pytest.importorskip("httpx")
 from dino.app import guard  # noqa: E402
+from dino.app.atlas import Atlas, write_plainly  # noqa: E402
 from dino.app.explorer import (  # noqa: E402
     MAX_PATCHES,
     Explorer,
     draw_alike,
     find_newest_run,
 )
+from dino.app.page import has_display, open_browser  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
@@ -63,10 +67,12 @@ def test_pictures_of_an_image(explorer, album):
     shown = explorer.open_file(album / "class0" / "000.jpg", 64)
     assert min(shown.pixels.shape[:2]) == 64
     heads = shown.draw_heads()
-    assert [name for _, name in heads] == ["the image", "mean of all heads", "head 0", "head 1"]
-    assert all(picture.shape == shown.pixels.shape for picture, _ in heads)
+    photo, ranges = shown.look.photo, shown.look.ranges
+    names = [f"mean of all heads: {ranges[2]}", f"head 0: {ranges[0]}", f"head 1: {ranges[1]}"]
+    assert [name for _, name in heads] == ["the image", *names]
+    assert all(picture.shape == photo.shape for picture, _ in heads)
     assert shown.enlarge(shown.colors).shape == shown.enlarge().shape
-    kept = [[np.mean((mask == shown.pixels).all(-1)) for mask, _ in shown.draw_masks(m)] for m in (0.1, 0.5, 0.95)]
+    kept = [[np.mean((mask == photo).all(-1)) for mask, _ in shown.draw_masks(m)] for m in (0.1, 0.5, 0.95)]
     assert (np.diff(kept, axis=0) > 0).all()  # the more attention, the more of the image
 
 
@@ -93,25 +99,155 @@ def test_neighbors_and_copies(explorer, album, tmp_path):
     progress = list(explorer.index_images(tmp_path / "embeddings"))
     assert progress[-1] == (41, 41)
     found = explorer.find_nearest(explorer.open_file(album / "class1" / "001.jpg", 32), 4)
-    assert {caption for _, caption in found[:2]} == {"1.000  class1/001.jpg", "1.000  class1/copy.jpg"}
-    said, groups = explorer.find_copies()
-    assert re.match(r"\d+ of 41 images are near-copies, in groups: \d+\.", said)
-    group = {caption.partition(" · ")[2]: caption.partition(" · ")[0] for _, caption in groups}
-    assert group["class1/001.jpg"] == group["class1/copy.jpg"]
+    captions = [caption.split("  ") for _, caption in found]
+    assert {name for _, name in captions[:2]} == {"class1/001.jpg", "class1/copy.jpg"}
+    assert float(captions[0][0]) == float(captions[1][0]) == 1
+    assert float(captions[2][0]) < 1  # with as many digits as tell
+    atlas = explorer.atlas
+    assert re.match(r"\d+ of 41 images are near-copies, in groups: \d+\.", atlas.describe_copies())
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "embeddings").rglob("*.parquet"))
     list(explorer.index_images(tmp_path / "embeddings"))  # found again
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "embeddings").rglob("*.parquet"))
 
 
-def test_checkpoints_are_shown_in_their_order(explorer, trained):
-    assert len(explorer.checkpoints) == 3
+@pytest.fixture
+def atlas(trained, album, tmp_path, monkeypatch) -> Atlas:
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
+    embedding = dino.embed(str(trained), str(album), tmp_path / "x.parquet", device="cpu")
+    return Atlas(embedding.read(), embedding.images())
+
+
+def test_near_copies_are_left_out_by_a_click_and_the_rest_is_a_list(atlas, tmp_path, album):
+    (slot, group) = next(
+        (slot, [copy.row for copy in group])
+        for slot, (_, group) in enumerate(atlas.list_groups(1))
+        if "class1/copy.jpg" in [atlas.get_name(copy.row) for copy in group]
+    )
+    assert "class1/001.jpg" in {atlas.get_name(row) for row in group}
+    out = {copy.row for group in atlas.copies.groups for copy in group[1:]}
+    assert atlas.left_out == out  # the best of each is kept
+    captions = [caption for _, caption in atlas.draw_group(atlas.list_groups(1)[slot][1])]
+    assert captions[0].startswith(f"✓ kept: {atlas.get_name(group[0])} (")
+    assert captions[1].startswith(f"✗ left out: {atlas.get_name(group[1])} (")
+    atlas.toggle(1, slot, 1)
+    assert atlas.left_out == out - {group[1]}
+    atlas.toggle(1, slot, 0)
+    atlas.write_list(tmp_path, "rest.txt", atlas.list_rest())
+    written = {Path(line) for line in (tmp_path / "rest.txt").read_text().splitlines()}
+    left = {album / atlas.get_name(row) for row in out - {group[1]} | {group[0]}}
+    assert written == set(album.rglob("*.jpg")) - left
+    for page, at in ((0, 0), (99, 0), ("1", 0), (1, 10**6), (1, -1), (1, None)):
+        with pytest.raises(ValueError, match="must be a whole number"):
+            atlas.toggle(page, slot, at)
+
+
+def test_the_map_is_computed_once_and_its_outlines_choose_images(atlas, monkeypatch):
+    drawn = json.loads(atlas.draw_map())
+    assert [trace["name"] for trace in drawn["data"]] == ["class0", "class1", "class2"]
+    assert sum(len(trace["x"]) for trace in drawn["data"]) == 41
+    monkeypatch.setattr("dino.features.layout.lay_out", lambda _: pytest.fail("it is in the cache"))
+    again = Atlas(atlas.embedding, atlas.images)
+    assert np.array_equal(again.points, atlas.points)
+
+    (x, y), far = atlas.points[7].tolist(), 1e6
+    near = [x - 1e-3, y - 1e-3, x + 1e-3, y - 1e-3, x + 1e-3, y + 1e-3, x - 1e-3, y + 1e-3]
+    all_of_it = [-far, -far, far, -far, far, far, -far, far]
+    assert 7 in atlas.choose({"shapes": [near], "hidden": []})
+    assert len(atlas.choose({"shapes": [near, all_of_it], "hidden": []})) == 41
+    labels = {atlas.get_label(row) for row in atlas.choose({"shapes": [all_of_it], "hidden": [1]})}
+    assert labels == {"class0", "class2"}
+    assert atlas.choose({"row": 7}) == [7]
+    assert atlas.choose({"shapes": [], "hidden": []}) == []
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        *(None, [], "row", {}, {"row": -1}, {"row": 41}, {"row": 1.0}, {"row": True}, {"shapes": 1, "hidden": []}),
+        *({"shapes": [shape], "hidden": []} for shape in ([0, 0, 1, 1], [0] * 7, ["0"] * 6, [None] * 6, [[0, 0]] * 3)),
+        *({"shapes": [[0, 0, 1, 1, 0, bad]], "hidden": []} for bad in (float("nan"), float("inf"), 10**400, True)),
+        {"shapes": [[0] * 30_000], "hidden": []},
+        {"shapes": [[0] * 6] * 51, "hidden": []},
+        *({"shapes": [], "hidden": [hidden]} for hidden in (3, -1, "0", None)),
+    ],
+)
+def test_what_is_no_selection_is_one_sentence(atlas, chosen):
+    with pytest.raises(
+        ValueError, match=r"^(A selection|An outline|The row of an image|The number of a class) must be .*\.$"
+    ):
+        atlas.choose(chosen)
+
+
+def test_lists_and_tags_are_what_other_commands_take(atlas, album, tmp_path):
+    rows = [row for row in range(41) if atlas.get_label(row) != "class2"]
+    atlas.tag(rows[:2], "blurry")
+    atlas.tag(rows[:1], "  dark ")
+    atlas.tag(rows[1:2], "blurry", remove=True)
+    assert [caption for _, caption in atlas.draw_chosen(rows[:2])] == [
+        f"{atlas.get_name(rows[0])} · blurry · dark",
+        atlas.get_name(rows[1]),
+    ]
+    said = atlas.write_list(tmp_path / "lists", "mine.csv", rows)
+    assert f"dino train --data {tmp_path / 'lists' / 'mine.csv'}" in said
+    with open(tmp_path / "lists" / "mine.csv", newline="") as file:
+        first, *others = csv.DictReader(file)
+    assert first == {
+        "path": str(album / atlas.get_name(rows[0])),
+        "label": atlas.get_label(rows[0]),
+        "tags": "blurry,dark",
+    }
+    assert {row["tags"] for row in others} == {""}
+    atlas.write_list(tmp_path / "lists", "mine.txt", rows)
+    for name, classes in (("mine.csv", ("class0", "class1")), ("mine.txt", ())):
+        source = open_images(tmp_path / "lists" / name)
+        assert {Path(source.find_place(i).path) for i in range(len(source))} == {
+            album / atlas.get_name(row) for row in rows
+        }
+        assert source.classes == classes
+    before = (tmp_path / "lists" / "mine.csv").read_bytes()
+    with pytest.raises(ValueError, match="exists; choose another name"):
+        atlas.write_list(tmp_path / "lists", "mine.csv", rows[:1])
+    assert (tmp_path / "lists" / "mine.csv").read_bytes() == before
+    for name in (
+        "../x.csv",
+        "/tmp/x.csv",
+        "a/b.txt",
+        ".hidden.txt",
+        "x.py",
+        "",
+        None,
+        3,
+        "x" * 200 + ".txt",
+    ):
+        with pytest.raises(ValueError, match=r"a name that ends in \.txt or \.csv"):
+            atlas.write_list(tmp_path / "lists", name, rows)
+    for tag in ("", "a,b", "<b>", "a\nb", None, "x" * 60):
+        with pytest.raises(ValueError, match="A tag must be"):
+            atlas.tag(rows, tag)
+    with pytest.raises(ValueError, match="choose some first"):
+        atlas.write_list(tmp_path / "lists", "none.txt", [])
+    assert sorted(path.name for path in (tmp_path / "lists").iterdir()) == ["mine.csv", "mine.txt"]
+
+
+def test_names_on_the_map_are_no_tags():
+    assert write_plainly("<b>x&lt;") == "&lt;b>x&amp;lt;"
+
+
+def test_teachers_are_shown_in_their_order(explorer, trained):
+    assert len(explorer.teachers) == 3
     shown = explorer.open_offered(0, 32)
-    picture = explorer.draw_checkpoints(shown)
+    picture = explorer.draw_teachers(shown)
     assert picture.shape[1] >= 4 * shown.pixels.shape[1]
-    last = weights.load(explorer.checkpoints[-1]).state_dict()
+    last = weights.load(explorer.teachers[-1]).state_dict()
     assert all(torch.equal(value, last[name]) for name, value in weights.load(trained).state_dict().items())
     with pytest.raises(ValueError, match="start the explorer with a run directory"):
-        Explorer(weights.load(trained), None, None, None).draw_checkpoints(shown)
+        Explorer(weights.load(trained), None, None, None).draw_teachers(shown)
+
+
+def test_the_first_images_offered_are_of_different_classes(explorer):
+    labels = [explorer.source.labels[i] for i in explorer._offered]
+    assert {*labels[:3]} == {0, 1, 2}
+    assert len({*explorer._offered}) == 24
 
 
 def test_a_model_without_attention(album):
@@ -169,9 +305,10 @@ def test_bad_ways_to_start(trained, tmp_path, monkeypatch, capsys):
     assert f"--port {port} is taken" in capsys.readouterr().err
     assert main(["app", str(trained), "--data", "nowhere", "--device", "cpu"]) == 2
     assert "nowhere" in capsys.readouterr().err
-    assert main(["app", str(trained), "--host", "203.0.113.7", "--device", "cpu"]) == 2
+    assert main(["app", str(trained), "--share-with", "203.0.113.7", "--device", "cpu"]) == 2
     assert (
-        "--host 203.0.113.7 is no address of this machine (Cannot assign requested address" in capsys.readouterr().err
+        "--share-with 203.0.113.7 is no address of this machine (Cannot assign requested address"
+        in capsys.readouterr().err
     )
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app", str(trained)]) == 2
@@ -184,7 +321,7 @@ def test_bad_ways_to_start(trained, tmp_path, monkeypatch, capsys):
 @contextmanager
 def served(*arguments: object, cwd: Path) -> Iterator[str]:
     """The printed address; Ctrl-C ends the command in order, and its temporary files are gone."""
-    command = dino_command("app", *arguments, "--device", "cpu")
+    command = dino_command("app", *arguments, "--device", "cpu", "--no-browser")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # Tests that run in the background would hand down that interrupts are ignored.
     heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
@@ -205,12 +342,13 @@ def served(*arguments: object, cwd: Path) -> Iterator[str]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (or Google Chrome) in PATH")
-def test_the_page_in_a_browser(trained, album, tmp_path):
+def test_the_page_in_a_browser(trained, album, tmp_path, monkeypatch):
     """Newest run by itself; upload, slider, click, search, near-copies, checkpoints; a broken upload; no other host."""
     playwright = pytest.importorskip("playwright.sync_api")
     (tmp_path / "broken.jpg").write_text("no image")
     (tmp_path / "runs").symlink_to(trained.parent)
     asked = []
+    monkeypatch.setenv("DINO_CACHE", str(tmp_path / "cache"))
     with served("--data", album, cwd=tmp_path) as address, playwright.sync_playwright() as tools:
         browser = tools.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page(viewport={"width": 1300, "height": 950})
@@ -233,6 +371,9 @@ def test_the_page_in_a_browser(trained, album, tmp_path):
         offered = pictures("#heads")
         page.set_input_files("#first-file input[type=file]", album / "class1" / "001.jpg")
         mine = changes("#heads", offered)
+        page.locator("#size input[type=number]").fill("96")
+        page.locator("#size input[type=number]").press("Enter")
+        mine = changes("#heads", mine)
         assert len(mine) == 4  # the image, the mean, two heads
         masks = pictures("#masks")
         page.locator("#mass input[type=number]").fill("0.2")
@@ -252,11 +393,42 @@ def test_the_page_in_a_browser(trained, album, tmp_path):
         page.get_by_role("tab", name="Nearest images").click()
         page.click("#index")
         page.wait_for_selector("#found img")
+        assert page.locator("#found .caption-label").first.evaluate("e => e.scrollWidth <= e.clientWidth")  # not cut
         captions = page.locator("#found .caption-label").all_inner_texts()
-        assert {"1.000 class1/001.jpg", "1.000 class1/copy.jpg"} == {" ".join(text.split()) for text in captions[:2]}
+        assert {text.split()[1] for text in captions[:2]} == {"class1/001.jpg", "class1/copy.jpg"}
+        page.get_by_role("tab", name="Near-copies").click()
         page.click("#look")
         page.get_by_text("of 41 images are near-copies").wait_for()
-        page.wait_for_selector("#groups img")
+        clicked = page.locator("#group-0 .caption-label").nth(1)
+        assert clicked.inner_text().startswith("✗ left out: class")
+        page.locator("#group-0 button.thumbnail-item").nth(1).click()
+        page.locator("#group-0").get_by_text("✓ kept").nth(1).wait_for()
+        page.locator("#rest-name input, #rest-name textarea").fill("rest.txt")
+        page.locator("#rest-name input, #rest-name textarea").press("Enter")
+        page.get_by_text("dino train --data lists/rest.txt").wait_for()
+
+        page.get_by_role("tab", name="Map").click()
+        page.click("#draw-map")
+        page.wait_for_selector("#map .points path")
+        area = page.locator("#map .nsewdrag").bounding_box()
+        left, top, right, bottom = 2, 2, area["width"] - 2, area["height"] - 2
+        page.mouse.move(area["x"] + left, area["y"] + top)
+        page.mouse.down()
+        for x, y in ((right, top), (right, bottom), (left, bottom), (left, top)):
+            page.mouse.move(area["x"] + x, area["y"] + y, steps=5)
+        page.mouse.up()
+        page.locator("#described").get_by_text("41 of 41 images").wait_for()
+        page.wait_for_selector("#chosen img")
+        page.locator("#tag input, #tag textarea").fill("mine")
+        page.locator("#tag input, #tag textarea").press("Enter")
+        page.locator("#chosen").get_by_text("· mine").first.wait_for()
+        page.locator("#list-name input, #list-name textarea").fill("all.csv")
+        page.locator("#list-name input, #list-name textarea").press("Enter")
+        page.get_by_text("dino train --data lists/all.csv").wait_for()
+        assert (tmp_path / "lists" / "all.csv").read_text().count(",mine\n") == 41
+        page.reload()  # what was computed is there again
+        page.get_by_role("tab", name="Map").click()
+        page.wait_for_selector("#map .points path")
 
         page.get_by_role("tab", name="Over time").click()
         page.click("#go")
@@ -284,7 +456,7 @@ class Visitor:
         self.origin, _, self.token = address.partition("/?token=")
         self.http = httpx.Client(base_url=self.origin, timeout=60, follow_redirects=True)
         text = self.http.get("/", params={"token": self.token}).text  # leaves the cookie
-        config = json.loads(re.findall(r"window\.gradio_config = (\{.*?\});", text)[0])
+        config, _ = json.JSONDecoder().raw_decode(text.partition("window.gradio_config = ")[2])
         self.functions = {one["api_name"]: one["id"] for one in config["dependencies"]}
         self.thumbnail = re.findall(r'"path": ?"([^"]*\.webp)"', text)[0]
         self.folder = Path(self.thumbnail).parents[1]
@@ -490,6 +662,24 @@ def test_the_oldest_files_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "MOST_FILES", 1)
     guard.delete_oldest(str(tmp_path), {str(tmp_path / "thumbnail")})
     assert {file.name for file in tmp_path.iterdir()} == {"new", "thumbnail"}
+
+
+def test_the_browser_opens_by_a_file_that_does_not_show_the_token(tmp_path, monkeypatch):
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    open_browser("http://127.0.0.1:7860/?token=secret", tmp_path)
+    deadline = time.monotonic() + 10
+    while not opened and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "secret" not in opened[0]
+    assert "url=http://127.0.0.1:7860/?token=secret" in Path(opened[0].removeprefix("file://")).read_text()
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY"):
+        monkeypatch.delenv(name, raising=False)
+    assert has_display() == (sys.platform in ("darwin", "win32"))
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert has_display()
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 50000 10.0.0.2 22")
+    assert not has_display()
 
 
 def ask(keeper: guard.Guard, headers: dict[str, str], parts: list[bytes], path: str = "/gradio_api/upload") -> int:

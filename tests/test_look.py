@@ -17,6 +17,7 @@ import dino
 from dino import weights
 from dino.cli import main
 from dino.data.decode import decode
+from dino.features.layout import lay_out
 from dino.look.attention import map_attention
 from dino.look.commands import distinguish_names
 from dino.look.patches import match_mutual, prepare_image
@@ -56,8 +57,47 @@ def test_attention_of_a_folder_shows_each_image_in_its_aspect(saved_model, tmp_p
     sizes = [shapes[f"{name}-head0.png"] for name in ("wide", "tall", "odd")]
     assert sizes == [(144, 64), (64, 88), (88, 64)]
     assert shapes["wide-attention.png"][0] > (HEADS + 2) * 144
-    assert 3 * 64 < shapes["panel.png"][1] < 4 * 64
-    assert (HEADS + 2) * 64 < shapes["panel.png"][0] < (HEADS + 3) * 64
+    edge = 3 * 64  # small pictures of a figure are shown larger
+    assert 3 * edge < shapes["panel.png"][1] < 4 * edge
+    assert (HEADS + 2) * edge < shapes["panel.png"][0] < (HEADS + 3) * edge
+
+
+def test_pictures_have_the_size_of_the_photograph(saved_model, model, tmp_path):
+    path = draw_square(tmp_path / "a.png", 200, 310)
+    photo = decode(path)
+    look = dino.attention_maps(model, path, 64)
+    assert look.image.shape == (64, 96, 3)  # 64 x 99.2 in whole patches
+    assert np.array_equal(look.photo, photo[:, 5:305])
+    assert {picture.shape for picture in [*look.heated, *look.overlays]} == {(200, 300, 3)}
+    (colored,) = dino.pca_colors(model, [path], 64)
+    assert colored.picture.shape == (200, 300, 3)
+    found = dino.match_patches(model, path, path, 64)
+    assert found.figure().size == (2 * 300 + 6, 200)
+    gap = np.asarray(found.figure(1))[:, 300:306]
+    level = found.points[0, 0, 1] * 200 / 64  # of the one line
+    assert abs(np.flatnonzero((gap != 255).any(axis=(1, 2))).mean() - level) < 1
+    assert main(["attention", str(saved_model), str(path), "--size", "64", "--out", str(tmp_path / "out")]) == 0
+    assert np.array_equal(decode(tmp_path / "out" / "a-head1.png"), look.heated[1])
+    small = dino.attention_maps(model, photo[:40, :40], 64)  # smaller than what the model sees
+    assert np.array_equal(small.photo, small.image)
+
+
+def test_maps_are_stretched_and_say_their_range(model):
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    look = dino.attention_maps(model, image, 32)
+    assert [drawn.sum(axis=2, dtype=int).min() for drawn in look.maps] == [4] * (HEADS + 1)  # the darkest of all colors
+    assert [drawn[..., 0].max() for drawn in look.maps] == [252] * (HEADS + 1)  # and the brightest
+    least, most = (100 * float(value) for value in (look.attention[0].min(), look.attention[0].max()))
+    assert look.ranges[0] == f"{least:.2g} to {most:.2g} %"
+
+
+def test_a_panel_of_many_images_has_pages(saved_model, tmp_path):
+    folder = draw_images(tmp_path / "images", 12)
+    flags = ["--out", str(tmp_path / "out"), "--size", "16", "--panel"]
+    assert main(["attention", str(saved_model), str(folder), *flags]) == 0
+    heights = [decode(tmp_path / "out" / f"panel-{page}.png").shape[0] for page in (1, 2)]
+    assert 4 < heights[0] / heights[1] < 5.5  # 10 images and 2
+    assert not (tmp_path / "out" / "panel.png").exists()
 
 
 def test_finer_patches_are_centered_where_coarse_ones_are(model):
@@ -75,7 +115,7 @@ def test_finer_patches_are_centered_where_coarse_ones_are(model):
 
 
 def test_stride_from_the_command_line(saved_model, tmp_path, capsys):
-    image = draw_square(tmp_path / "a.png")
+    Image.new("RGB", (88, 64), "gray").save(image := tmp_path / "a.png")  # only the maps have edges
     for stride, cell in ((None, 8), (4, 4)):
         flags = [] if stride is None else ["--stride", str(stride)]
         out = tmp_path / f"out{cell}"
@@ -133,8 +173,7 @@ def test_pca_of_a_folder_is_drawn_as_the_function_says(saved_model, model, tmp_p
     for path, shown in zip(paths, dino.pca_colors(model, paths), strict=True):
         written = tmp_path / "out" / f"{Path(path).stem}-pca.png"
         assert np.array_equal(decode(written), np.asarray(shown.figure()))
-        corner = decode(written)[-6 - 64 : -6, -6 - 88 : -6]  # the right of the two pictures
-        assert np.array_equal(corner[4::8, 4::8], (255 * shown.colors + 0.5).astype(np.uint8))
+        assert np.array_equal(shown.picture[4::8, 4::8], (255 * shown.colors + 0.5).astype(np.uint8))
 
 
 def test_a_convnet_has_colors_and_matches_but_no_attention(tmp_path, capsys):
@@ -205,7 +244,7 @@ def test_attention_over_a_clip_keeps_its_times_and_shows_its_frames(saved_model,
     pictures = [np.asarray(picture.pixels) for _, picture in dino.video_frames(model, str(clip), size=48)]
     assert np.abs(frames[:, :, 64:].astype(int) - np.stack(pictures)).mean() < 8
     look = dino.attention_maps(model, next(iter(Clip(str(clip)))).pixels, 48)
-    assert np.array_equal(pictures[0], look.maps[-1])
+    assert np.array_equal(pictures[0], look.heated[-1])
 
 
 @pytest.mark.parametrize("show", ["mask", "pca"])
@@ -221,7 +260,7 @@ def test_kinds_of_clips_and_pictures(saved_model, tmp_path, show, suffix):
     assert main(["video", str(saved_model), str(clip), *flags, *(["--head", "1"] if show == "mask" else [])]) == 0
     times, frames = probe(tmp_path / "o.mp4")
     np.testing.assert_allclose(times, [0, 0.2, 0.4, 0.6], atol=1e-3)
-    assert frames.shape == (4, 40, 48, 3)  # 40 x 53.3 in whole patches
+    assert frames.shape == (4, 48, 58, 3)  # 40 x 48 of the 40 x 53.3 pixels that the model sees are whole patches
     assert np.abs(np.diff(frames.astype(int), axis=0)).max(axis=(1, 2, 3)).min() > 20
 
 
@@ -302,22 +341,30 @@ def test_neighbors_agree_with_the_evaluation(saved_model, photos, tmp_path):
 
 
 def test_class_map_puts_like_classes_together(saved_model, photos, tmp_path, capsys):
-    from dino.look.figures import map_classes
+    from dino.look.figures import average_classes
 
     centers = torch.nn.functional.one_hot(torch.arange(12) // 4, 8).float()  # three groups of four classes
     labels = torch.arange(12).repeat_interleave(5)
-    classes, points = map_classes(centers[labels] + 0.1 * torch.randn(60, 8), labels, 13)
+    means, classes = average_classes(centers[labels] + 0.1 * torch.randn(60, 8), labels, 13)
+    points = lay_out(means)
     assert classes.tolist() == list(range(12))
     distance = np.linalg.norm(points[:, None] - points, axis=-1) + 1e9 * np.eye(12)
     assert (distance.argmin(axis=1) // 4 == np.arange(12) // 4).all()
-    for suffix in ("png", "svg"):
-        out = tmp_path / f"map.{suffix}"
-        assert main(["figure", "tsne", str(saved_model), "--data", str(photos), "--out", str(out)]) == 0
-        assert "3 classes, the means of 24 images" in capsys.readouterr().out
-    assert decode(tmp_path / "map.png").std() > 1
+    for name, show, words in (
+        ("a.png", "means", "3 classes, the means of 24 images"),
+        ("b.svg", "points", "24 images of 3 classes"),
+        ("c.png", "images", "24 images of 3 classes"),
+    ):
+        flags = ["--data", str(photos), "--show", show, "--out", str(tmp_path / name)]
+        assert main(["figure", "tsne", str(saved_model), *flags]) == 0
+        assert words in capsys.readouterr().out
+    drawn = [decode(tmp_path / name) for name in ("a.png", "c.png")]
+    assert drawn[1].std() > drawn[0].std() > 1
+    legend = (tmp_path / "b.svg").read_text()
+    assert all(f"<!-- class{i} -->" in legend for i in range(3))
     draw_images(tmp_path / "two", classes=2)
-    said_of = said(capsys, "figure", "tsne", saved_model, "--data", tmp_path / "two", "--out", tmp_path / "m.png")
-    assert "at least 3 of them, but there are 2" in said_of
+    said_of = said(capsys, "figure", "tsne", saved_model, "--data", tmp_path / "two", "--show", "means")
+    assert "a map needs at least 3 classes, but there are 2" in said_of
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

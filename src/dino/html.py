@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,13 @@ def get_label(source: Source, index: int) -> str | None:
     return source.classes[source.labels[index]]
 
 
+def format_cosines(cosines: Sequence[float]) -> list[str]:
+    """With as many decimals, 3 to 6, as show that those below 1 are not 1: 0.9987 and 0.9991."""
+    distance = min((1 - cosine for cosine in cosines if 1 - cosine > 1e-6), default=1)
+    decimals = min(6, max(3, math.ceil(-math.log10(distance)) + 1))
+    return [f"{cosine:.{decimals}f}" for cosine in cosines]
+
+
 def encode_image(pixels: np.ndarray) -> str:
     """An image as a data URI: small ones exactly, larger ones as JPEG of at most EDGE pixels."""
     picture = Image.fromarray(pixels)
@@ -83,6 +91,7 @@ ENVIRONMENT = Environment(
     loader=PackageLoader("dino"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 ENVIRONMENT.filters["encode_image"] = encode_image
+ENVIRONMENT.filters["format_cosines"] = format_cosines
 
 
 def render(template: str, **data: Any) -> Markup:

@@ -15,36 +15,34 @@ from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dino import weights
+from dino.app.atlas import Atlas, Captioned, check_whole, draw_thumbnail
 from dino.data.decode import BadImage, decode
 from dino.data.image_files import Images
 from dino.data.open import open_images
-from dino.data.sources import Source, evenly_spaced, read_or_gray
-from dino.features.copies import find_copies
+from dino.data.sources import Source, evenly_spaced, spread_over_classes
 from dino.features.embed import embed
 from dino.features.embedding import Folder
 from dino.features.search import Index, check_same_model
+from dino.html import format_cosines
 from dino.look import pictures
 from dino.look.patches import extract_patches, fit_axes
 from dino.models import Backbone
 from dino.weights import fingerprint
 from dino.weights.checkpoints import get_step, list_checkpoints
+from dino.weights.runs import list_on_the_way
 
 UPLOAD_PIXELS = 50_000_000  # of an image that a browser sends
 MAX_SIZE = 1024  # pixels of the shorter side that the model is given
-THUMBNAIL = 240  # pixels of the longer side
 MAX_PATCHES = 2**13  # of an image as the model gets it; the work grows with their square
 MIN_LEGIBLE = 360  # pixels of the shorter side; a smaller picture is enlarged, so that its patches can be clicked on
 MAX_LENGTH = 4096  # pixels of the longer side of an enlarged picture
 NUM_OFFERED = 24  # images of the data to pick from
-MAX_CHECKPOINTS = 8  # of a run, evenly spaced
-MAX_GROUPS, MAX_OF_GROUP = 20, 6  # groups of near-copies, and images of each
+MAX_TEACHERS = 10  # of a run, evenly spaced
 SHARD = 256  # images that are indexed between two reports of progress
-
-Captioned = tuple[np.ndarray, str]
 
 
 @dataclass(frozen=True)
@@ -70,24 +68,27 @@ class ShownImage:
 
     def draw_cosines(self, cosine: Tensor, row: int, column: int) -> np.ndarray:
         """The image under the map of cosines [rows, columns], with a frame around one patch."""
-        heat = pictures.enlarge_cells(pictures.draw_heat(cosine.clamp(min=0).numpy() ** 2), self.pixels)
-        picture = Image.fromarray(self.enlarge((0.35 * self.pixels + 0.65 * heat).astype(np.uint8)))
+        heat = pictures.lay_over(self.pixels, pictures.draw_heat(cosine.clamp(min=0).numpy() ** 2))
+        picture = Image.fromarray(self.enlarge(heat))
         rows, columns = cosine.shape
         left, top = column * picture.width // columns, row * picture.height // rows
         box = [left - 1, top - 1, left + picture.width // columns, top + picture.height // rows]
-        ImageDraw.Draw(picture).rectangle(box, outline="white", width=3)
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(14, picture.width // 28))
+        draw.rectangle(box, outline="white", width=3)
+        said = " to ".join(format_cosines([cosine.min().item(), cosine.max().item()]))
+        draw.text((6, picture.height - 6), f"cosine {said}", "white", font, "lb", stroke_width=2, stroke_fill="black")
         return np.asarray(picture)
 
     def draw_heads(self) -> list[Captioned]:
         assert self.look is not None
-        return [(self.pixels, "the image"), *_caption_heads(self.look.maps)]
+        return [(self.look.photo, "the image"), *_caption_heads(self.look.heated, self.look.ranges)]
 
     def draw_masks(self, mass: float) -> list[Captioned]:
         """The image within the patches that hold `mass` of each head's attention."""
         assert self.look is not None
         if not isinstance(mass, int | float) or not 0 < mass <= 1:
             raise ValueError("The share of the attention must be a number above 0 and up to 1.")
-        return _caption_heads(replace(self.look, mass=mass).overlays)
+        return _caption_heads(replace(self.look, mass=mass).overlays, [""] * len(self.look.attention))
 
 
 class Explorer:
@@ -98,9 +99,10 @@ class Explorer:
         self.lock = threading.Lock()
         self.source: Source | None = None if data is None else open_images(data)
         self.neighbors: Index | None = None  # of an embedding
+        self.atlas: Atlas | None = None  # of the same
         if embedding is not None:
             self._use_embedding(Folder.open(embedding))
-            self.source = self.images if self.source is None else self.source
+            self.source = self.atlas.images if self.atlas and self.source is None else self.source
 
     # --- one image -------------------------------------------------------------------------------------------------
 
@@ -125,9 +127,10 @@ class Explorer:
                 "shorter side, or crop the image."
             )
         with self.lock:
-            pixels = pictures.fit_image(self.model, original, size)
+            pixels, photo = pictures.fit_image(self.model, original, size)
             features = extract_patches(self.model, pixels)
-            look = pictures.attention_maps(self.model, pixels, size) if self.model.has_attention else None
+            seen = pictures.Fitted(pixels, pictures.fit_cell(photo))
+            look = pictures.attention_maps(self.model, seen, size) if self.model.has_attention else None
             unit = F.normalize(features, dim=1).view(*self.model.grid(*pixels.shape[:2]), -1)
             return ShownImage(pixels, original, unit, self._color_features(pixels, features), look)
 
@@ -139,27 +142,33 @@ class Explorer:
 
     def _color_features(self, pixels: np.ndarray, features: Tensor) -> np.ndarray:
         colors = fit_axes([features]).colors(features).view(*self.model.grid(*pixels.shape[:2]), 3)
-        return pictures.ColoredPatches(pixels, colors.numpy()).picture
+        return pictures.ColoredPatches(pixels, colors.numpy(), pixels).picture
 
-    # --- a run's checkpoints -----------------------------------------------------------------------------------------
+    # --- a run's teachers -----------------------------------------------------------------------------------------
 
     @cached_property
-    def checkpoints(self) -> list[Path]:
-        found = list_checkpoints(self.run / "checkpoints") if self.run is not None else []
-        return [found[i] for i in evenly_spaced(len(found), MAX_CHECKPOINTS)]
+    def teachers(self) -> list[Path]:
+        """Files of teachers on the way, else checkpoints."""
+        if self.run is None:
+            return []
+        found = list_on_the_way(self.run) or list_checkpoints(self.run / "checkpoints")
+        return [found[i] for i in evenly_spaced(len(found), MAX_TEACHERS)]
 
-    def draw_checkpoints(self, shown: ShownImage) -> np.ndarray:
-        """The image as each checkpoint's teacher sees it: attention above, features of patches below."""
-        if not self.checkpoints:
-            raise ValueError("There are no checkpoints: start the explorer with a run directory.")
+    def draw_teachers(self, shown: ShownImage) -> np.ndarray:
+        """The image as each teacher on the way sees it: attention above, features of patches below."""
+        if not self.teachers:
+            raise ValueError("There are no teachers of a run: start the explorer with a run directory.")
         attention: list[np.ndarray | str] = [shown.pixels]
         features: list[np.ndarray | str] = ["features of\npatches" if self.model.has_attention else shown.pixels]
-        for path in self.checkpoints:
+        steps, said = [f"step {get_step(path):,}" for path in self.teachers], [""] * len(self.teachers)
+        for path in self.teachers:
             model = weights.load(path).to(next(self.model.parameters()).device)
             if model.has_attention:
-                attention.append(pictures.attention_maps(model, shown.pixels, min(shown.pixels.shape[:2])).maps[-1])
+                look = pictures.attention_maps(model, shown.pixels, min(shown.pixels.shape[:2])).only(None)
+                attention += look.heated
+                said[len(attention) - 2] = look.ranges[0]
             features.append(self._color_features(shown.pixels, extract_patches(model, shown.pixels)))
-        titles = ["image", *(f"step {get_step(path):,}" for path in self.checkpoints)]
+        titles = ["image", *map("\n".join, zip(steps, said, strict=True))]
         return np.asarray(
             pictures.draw_mosaic([attention, features] if self.model.has_attention else [features], titles)
         )
@@ -173,13 +182,13 @@ class Explorer:
 
     @property
     def _offered(self) -> Sequence[int]:
-        """Positions in the data."""
-        return evenly_spaced(0 if self.source is None else len(self.source), NUM_OFFERED)
+        """Positions in the data, at first of different classes."""
+        return [] if self.source is None else spread_over_classes(self.source, NUM_OFFERED)[:NUM_OFFERED]
 
     def _use_embedding(self, folder: Folder) -> None:
         check_same_model(folder, self.model)
-        self.embedding = folder.read()
-        self.images, self.neighbors = folder.images(), Index(self.embedding)
+        embedding = folder.read()
+        self.neighbors, self.atlas = Index(embedding), Atlas(embedding, folder.images())
 
     def index_images(self, cache: Path) -> Iterator[tuple[int, int]]:
         """Embed the data, or use the embedding in `cache`; yields how many images are done, of how many."""
@@ -207,46 +216,14 @@ class Explorer:
 
     def find_nearest(self, shown: ShownImage, k: int) -> list[Captioned]:
         """The most similar images of the embedding, with cosine and name."""
-        with self.lock:
-            found = self._get_index().search(self.model, Images([shown.original]), k)
-        return [
-            self._draw_row(row, f"{cosine:.3f}  ")
-            for cosine, row in zip(found.cosine[0].tolist(), found.rows[0].tolist(), strict=True)
-        ]
-
-    def find_copies(self) -> tuple[str, list[Captioned]]:
-        """Groups of near-copies: how many there are, and the largest."""
-        self._get_index()
-        found = find_copies(self.embedding, self.images)
-        count, groups = sum(map(len, found.groups)), found.groups
-        said = f"{count:,} of {len(self.embedding):,} images are near-copies, in groups: {len(groups):,}."
-        said += " The first of each is the best to keep." if groups else ""
-        if len(groups) > MAX_GROUPS:
-            said += f" The {MAX_GROUPS} largest are shown."
-        numbered = enumerate(groups[:MAX_GROUPS], 1)
-        shown = [self._draw_row(copy.row, f"{i} · ") for i, group in numbered for copy in group[:MAX_OF_GROUP]]
-        return " ".join([said, *found.notes]), shown
-
-    def _draw_row(self, row: int, prefix: str) -> Captioned:
-        """An image of the embedding, and its name after `prefix`."""
-        embedding = self._get_index().embedding
-        return draw_thumbnail(self.images, int(embedding.positions[row])), prefix + embedding.names[row]
-
-    def _get_index(self) -> Index:
-        if self.neighbors is None:
+        if self.neighbors is None or self.atlas is None:
             raise ValueError("The images are not indexed yet: press the button first.")
-        return self.neighbors
-
-
-def check_whole(value: object, least: int, most: int, what: str) -> int:
-    """`value`, if it is a whole number in this range.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{what} must be a whole number from {least} to {most}.")
-    return value
+        with self.lock:
+            found = self.neighbors.search(self.model, Images([shown.original]), k)
+        cosines = format_cosines(found.cosine[0].tolist())
+        return [
+            self.atlas.draw(row, f"{cosine}  ") for cosine, row in zip(cosines, found.rows[0].tolist(), strict=True)
+        ]
 
 
 @contextlib.contextmanager
@@ -273,17 +250,11 @@ def draw_alike(a: ShownImage, b: ShownImage | None, point: Sequence[int]) -> tup
     return first, b.draw_cosines(cosine, *divmod(int(cosine.argmax()), cosine.shape[1]))
 
 
-def _caption_heads(maps: list[np.ndarray]) -> list[Captioned]:
+def _caption_heads(maps: list[np.ndarray], said: list[str]) -> list[Captioned]:
     """One picture for each head, and that of their mean, which is last in `maps` and first on the page."""
-    names = ["mean of all heads", *(f"head {j}" for j in range(len(maps) - 1))]
-    return list(zip([maps[-1], *maps[:-1]], names, strict=True))
-
-
-def draw_thumbnail(source: Source, position: int) -> np.ndarray:
-    """A gray square where the image cannot be read."""
-    picture = Image.fromarray(read_or_gray(source, position))
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return np.asarray(picture)
+    names = [*(f"head {j}" for j in range(len(maps) - 1)), "mean of all heads"]
+    named = [(picture, ": ".join(filter(None, both))) for picture, *both in zip(maps, names, said, strict=True)]
+    return [named[-1], *named[:-1]]
 
 
 def find_newest_run(folder: Path = Path("runs")) -> str:

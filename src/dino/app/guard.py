@@ -33,6 +33,11 @@ MOST_BODIES = 4  # requests that are received at the same time
 SECONDS = 300  # that a request may take to arrive
 
 
+def find_host(share_with: str) -> str:
+    """The address to listen at."""
+    return {"nobody": "127.0.0.1", "everyone": "0.0.0.0"}.get(share_with, share_with)
+
+
 def listen(host: str, port: int | None) -> socket.socket:
     """A socket that accepts connections; without a `port`, at the first free one from FIRST_PORT.
 
@@ -45,8 +50,8 @@ def listen(host: str, port: int | None) -> socket.socket:
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise ValueError(
-                    f"--host {host} is no address of this machine ({error.strerror}); leave it out, or use 0.0.0.0 for "
-                    "all its networks."
+                    f"--share-with {host} is no address of this machine ({error.strerror}); leave it out to share with "
+                    "nobody, or use --share-with everyone."
                 ) from error
     what = f"all ports from {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1} are" if port is None else f"--port {port} is"
     raise ValueError(f"{what} taken, or none that you may use; choose another with --port.")

@@ -7,10 +7,12 @@ Gradio passes on what a request says: any JSON value, not only what the page wou
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from fastapi import FastAPI
 from gradio import themes
 
 from dino import distributed, files, weights
+from dino.app.atlas_page import ONE_AT_A_TIME, PLAIN, QUIET, RAW, AtlasTabs, get_index, show_errors
 from dino.app.explorer import Explorer, ShownImage, draw_alike, find_newest_run
-from dino.app.guard import LARGEST_UPLOAD, LOOPBACK, Guard, listen
+from dino.app.guard import LARGEST_UPLOAD, LOOPBACK, Guard, find_host, listen
 from dino.data.specs import find_path
+from dino.html import render
 from dino.models import NO_ATTENTION
 from dino.options import toml
 from dino.options.commands import AppOptions
@@ -30,45 +34,31 @@ from dino.weights.runs import find_run
 
 MOST_SESSIONS = 16  # browser tabs whose images are kept; the one not used for longest loses them
 MOST_WAITING = 32  # clicks that wait for the model
-CSS = """footer {display: none !important} .gradio-container {max-width: 1280px !important; margin: auto}
-.tight .grid-wrap {min-height: 0 !important; height: auto !important; max-height: none !important}
-.tight .thumbnail-item {aspect-ratio: auto !important; height: auto !important}"""
+CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 ABOUT = """# dino · {name}
 What this model learned to see, without a single label. Drop an image, or pick one."""
-LOOKS = """Where the model looks to describe the whole image. Every **head** looks for itself; bright is where it looks
-most."""
+LOOKS = """Where the model looks to describe the whole image. Every **head** looks for itself; black is where it looks least,
+and bright where it looks most: so much of all its attention goes to a patch."""
 MASKS = """The part of the image that holds this share of a head's attention; the rest is dimmed. Nobody taught it what an
 object is."""
 ALIKE = """**Click a patch** of the first image: bright are the patches, in both images, that the model thinks are like it. A
 frame marks the one you clicked, and the most similar one of the second image. On the right, what is alike has the same
 color (PCA)."""
 NEAREST = """The images that the model thinks are most like yours, with their cosine similarity: 1 is the same."""
-COPIES = """### Near-copies
-Images that are all but the same: resized, recompressed, slightly cropped, or taken a moment later."""
-TIME = """The same image through the checkpoints of the run: attention (mean of all heads), and features of patches as
-colors. A run keeps its last two checkpoints; train with `--log.keep 20` to see more of its way."""
-RAW: Any = {"preprocess": False}
-PLAIN: Any = {"show_label": False, "interactive": False, "buttons": []}  # of pictures
+TIME = """The same image as teachers on the way of the run see it: attention (mean of all heads), and features of patches as
+colors. Train with `--log.keep-teachers 10` to see the whole way; else a run keeps its last two checkpoints only."""
 NOTHING = "There are no images to search: start the explorer with `--data FOLDER` or `--embedding FILE`."
-
-
-@contextlib.contextmanager
-def show_errors() -> Iterator[None]:
-    """Around the work for a visitor: an error is one sentence on the page, and the page stays as it was."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise gr.Error(str(error), print_exception=False) from error
 
 
 class Page:
     """Components and their events. The images of a visitor are the states `first` and `second`, each a `ShownImage`."""
 
-    def __init__(self, explorer: Explorer, name: str):
-        self.explorer = explorer
+    def __init__(self, explorer: Explorer, name: str, lists: Path = Path("lists")):
+        self.explorer, self.all = explorer, AtlasTabs(explorer, lists)
         with gr.Blocks(analytics_enabled=False, title=f"dino · {name}", delete_cache=(60, 3600)) as self.blocks:
             gr.Markdown(ABOUT.format(name=name))
             self.first, self.second = gr.State(), gr.State()
+            self.all.add_script()
             with gr.Row():
                 with gr.Column(scale=1, min_width=260):
                     self.file, self.picks = self._add_chooser("Drop an image here", "first", 2)
@@ -81,6 +71,10 @@ class Page:
                         self._add_similarity()
                     with gr.Tab("Nearest images", elem_id="nearest"):
                         self._add_neighbors()
+                    with gr.Tab("Map", elem_id="atlas"):
+                        self.all.add_map()
+                    with gr.Tab("Near-copies", elem_id="copies"):
+                        self.all.add_copies()
                     with gr.Tab("Over time", elem_id="time"):
                         gr.Markdown(TIME)
                         self.go = gr.Button("Show", elem_id="go")
@@ -98,8 +92,9 @@ class Page:
         shape: Any = {"columns": columns, "height": 300, "object_fit": "cover", "allow_preview": False}
         return file, gr.Gallery(pictures, visible=bool(pictures), elem_id=f"{name}-picks", **shape, **PLAIN)
 
-    def _add_gallery(self, name: str, columns: int = 4, visible: bool = True) -> Any:
-        shape: Any = {"columns": columns, "object_fit": "contain", "elem_classes": "tight"}
+    def _add_gallery(self, name: str, columns: int = 4, visible: bool = True, small: bool = False) -> Any:
+        look = ["tight", "small"] if small else ["tight"]
+        shape: Any = {"columns": columns, "object_fit": "contain", "elem_classes": look}
         return gr.Gallery(visible=visible, elem_id=name, **shape, **PLAIN)
 
     def _add_image(self, name: str, title: str) -> Any:
@@ -131,11 +126,7 @@ class Page:
         wanted = self.explorer.neighbors is None and total > 0
         self.index = gr.Button(f"Index the {total:,} images", variant="primary", visible=wanted, elem_id="index")
         self.progress = gr.Markdown("" if total else NOTHING, elem_id="progress")
-        self.found = self._add_gallery("found", 5)
-        gr.Markdown(COPIES, visible=total > 0)
-        self.look = gr.Button("Look for near-copies", visible=total > 0, elem_id="look")
-        self.said = gr.Markdown(elem_id="said")
-        self.groups = self._add_gallery("groups", 6)
+        self.found = self._add_gallery("found", 5, small=True)
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -152,16 +143,18 @@ class Page:
             then_show(uploaded)
             then_show(picks.select(self._open_pick, size, place, **RAW))
             then_show(size.release(self._resize, [place, size], place, **RAW))
-        quiet: Any = {"show_progress": "hidden"}
-        mass: Any = {"trigger_mode": "always_last"} | quiet | RAW
+        mass: Any = {"trigger_mode": "always_last"} | QUIET | RAW
         self.mass.input(self._draw_masks, [self.first, self.mass], self.masks, **mass)
-        self.a.select(self._compare_to_first, both, [self.a, self.b], **quiet)
-        self.b.select(self._compare_to_second, both, [self.a, self.b], **quiet)
-        indexed = self.index.click(self._index_images, None, [self.index, self.progress])
+        self.a.select(self._compare_to_first, both, [self.a, self.b], **QUIET)
+        self.b.select(self._compare_to_second, both, [self.a, self.b], **QUIET)
+        indexed = self.index.click(self._index_images, None, [self.index, self.progress], **ONE_AT_A_TIME)
         indexed.success(self._find_nearest, self.first, self.found)
         indexed.failure(lambda: (gr.update(interactive=True), ""), None, [self.index, self.progress])
-        self.look.click(show_errors()(self.explorer.find_copies), None, [self.said, self.groups])
-        self.go.click(self._draw_checkpoints, self.first, self.time)
+        self.go.click(self._draw_teachers, self.first, self.time)
+        self.all.connect(self.blocks)
+        for event in self.all.indexed:
+            done = event.success(lambda: gr.update(visible=False), None, self.index, **QUIET)
+            done.success(self._find_nearest, self.first, self.found, **QUIET)
 
     def _then_show_first(self, event: Any) -> None:
         pictures = [self.heads, self.masks, self.a, self.pca]
@@ -225,24 +218,24 @@ class Page:
         yield gr.update(visible=False), "The images are indexed."
 
     @show_errors()
-    def _draw_checkpoints(self, shown: ShownImage | None) -> Any:
+    def _draw_teachers(self, shown: ShownImage | None) -> Any:
         if shown is None:
             raise ValueError("Choose an image first.")
-        return self.explorer.draw_checkpoints(shown)
-
-
-def get_index(event: gr.EventData) -> Any:
-    """What was clicked, as the request says; `gr.SelectData` would fail if it says nothing."""
-    return event._data.get("index") if isinstance(event._data, dict) else None
+        return self.explorer.draw_teachers(shown)
 
 
 def serve(options: AppOptions, folder: str) -> None:
     """Serve the page until Ctrl-C or SIGTERM; `folder` is for Gradio's files, which are those it may serve."""
     name = options.model or find_newest_run()
-    with listen(options.host, options.port) as listening:
+    host = find_host(options.share_with)
+    with listen(host, options.port) as listening:
         model = weights.load(name).to(distributed.start(options.device))
         run = find_run(name)
-        page = Page(Explorer(model, run, options.data or find_data(run), options.embedding), Path(name).name)
+        page = Page(
+            Explorer(model, run, options.data or find_data(run), options.embedding),
+            Path(name).name,
+            Path(options.lists),
+        )
         app = gr.mount_gradio_app(
             FastAPI(),
             page.blocks,
@@ -255,21 +248,36 @@ def serve(options: AppOptions, folder: str) -> None:
             mcp_server=False,
         )
         page.blocks.has_launched = True  # only then Gradio checks that the files of a request lie in its folder
-        guard = Guard(app, folder, options.host, listening)
+        guard = Guard(app, folder, host, listening)
         quiet: Any = {"log_level": "critical", "ws": "none", "timeout_graceful_shutdown": 1}
         server = uvicorn.Server(uvicorn.Config(guard, **quiet))
         work = threading.Thread(target=server.run, args=([listening],), daemon=True)
         work.start()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
-        where = "of this machine" if options.host in LOOPBACK else "(whoever has it can use the page)"
+        where = "of this machine" if host in LOOPBACK else "(whoever has it can use the page)"
         with contextlib.suppress(KeyboardInterrupt):
             print(f"Exploring {name}: open this address in a browser {where}. Ctrl-C ends it.", flush=True)
             print(guard.address, flush=True)
+            if options.browser and has_display():
+                open_browser(guard.address, Path(folder))
             while work.is_alive():
                 time.sleep(1)  # an interrupted join() would call the thread ended
         server.should_exit = True
         work.join(5)
+
+
+def has_display() -> bool:
+    """Whether a browser that opens here is before the eyes of who started the command."""
+    windows = sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+    return windows and not any(map(os.environ.get, ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")))
+
+
+def open_browser(address: str, folder: Path) -> None:
+    """By a file in `folder`, which only this user can read: other users see the words of a command, and so the token."""
+    page = folder / "open.html"
+    page.write_text(render("open", address=address), encoding="utf-8")
+    threading.Thread(target=webbrowser.open, args=(page.as_uri(),), daemon=True).start()  # some wait for the browser
 
 
 def find_data(run: Path | None) -> str | None:

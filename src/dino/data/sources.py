@@ -180,6 +180,18 @@ def evenly_spaced(total: int, most: int) -> Sequence[int]:
     return range(total) if total <= most else np.linspace(0, total - 1, most).astype(int).tolist()
 
 
+def spread_over_classes(source: Source, most: int, candidates: int = 48) -> list[int]:
+    """Positions of `candidates` evenly spaced images, in an order of which the first `most` are of different classes, as far
+    as there are so many, and evenly spaced themselves. An image without a class stands for itself."""
+    positions = evenly_spaced(len(source), candidates)
+    first: dict[int, int] = {}  # a class to its first position
+    for i in positions:
+        label = -1 if source.labels is None else source.labels[i]
+        first.setdefault(label if label >= 0 else -1 - i, i)
+    chosen = [*first.values()]
+    return [*dict.fromkeys([*(chosen[i] for i in evenly_spaced(len(chosen), most)), *chosen, *positions])]
+
+
 def look_at_some(source: Source, most: int = 64) -> dict[str, str]:
     """What there is to see of at most so many images: by name, a digest of the file, or why it cannot be read."""
     positions, seen = list(evenly_spaced(len(source), most)), dict[str, str]()

@@ -20,6 +20,7 @@ from dino.files import check_writable
 from dino.look import pictures
 from dino.look.attention import finer_patches
 from dino.look.patches import BASIS_IMAGES, extract_patches, fit_axes
+from dino.look.pictures import Fitted
 from dino.look.video import Clip, Frame, write_video
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.commands import AttentionOptions, LookOptions, MatchOptions, PcaOptions, VideoOptions
@@ -27,29 +28,37 @@ from dino.terminal import say, track
 
 
 def draw_attention(options: AttentionOptions) -> None:
-    """Write `NAME-attention.png` (all maps and masks) and `NAME-head0.png`, ... for each image; a panel if asked for."""
+    """Write `NAME-attention.png` (all maps and masks) and `NAME-head0.png`, ... for each image; panels if asked for."""
     model, looks = open_model(options, attention=True), []
-    for stem, pixels in load_images(model, options):
-        look = pictures.attention_maps(model, pixels, options.size, options.mass)
+    for stem, image in load_images(model, options):
+        look = pictures.attention_maps(model, image, options.size, options.mass)
         pictures.save(look.figure(), f"{stem}-attention.png")
-        for j, picture in enumerate(look.maps[:-1]):
+        for j, picture in enumerate(look.heated[:-1]):
             pictures.save(Image.fromarray(picture), f"{stem}-head{j}.png")
         print(f"{stem}-attention.png")
         if options.panel:
-            edge = min(pixels.shape[:2])
-            top, left = ((side - edge) // 2 for side in pixels.shape[:2])
-            looks.append(pictures.attention_maps(model, pixels[top : top + edge, left : left + edge], options.size))
-    if looks:
-        pictures.save(pictures.draw_panel(looks), f"{options.out}/panel.png")
-        print(f"{options.out}/panel.png")
+            pixels, photo = map(cut_square, image)
+            looks.append(pictures.attention_maps(model, Fitted(pixels, pictures.fit_cell(photo)), options.size))
+    pages = pictures.draw_panel(looks)
+    for number, page in enumerate(pages, 1):
+        path = f"{options.out}/panel{f'-{number}' if len(pages) > 1 else ''}.png"
+        pictures.save(page, path)
+        print(path)
+
+
+def cut_square(picture: np.ndarray) -> np.ndarray:
+    """The middle of a picture [h, w, 3]."""
+    edge = min(picture.shape[:2])
+    top, left = ((side - edge) // 2 for side in picture.shape[:2])
+    return picture[top : top + edge, left : left + edge]
 
 
 def draw_pca(options: PcaOptions) -> None:
     """Write `NAME-pca.png` for each image, all with the same basis of colors."""
     model = open_model(options)
-    basis = fit_axes(extract_patches(model, pixels) for _, pixels in load_images(model, options, BASIS_IMAGES))
-    for stem, pixels in load_images(model, options):
-        pictures.save(pictures.color_patches(model, pixels, basis).figure(), f"{stem}-pca.png")
+    basis = fit_axes(extract_patches(model, image.pixels) for _, image in load_images(model, options, BASIS_IMAGES))
+    for stem, image in load_images(model, options):
+        pictures.save(pictures.color_patches(model, image, basis).figure(), f"{stem}-pca.png")
         print(f"{stem}-pca.png")
 
 
@@ -92,8 +101,8 @@ def open_model(options: LookOptions, attention: bool = False) -> Backbone:
     return finer
 
 
-def load_images(model: Backbone, options: PcaOptions, most: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Of each image the path where its pictures go, without their suffix, and its pixels, fitted to whole patches.
+def load_images(model: Backbone, options: PcaOptions, most: int | None = None) -> Iterator[tuple[str, Fitted]]:
+    """Of each image the path where its pictures go, without their suffix, and the image, fitted to whole patches.
 
     Args:
         most: only this many images, evenly spaced, and say nothing of those that cannot be shown. None: all.
@@ -109,7 +118,7 @@ def load_images(model: Backbone, options: PcaOptions, most: int | None = None) -
     for i in track(chosen, len(chosen), "images"):
         path, given = files[i]
         try:
-            pixels = pictures.fit_image(model, path, options.size)
+            image = pictures.fit_image(model, path, options.size)
         except ValueError as error:
             if given or len(files) == 1:
                 raise
@@ -117,7 +126,7 @@ def load_images(model: Backbone, options: PcaOptions, most: int | None = None) -
                 say(f"Skipped {error}")
             continue
         done = True
-        yield str(folder / names[i]), pixels
+        yield str(folder / names[i]), image
     if not done:
         raise ValueError(f"none of {len(chosen)} images can be shown, first {files[0][0]}; give others.")
 

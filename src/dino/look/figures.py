@@ -8,18 +8,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
-from dino import distributed, errors, files, weights
+from dino import distributed, files, weights
 from dino.data.open import open_labeled_pair, open_labeled_test
 from dino.data.sources import Source, evenly_spaced
 from dino.features import cache
+from dino.features.layout import lay_out, pick_colors
 from dino.features.neighbors import find_neighbors, vote
 from dino.html import NUM_NEIGHBORS, get_label, read_row, read_square, render, write_page
 from dino.options.commands import NeighborsOptions, TsneOptions
 
+MOST_IMAGES, THUMBNAIL = 600, 48  # images that a map shows themselves; their pixels
 
-def extract_labeled(options: TsneOptions, **sources: Source) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
+
+def extract_labeled(
+    options: TsneOptions | NeighborsOptions, **sources: Source
+) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
     """[CLS] features [m, d] of length 1, labels [m] and positions [m] of the readable images of each source."""
     model = weights.load(options.model).to(distributed.start(options.device))
     for what, source in sources.items():
@@ -27,44 +33,57 @@ def extract_labeled(options: TsneOptions, **sources: Source) -> Iterator[tuple[T
         yield F.normalize(found.values, dim=1), found.labels, found.indices
 
 
-def map_classes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each class's mean feature in two dimensions, by t-SNE (paper Fig. 11).
+def average_classes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Each class's mean feature.
 
     Args:
         features: [n, d]; labels: [n].
 
     Returns:
-        Classes that have an image [c], and their points [c, 2].
-
-    Raises:
-        ValueError: scikit-learn is missing, or there are fewer than three classes.
+        Means [c, d] of length 1, and the classes that have an image [c].
     """
-    manifold = errors.import_optional("sklearn.manifold", "t-SNE needs scikit-learn", "figures")
     sums = torch.zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
     present = torch.unique(labels)
-    if len(present) < 3:
-        raise ValueError(f"a map of classes needs at least 3 of them, but there are {len(present)}.")
-    means = F.normalize(sums[present], dim=1).numpy()
-    perplexity = min(30.0, (len(present) - 1) / 3)
-    return present.numpy(), manifold.TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(means)
+    return F.normalize(sums[present], dim=1), present
 
 
 def draw_tsne(options: TsneOptions) -> None:
-    """Write the map of classes; classes that lie close together have similar features."""
+    """Write a map of labeled images or of their classes; what lies close together has similar features."""
     out = files.check_writable(options.out, ".png .svg .pdf")
     source = open_labeled_test(options.data)
-    ((features, labels, _),) = extract_labeled(options, labeled=source)
-    classes, points = map_classes(features, labels, len(source.classes))
-    edge = 5 + 0.6 * len(classes) ** 0.5  # inches
+    ((features, labels, positions),) = extract_labeled(options, labeled=source)
+    number, said = len(labels), f"{len(labels):,} images of {len(torch.unique(labels))} classes"
+    if options.show == "means":
+        features, labels = average_classes(features, labels, len(source.classes))
+        said = f"{len(labels)} classes, the means of {number:,} images"
+    elif options.show == "images" and number > MOST_IMAGES:
+        chosen = torch.tensor(evenly_spaced(number, MOST_IMAGES))
+        features, labels, positions = features[chosen], labels[chosen], positions[chosen.numpy()]
+        said = f"{MOST_IMAGES} of {said}"
+    points = lay_out(features, "classes" if options.show == "means" else "images")
+    edge = 5 + 0.6 * len(labels) ** 0.5 if options.show == "means" else 10  # inches
     figure = Figure((edge, edge), layout="constrained")
     axes = figure.add_subplot()
     axes.set_axis_off()
-    axes.scatter(*points.T, s=8)
-    for name, (x, y) in zip((source.classes[c] for c in classes), points, strict=True):
-        axes.annotate(name, (x, y), (3, 3), textcoords="offset points", fontsize=7)
+    if options.show == "means":
+        axes.scatter(*points.T, s=8)
+        for label, (x, y) in zip(labels.tolist(), points, strict=True):
+            axes.annotate(source.classes[label], (x, y), (3, 3), textcoords="offset points", fontsize=7)
+    else:
+        present = torch.unique(labels).tolist()
+        for label, color in zip(present, pick_colors(len(present)), strict=True):
+            own = np.flatnonzero(labels.numpy() == label)
+            axes.scatter(*points[own].T, s=12, color=color, label=source.classes[label], linewidths=0)
+            if options.show == "images":
+                for row in own:
+                    thumbnail = OffsetImage(read_square(source, int(positions[row]), THUMBNAIL), zoom=0.45)
+                    frame = {"edgecolor": color, "linewidth": 1.5}
+                    axes.add_artist(AnnotationBbox(thumbnail, tuple(points[row]), pad=0, bboxprops=frame))
+        # Beside the map, in as many columns as it is high; `savefig` makes the figure as wide as it needs.
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=-(-len(present) // 45), frameon=False, fontsize=9)
     with files.replacing(out) as temporary:
         figure.savefig(temporary, format=out.suffix[1:], dpi=150, bbox_inches="tight")
-    print(f"{out}: {len(classes)} classes, the means of {len(labels)} images")
+    print(f"{out}: {said}")
 
 
 def draw_neighbor_page(options: NeighborsOptions) -> None:

@@ -1,8 +1,9 @@
 """Pictures of what a model sees, as arrays and as figures: attention of each head, patch features, matching patches.
 
-An image is a path or an array [h, w, 3] uint8. A map is drawn with one rectangle per patch and is not smoothed: black
-where a head does not look, bright where it looks most. A mask keeps the image where most of a head's attention lies and
-dims the rest.
+An image is a path or an array [h, w, 3] uint8. The model sees it resized; pictures are drawn over the photograph at its own
+size, where that is larger. A map is drawn with one rectangle per patch and is not smoothed: black where a head looks least,
+bright where it looks most; `Look.ranges` says how much that is. A mask keeps the image where most of a head's attention lies
+and dims the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +32,18 @@ from dino.options.commands import AttentionOptions, MatchOptions, PcaOptions, Vi
 from dino.options.rules import checked
 
 GUTTER = 6  # pixels between the pictures of a figure
-AnyImage = str | Path | np.ndarray  # a file, or pixels [h, w, 3] uint8
+LEAST_CELL, MOST_CELL = 160, 640  # pixels of the longer side of a picture in a figure of several
+PANEL_ROWS = 10  # images of a page of a panel
+
+
+class Fitted(NamedTuple):
+    """An image of whole patches."""
+
+    pixels: np.ndarray  # [h, w, 3] uint8, as the model gets it
+    photo: np.ndarray  # [H, W, 3] uint8, the same part of it at its own size; `pixels`, where that is not smaller
+
+
+AnyImage = str | Path | np.ndarray | Fitted  # a file, or pixels [h, w, 3] uint8
 
 
 def choose_size(model: Backbone, size: int | None) -> int:
@@ -48,21 +60,29 @@ def choose_size(model: Backbone, size: int | None) -> int:
     return size or 2 * model.view_size // patch * patch
 
 
-def fit_image(model: Backbone, image: AnyImage, size: int | None = None) -> np.ndarray:
-    """Read `image`, resize its shorter side to `size` pixels and trim it to whole patches: [h, w, 3] uint8.
+def fit_image(model: Backbone, image: AnyImage, size: int | None = None) -> Fitted:
+    """Read `image`, resize its shorter side to `size` pixels and trim it to whole patches.
 
     Raises:
         ValueError: it cannot be read, is smaller than a patch, or has more than MOST_PATCHES patches.
     """
+    if isinstance(image, Fitted):
+        return image
     size = choose_size(model, size)
     try:
-        pixels = fit_to_patches(image if isinstance(image, np.ndarray) else decode(image), size, model.patch_size)
+        original = image if isinstance(image, np.ndarray) else decode(image)
+        pixels = fit_to_patches(original, size, model.patch_size)
         height, width = pixels.shape[:2]
         check_number(math.prod(model.grid(height, width)), height, width)  # patches may overlap
     except (BadImage, ValueError) as error:
         what = "an image" if isinstance(image, np.ndarray) else image
         raise ValueError(f"{what} cannot be shown: {error}") from error
-    return pixels
+    scale = min(original.shape[:2]) / size
+    height, width = (
+        min(whole, round(edge * scale)) for whole, edge in zip(original.shape, pixels.shape[:2], strict=False)
+    )
+    top, left = (original.shape[0] - height) // 2, (original.shape[1] - width) // 2
+    return Fitted(pixels, original[top : top + height, left : left + width] if scale > 1 else pixels)
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
@@ -75,6 +95,7 @@ class Look:
     image: np.ndarray  # [h, w, 3] uint8, of whole patches
     attention: Tensor  # float32 [heads + 1, rows, columns], on the CPU: every head's, and their mean last
     mass: float  # share of the attention that masks keep
+    photo: np.ndarray  # [H, W, 3] uint8, the image at its own size
 
     @property
     def masks(self) -> Tensor:
@@ -87,9 +108,20 @@ class Look:
         return [enlarge_cells(draw_heat(m.numpy()), self.image) for m in self.attention]
 
     @property
+    def heated(self) -> list[np.ndarray]:
+        """The photograph under each map, heads + 1 of [H, W, 3] uint8."""
+        return [lay_over(self.photo, draw_heat(m.numpy())) for m in self.attention]
+
+    @property
+    def ranges(self) -> list[str]:
+        """What is black and what is brightest in each map: the attention to a patch, in percent of all of a head's."""
+        return [f"{100 * m.min():.2g} to {100 * m.max():.2g} %" for m in self.attention]
+
+    @property
     def overlays(self) -> list[np.ndarray]:
-        """The image within each mask, heads + 1 of [h, w, 3] uint8."""
-        return [dim_outside(self.image, m.numpy()) for m in self.masks]
+        """The photograph within each mask, heads + 1 of [H, W, 3] uint8."""
+        masks = enlarge(mass_mask(self.attention, self.mass)[None], self.photo.shape[:2])[0] > 0
+        return [dim_outside(self.photo, m.numpy()) for m in masks]
 
     def only(self, head: int | None) -> Look:
         """The same image with the attention of that head alone; None: with the mean of all heads."""
@@ -97,11 +129,14 @@ class Look:
         if head is not None and not 0 <= head < heads:
             raise ValueError(f"--head is {head}; this model has heads 0 to {heads - 1}.")
         chosen = heads if head is None else head
-        return Look(self.image, self.attention[chosen : chosen + 1], self.mass)
+        return Look(self.image, self.attention[chosen : chosen + 1], self.mass, self.photo)
 
     def figure(self) -> Image.Image:
-        """One picture: the image, the map of each head and of their mean in a row, and the masks below."""
-        return draw_mosaic([[self.image, *self.maps], [f"{100 * self.mass:g} % of the\nattention", *self.overlays]])
+        """One picture: the image, the map of each head and of their mean with its range in a row, and the masks below."""
+        titles = ["image", *(f"head {j}" for j in range(len(self.attention) - 1)), "mean"]
+        titles = [f"{title}\n{said}" for title, said in zip(titles, ["", *self.ranges], strict=True)]
+        masks = f"{100 * self.mass:g} % of the\nattention"
+        return add_scale(draw_mosaic([[self.photo, *self.heated], [masks, *self.overlays]], titles))
 
 
 @checked(AttentionOptions, "size", "mass")
@@ -117,14 +152,15 @@ def attention_maps(model: Backbone, image: AnyImage, size: int | None = None, ma
     """
     if not model.has_attention:
         raise ValueError(NO_ATTENTION)
-    pixels = fit_image(model, image, size)
+    pixels, photo = fit_image(model, image, size)
     attention = map_attention(model, prepare_image(model, pixels)).float().cpu()[0]
-    return Look(pixels, torch.cat([attention, attention.mean(dim=0, keepdim=True)]), mass)
+    return Look(pixels, torch.cat([attention, attention.mean(dim=0, keepdim=True)]), mass, photo)
 
 
-def draw_panel(looks: Sequence[Look]) -> Image.Image:
-    """One picture of several images: a row for each, and a column for each head and their mean."""
-    return draw_mosaic([[look.image, *look.maps] for look in looks])
+def draw_panel(looks: Sequence[Look]) -> list[Image.Image]:
+    """Pages of several images: a row for each, and a column for each head and their mean."""
+    pages = [looks[start : start + PANEL_ROWS] for start in range(0, len(looks), PANEL_ROWS)]
+    return [add_scale(draw_mosaic([[look.photo, *look.heated] for look in page])) for page in pages]
 
 
 # --- patch features ------------------------------------------------------------------------------------------------
@@ -136,13 +172,16 @@ class ColoredPatches:
 
     image: np.ndarray  # [h, w, 3] uint8, of whole patches
     colors: np.ndarray  # float32 [rows, columns, 3] in [0, 1]
+    photo: np.ndarray  # [H, W, 3] uint8, the image at its own size
 
     @property
     def picture(self) -> np.ndarray:
-        return enlarge_cells(to_bytes(self.colors), self.image)
+        """[H, W, 3] uint8"""
+        return enlarge_cells(to_bytes(self.colors), self.photo)
 
     def figure(self) -> Image.Image:
-        return draw_mosaic([[self.image, self.picture]], ["image", "patch features"])
+        """Both side by side, at the photograph's own size."""
+        return draw_mosaic([[self.photo, self.picture]], ["image", "patch features"], most=max(self.photo.shape))
 
 
 @checked(PcaOptions, "size")
@@ -157,14 +196,14 @@ def pca_colors(model: Backbone, images: Sequence[AnyImage], size: int | None = N
         ValueError: an image cannot be shown.
     """
     some = (images[i] for i in evenly_spaced(len(images), BASIS_IMAGES))
-    basis = fit_axes(extract_patches(model, fit_image(model, image, size)) for image in some)
+    basis = fit_axes(extract_patches(model, fit_image(model, image, size).pixels) for image in some)
     yield from (color_patches(model, fit_image(model, image, size), basis) for image in images)
 
 
-def color_patches(model: Backbone, pixels: np.ndarray, basis: Basis) -> ColoredPatches:
-    """Color the patches of `pixels` [h, w, 3] uint8, an image of whole patches, by their place on the axes of `basis`."""
-    colors = basis.colors(extract_patches(model, pixels))
-    return ColoredPatches(pixels, colors.view(*model.grid(*pixels.shape[:2]), 3).numpy())
+def color_patches(model: Backbone, image: Fitted, basis: Basis) -> ColoredPatches:
+    """Color the patches of `image` by their place on the axes of `basis`."""
+    colors = basis.colors(extract_patches(model, image.pixels))
+    return ColoredPatches(image.pixels, colors.view(*model.grid(*image.pixels.shape[:2]), 3).numpy(), image.photo)
 
 
 @dataclass(frozen=True)
@@ -174,16 +213,18 @@ class Matches:
     images: tuple[np.ndarray, np.ndarray]  # [h, w, 3] uint8 each, of whole patches
     points: np.ndarray  # float [k, 2, 2]: the center of each pair's patches in both images, x and y in pixels
     cosine: np.ndarray  # float32 [k]
+    photos: tuple[np.ndarray, np.ndarray]  # the images at their own size
 
     def figure(self, most: int = 50) -> Image.Image:
-        """The images side by side, with lines between the `most` pairs that are most alike."""
-        (height, width, _), (other, _, _) = (image.shape for image in self.images)
+        """The photographs side by side, with lines between the `most` pairs that are most alike."""
+        (height, width, _), (other, _, _) = (photo.shape for photo in self.photos)
         second = width + GUTTER  # where the second image begins
-        page = Image.new("RGB", (second + self.images[1].shape[1], max(height, other)), "white")
-        page.paste(Image.fromarray(self.images[0]))
-        page.paste(Image.fromarray(self.images[1]), (second, 0))
+        page = Image.new("RGB", (second + self.photos[1].shape[1], max(height, other)), "white")
+        page.paste(Image.fromarray(self.photos[0]))
+        page.paste(Image.fromarray(self.photos[1]), (second, 0))
         draw, thick = ImageDraw.Draw(page), max(1, height // 250)
-        for (x, y), (u, v) in self.points[:most]:
+        zoom = [photo.shape[0] / image.shape[0] for photo, image in zip(self.photos, self.images, strict=True)]
+        for (x, y), (u, v) in self.points[:most] * np.reshape(zoom, (2, 1)):
             color = tuple(int(255 * c) for c in colorsys.hsv_to_rgb((x / width + y / height) / 2, 0.9, 1.0))
             draw.line([(x, y), (u + second, v)], color, thick)
             for left, top in ((x, y), (u + second, v)):
@@ -194,14 +235,15 @@ class Matches:
 @checked(MatchOptions, "size")
 def match_patches(model: Backbone, a: AnyImage, b: AnyImage, size: int | None = None) -> Matches:
     """Find the patches of `a` and `b` that correspond: each has the most similar feature to the other's (cosine)."""
-    images = fit_image(model, a, size), fit_image(model, b, size)
+    (first, second) = (fit_image(model, image, size) for image in (a, b))
+    images = first.pixels, second.pixels
     pairs, cosine = match_mutual(*(extract_patches(model, image) for image in images))
     points = []
     for image, cells in zip(images, pairs.T.numpy(), strict=True):
         height, width = image.shape[:2]
         rows, columns = model.grid(height, width)
         points.append((np.stack([cells % columns, cells // columns], axis=1) + 0.5) * (width / columns, height / rows))
-    return Matches(images, np.stack(points, axis=1), cosine.numpy())
+    return Matches(images, np.stack(points, axis=1), cosine.numpy(), (first.photo, second.photo))
 
 
 # --- video ---------------------------------------------------------------------------------------------------------
@@ -216,18 +258,18 @@ def video_frames(
     head: int | None = None,
     mass: float = 0.6,
 ) -> Iterator[tuple[Frame, Frame]]:
-    """Yield each frame of `clip`, fitted to whole patches, and its picture; `dino.look.video.write_video` takes them.
+    """Yield each frame of `clip`, trimmed to whole patches, and its picture; `dino.look.video.write_video` takes them.
 
     Args:
         clip: a video file, an animated GIF, or a folder of frames.
-        show: a map of attention, the image within its mask, or patch features as colors, on one basis for the clip.
+        show: the frame under the map of attention, or within its mask; or patch features as colors, on one basis.
         head: the head whose attention is shown. None: the mean of all.
         size, mass: see `attention_maps`.
     """
     clip = clip if isinstance(clip, Clip) else Clip(clip)
     basis = None
     if show == "pca":
-        some = thin_out((fit_image(model, frame, size) for _, frame in clip), BASIS_IMAGES)
+        some = thin_out((fit_image(model, frame, size).pixels for _, frame in clip), BASIS_IMAGES)
         basis = fit_axes(extract_patches(model, frame) for frame in some)
     for seconds, frame in clip:
         if basis is not None:
@@ -235,8 +277,8 @@ def video_frames(
             picture = drawn.picture
         else:
             drawn = attention_maps(model, frame, size, mass).only(head)
-            (picture,) = drawn.maps if show == "attention" else drawn.overlays
-        yield Frame(seconds, drawn.image), Frame(seconds, picture)
+            (picture,) = drawn.heated if show == "attention" else drawn.overlays
+        yield Frame(seconds, drawn.photo), Frame(seconds, picture)
 
 
 def save(picture: Image.Image, path: str | Path) -> None:
@@ -253,8 +295,14 @@ def save(picture: Image.Image, path: str | Path) -> None:
 
 
 def draw_heat(values: np.ndarray) -> np.ndarray:
-    """A map [rows, columns] of numbers not below 0 as colors [rows, columns, 3] uint8; the largest is brightest."""
-    return to_bytes(colormaps["inferno"](values / max(float(values.max()), 1e-12))[..., :3])
+    """A map [rows, columns] as colors [rows, columns, 3] uint8: the least is black, the largest brightest."""
+    low, high = float(values.min()), float(values.max())
+    return to_bytes(colormaps["inferno"]((values - low) / max(high - low, 1e-12))[..., :3])
+
+
+def lay_over(photo: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """A photograph [H, W, 3] under the colors of its patches [rows, columns, 3]."""
+    return (0.4 * photo + 0.6 * enlarge_cells(cells, photo)).astype(np.uint8)
 
 
 def to_bytes(colors: np.ndarray) -> np.ndarray:
@@ -272,18 +320,50 @@ def dim_outside(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask[..., None], image, shade).astype(np.uint8)
 
 
-def draw_mosaic(rows: Sequence[Sequence[np.ndarray | str]], titles: Sequence[str] | None = None) -> Image.Image:
-    """One picture of rows of pictures [h, w, 3] uint8 (or texts), with a title above each column.
+def fit_cell(picture: np.ndarray, most: int = MOST_CELL) -> np.ndarray:
+    """`picture` [h, w, 3] with a longer side of at least LEAST_CELL (by whole factors) and at most `most` pixels."""
+    edge = max(picture.shape[:2])
+    if edge > most:
+        (small := Image.fromarray(picture)).thumbnail((most, most), Image.Resampling.LANCZOS)
+        return np.asarray(small)
+    zoom = -(-LEAST_CELL // edge)
+    return picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def add_scale(page: Image.Image) -> Image.Image:
+    """`page` with the colors of maps beneath it."""
+    edge = max(14, min(40, page.width // 50))
+    out = Image.new("RGB", (page.width, page.height + 2 * edge), "white")
+    out.paste(page)
+    draw, font = ImageDraw.Draw(out), ImageFont.load_default(edge)
+    bar = Image.fromarray(draw_heat(np.linspace(0, 1, 256)[None])).resize((6 * edge, edge))
+    left, top = GUTTER, page.height + edge // 2
+    for part in ("least", bar, "most attention of each map"):
+        if isinstance(part, str):
+            draw.text((left, top), part, "black", font)
+            left += int(draw.textlength(part, font)) + edge // 2
+        else:
+            out.paste(part, (left, top))
+            left += part.width + edge // 2
+    return out
+
+
+def draw_mosaic(
+    rows: Sequence[Sequence[np.ndarray | str]], titles: Sequence[str] | None = None, most: int = MOST_CELL
+) -> Image.Image:
+    """One picture of rows of pictures [h, w, 3] uint8 (or texts), with a title of a line or two above each column.
 
     Args:
         titles: None: the columns are an image, its heads and their mean.
+        most: pixels of the longer side of a picture; a larger one is made smaller.
     """
     titles = titles or ["image", *(f"head {j}" for j in range(len(rows[0]) - 2)), "mean"]
+    rows = [[cell if isinstance(cell, str) else fit_cell(cell, most) for cell in row] for row in rows]
     pictures = [[cell for cell in row if not isinstance(cell, str)] for row in rows]
     width = max(cell.shape[1] for row in pictures for cell in row)
     heights = [max(cell.shape[0] for cell in row) for row in pictures]
-    label = max(12, width // 14)
-    font = ImageFont.load_default(label)
+    line = max(12, width // 14)
+    font, label = ImageFont.load_default(line), round(1.25 * line) * max(title.count("\n") + 1 for title in titles)
     size = GUTTER + len(titles) * (width + GUTTER), label + sum(heights) + (len(rows) + 2) * GUTTER
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)

@@ -123,11 +123,13 @@ class TsneOptions(InferenceOptions):
     torchvision:NAME:FOLDER, of which the test images are used."""
     size: Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
+    show: Literal["points", "images", "means"] = "points"
+    """A point for each image, in its class's color; some images themselves; or each class's mean (the paper's Fig. 11)."""
     out: File = "tsne.png"
     """Figure to write: .png, .svg or .pdf."""
 
 
-class NeighborsOptions(TsneOptions):
+class NeighborsOptions(InferenceOptions):
     """Write a page of test images and the training images nearest to them: where k-NN is right, and where it is wrong.
 
     dino figure neighbors runs/a --data labeled/
@@ -139,6 +141,8 @@ class NeighborsOptions(TsneOptions):
     scenes:NUMBER, or torchvision:NAME:FOLDER."""
     val: DataSpec | None = None
     """Labeled queries, when they lie elsewhere."""
+    size: Pixels | None = None
+    """Edge of the evaluation view, pixels. None: what the model was made for."""
     k: PositiveInt = 20
     """Neighbors that vote."""
     rows: Few = 12
@@ -261,11 +265,15 @@ class AppOptions(Options):
     the run was trained on."""
     embedding: Folder | None = None
     """What `dino embed` wrote with this model. None: a button on the page embeds the data."""
+    lists: Folder = "lists"
+    """Folder for the lists of images that the page writes."""
     port: Annotated[int, Rule(lambda value: 0 <= value < 2**16, "a port lies between 0 and 65535")] | None = None
     """Port of the page. None: the first free one from 7860."""
-    host: Annotated[str, Metavar("ADDRESS")] = "127.0.0.1"
-    """Address of the page: this machine alone, or another of its addresses, or 0.0.0.0 for all. The printed address holds
-    a token, without which nobody can use the page; but what is sent over a network is not encrypted."""
+    share_with: Annotated[str, Metavar("nobody|everyone|ADDRESS")] = "nobody"
+    """Who can reach the page: 'nobody' but this machine, 'everyone' in its networks, or those of one of its addresses. The
+    printed address holds a token, without which nobody can use the page; what is sent over a network is not encrypted."""
+    browser: bool = True
+    """Open the page in your browser at once; never over SSH, or without a display."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 

@@ -21,7 +21,7 @@ from dino.data.evaluation_views import make_square, resize_and_crop
 from dino.data.normalize import normalize
 from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
-from dino.data.sources import Source, evenly_spaced
+from dino.data.sources import Source, evenly_spaced, spread_over_classes
 from dino.data.views import draw_views
 from dino.features.extract import extract
 from dino.features.neighbors import find_neighbors
@@ -33,7 +33,6 @@ from dino.options import required
 from dino.report.run import Run
 
 NUM_SHOWN, NUM_VIEWED = 6, 4  # images in the sections of held-out images; in the section of training views
-NUM_CANDIDATES = 48  # positions tried for images of different classes that can be read
 MAX_BANK = 2000  # training images among which neighbors are searched
 MAX_CPU_WORK = 3e11  # multiplications for their features on a CPU, which take a few seconds
 MASS = 0.6  # share of the attention that a mask keeps
@@ -86,7 +85,7 @@ class Gallery:
                 truth = torch.from_numpy(self.scenes.mask(picture.position))
                 overlap = (100 * jaccard(look.masks, truth[None])).tolist()
                 best = int(np.argmax(overlap))  # the mean of all maps may be better than each
-            heads = [*zip(names, look.maps, look.overlays, overlap, strict=True)]
+            heads = [*zip(names, look.heated, look.overlays, overlap, look.ranges, strict=True)]
             pictures.append({"image": look.image, "caption": self._caption(picture), "heads": heads, "best": best})
         side, scenes = self.close_size // self.model.patch_size, self.scenes is not None
         kinds = {"best_head": "best head", "mean_map": "mean map", "mean_head": "average over heads"}
@@ -178,15 +177,8 @@ class Gallery:
 
 def choose_pictures(source: Source, most: int) -> list[Picture]:
     """At most `most` readable images, evenly spaced, of different classes first."""
-    positions = evenly_spaced(len(source), NUM_CANDIDATES)
-    first: dict[int, int] = {}  # a class to its first position; an image without a class stands for itself
-    for i in positions:
-        label = -1 if source.labels is None else source.labels[i]
-        first.setdefault(label if label >= 0 else -1 - i, i)
-    chosen = [*first.values()]
-    preferred = [chosen[i] for i in evenly_spaced(len(chosen), most)]  # over the whole range
     pictures: list[Picture] = []
-    for i in dict.fromkeys([*preferred, *chosen, *positions]):
+    for i in spread_over_classes(source, most):
         if len(pictures) == most:
             break
         try:
