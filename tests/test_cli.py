@@ -398,6 +398,16 @@ def test_eval_knn_prints_a_table(photos, tmp_path):
     assert lines[2 + len(rows)].startswith("To beat, ")
 
 
+@pytest.mark.parametrize("given", [None, "active"])
+def test_threads_wait_without_work_unless_the_user_says_so(given, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert cli.main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == (given or "passive")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is as before afterwards
+
+
 def test_a_reader_that_stops_reading_is_no_error():
     """As in `dino recipes | head -1`."""
     with subprocess.Popen(dino_command("recipes"), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
