@@ -44,6 +44,7 @@ bench: $(STAMP)  ## every benchmark, short; BENCH_DATA=folder for real JPEGs; JS
 
 docs: $(STAMP)  ## the documentation as pages to open in a browser: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open build/site/index.html in a browser. The search needs a server: $(BIN)/python -m http.server -d build/site"
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -405,7 +405,6 @@ def test_threads_wait_without_work_unless_the_user_says_so(given, monkeypatch, c
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
     assert cli.main(["--version"]) == 0
     assert os.environ["OMP_WAIT_POLICY"] == (given or "passive")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is as before afterwards
 
 
 def test_a_reader_that_stops_reading_is_no_error():
