@@ -16,11 +16,12 @@ import pytest
 
 import dino
 from dino import cli, distributed
-from dino.options import commands, evaluate, replace, train, trainings
+from dino.options import commands, complete_names, evaluate, replace, train, trainings
 from dino.options.flags import parse_flags
 from dino.options.rules import Options, allows_none, get_plain, get_types
 from dino.options.toml import read_toml, to_dict
 from dino.options.train import TrainOptions
+from helpers import draw_images
 
 LIST = Path(__file__).with_name("options.txt")
 CLASSES = [
@@ -231,6 +232,43 @@ def test_the_list_of_options_is_the_reviewed_one():
 
 if __name__ == "__main__":
     LIST.write_text(list_options())
+
+
+def test_names_without_dots_mean_the_only_option_that_ends_so():
+    known = ["epochs", "data.path", "model.arch", "optim.lr", "a.size", "b.size"]
+    given = {"epochs": 3, "data": "x", "model": "vit_small", "lr": 0.1, "a.size": 1, "nosuch": 2}
+    wanted = ["epochs", "data.path", "model.arch", "optim.lr", "a.size", "nosuch"]
+    assert complete_names(given, known) == dict(zip(wanted, given.values(), strict=True))
+    with pytest.raises(ValueError, match=r"'size' may be a.size or b.size; write \*\*\{'a.size': ...\}"):
+        complete_names({"size": 1}, known)
+    with pytest.raises(ValueError, match=r"optim\.lr is given twice"):
+        complete_names({"lr": 1, "optim.lr": 2}, known)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        ((), {"model": "vit_smal"}, "no architecture 'vit_smal'|Did you mean 'vit_small'"),
+        ((), {"lr": -1}, "optim.lr is -1.0; it cannot be negative"),
+        ((), {"epoch": 3}, "Did you mean 'epochs'"),
+        ((5,), {}, r"recipe is 5; give a recipe's name or a TOML file, and images as dino.train\(data=...\)"),
+        (("photos/",), {}, r"'photos/' is not a recipe; to train on images write: dino.train\(data=\"photos/\"\)"),
+        (("photos",), {}, r"'photos' is not a recipe; to train on images write: dino.train\(data=\"photos\"\)"),
+    ],
+)
+def test_training_from_python_says_what_was_meant(arguments, options, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_images(tmp_path / "photos")
+    data = {} if arguments else {"data": "photos"}
+    with pytest.raises(ValueError, match=said):
+        dino.train(*arguments, out="run", **data, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_package_lists_its_functions():
+    names = dir(dino)
+    assert {"train", "load", "embed", "search", "evaluate", "attention_maps", "__version__"} <= set(names)
+    assert all(getattr(dino, name) is not None for name in names)
 
 
 def test_python_callers_are_told_the_choices(tmp_path):

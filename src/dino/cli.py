@@ -256,7 +256,7 @@ def parse_train(flags: list[str], kind: type[TrainOptions] = TrainOptions, name:
         first.add_argument(flag, nargs="?")
     given, _ = first.parse_known_args(flags)
     has_data = given.data is not None or "--help" in flags or "-h" in flags  # help is not about the demo
-    base = free_length(choose_base(recipe, has_data, given.resume, name), vars(given))
+    base = free_length(choose_base(recipe, has_data, given.resume, f"dino {name} --data {{}}"), vars(given))
     return parse_flags(kind, flags, f"dino {name} [RECIPE | FILE.toml]", kind(**vars(base)))
 
 

@@ -30,11 +30,12 @@ from dino.eval import evaluate
 from dino.eval.online import OnlineEvaluation
 from dino.machine import check_cores, check_workers, count_spare_cores, describe_device
 from dino.models import Backbone
-from dino.options import auto, flatten, replace, required, toml
+from dino.options import auto, complete_names, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base, free_length
 from dino.options.rules import parse_bytes
 from dino.options.train import TrainOptions
+from dino.report.notebook import RunFolder
 from dino.report.run import Run
 from dino.report.verdict import advise_start, judge, warn
 from dino.terminal import Terminal
@@ -46,7 +47,7 @@ def train(
     data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     out: str | os.PathLike[str] | None = None,
     **changes: Any,
-) -> Path:
+) -> RunFolder:
     """Train, and return the run directory. ``dino.train(resume="runs/a")`` continues run a with its own options.
 
     Args:
@@ -54,20 +55,26 @@ def train(
             without `data`, else options chosen for the data.
         data: a folder, list file, tar files, 'scenes', or 'torchvision:NAME:FOLDER'; or several of these.
         out: run directory to write.
-        changes: any option by its dotted name, e.g. ``epochs=30`` or ``**{"optim.lr": 1e-3}``.
+        changes: any option, e.g. ``epochs=30``, ``model="vit_small"`` or ``lr=1e-3``: by its dotted name, or the last part
+            of it where no other option has the same.
 
     Raises:
         ValueError: an option or the data is unusable, or a run cannot be resumed so; nothing has been written then.
     """
+    if not isinstance(recipe, str | os.PathLike | TrainOptions | None):
+        raise ValueError(
+            f"recipe is {recipe!r}; give a recipe's name or a TOML file, and images as dino.train(data=...)."
+        )
     if isinstance(data, Sequence) and not isinstance(data, str):
         data = "\n".join([os.fspath(each) for each in data])
-    changes |= {name: value for name, value in (("data.path", data), ("out", out)) if value is not None}
+    changes |= {name: value for name, value in (("data", data), ("out", out)) if value is not None}
+    changes = complete_names(changes, flatten(TrainOptions()))
     if not isinstance(recipe, TrainOptions):
-        recipe = choose_base(recipe, "data.path" in changes, changes.get("resume"))
+        recipe = choose_base(recipe, "data.path" in changes, changes.get("resume"), 'dino.train(data="{}")')
     return run_training(replace(free_length(recipe, changes), changes))
 
 
-def run_training(options: TrainOptions) -> Path:
+def run_training(options: TrainOptions) -> RunFolder:
     """Train with `options` (or continue `options.resume`) to the end, a signal, or `stop_after`."""
     began = time.monotonic()
     with contextlib.ExitStack() as held:
@@ -114,7 +121,7 @@ def run_training(options: TrainOptions) -> Path:
             raise KeyboardInterrupt  # torchrun would take the end of a process without an error for that of all the work
         if options.budget is not None and complete:
             terminal.say(f"Took {(time.monotonic() - began) / 60:.1f} of {options.budget / 60:g} minutes.")
-    return folder
+    return RunFolder.of(folder, len(trainer.source))
 
 
 def print_options(options: TrainOptions, device: torch.device, terminal: Terminal) -> None:

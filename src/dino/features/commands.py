@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from dino.features.ivfpq import AT_ONCE, MEASURED
 from dino.features.select import select, write_list
 from dino.features.shards import name_ranges
 from dino.files import check_writable, replacing
-from dino.html import NUM_NEIGHBORS, NeighborRow, read_row, read_square, render, write_page
+from dino.html import render, write_page
 from dino.options.commands import (
     DuplicatesOptions,
     EmbedOptions,
@@ -66,12 +65,8 @@ def print_neighbors(options: SearchOptions) -> None:
     _check_outputs(options)
     embedding, paths = finding.open_rows(options.embedding), [path for path, _ in expand_images(options.images)]
     found = finding.search(embedding, paths, options.k, options.index, options.model, options.device, options.rebuild)
-    alike = [
-        [(value, row) for value, row in zip(*pair, strict=True) if row >= 0]
-        for pair in zip(found.cosine.tolist(), found.rows.tolist(), strict=True)
-    ]
     result: dict[str, Any] = {"queries": []}
-    for i, rows in enumerate(alike):
+    for i, rows in enumerate(found.pairs):
         print(name := found.queries.name(i))
         result["queries"].append({"query": name, "neighbors": _print_rows(embedding, rows)})
     if (used := found.used.approximate) is not None:
@@ -79,8 +74,7 @@ def print_neighbors(options: SearchOptions) -> None:
         print(f"recall@{MEASURED} of ivfpq: {100 * used.recall:.1f} % of the exact neighbors of {AT_ONCE} images")
 
     def draw(images: Source) -> Markup:
-        shown = ((found.queries, i, Path(found.queries.name(i)).name, rows) for i, rows in enumerate(alike))
-        return render("rows", rows=(_read_row(embedding, images, *row) for row in islice(shown, MOST_ROWS)))
+        return render("rows", rows=found.read_pictures(images, MOST_ROWS))
 
     top = f"On the left the image asked for, then those of {len(embedding):,} most like it, with their cosines."
     _write(options, embedding, result, "Neighbors", top, draw)
@@ -228,13 +222,6 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
     return f"{count} bytes"
-
-
-def _read_row(
-    embedding: Rows, images: Source, source: Source, at: int, caption: str, rows: list[tuple[float, int]]
-) -> NeighborRow:
-    found = [(value, int(embedding.positions[row])) for value, row in rows[:NUM_NEIGHBORS]]
-    return read_row(read_square(source, at), caption, None, images, found)
 
 
 def _write(

@@ -32,7 +32,7 @@ from dino.features.shards import (
 T = TypeVar("T", covariant=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Folder:
     """An embedding on disk, or in an object store. Its features are not read yet."""
 
@@ -44,6 +44,9 @@ class Folder:
     bad: list[tuple[str, str]]  # name and reason of each image that could not be read
     missing: Sequence[int] = ()  # numbers of the shards that are not written yet
     digest: str = ""  # of all features
+
+    def __repr__(self) -> str:
+        return f"Folder({os.fspath(self.where)!r}: {self.rows:,} features of {self.dim} numbers)"
 
     @property
     def path(self) -> Path:
@@ -161,7 +164,7 @@ class Folder:
         return source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Embedding:
     """Features in memory."""
 
@@ -169,6 +172,9 @@ class Embedding:
     names: Sequence[str]
     positions: np.ndarray  # [n] in the data
     values: Tensor  # [n, d] float32, of length 1
+
+    def __repr__(self) -> str:
+        return f"Embedding in memory of {self.folder!r}"
 
     def __len__(self) -> int:
         return len(self.values)

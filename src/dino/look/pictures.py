@@ -9,6 +9,7 @@ and dims the rest.
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,11 +86,26 @@ def fit_image(model: Backbone, image: AnyImage, size: int | None = None) -> Fitt
     return Fitted(pixels, original[top : top + height, left : left + width] if scale > 1 else pixels)
 
 
+class Drawn:
+    """What has a figure, which a notebook shows."""
+
+    def figure(self) -> Image.Image:
+        raise NotImplementedError
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.figure().save(file, "PNG")
+        return file.getvalue()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: .figure() is a picture of {' x '.join(map(str, self.figure().size))} pixels"
+
+
 # --- attention -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Look:
+@dataclass(frozen=True, repr=False)
+class Look(Drawn):
     """One image and where [CLS] looks in it, in the last block."""
 
     image: np.ndarray  # [h, w, 3] uint8, of whole patches
@@ -166,8 +182,8 @@ def draw_panel(looks: Sequence[Look]) -> list[Image.Image]:
 # --- patch features ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ColoredPatches:
+@dataclass(frozen=True, repr=False)
+class ColoredPatches(Drawn):
     """One image, and the features of its patches as colors: similar features have similar colors."""
 
     image: np.ndarray  # [h, w, 3] uint8, of whole patches
@@ -206,8 +222,8 @@ def color_patches(model: Backbone, image: Fitted, basis: Basis) -> ColoredPatche
     return ColoredPatches(image.pixels, colors.view(*model.grid(*image.pixels.shape[:2]), 3).numpy(), image.photo)
 
 
-@dataclass(frozen=True)
-class Matches:
+@dataclass(frozen=True, repr=False)
+class Matches(Drawn):
     """Patches of two images that are each other's nearest, most alike first."""
 
     images: tuple[np.ndarray, np.ndarray]  # [h, w, 3] uint8 each, of whole patches

@@ -1,7 +1,7 @@
 """Everything that a user can set, at the bottom of the house: nothing heavy is imported here."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from dino.errors import did_you_mean
@@ -33,6 +33,27 @@ def flatten(options: Options) -> dict[str, Any]:
 def find_names(word: str, known: Iterable[str]) -> list[str]:
     """The dotted names that end in `word`: "lr" is that of "optim.lr"."""
     return [name for name in known if name.rpartition(".")[2] == word]
+
+
+SHORT = {"data": "data.path", "model": "model.arch"}  # as the command line has --data and --model
+
+
+def complete_names(changes: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The same by dotted names, of which the last part is enough where only one option has it: "lr" is "optim.lr".
+
+    Raises:
+        ValueError: several have it, or an option is given twice.
+    """
+    complete: dict[str, Any] = {}
+    for word, value in changes.items():
+        found = [word] if word in known else [SHORT[word]] if word in SHORT else find_names(word, known)
+        if len(found) > 1:
+            raise ValueError(f"'{word}' may be {' or '.join(found)}; write **{{'{found[0]}': ...}}.")
+        name = found[0] if found else word
+        if name in complete:
+            raise ValueError(f"{name} is given twice; leave one of them out.")
+        complete[name] = value
+    return complete
 
 
 def replace(options: AnyOptions, changes: dict[str, Any]) -> AnyOptions:

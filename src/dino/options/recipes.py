@@ -64,11 +64,14 @@ def free_length(base: TrainOptions, given: Mapping[str, Any]) -> TrainOptions:
 
 
 def choose_base(
-    recipe: str | os.PathLike[str] | None, has_data: bool = True, resume: str | None = None, command: str = "train"
+    recipe: str | os.PathLike[str] | None, has_data: bool = True, resume: str | None = None, how: str = "--data {}"
 ) -> TrainOptions:
     """The options that flags or keywords change: a recipe's, a TOML file's, or those of the run to resume.
 
     Without any of them it is the demo, or, where the data is given, options that are chosen for it.
+
+    Args:
+        how: how to train on images, for the error where they are given in place of a recipe.
 
     Raises:
         ValueError: there is no such recipe, file or run, or both a recipe and a run are given.
@@ -84,14 +87,9 @@ def choose_base(
     recipe = os.fspath(recipe)
     if recipe.endswith(".toml"):
         return read_toml(Path(recipe))
-    if recipe not in RECIPES and (path := Path(recipe)).exists():
-        is_image = (mimetypes.guess_type(path)[0] or "").startswith("image/")
+    if recipe not in RECIPES and ((path := Path(recipe)).exists() or "/" in recipe):
+        is_image = path.is_file() and (mimetypes.guess_type(path)[0] or "").startswith("image/")
         raise ValueError(
-            f"'{recipe}' is not a recipe; to train on "
-            + (
-                f"the images of its folder write: dino {command} --data {path.parent}"
-                if is_image
-                else f"it write: dino {command} --data {recipe}"
-            )
+            f"'{recipe}' is not a recipe; to train on images write: {how.format(path.parent if is_image else recipe)}"
         )
     return find_recipe(recipe).options

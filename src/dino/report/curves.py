@@ -132,6 +132,15 @@ def draw_chart(chart: Chart, run: Run) -> tuple[str, Markup]:
     return found[1], Markup(found[2])
 
 
+def draw_curves(run: Run) -> list[Markup]:
+    """The loss and the k-NN accuracy, each as a drawing of its own for pages without the report's colors."""
+    shown = [chart for chart in list_charts(run) if chart.title.startswith(("Loss", "k-NN"))]
+    colors = ";".join(f"--{name}:{color}" for color, name in _VARIABLES.items())
+    drawn = (draw_chart(chart, run) for chart in shown)
+    svg = Markup('<svg viewBox="{}" width="420" style="{}">{}</svg>')
+    return [svg.format(box, colors, content) for box, content in drawn]
+
+
 def _draw_panel(axis: Axes, panel: Panel, run: Run, scale: float, compact: bool) -> None:
     base: Any = 0.0  # where curves are stacked, the upper edge of those drawn so far
     for color, (label, metric) in zip(_SERIES, panel.series.items(), strict=False):
