@@ -3,14 +3,16 @@ directory that has small drawn data and a tiny trained run under the names that 
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
@@ -242,14 +244,38 @@ def test_table_of_choices_is_what_is_chosen():
         assert [str(value) for value in found] == wanted
 
 
+def run_notebook(path: Path) -> dict[str, Any]:
+    """Run the code cells as a notebook does, showing what each ends with, and return the names that they leave."""
+    notebook, names = json.loads(path.read_text(encoding="utf-8")), dict[str, Any]()
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        assert (cell["outputs"], cell["execution_count"]) == ([], None), "clear the outputs"
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, path.name, "exec"), names)
+        if isinstance(last, ast.Expr):
+            shown = names["_"] = eval(compile(ast.Expression(last.value), path.name, "eval"), names)
+            assert repr(shown)
+            for form in ("_repr_html_", "_repr_png_"):
+                assert getattr(shown, form, lambda: "none")()
+    return names
+
+
 @pytest.mark.slow
-def test_tour_runs(session, capsys):
-    runpy.run_path(str(ROOT / "examples" / "tour.py"))
-    assert "exported, largest difference" in capsys.readouterr().out
-    assert {p.name for p in (session / "tour").glob("*.png")} == {
-        *(f"{kind}-{i}.png" for kind in ("attention", "pca") for i in range(3)),
-        "neighbors.png",
-    }
+def test_notebooks_run_and_learn(tmp_path, monkeypatch):
+    """They share a folder, and so its run, which the first of them trains."""
+    monkeypatch.chdir(tmp_path)
+    left = {path.stem: run_notebook(path) for path in sorted((ROOT / "examples").glob("*.ipynb"))}
+    assert set(left) == {"detector", "few_labels", "fine_tuning", "search", "tour"}
+    accuracy = left["tour"]["accuracy"]
+    assert accuracy["trained"] > accuracy["untrained"] + 5
+    labeled, untrained = (left["few_labels"][name].figures for name in ("labeled", "untrained"))
+    assert sum(labeled.values()) > sum(untrained.values())
+    assert left["fine_tuning"]["accuracy"] > 0.3
+    losses = left["detector"]["losses"]
+    assert losses[-1] < 0.7 * losses[0]
+    assert (tmp_path / "runs/tour.safetensors").is_file()
 
 
 def test_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):

@@ -133,12 +133,10 @@ def draw_chart(chart: Chart, run: Run) -> tuple[str, Markup]:
 
 
 def draw_curves(run: Run) -> list[Markup]:
-    """The loss and the k-NN accuracy, each as a drawing of its own for pages without the report's colors."""
+    """The loss and the k-NN accuracy, each as a drawing of its own; the page says the colors."""
     shown = [chart for chart in list_charts(run) if chart.title.startswith(("Loss", "k-NN"))]
-    colors = ";".join(f"--{name}:{color}" for color, name in _VARIABLES.items())
-    drawn = (draw_chart(chart, run) for chart in shown)
-    svg = Markup('<svg viewBox="{}" width="420" style="{}">{}</svg>')
-    return [svg.format(box, colors, content) for box, content in drawn]
+    svg = Markup('<svg viewBox="{}" width="420">{}</svg>')
+    return [svg.format(*draw_chart(chart, run)) for chart in shown]
 
 
 def _draw_panel(axis: Axes, panel: Panel, run: Run, scale: float, compact: bool) -> None:
