@@ -90,7 +90,7 @@ def run_training(options: TrainOptions) -> RunFolder:
         folder = distributed.from_main(lambda: choose_folder(options))
         if options.dry_run:
             distributed.from_main(lambda: print_options(options, device, terminal))
-            return folder
+            return RunFolder(folder)
         fresh = distributed.is_main() and not folder.exists()
         distributed.from_main(lambda: held.enter_context(lock_folder(folder)))
         distributed.from_main(lambda: (files.sweep(folder), shutil.rmtree(folder / budget.TRIAL, ignore_errors=True)))

@@ -145,7 +145,8 @@ def evaluate_command(options: EvalOptions) -> None:
         found, result = measure_for_command(name, model, options)
         if distributed.is_main():
             print(format_table(options.model, found, paper.FIGURES.get(name, {}).get(model.name, {}), model.name))
-            print(*keep_result(name, options, result, read.step), *advise_report(options.model), sep="\n")
+            for line in (*keep_result(name, options, result, read.step), *advise_report(options.model)):
+                print(line)
     finally:
         distributed.stop()
 
@@ -196,7 +197,7 @@ def keep_result(name: str, options: EvalOptions, result: dict[str, Any], step: i
 def advise_report(model: str) -> list[str]:
     """How the figures come into the report of a run, if they were kept."""
     run = runs.find_run(model)
-    kept = run is not None and (run / log.EVALUATIONS).is_file()
+    kept = run is not None and (run / log.EVALUATIONS).is_file() and os.access(run, os.W_OK)
     return [f"For the run's report: dino report {shlex.quote(str(run))}"] if kept else []
 
 

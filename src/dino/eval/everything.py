@@ -98,14 +98,16 @@ def evaluate_all(options: AllOptions) -> int:
                 wanted: EvalOptions = EVALUATIONS[name][1](model=options.model, **given)
                 results[name] = measure_for_command(name, model, wanted)[1]
                 if distributed.is_main():
-                    say("\n".join(keep_result(name, wanted, results[name], read.step)))
+                    for line in keep_result(name, wanted, results[name], read.step):
+                        say(line)
             except Exception as error:  # whatever it is, the others go on
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
                 failed[name] = kind + errors.first_line(error)
                 say(f"{name} failed: {failed[name]}")
         if distributed.is_main():
-            print(format_figures(results), *(f"Left out: {name}: {why}." for name, why in left_out.items()), sep="\n")
-            print(*(f"Failed: {name}: {why}" for name, why in failed.items()), *advise_report(options.model), sep="\n")
+            lines = [f"Left out: {name}: {why}." for name, why in left_out.items()]
+            lines += [f"Failed: {name}: {why}." for name, why in failed.items()]
+            print(format_figures(results), *lines, *advise_report(options.model), sep="\n")
             if options.json is not None:
                 found = {"results": results, "left_out": left_out, "failed": failed}
                 write_result(Path(options.json).expanduser(), found)
