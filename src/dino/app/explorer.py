@@ -28,7 +28,7 @@ from dino.features.embed import embed
 from dino.features.embedding import Folder
 from dino.features.search import Index, check_same_model
 from dino.html import format_cosines
-from dino.look import pictures
+from dino.look import drawing, pictures
 from dino.look.patches import extract_patches, fit_axes
 from dino.models import Backbone
 from dino.weights import fingerprint
@@ -68,7 +68,7 @@ class ShownImage:
 
     def draw_cosines(self, cosine: Tensor, row: int, column: int) -> np.ndarray:
         """The image under the map of cosines [rows, columns], with a frame around one patch."""
-        heat = pictures.lay_over(self.pixels, pictures.draw_heat(cosine.clamp(min=0).numpy() ** 2))
+        heat = drawing.lay_over(self.pixels, drawing.draw_heat(cosine.clamp(min=0).numpy() ** 2))
         picture = Image.fromarray(self.enlarge(heat))
         rows, columns = cosine.shape
         left, top = column * picture.width // columns, row * picture.height // rows
@@ -129,7 +129,7 @@ class Explorer:
         with self.lock:
             pixels, photo = pictures.fit_image(self.model, original, size)
             features = extract_patches(self.model, pixels)
-            seen = pictures.Fitted(pixels, pictures.fit_cell(photo))
+            seen = pictures.Fitted(pixels, drawing.fit_cell(photo))
             look = pictures.attention_maps(self.model, seen, size) if self.model.has_attention else None
             unit = F.normalize(features, dim=1).view(*self.model.grid(*pixels.shape[:2]), -1)
             return ShownImage(pixels, original, unit, self._color_features(pixels, features), look)
@@ -170,7 +170,7 @@ class Explorer:
             features.append(self._color_features(shown.pixels, extract_patches(model, shown.pixels)))
         titles = ["image", *map("\n".join, zip(steps, said, strict=True))]
         return np.asarray(
-            pictures.draw_mosaic([attention, features] if self.model.has_attention else [features], titles)
+            drawing.draw_mosaic([attention, features] if self.model.has_attention else [features], titles)
         )
 
     # --- many images -------------------------------------------------------------------------------------------------

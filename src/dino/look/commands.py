@@ -17,7 +17,7 @@ from dino import distributed, weights
 from dino.data.open import expand_images
 from dino.data.sources import evenly_spaced
 from dino.files import check_writable
-from dino.look import pictures
+from dino.look import drawing, pictures
 from dino.look.attention import finer_patches
 from dino.look.patches import BASIS_IMAGES, extract_patches, fit_axes
 from dino.look.pictures import Fitted
@@ -32,17 +32,17 @@ def draw_attention(options: AttentionOptions) -> None:
     model, looks = open_model(options, attention=True), []
     for stem, image in load_images(model, options):
         look = pictures.attention_maps(model, image, options.size, options.mass)
-        pictures.save(look.figure(), f"{stem}-attention.png")
+        drawing.save(look.figure(), f"{stem}-attention.png")
         for j, picture in enumerate(look.heated[:-1]):
-            pictures.save(Image.fromarray(picture), f"{stem}-head{j}.png")
+            drawing.save(Image.fromarray(picture), f"{stem}-head{j}.png")
         print(f"{stem}-attention.png")
         if options.panel:
             pixels, photo = map(cut_square, image)
-            looks.append(pictures.attention_maps(model, Fitted(pixels, pictures.fit_cell(photo)), options.size))
+            looks.append(pictures.attention_maps(model, Fitted(pixels, drawing.fit_cell(photo)), options.size))
     pages = pictures.draw_panel(looks)
     for number, page in enumerate(pages, 1):
         path = f"{options.out}/panel{f'-{number}' if len(pages) > 1 else ''}.png"
-        pictures.save(page, path)
+        drawing.save(page, path)
         print(path)
 
 
@@ -58,7 +58,7 @@ def draw_pca(options: PcaOptions) -> None:
     model = open_model(options)
     basis = fit_axes(extract_patches(model, image.pixels) for _, image in load_images(model, options, BASIS_IMAGES))
     for stem, image in load_images(model, options):
-        pictures.save(pictures.color_patches(model, image, basis).figure(), f"{stem}-pca.png")
+        drawing.save(pictures.color_patches(model, image, basis).figure(), f"{stem}-pca.png")
         print(f"{stem}-pca.png")
 
 
@@ -66,7 +66,7 @@ def draw_matches(options: MatchOptions) -> None:
     """Write one picture of two images with lines between their corresponding patches."""
     out = check_writable(options.out, ".png .jpg .webp", (options.a, options.b))
     found = pictures.match_patches(open_model(options), options.a, options.b, options.size)
-    pictures.save(found.figure(options.lines), out)
+    drawing.save(found.figure(options.lines), out)
     print(f"{out}: {min(options.lines, len(found.cosine))} of {len(found.cosine)} mutual nearest neighbors")
 
 

@@ -27,7 +27,8 @@ from dino.features.extract import extract
 from dino.features.neighbors import find_neighbors
 from dino.html import NUM_NEIGHBORS, get_label, read_row, render
 from dino.look.attention import MOST_PATCHES, jaccard
-from dino.look.pictures import attention_maps, pca_colors, to_bytes
+from dino.look.drawing import to_bytes
+from dino.look.pictures import attention_maps, pca_colors
 from dino.models import NO_ATTENTION, Backbone
 from dino.options import required
 from dino.report.run import Run
