@@ -184,7 +184,7 @@ def test_a_device_is_asked_whether_it_decodes(monkeypatch):
         with pytest.raises(ValueError, match=r"cannot decode on it .*use --data\.decode workers"):
             check_device(torch.device("cuda"))
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    with pytest.raises(ValueError, match=r"pip install 'dino\[gpu\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'dino-vision\[gpu\]'"):
         check_device(torch.device("cuda"))
 
 

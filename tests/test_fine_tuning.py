@@ -85,7 +85,8 @@ def test_all_of_the_network(run_recipe):
     moved = [
         (a - b).abs().mean() for a, b in zip(made["model"].parameters(), dino.load("runs/a").parameters(), strict=True)
     ]
-    assert 0 < moved[0] < moved[-1]
+    assert min(moved) > 0
+    assert sum(moved[:10]) < 0.7 * sum(moved[-10:]), "of the first and the last layers"
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory'")  # of transformers, where there is no GPU

@@ -200,7 +200,7 @@ def test_every_chart_has_its_caption(run):
     read_again = Run.read(run, 22)
     charts = list_charts(read_again)
     assert len(charts) == 10
-    text = render("training", run=read_again, charts=[(chart, *draw_chart(chart, read_again)) for chart in charts])
+    text = render("training", run=read_again, charts=[(c, *draw_chart(c, read_again)) for c in charts], pages={})
     assert text.count("</svg>") == text.count("</p>") == 10
 
 

@@ -238,8 +238,13 @@ def test_kind_to_mistakes(words, said, tmp_path, monkeypatch, capsys):
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys, monkeypatch):
     pytest.importorskip("submitit")
+    for name in ("sbatch", "srun"):  # also where there is no Slurm; neither is reached
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "file").touch()
     assert cli.main(["submit", "train", "--out", str(tmp_path / "file" / "run")]) == 2
     assert f"--out {tmp_path / 'file' / 'run'}" in capsys.readouterr().err

@@ -180,7 +180,8 @@ def check_names(options: Options) -> None:
         name = given[flag.name] or ""
         if flag.values == "MODEL" and name:
             names.require_model(name)
-        is_path = flag.values == "IMAGES" and name and not re.search(r"[:{*?\n]", name)
+        # Patterns, kinds of data and files of tables have readers with sentences of their own.
+        is_path = flag.values == "IMAGES" and name and not re.search(r"[:{*?\[\n]|^scenes$|\.(tar|parquet)$", name)
         if is_path and not os.path.exists(os.path.expanduser(name)):
             importlib.import_module("dino.data.listing").locate(name)
 

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -141,10 +142,8 @@ def examine_space() -> Iterator[Finding]:
     if Path("/dev/shm").is_dir():
         advice = "Start the container with --shm-size=2g, or train with --data.num-workers 0"
         yield examine_disk(Path("/dev/shm"), 0.5 * GB, advice)
-    with contextlib.suppress(ImportError):  # Windows has neither
-        import resource
-
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if sys.platform == "linux":  # elsewhere psutil does not know it
+        files = psutil.Process().rlimit(psutil.RLIMIT_NOFILE)[0]
         if 0 <= files < 1024:
             yield Finding("note", f"A program may open {files} files; many data workers need more", "ulimit -n 4096")
 

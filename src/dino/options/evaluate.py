@@ -82,7 +82,7 @@ class RetrievalOptions(RankingOptions):
     """Measure how well images of the same thing are found: class folders, or landmarks as of Oxford and Paris.
 
     dino eval retrieval runs/a --data labeled/
-    dino eval retrieval runs/a --data roxford5k/
+    dino eval retrieval runs/a --data rcaltech/
     """
 
     data: Folder
