@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -113,6 +113,22 @@ def test_a_class_of_somebody_else_is_taken_and_its_failure_does_not_end_the_run(
     said = capsys.readouterr().err
     assert said.count("test_trackers:Mine takes no more metrics (the server is down)") == 1
     assert f'<a href="{Mine.url}">' in (out / "report.html").read_text()
+
+
+class Counting(Mine):
+    started: ClassVar[list[str]] = []
+
+    def __init__(self, start: trackers.Start):
+        self.started.append(start.folder.name)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+
+def test_the_trial_of_a_run_with_minutes_starts_no_run_elsewhere(photos, tmp_path):
+    changes = {"epochs": None, "minutes": 0.2, "log.to": ("test_trackers:Counting",), "optim.warmup_epochs": None}
+    dino.train(data=photos, out=tmp_path / "run", **OPTIONS | changes | {"method.teacher_temp_epochs": None})
+    assert Counting.started == ["run"]
 
 
 @pytest.mark.parametrize(

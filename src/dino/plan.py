@@ -18,7 +18,7 @@ from rich.table import Table
 from dino import distributed, files, run
 from dino.data.sources import Source
 from dino.engine import budget
-from dino.engine.build import Plan, build_method
+from dino.engine.build import Plan
 from dino.engine.estimate import DEVICES, LAUNCH, LEAST, MOST, USUAL, Device, count_step
 from dino.engine.folder import write_options
 from dino.engine.pace import describe_time
@@ -50,6 +50,7 @@ class Cost(NamedTuple):
     least: float  # measured: if all steps are as fast as the fastest tenth
     most: float  # or as slow as the slowest tenth
     memory: float  # bytes, at most
+    parameters: int  # of the backbone
 
 
 def plan(options: PlanOptions) -> None:
@@ -102,8 +103,9 @@ def predict(trial: budget.Trial, plan: Plan, imports: float) -> Cost:
     expected = imports + trial.apart + pace.predict(plan, 0, plan.total)
     times = [*pace.blocks]
     least, most = (expected + plan.total * (float(np.quantile(times, share)) - pace.step) for share in (0.1, 0.9))
-    device = trial.trainer.device
-    return Cost(name_device(device), expected, least, most, measure_peak_memory(device))
+    device, backbone = trial.trainer.device, trial.trainer.training_step.backbone
+    parameters = sum(p.numel() for p in backbone.parameters())
+    return Cost(name_device(device), expected, least, most, measure_peak_memory(device), parameters)
 
 
 def estimate(wanted: TrainOptions, source: Source, folder: Path, gpu: Device, terminal: Terminal) -> tuple[Plan, Cost]:
@@ -128,7 +130,7 @@ def estimate(wanted: TrainOptions, source: Source, folder: Path, gpu: Device, te
             f"--fit {there / 1e9:.2g}GB, on several GPUs, or a smaller model."
         )
     total = planned.total
-    return planned, Cost(gpu.name, total * usual, total * least, total * most, step.memory)
+    return planned, Cost(gpu.name, total * usual, total * least, total * most, step.memory, step.parameters)
 
 
 def look(source: Source, held_out: Source | None) -> Rows:
@@ -160,11 +162,9 @@ def describe(planned: Plan, count: int, cost: Cost, price: float | None) -> Rows
     of_views = f"2 of {views.global_size} pixels"
     if views.num_local:
         of_views += f" and {views.num_local} of {views.local_size}"
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_method(options).student.backbone.parameters()) / 1e6
     between = f"{describe_time(cost.least)} to {describe_time(cost.most)}"
     rows = [
-        ("model", f"{model.arch}, {parameters:.1f} million parameters"),
+        ("model", f"{model.arch}, {cost.parameters / 1e6:.1f} million parameters"),
         ("loss", loss),
         ("views of an image", of_views),
         ("length", f"{options.epochs:g} epochs of {count:,} images, {planned.total:,} steps of {options.batch_size}"),

@@ -49,7 +49,7 @@ def try_out(options: TrainOptions, place: Path, make: Make, seconds: float, pati
         TrainingError: the run cannot go on.
     """
     before = time.monotonic()
-    endless = {"epochs": 10**6, "log.knn_every": 0, "log.keep_teachers": 0, "stop_after": None}
+    endless = {"epochs": 10**6, "log.knn_every": 0, "log.keep_teachers": 0, "log.to": (), "stop_after": None}
     trainer = make(replace(options, endless), place, Terminal(False))
     getting_ready, pace = time.monotonic() - before, trainer.pace
     pace.limit = seconds

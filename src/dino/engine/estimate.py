@@ -50,6 +50,7 @@ class Step(NamedTuple):
 
     flops: float
     memory: float
+    parameters: int  # of the student's backbone
 
 
 def count_step(options: TrainOptions) -> Step:
@@ -70,19 +71,19 @@ def count_step(options: TrainOptions) -> Step:
     step = TrainingStep(method, create_optimizer(options.optim, method.student), torch.device("meta"))
     step.set_split(step.split._replace(recompute=options.recompute))
 
-    def measure(images: int) -> Step:
+    def measure(images: int) -> tuple[float, float]:
         views = [torch.zeros(len(sizes[g]) * images, channels, *(2 * [sizes[g.start]]), device="meta") for g in groups]
         noises = step.backbone.num_drop_path
         noise = [torch.zeros(noises, len(sizes[g]), images, device="meta") for g in groups] if noises else None
         with FlopCounterMode(display=False) as counter:
             temp = required(options.method.teacher_temp)
             peak = measure_peak(lambda: step.compute_gradients(views, temp, noise))
-        return Step(counter.get_total_flops(), peak)
+        return counter.get_total_flops(), peak
 
-    two, four = measure(2), measure(4)  # both are linear in the images
+    (flops, peak), (more_flops, more) = measure(2), measure(4)  # both are linear in the images
     moments = 1 if options.optim.name in ("muon", "sgd", "lars") else 2
     learned = sum(p.numel() * p.element_size() for p in method.student.parameters())
-    each, fixed = (four.memory - two.memory) / 2, 2 * two.memory - four.memory
+    each, fixed = (more - peak) / 2, 2 * peak - more  # bytes of an image; of the gradients, however many images
     at_once = -(-batch // options.accumulate)
-    memory = learned * (2 + moments) + fixed + MARGIN * HALF * each * at_once
-    return Step((four.flops - two.flops) / 2 * batch, memory)
+    memory = learned * (2 + moments) + fixed + MARGIN * HALF * each * at_once  # of student, teacher and moments first
+    return Step((more_flops - flops) / 2 * batch, memory, sum(p.numel() for p in step.backbone.parameters()))

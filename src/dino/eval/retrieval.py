@@ -36,8 +36,6 @@ from dino.weights import pickles
 # --- ground truth ---------------------------------------------------------------------------------------------------
 
 LAYOUT = "expected are DATA/gnd_roxford5k.pkl (or another gnd_NAME.pkl or gnd_NAME.json) and DATA/jpg/NAME.jpg"
-
-
 SUFFIXES = (".pkl", ".json")
 
 
@@ -126,8 +124,6 @@ class Cropped(Subset):
 
 DEPTHS = (1, 5, 10)
 PUBLISHED = {"roxford5k": (224, 1), "rparis6k": (512, 3)}  # size and number of scales
-
-
 AT_ONCE = 256  # queries that are ranked at once, at most
 # Features of class folders by --scales.
 POOLINGS: dict[int | None, tuple[Pooling, Resize]] = {

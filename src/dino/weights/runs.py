@@ -135,9 +135,7 @@ def save_best(folder: Path, state: State, best: Best) -> None:
 def save_on_the_way(folder: Path, backbone: nn.Module, arguments: dict[str, Any], step: int) -> None:
     """Write `backbone` after `step` steps beside the others on the way, with the arguments of `create` in its header."""
     (path := folder / KEPT.format(step)).parent.mkdir(exist_ok=True)
-    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    with files.replacing(path, flush=True) as temporary:
-        save_file(state, temporary, {"model": json.dumps(arguments)})
+    _write_tensors(path, _copy(backbone.state_dict()), "model", arguments)
 
 
 def list_on_the_way(folder: Path) -> list[Path]:
@@ -146,10 +144,18 @@ def list_on_the_way(folder: Path) -> list[Path]:
 
 
 def _write(path: Path, state: State, header: dict[str, Any]) -> None:
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    state = _copy(state)
+    _write_tensors(path, state, "dino", header | {"sha256": hash_state(state)})
+
+
+def _copy(state: State) -> State:
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _write_tensors(path: Path, state: State, name: str, content: dict[str, Any]) -> None:
+    """A whole file. Its header has one entry, because the order of several would differ from file to file."""
     with files.replacing(path, flush=True) as temporary:
-        # One entry, because the order of several would differ from file to file.
-        save_file(state, temporary, {"dino": json.dumps(header | {"sha256": hash_state(state)})})
+        save_file(state, temporary, {name: json.dumps(content)})
 
 
 def hash_state(state: State) -> str:
