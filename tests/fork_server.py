@@ -140,6 +140,7 @@ ENDED_WITH: list[int] = []
 
 if __name__ == "__main__":
     atexit.register(end)  # before all others, because the first comes last
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line sets it for ranks, before it is read
     for name in PRELOADED:
         importlib.import_module(name)
     gc.freeze()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,12 +30,13 @@ CONF = "join_timeout=120,last_call_timeout=5"
 def start_torchrun(
     log: Path, *arguments: object, enter: Sequence[str] = (), **environment: str
 ) -> subprocess.Popen[bytes]:
-    """Start torchrun, by the command `enter` if one is given."""
+    """Start torchrun, by the command `enter` if one is given, with a process group as a terminal would give it."""
     with log.open("ab") as out:
         return subprocess.Popen(
             [*enter, sys.executable, "-m", "torch.distributed.run", *map(str, arguments)],
             stdout=out,
             stderr=out,
+            process_group=0,
             # As docs/scale.md says: the store that torchrun keeps over restarts has the addresses of processes that are gone.
             env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | environment,
         )
@@ -147,6 +150,62 @@ def test_a_killed_rank_is_started_again(tmp_path, victim):
     assert "Resuming after step" in said
     assert said.count("dino: another process of this run has ended") == 1
     assert "Traceback" not in said
+    assert_same_bits(final_state(tmp_path / "whole"), final_state(run))
+
+
+def start_machine(number: int, log: Path, port: int, *command: object) -> subprocess.Popen[bytes]:
+    """One of up to three machines of a process each, which meet at number 0."""
+    size = ["--nnodes", "1:3", "--nproc-per-node", "1", "--max-restarts", "5", "--monitor-interval", "0.5"]
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "x"]
+    meet += ["--rdzv-conf", f"{CONF},is_host={int(number == 0)}", "--local-addr", f"127.0.0.{number + 1}"]
+    return start_torchrun(log, *size, *meet, "-m", "dino", "train", *command)
+
+
+@pytest.mark.machines
+@pytest.mark.parametrize("leaving", [1, 2])
+def test_a_machine_that_leaves_by_ctrl_c(tmp_path, leaving):
+    """Nothing that was computed is lost, and the others go on without it."""
+    photos, run = draw_images(tmp_path / "photos"), tmp_path / "run"
+    flags = ["--data", photos, *tiny_flags(epochs=200, batch_size=6, log__knn_every=0, log__checkpoint_minutes=60)]
+    port, logs = find_free_port(), [tmp_path / f"log{number}" for number in range(3)]
+    nodes = [start_machine(n, logs[n], port, *flags, "--out", run, "--resume", "auto") for n in range(3)]
+    with killing_at_the_end(nodes):
+        wait_for(lambda: get_step(run) > 20, "training on three")
+        before = get_step(run)
+        os.killpg(nodes[leaving].pid, signal.SIGINT)
+        wait_for(lambda: nodes[leaving].poll() is not None, "the end of torchrun", 60)
+        assert [node.wait(timeout=200) for node in nodes if node is not nodes[leaving]] == [0, 0]
+    said = logs[0].read_text(errors="replace")
+    assert "on 3 CPU process(es)" in said
+    assert "on 2 CPU process(es)" in said
+    assert int(re.findall(r"Resuming after step (\d+) of", said)[0]) >= before
+    assert not [log for log in logs if "dino: internal error" in log.read_text(errors="replace")]
+
+
+@pytest.mark.machines
+def test_the_machine_where_all_meet_is_killed(tmp_path):
+    """torchrun ends on the others, too; the same lines go on, to the same bits."""
+    photos, run = draw_images(tmp_path / "photos"), tmp_path / "run"
+    flags = ["--data", photos, *tiny_flags(epochs=100, log__knn_every=0, log__checkpoint_minutes=0.02)]
+    done = run_dino("train", *flags, "--out", tmp_path / "whole", ranks=3)
+    assert done.returncode == 0, done.stderr
+    logs = [tmp_path / f"log{number}" for number in range(3)]
+
+    def start_all() -> list[subprocess.Popen[bytes]]:
+        port = find_free_port()
+        return [start_machine(n, logs[n], port, *flags, "--out", run, "--resume", "auto") for n in range(3)]
+
+    nodes = start_all()
+    with killing_at_the_end(nodes):
+        wait_for(lambda: get_step(run) > 40, "training")
+        started = [process for node in nodes for process in find_processes(node)]
+        kill(nodes[0])
+        assert all(node.wait(timeout=150) for node in nodes[1:])
+        wait_for(lambda: not any(process.is_running() for process in started), "the end of all processes", 20)
+    assert get_step(run) < get_step(tmp_path / "whole")
+    nodes = start_all()
+    with killing_at_the_end(nodes):
+        assert not any(node.wait(timeout=200) for node in nodes)
     assert_same_bits(final_state(tmp_path / "whole"), final_state(run))
 
 

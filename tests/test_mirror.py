@@ -67,6 +67,12 @@ def test_another_machine_goes_on_to_the_bit(bucket, tmp_path, ranks, more):
         len({name.split("/")[1] for name in names if name.startswith("checkpoints/step-")}) == 2
     )  # old ones are deleted
     assert not [name for name in names if ".lock" in name or ".tmp" in name]
+    if ranks == 1:  # a report on a third machine, of what is in the store
+        lose_the_disk()
+        made = processes.run(dino_command("report", there[1]), env=dict(os.environ))
+        assert made.returncode == 0, made.stderr
+        assert made.stdout.strip() == str(mirror.folder / "report.html")
+        assert (mirror.folder / "report.html").is_file()
     again = train(*flags, *there[:2])
     assert again.returncode == 2
     assert "holds a run; continue it with --resume auto" in again.stderr
@@ -103,6 +109,9 @@ def test_mistakes_take_a_sentence(bucket, tmp_path):
         assert done.returncode == 2, done.stderr
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+    done = processes.run(dino_command("report", f"{bucket}/none"), env=dict(os.environ))
+    assert done.returncode == 2
+    assert f"dino: {bucket}/none holds no run (no config.toml); give the --out address of a run." in done.stderr
 
 
 def test_only_a_training_itself_takes_an_address():

@@ -238,7 +238,9 @@ def test_the_command_finds_copies_first(embedded, album, tmp_path):
     assert page.read_text().count("<img") == 6
 
 
-def test_duplicates_are_groups_and_outliers_stand_alone(embedded, album, tmp_path, capsys):
+@pytest.mark.parametrize("most", [2**20, 10], ids=["in memory", "on the disk"])
+def test_duplicates_are_groups_and_outliers_stand_alone(most, embedded, album, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finding, "MANY", most)
     page, file = tmp_path / "p.html", tmp_path / "r.json"
     assert main(["duplicates", str(embedded), "--threshold", "0.999", "--html", str(page), "--json", str(file)]) == 0
     said = capsys.readouterr().out
@@ -259,6 +261,19 @@ def test_duplicates_are_groups_and_outliers_stand_alone(embedded, album, tmp_pat
     assert first[0]["path"] == "class0/noise.png"
     assert [entry["cosine"] for entry in first] == sorted(entry["cosine"] for entry in first)
     assert page.read_text().count("<img") == 3
+
+
+def test_copies_and_outliers_of_rows_on_the_disk_are_those_in_memory(tmp_path, monkeypatch):
+    """With several reads, each of several rounds of queries."""
+    monkeypatch.setattr(finding, "READ", 250)
+    values = np.random.default_rng(0).normal(size=(900, 24)).astype(np.float32)
+    values[::7] = values[1::7][: len(values[::7])]
+    folder = Folder.open(write_embedding(tmp_path / "x.parquet", values))
+    mapped, memory = Mapped(folder), folder.read()
+    torch.testing.assert_close(dino.outliers(mapped, 4, "flat"), dino.outliers(memory, 4))
+    groups = dino.duplicates(memory, 0.999, confirm=False)
+    assert len(groups) > 100
+    assert sorted(dino.duplicates(mapped, 0.999, "flat", confirm=False)) == sorted(groups)
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivfpq"])

@@ -111,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     # Read as PyTorch is imported. Its threads would wait for each other busily, which takes the cores from themselves as soon
     # as another program runs: a third of the speed was left.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "RANK" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # `parallel.distribute` says which warning is not needed
     debug = "--debug" in arguments
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to stop
         sys.stdout.reconfigure(errors="backslashreplace")

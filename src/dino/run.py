@@ -377,11 +377,11 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
 
 
 def report_command(options: ReportOptions) -> None:
-    """Write the report of a run again from the files in its directory."""
+    """Write the report of a run again from the files in its directory, which may lie at an address."""
     from dino.report.page import write_report
 
-    folder = Path(options.run).expanduser()
-    recorded, device = toml.read_recorded(options.run), distributed.start("auto")
+    folder = mirror.bring_run(options.run)
+    recorded, device = toml.read_recorded(str(folder)), distributed.start("auto")
     set_threads(replace(recorded, {"threads": None}), device)  # which may be more than this machine has
     source, held_out = open_training_pair(recorded, folder, trust=True)
     print(write_report(folder, source, held_out, device))

@@ -97,3 +97,18 @@ def open_mirror(options: TrainOptions) -> tuple[TrainOptions, Mirror | None]:
     elif "config.toml" in mirror.list_copied():
         raise ValueError(f"{options.out} holds a run; continue it with --resume auto, or choose another --out.")
     return replace(options, {"out": str(mirror.folder)}), mirror
+
+
+def bring_run(name: str) -> Path:
+    """The folder on this disk of the run `name`, a folder or an address.
+
+    Raises:
+        ValueError: there is no run at the address.
+    """
+    if not storage.is_remote(name):
+        return Path(name).expanduser()
+    mirror = Mirror(name)
+    mirror.fetch()
+    if not mirror.folder.exists():
+        raise ValueError(f"{name} holds no run (no config.toml); give the --out address of a run.")
+    return mirror.folder

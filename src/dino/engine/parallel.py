@@ -77,10 +77,19 @@ def distribute(student: nn.Module, device: torch.device) -> nn.Module:
     """
     if distributed.world_size() == 1:
         return student
+    # Without find_unused_parameters gradients are grouped in one way in the first step after a start, and in another in all
+    # later ones. With three ranks or more their sums are then rounded otherwise: a resumed run would differ. PyTorch warns
+    # that it looks for unused parameters and finds none; `dino.cli` keeps that from the terminal.
     ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():  # PyTorch 2.15 has a new name for broadcast_buffers, older ones do not know it
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(student, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            student,
+            device_ids=ids,
+            broadcast_buffers=False,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+        )
 
 
 def without_sync(student: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[object]:

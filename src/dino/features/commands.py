@@ -17,7 +17,7 @@ from dino.data.sources import Source, read_or_gray
 from dino.features import copies
 from dino.features import search as finding
 from dino.features.embed import embed
-from dino.features.embedding import Embedding, Folder, Mapped, Rows
+from dino.features.embedding import Folder, Mapped, Rows
 from dino.features.ivfpq import AT_ONCE, MEASURED
 from dino.features.select import select, write_list
 from dino.features.shards import name_ranges
@@ -70,7 +70,7 @@ def print_neighbors(options: SearchOptions) -> None:
         print(name := found.queries.name(i))
         result["queries"].append({"query": name, "neighbors": _print_rows(embedding, rows)})
     if (used := found.used.approximate) is not None:
-        result |= {"index": "ivfpq", "recall": used.recall}
+        result["recall"] = used.recall
         print(f"recall@{MEASURED} of ivfpq: {100 * used.recall:.1f} % of the exact neighbors of {AT_ONCE} images")
 
     def draw(images: Source) -> Markup:
@@ -105,7 +105,7 @@ def print_duplicates(options: DuplicatesOptions) -> None:
         freed += sum(copy.view.bytes or 0 for copy in group[1:] if copy.view)
         keep, *others = (_list_copy(embedding, copy) for copy in group)
         groups.append({"keep": keep, "copies": others})
-    count, total = sum(map(len, found.groups)), len(embedding.names)
+    count, total = sum(map(len, found.groups)), len(embedding)
     said = f"{count:,} of {total:,} images are in {len(groups):,} groups of near-copies"
     if freed:
         said += f"; the {count - len(groups):,} that are not to keep take {format_bytes(freed)}"
@@ -173,9 +173,9 @@ def write_selection(options: SelectOptions) -> None:
 # --- what they share -----------------------------------------------------------------------------------------------
 
 
-def _open(options: FindOptions) -> Embedding:
+def _open(options: FindOptions) -> Rows:
     _check_outputs(options)
-    return Folder.open(options.embedding).read()
+    return finding.open_rows(options.embedding)
 
 
 def _check_outputs(options: FindOptions) -> None:
@@ -184,7 +184,7 @@ def _check_outputs(options: FindOptions) -> None:
             check_writable(out, kind, option=option)
 
 
-def _refuse_list(options: FindOptions, embedding: Embedding, what: str) -> str | None:
+def _refuse_list(options: FindOptions, embedding: Rows, what: str) -> str | None:
     """Why the model cannot tell the images apart, if so. A list, which may be used to delete images, is refused then."""
     fault = finding.judge_features(embedding)
     if fault and options.json is not None:
@@ -201,7 +201,7 @@ def _print_rows(embedding: Rows, rows: Sequence[tuple[float, int]]) -> list[dict
     ]
 
 
-def _list_copy(embedding: Embedding, copy: copies.Copy) -> dict[str, Any]:
+def _list_copy(embedding: Rows, copy: copies.Copy) -> dict[str, Any]:
     """A copy for the JSON file."""
     entry = {"path": embedding.names[copy.row], "index": int(embedding.positions[copy.row]), "cosine": copy.cosine}
     view = copy.view
@@ -237,7 +237,7 @@ def _write(
         about = {
             "embedding": options.embedding,
             "model_sha256": embedding.folder.about["model_sha256"],
-            "index": options.index or "flat",
+            "index": finding.choose_index(embedding, options.index),
         }
         with replacing(Path(options.json).expanduser()) as temporary:
             temporary.write_text(json.dumps(about | result, indent=2) + "\n")

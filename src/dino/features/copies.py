@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dino.data.decode import BadImage
 from dino.data.sources import Source
-from dino.features.embedding import Embedding, Rows
+from dino.features.embedding import Rows
 from dino.features.neighbors import split_rows
-from dino.features.search import SAMPLE, Index, IndexKind, judge_features, measure_typical, open_embedding
+from dino.features.search import Index, IndexKind, judge_features, measure_typical, open_rows
 from dino.options.commands import DuplicatesOptions
 from dino.options.rules import checked
 from dino.terminal import track
@@ -65,7 +65,7 @@ class Copies:
 
 @checked(DuplicatesOptions, "embedding", "threshold", "index", "rebuild")
 def duplicates(
-    embedding: str | Path | Embedding,
+    embedding: str | Path | Rows,
     threshold: float | None = None,
     index: IndexKind | None = None,
     rebuild: bool = False,
@@ -80,14 +80,14 @@ def duplicates(
     Raises:
         ValueError: the images are gone, so that pixels cannot be compared.
     """
-    embedding = open_embedding(embedding)
+    embedding = open_rows(embedding)
     images = embedding.folder.images() if confirm else None
     found = find_copies(embedding, images, threshold, index, rebuild)
     return [[copy.row for copy in group] for group in found.groups]
 
 
 def find_copies(
-    embedding: Embedding,
+    embedding: Rows,
     images: Source | None,
     threshold: float | None = None,
     index: IndexKind | None = None,
@@ -106,7 +106,7 @@ def find_copies(
     Raises:
         ValueError: the model cannot tell the images apart and nothing else can.
     """
-    used, notes, count = Index(embedding, index, rebuild), [], len(embedding.values)
+    used, notes, count = Index(embedding, index, rebuild), [], len(embedding)
     ratio = ALONE_RATIO if images is None else CANDIDATE_RATIO
     least = choose_threshold(embedding, ratio) if threshold is None else threshold
     fault = judge_features(embedding) if threshold is None else None
@@ -116,7 +116,7 @@ def find_copies(
         notes.append(f"{fault} So the pixels of all images are compared.")
         least, rooms = -1.0, [torch.arange(count)]
     else:
-        rooms = _connect(embedding, used, least)
+        rooms = _connect(used, least)
     if images is None:
         groups = [room.tolist() for room in rooms]
         views: dict[int, View] = {}
@@ -129,7 +129,8 @@ def find_copies(
             notes.append(f"{lost} images can no longer be read and are left out.")
     copies = []
     for group in sorted(groups, key=len, reverse=True):
-        cosine = (embedding.values[group] @ embedding.values[group[0]]).tolist()
+        values = embedding.take(group)
+        cosine = (values @ values[0]).tolist()
         copies.append([Copy(row, value, views.get(row)) for row, value in zip(group, cosine, strict=True)])
     return Copies(copies, least, images is not None, notes)
 
@@ -139,16 +140,15 @@ def choose_threshold(embedding: Rows, ratio: float) -> float:
     return min(1 - ratio * (1 - measure_typical(embedding)), 1 - MIN_DISTANCE)
 
 
-def _connect(embedding: Embedding, used: Index, least: float) -> list[Tensor]:
+def _connect(used: Index, least: float) -> list[Tensor]:
     """Sets of rows that are joined by pairs whose cosine is `least` or more, without those of one row."""
-    alike = torch.zeros(len(embedding), dtype=torch.bool)
-    for start, part in zip(range(0, len(alike), SAMPLE), embedding.values.split(SAMPLE), strict=True):
-        cosine, rows = used.find_nearest(part, 2)
+    alike = torch.zeros(len(used.embedding), dtype=torch.bool)
+    for start, cosine, rows in used.iterate_nearest(2):
         at, column = torch.nonzero((cosine >= least) & (rows >= 0), as_tuple=True)
         other = rows[at, column] != at + start
         alike[(at + start)[other]] = alike[rows[at, column][other]] = True
     chosen = torch.nonzero(alike)[:, 0]
-    values, count = embedding.values[chosen], len(chosen)
+    values, count = used.embedding.take(chosen.numpy()), len(chosen)
     names = torch.arange(count, dtype=torch.int32)  # of the set that a row is in: its least row so far
     while True:
         joined = [
@@ -168,7 +168,7 @@ def _connect(embedding: Embedding, used: Index, least: float) -> list[Tensor]:
 # --- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def _read_views(embedding: Embedding, images: Source, rows: Sequence[int]) -> dict[int, View]:
+def _read_views(embedding: Rows, images: Source, rows: Sequence[int]) -> dict[int, View]:
     """Of each row whose image can be read."""
 
     def read(row: int) -> View | None:
@@ -187,7 +187,7 @@ def _read_views(embedding: Embedding, images: Source, rows: Sequence[int]) -> di
     return {row: view for row, view in zip(rows, read_all, strict=True) if view is not None}
 
 
-def _group(rows: list[int], views: dict[int, View], embedding: Embedding) -> list[list[int]]:
+def _group(rows: list[int], views: dict[int, View], embedding: Rows) -> list[list[int]]:
     """Of `rows` those whose pixels are copies of a better one, in groups after that one."""
 
     def worth(row: int) -> tuple[int, int, int, str]:

@@ -25,22 +25,19 @@ from dino.html import NUM_NEIGHBORS, NeighborRow, read_row, read_square, render
 from dino.models import Backbone
 from dino.options.commands import OutliersOptions, SearchOptions
 from dino.options.rules import checked
+from dino.terminal import track
 from dino.weights import fingerprint
 
 IndexKind = Literal["flat", "ivfpq"]
 MANY = 2**20  # rows that are searched exactly and in memory, which takes six bytes for each of their numbers
 FEW = 4  # queries; so few are faster one by one
 HALF_ERROR = 2e-3  # bound on the error of a cosine in half precision, which rounds three times by 2^-11
-SAMPLE = 100  # queries at a time
+SAMPLE, READ = 100, 2**12  # queries at a time, and rows that are read at a time where all are queries
 SHOWN = 10  # queries, and neighbors of each, of a result that is printed
 JUDGED = 1000  # rows among which typical cosines are measured
 # A model cannot tell images apart if half of all pairs have so large a cosine, and their features so few directions; or if
 # half have a cosine so near to 1. Photographs and small models that were trained for three epochs: 0.78 to 0.91 and 10 to 18.
 MOST_TYPICAL, LEAST_RANK, NO_DIFFERENCE = 0.75, 20, 0.99
-
-
-def open_embedding(embedding: str | Path | Embedding) -> Embedding:
-    return embedding if isinstance(embedding, Embedding) else Folder.open(embedding).read()
 
 
 def open_rows(embedding: str | Path | Rows) -> Rows:
@@ -76,6 +73,12 @@ def judge_features(embedding: Rows) -> str | None:
     )
 
 
+def choose_index(rows: Rows, kind: IndexKind | None) -> IndexKind:
+    """The index that `kind` stands for; an approximate one of few rows is exact."""
+    wanted = kind or ("flat" if isinstance(rows, Embedding) else "ivfpq")
+    return wanted if len(rows) >= FEWEST else "flat"
+
+
 class Index:
     """Finds the rows of an embedding nearest to a feature.
 
@@ -92,8 +95,7 @@ class Index:
         self.embedding = open_rows(embedding)
         self.values = self.embedding.values if isinstance(self.embedding, Embedding) else None
         self.rough: Tensor | None = None  # the rows in half precision, made when first needed
-        wanted = (kind or ("flat" if self.values is not None else "ivfpq")) == "ivfpq"
-        self.approximate = Ivfpq(self.embedding, rebuild) if wanted and len(self.embedding) >= FEWEST else None
+        self.approximate = Ivfpq(self.embedding, rebuild) if choose_index(self.embedding, kind) == "ivfpq" else None
 
     def find_nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Cosines and rows [q, k] of the k rows nearest to each of `queries` [q, d], the nearest first.
@@ -109,6 +111,14 @@ class Index:
             return find_neighbors(queries, self.values, k)
         cosine, rows = zip(*(self._scan(query, self.values, k) for query in queries), strict=True)
         return torch.cat(cosine), torch.cat(rows)
+
+    def iterate_nearest(self, k: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """`find_nearest` of all rows of the embedding, some at a time: the first of them, cosines and rows."""
+        start, steps = 0, -(-len(self.embedding) // READ)
+        for block in track(self.embedding.iterate(READ), steps, "neighbors of each image"):
+            for queries in block.split(SAMPLE):
+                yield start, *self.find_nearest(queries, k)
+                start += len(queries)
 
     def _scan(self, query: Tensor, rows_in_memory: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The same for one query [d], exactly. The time goes into reading memory, so rows are first read in half precision.
@@ -224,18 +234,17 @@ def check_same_model(folder: Folder, model: Backbone) -> None:
 
 @checked(OutliersOptions, "embedding", "k", "index", "rebuild")
 def outliers(
-    embedding: str | Path | Embedding, k: int = 10, index: IndexKind | None = None, rebuild: bool = False
+    embedding: str | Path | Rows, k: int = 10, index: IndexKind | None = None, rebuild: bool = False
 ) -> Tensor:
     """Mean cosine of each row and its k nearest others [n]. It is low for an image unlike all others."""
-    embedding = open_embedding(embedding)
-    if len(embedding.values) < 2:
+    embedding = open_rows(embedding)
+    if len(embedding) < 2:
         raise ValueError(f"{embedding.folder.path} holds one image only; an outlier needs others to differ from.")
-    if not 1 <= k < len(embedding.values):
-        raise ValueError(f"k is {k}; it must be from 1 to {len(embedding.values) - 1}, the number of other images.")
-    used, scores = Index(embedding, index, rebuild), []
-    for start, queries in zip(range(0, len(embedding), SAMPLE), embedding.values.split(SAMPLE), strict=True):
-        cosine, rows = used.find_nearest(queries, k + 1)
-        itself = rows == torch.arange(start, start + len(queries))[:, None]
+    if not 1 <= k < len(embedding):
+        raise ValueError(f"k is {k}; it must be from 1 to {len(embedding) - 1}, the number of other images.")
+    scores = []
+    for start, cosine, rows in Index(embedding, index, rebuild).iterate_nearest(k + 1):
+        itself = rows == torch.arange(start, start + len(rows))[:, None]
         # Where a copy came first or the index missed the row itself, the last row is one too many.
         itself[~itself.any(dim=1), -1] = True
         scores.append(cosine[~itself].view(-1, k).mean(dim=1))

@@ -286,7 +286,7 @@ class ReportOptions(Options):
     """
 
     run: Positional[str]
-    """A run directory."""
+    """A run directory, or the address that a run was given as --out."""
 
 
 class DoctorOptions(Options):
