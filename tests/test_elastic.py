@@ -83,22 +83,33 @@ def find_free_port() -> int:
         return free.getsockname()[1]
 
 
+def train_undisturbed(tmp_path: Path, ranks: int = 1, **options: object) -> tuple[list[object], Path]:
+    """Train to `tmp_path / "whole"`. Returns the flags, and where the same run is to be trained in spite of disturbances."""
+    flags = ["--data", draw_images(tmp_path / "photos"), *tiny_flags(log__knn_every=0, **options)]
+    done = run_dino("train", *flags, "--out", tmp_path / "whole", ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    return flags, tmp_path / "run"
+
+
+def start_machine(
+    number: int, log: Path, port: int, *command: object, nodes: str = "1:3", host: int = 0, restarts: int = 5
+) -> subprocess.Popen[bytes]:
+    """One of several machines of a process each, which meet at number `host`. Their addresses give the ranks."""
+    size = ["--nnodes", nodes, "--nproc-per-node", "1", "--max-restarts", restarts, "--monitor-interval", "0.5"]
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "x"]
+    meet += ["--rdzv-conf", f"{CONF},is_host={int(number == host)}", "--local-addr", f"127.0.0.{number + 1}"]
+    return start_torchrun(log, *size, *meet, "-m", "dino", "train", *command)
+
+
 @pytest.mark.machines
 def test_four_then_two_then_three_machines(tmp_path):
     """Each machine is a torchrun of one process. The main rank's is among those that are killed."""
-    photos, run = draw_images(tmp_path / "photos"), tmp_path / "run"
-    flags = ["--data", photos, *tiny_flags(epochs=300, batch_size=5, log__knn_every=0, log__checkpoint_minutes=0.02)]
-    done = run_dino("train", *flags, "--out", tmp_path / "whole")
-    assert done.returncode == 0, done.stderr
+    flags, run = train_undisturbed(tmp_path, epochs=300, batch_size=5, log__checkpoint_minutes=0.02)
     port, logs = find_free_port(), [tmp_path / f"log{number}" for number in range(5)]
 
     def start(number: int) -> subprocess.Popen[bytes]:
-        size = ["--nnodes", "1:4", "--nproc-per-node", "1", "--max-restarts", "20", "--monitor-interval", "0.5"]
-        meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "x"]
-        meet += ["--rdzv-conf", f"{CONF},is_host={int(number == 4)}", "--local-addr", f"127.0.0.{number + 1}"]
-        return start_torchrun(
-            logs[number], *size, *meet, "-m", "dino", "train", *flags, "--out", run, "--resume", "auto"
-        )
+        command = [*flags, "--out", run, "--resume", "auto"]
+        return start_machine(number, logs[number], port, *command, nodes="1:4", host=4, restarts=20)
 
     def trains_on(machines: int) -> list[int]:
         """The machines whose rank was the main one of so many."""
@@ -131,10 +142,8 @@ def test_four_then_two_then_three_machines(tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_started_again(tmp_path, victim):
     """Its data workers do not stay, the others end soon, and the result is that of the same number of ranks, to the bit."""
-    photos, run, log = draw_images(tmp_path / "photos"), tmp_path / "run", tmp_path / "log"
-    flags = ["--data", photos, *tiny_flags(epochs=100, log__knn_every=0, log__checkpoint_minutes=0.02)]
-    done = run_dino("train", *flags, "--out", tmp_path / "whole", ranks=2)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "log"
+    flags, run = train_undisturbed(tmp_path, 2, epochs=100, log__checkpoint_minutes=0.02)
     size = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command = ["-m", "dino", "train", *flags, "--data.num-workers", "1", "--out", run, "--resume", "auto"]
     nodes = [start_torchrun(log, *size, *command)]
@@ -151,14 +160,6 @@ def test_a_killed_rank_is_started_again(tmp_path, victim):
     assert said.count("dino: another process of this run has ended") == 1
     assert "Traceback" not in said
     assert_same_bits(final_state(tmp_path / "whole"), final_state(run))
-
-
-def start_machine(number: int, log: Path, port: int, *command: object) -> subprocess.Popen[bytes]:
-    """One of up to three machines of a process each, which meet at number 0."""
-    size = ["--nnodes", "1:3", "--nproc-per-node", "1", "--max-restarts", "5", "--monitor-interval", "0.5"]
-    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "x"]
-    meet += ["--rdzv-conf", f"{CONF},is_host={int(number == 0)}", "--local-addr", f"127.0.0.{number + 1}"]
-    return start_torchrun(log, *size, *meet, "-m", "dino", "train", *command)
 
 
 @pytest.mark.machines
@@ -179,16 +180,13 @@ def test_a_machine_that_leaves_by_ctrl_c(tmp_path, leaving):
     assert "on 3 CPU process(es)" in said
     assert "on 2 CPU process(es)" in said
     assert int(re.findall(r"Resuming after step (\d+) of", said)[0]) >= before
-    assert not [log for log in logs if "dino: internal error" in log.read_text(errors="replace")]
+    assert "Traceback" not in said
 
 
 @pytest.mark.machines
 def test_the_machine_where_all_meet_is_killed(tmp_path):
     """torchrun ends on the others, too; the same lines go on, to the same bits."""
-    photos, run = draw_images(tmp_path / "photos"), tmp_path / "run"
-    flags = ["--data", photos, *tiny_flags(epochs=100, log__knn_every=0, log__checkpoint_minutes=0.02)]
-    done = run_dino("train", *flags, "--out", tmp_path / "whole", ranks=3)
-    assert done.returncode == 0, done.stderr
+    flags, run = train_undisturbed(tmp_path, 3, epochs=100, log__checkpoint_minutes=0.02)
     logs = [tmp_path / f"log{number}" for number in range(3)]
 
     def start_all() -> list[subprocess.Popen[bytes]]:
@@ -235,10 +233,7 @@ def two_machines() -> Iterator[list[str]]:
 @pytest.mark.machines
 def test_a_cable_that_is_pulled(tmp_path):
     """Both sides end soon and say whom they miss; when it is back, the same command goes on, to the same bits."""
-    photos, run = draw_images(tmp_path / "photos"), tmp_path / "run"
-    flags = ["--data", photos, *tiny_flags(epochs=100, log__knn_every=0, log__checkpoint_minutes=0.02)]
-    done = run_dino("train", *flags, "--out", tmp_path / "whole", ranks=2)
-    assert done.returncode == 0, done.stderr
+    flags, run = train_undisturbed(tmp_path, 2, epochs=100, log__checkpoint_minutes=0.02)
     logs = [tmp_path / "log1", tmp_path / "log2"]
 
     def start(number: int, machine: str) -> subprocess.Popen[bytes]:

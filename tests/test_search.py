@@ -264,7 +264,7 @@ def test_duplicates_are_groups_and_outliers_stand_alone(most, embedded, album, t
 
 
 def test_copies_and_outliers_of_rows_on_the_disk_are_those_in_memory(tmp_path, monkeypatch):
-    """With several reads, each of several rounds of queries."""
+    """With several reads."""
     monkeypatch.setattr(finding, "READ", 250)
     values = np.random.default_rng(0).normal(size=(900, 24)).astype(np.float32)
     values[::7] = values[1::7][: len(values[::7])]

@@ -32,7 +32,7 @@ IndexKind = Literal["flat", "ivfpq"]
 MANY = 2**20  # rows that are searched exactly and in memory, which takes six bytes for each of their numbers
 FEW = 4  # queries; so few are faster one by one
 HALF_ERROR = 2e-3  # bound on the error of a cosine in half precision, which rounds three times by 2^-11
-SAMPLE, READ = 100, 2**12  # queries at a time, and rows that are read at a time where all are queries
+READ = 2**12  # rows that are read at a time where all rows are queries
 SHOWN = 10  # queries, and neighbors of each, of a result that is printed
 JUDGED = 1000  # rows among which typical cosines are measured
 # A model cannot tell images apart if half of all pairs have so large a cosine, and their features so few directions; or if
@@ -115,10 +115,9 @@ class Index:
     def iterate_nearest(self, k: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """`find_nearest` of all rows of the embedding, some at a time: the first of them, cosines and rows."""
         start, steps = 0, -(-len(self.embedding) // READ)
-        for block in track(self.embedding.iterate(READ), steps, "neighbors of each image"):
-            for queries in block.split(SAMPLE):
-                yield start, *self.find_nearest(queries, k)
-                start += len(queries)
+        for queries in track(self.embedding.iterate(READ), steps, "neighbors of each image"):
+            yield start, *self.find_nearest(queries, k)
+            start += len(queries)
 
     def _scan(self, query: Tensor, rows_in_memory: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The same for one query [d], exactly. The time goes into reading memory, so rows are first read in half precision.
