@@ -168,6 +168,21 @@ def test_a_signal_saves_says_how_to_resume_and_exits_0(photos, tmp_path, number)
     assert latest_step(run) == f"step-{step + 3:08d}.pt"
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 130)])
+def test_what_a_signal_tells_torchrun(photos, tmp_path, number, code):
+    """SIGUSR1 ends the work of this job, which its script queues again; after SIGTERM the others may go on."""
+    flags = ["--data", photos, "--out", tmp_path / "run", *tiny_flags(epochs=2000, log__every=1000)]
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "x"}
+    process = processes.start(dino_command("train", *flags), stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not latest_step(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert "Stopped and saved after step" in stderr
+
+
 @pytest.mark.parametrize("batch_size", [4, 5])
 def test_two_ranks_equal_one_rank(photos, tmp_path, batch_size):
     """The same global batch on one and on two processes, in halves or not: within 1e-5 after 10 steps and more."""

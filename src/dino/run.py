@@ -117,8 +117,10 @@ def run_training(options: TrainOptions) -> RunFolder:
             if copy is not None:
                 copy.push()
         stopped = not complete and trainer.step < (options.stop_after or trainer.plan.total)
-        if stopped and "TORCHELASTIC_RUN_ID" in os.environ:
-            raise KeyboardInterrupt  # torchrun would take the end of a process without an error for that of all the work
+        if stopped and not trainer.signals.requeue and "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun would take the end of a process without an error for that of all the work. After SIGUSR1 it is that:
+            # all ranks have saved and end, and the script that started torchrun queues its job again.
+            raise KeyboardInterrupt
         if options.budget is not None and complete:
             terminal.say(f"Took {(time.monotonic() - began) / 60:.1f} of {options.budget / 60:g} minutes.")
     return RunFolder.of(folder, len(trainer.source))

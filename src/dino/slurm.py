@@ -92,7 +92,10 @@ def send(jobs: list[Job], folder: Path, name: str, options: SlurmOptions) -> str
             cpus_per_task=options.cpus,
             stderr_to_stdout=True,
             # srun of Slurm 22.05 and later does not see the cores of a task otherwise.
-            setup=["export SUBMITIT_PREEMPT_SIGNAL=USR1 SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"],
+            setup=[
+                "export SUBMITIT_PREEMPT_SIGNAL=USR1 SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+                "export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}",  # as `dino.cli` sets it for ranks of torchrun
+            ],
             srun_args=["--kill-on-bad-exit=1"],
             additional_parameters={"requeue": True, "signal": f"USR1@{WARNING}", **more},
         )
