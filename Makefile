@@ -57,7 +57,8 @@ $(USERS): pyproject.toml
 	@echo "Installing PyTorch and what else dino needs into .venv: once, some minutes, up to 8 GB."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable .
+	@bash -o pipefail -c "$(BIN)/python -m pip install --editable . | \
+		grep --line-buffered -oE '^(Collecting [A-Za-z0-9_-]+|Installing collected packages|Successfully installed)'"
 	@touch $(USERS)
 
 $(STAMP): $(USERS)

@@ -110,6 +110,7 @@ def test_a_group_of_commands_lists_them(capsys):
         ("runs/a eval knn", "eval knn runs/a"),
         ("eval runs/a knn", "eval knn runs/a"),
         ("--data x train", "train --data x"),
+        ("figure attention runs/a x.jpg", "attention runs/a x.jpg"),
     ],
 )
 def test_words_in_another_order_are_put_right(words, meant, capsys):
@@ -122,7 +123,7 @@ def test_a_shell_completes_commands_options_and_choices(tmp_path):
     (tmp_path / "dino").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dino "$@"\n')
     (tmp_path / "dino").chmod(0o755)
     cases = {"ev": "eval", "eval k": "knn", "help eval dav": "davis", "recipes vit_small_1": "vit_small_100ep"}
-    cases |= {"train --dev": "--device", "train --device ": "auto cpu cuda", "train resnet18": "resnet18_cifar10"}
+    cases |= {"train --dev": "--device", "train --device ": "auto cpu cuda mps", "train resnet18": "resnet18_cifar10"}
     cases |= {"submit --gpus 2 tr": "train", "submit train --mode": "--model", "eval knn phot": "", "train --out ": ""}
     ask = 'ask() { COMP_WORDS=(dino "$@"); COMP_CWORD=$#; _dino; echo "${COMPREPLY[*]}"; }'
     script = f'eval "$(dino completion bash)"; {ask}\n'
@@ -447,9 +448,9 @@ def test_held_out_images_of_other_classes_are_refused(photos, tmp_path, capsys):
         (["train", "--lr", "1"], "there is no option '--lr'; --help lists them. Did you mean '--optim.lr'?"),
         (["train", "--gpus", "2"], "for several start it with torchrun --nproc-per-node 2 -m dino train"),
         (["train", "--data", "a.jpg", "b.jpg"], "'b.jpg' is one word too many; put a name with spaces in quotes"),
-        (["train", "--device", "gpu"], "device is 'gpu'; choose one of auto, cpu, cuda. Did you mean 'cuda'?"),
+        (["train", "--device", "gpu"], "device is 'gpu'; choose one of auto, cpu, cuda, mps. Did you mean 'cuda'?"),
         (["eval", "knn"], "MODEL is missing; --help explains it."),
-        (["train", "--device", "mps"], "device is 'mps'; choose one of auto, cpu, cuda."),
+        (["train", "--device", "tpu"], "device is 'tpu'; choose one of auto, cpu, cuda, mps."),
         (["eval", "knn", "m"], "--data is missing; --help explains it."),
         (["embed", "m", "--data", "x", "--out", "y"], "data is given by its place and not as '--data'"),
         (["eval", "knn", "m", "--data", "d", "--temp", "nan"], "temp is nan; it must be a finite number."),

@@ -67,6 +67,9 @@ def test_a_plan_for_a_gpu_that_is_not_here(photos, tmp_path, capsys, monkeypatch
     monkeypatch.setitem(DEVICES, "t4", DEVICES["t4"]._replace(memory=2e8))
     assert cli.main([*flags, "--gpu", "t4", "--toml", "t4.toml"]) == 0
     assert "train with --fit 0.18GB" in capsys.readouterr().out
+    assert cli.main([*flags, "--gpu", "mps", "--toml", "mps.toml"]) == 0
+    devices = [cli.parse(["train", f"{name}.toml"])[1].device for name in ("t4", "mps")]
+    assert devices == ["auto", "mps"], "Apple's is taken only by name"
 
 
 def test_misuse_of_plan_is_said_before_anything_is_measured(photos, tmp_path, capsys):

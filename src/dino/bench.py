@@ -51,13 +51,12 @@ def measure_seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.get_device_module(device).synchronize()
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32, edge: int | None = None) -> float:
     """Floating-point operations per second of products of two square matrices, the limit for any network."""
-    on_gpu = device.type == "cuda"
+    on_gpu = device.type != "cpu"
     edge = edge or (8192 if on_gpu else 2048)
     count = 10 if on_gpu else 1  # one takes a GPU little longer than being asked
     square = torch.randn(edge, edge, device=device, dtype=dtype)
@@ -154,7 +153,7 @@ def measure_step(trainer: Trainer, limit: float) -> dict[str, Any]:
     if trainer.options.compile:
         parallel.compile_networks(trainer.method)
         trainer.take_step(batch)
-    several = 5 if device.type == "cuda" else 1  # a GPU works on one step while the next is prepared
+    several = 5 if device.type != "cpu" else 1  # a GPU works on one step while the next is prepared
     rates, wholes, parts, started = [], [], [], time.perf_counter()
     while len(parts) < 3 or (time.perf_counter() - started < STEPS * limit and len(parts) < 30):
         rates.append(measure_matrix_rate(device, dtype))

@@ -89,6 +89,7 @@ COMMANDS: dict[str, Command] = {
         "what completes commands and options in your shell", commands.CompletionOptions, "dino.cli:print_completion"
     ),
 }
+GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
 # Their modules need PyTorch, so they are known by name.
 _FAILURES = "TrainingError", "CheckpointError", "DownloadError", "ExportError", "PushError", "WorkerDied", "LostRank"
@@ -111,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     # Read as PyTorch is imported. Its threads would wait for each other busily, which takes the cores from themselves as soon
     # as another program runs: a third of the speed was left.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # the CPU computes what PyTorch cannot on Apple's GPUs
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # `parallel.distribute` says which warning is not needed
     debug = "--debug" in arguments
@@ -232,8 +234,8 @@ def find_order(arguments: list[str], places: Iterable[int]) -> list[str]:
     for place, length in itertools.product(places, (2, 1)):
         if name := meant.get(" ".join(arguments[place : place + length])):
             words = name.split()
-            rest = arguments[:place] + arguments[place + length :]
-            return [*words, *(word for word in rest if word not in words)]
+            before = [word for word in arguments[:place] if word not in GROUPS]
+            return [*words, *(word for word in before + arguments[place + length :] if word not in words)]
     return []
 
 

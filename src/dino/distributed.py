@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from dino import errors
 
 T = TypeVar("T")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # How long ranks wait for one that lists millions of files or follows a long video.
 PATIENCE = datetime.timedelta(hours=2)
@@ -54,10 +55,12 @@ def start(device: str) -> torch.device:
     """Join the process group that `torchrun` describes, if there is one, and return this rank's device.
 
     Raises:
-        ValueError: there is no such device, or `device` is 'cuda' and there is no GPU.
+        ValueError: there is no such device, or `device` is 'cuda' or 'mps' and there is no such GPU.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise errors.unknown("device", device, ("auto", "cpu", "cuda"))
+    if device not in DEVICES:
+        raise errors.unknown("device", device, DEVICES)
+    if device == "mps":
+        return _start_mps()
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ValueError("device is cuda but PyTorch sees no NVIDIA GPU; use --device cpu or --device auto.")
@@ -79,6 +82,19 @@ def start(device: str) -> torch.device:
     torch.cuda.set_device(local)
     torch.backends.cudnn.allow_tf32 = False  # True by default, for convolutions; but fp32 is to mean fp32
     return torch.device("cuda", local)
+
+
+def _start_mps() -> torch.device:
+    """Apple's GPU, for one process alone: neither of the process groups knows it."""
+    require_single("with --device mps")
+    if not torch.backends.mps.is_available():
+        raise ValueError("device is mps but PyTorch sees no GPU of Apple; use --device cpu or --device auto.")
+    return torch.device("mps")
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, to an NVIDIA GPU copied meanwhile. Other GPUs might read memory that is free by then."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def stop() -> None:

@@ -115,6 +115,8 @@ def examine_devices() -> Iterator[Finding]:
     if listing and subprocess.run([listing, "-L"], capture_output=True, check=False).stdout.strip():
         text = f"There is an NVIDIA GPU, but this PyTorch cannot use it (built for CUDA {torch.version.cuda})"
         yield Finding("bad", text, "Install the PyTorch of your driver's CUDA version: https://pytorch.org/get-started")
+    elif torch.backends.mps.is_available():
+        yield Finding("note", "A GPU of Apple, taken if you ask: it was never tried with dino", "--device mps")
     else:
         yield Finding("good", "No GPU: training takes the recipe for a CPU, and minutes (dino plan --gpu h100: on one)")
 

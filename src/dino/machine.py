@@ -74,6 +74,8 @@ def measure_memory_in_use(device: torch.device) -> int:
     """Bytes that this process holds now: in tensors on a GPU, in all on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
     return psutil.Process().memory_info().rss
 
 
@@ -81,6 +83,8 @@ def measure_peak_memory(device: torch.device) -> int:
     """The most bytes that this process has held so far: in tensors on a GPU, in all on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":  # PyTorch keeps what it has taken, and counts no peak
+        return torch.mps.driver_allocated_memory()
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # psutil knows no peak outside Windows, and Windows has no `resource`
@@ -103,11 +107,13 @@ def name_device(device: torch.device) -> str:
     """The GPU's model, or the CPU's with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return f"Apple GPU ({device.type})"
     return f"{name_processor() or 'CPU'}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 def describe_device(device: torch.device) -> str:
     """What all ranks together run on."""
-    if device.type == "cuda":
-        return f"{distributed.world_size()} x {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        return f"{distributed.world_size()} x {name_device(device)}"
     return f"{distributed.world_size()} CPU process(es) of {torch.get_num_threads()} threads"

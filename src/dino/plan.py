@@ -71,6 +71,8 @@ def plan(options: PlanOptions) -> None:
     wanted = replace(
         TrainOptions(), {name: given[name] for name in flatten(TrainOptions())} | {"out": None, "resume": None}
     )
+    if options.gpu == "mps":  # taken only where it is named
+        wanted = replace(wanted, {"device": "mps"})
     if device.type == "cpu" and wanted.epochs is None and wanted.budget is None:
         wanted = replace(wanted, {"minutes": 30})
 

@@ -233,9 +233,9 @@ def resolve_options(
 ) -> TrainOptions:
     """Fill in the open options from the images, the weights to start from and the machine, and check all of them."""
     # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
-    workers = count_spare_cores(distributed.world_size()) if device.type == "cuda" else int(count_spare_cores() > 2)
+    workers = count_spare_cores(distributed.world_size()) if device.type != "cpu" else int(count_spare_cores() > 2)
     adopted = options if start is None else init.adopt(options, start)
-    resolved = auto.resolve(adopted, len(source), probe(source), device.type == "cuda", workers)
+    resolved = auto.resolve(adopted, len(source), probe(source), device.type != "cpu", workers)
     check(resolved, source, device)
     given = flatten(options)
     sharpens = resolved.method.loss == "cross-entropy"  # other losses compare vectors, which have no temperature

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dino.distributed import send
 from dino.models.preprocessing import IMAGENET, LUMA, Preprocessing
 
 
@@ -16,10 +17,10 @@ def normalize(views: Tensor, wanted: Preprocessing = IMAGENET) -> Tensor:
     num_views, num_images, height, width = views.shape[:4]
     if len(wanted.mean) == 1:
         (mean,), (std,) = wanted.mean, wanted.std
-        weights = torch.tensor([w / (255 * std) for w in LUMA]).to(views.device, non_blocking=True)
+        weights = send(torch.tensor([w / (255 * std) for w in LUMA]), views.device)
         return (views.reshape(-1, 3).float() @ weights).view(-1, 1, height, width) - mean / std
     # In rows of w * 3 numbers, because operations on pixels of 3 are slow.
-    scale = torch.tensor([1 / (255 * s) for s in wanted.std]).repeat(width).to(views.device, non_blocking=True)
+    scale = send(torch.tensor([1 / (255 * s) for s in wanted.std]).repeat(width), views.device)
     shift = torch.tensor([-m / s for m, s in zip(wanted.mean, wanted.std, strict=True)]).repeat(width)
-    rows = views.reshape(-1, width * 3).float().mul_(scale).add_(shift.to(views.device, non_blocking=True))
+    rows = views.reshape(-1, width * 3).float().mul_(scale).add_(send(shift, views.device))
     return rows.view(num_views * num_images, height, width, 3).permute(0, 3, 1, 2)

@@ -18,15 +18,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_precision(precision: str, device: torch.device) -> str:
     """'auto' as what this device does best; an impossible wish is refused."""
     # GPUs before Ampere emulate bf16 slowly, which PyTorch counts as support by default.
-    bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
         if device.type == "cuda":
             return "bf16" if bf16 else "fp16"
         # Other processors emulate bf16 slowly. PyTorch before 2.12 cannot tell.
-        able = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
+        able = getattr(torch.cpu, "get_capabilities", dict[str, bool])() if device.type == "cpu" else {}
         return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("precision is fp16 but the device is the CPU; use --precision fp32 or bf16.")
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision is fp16 but the device is {device.type}; use --precision fp32 or bf16.")
     if precision == "bf16" and not bf16:
         raise ValueError("precision is bf16 but this GPU has no bfloat16; use --precision fp16.")
     return precision

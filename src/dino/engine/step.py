@@ -161,4 +161,4 @@ def draw_drop_path_noise(
     drawn = [own[:, group].contiguous() for group in group_views(sizes)]
     if device.type == "cuda":  # copies of unpinned memory would wait for the step before
         drawn = [group.pin_memory() for group in drawn]
-    return [group.to(device, non_blocking=True) for group in drawn]
+    return [distributed.send(group, device) for group in drawn]

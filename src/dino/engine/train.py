@@ -373,7 +373,8 @@ class Trainer:
                 except Undecodable:  # decoding in this process names the file, and takes the stand-in of a worker
                     groups = self._render(self.batches.decode_batch(self.step))
             with time("normalize"):
-                groups = [normalize(g, self.training_step.backbone.preprocessing) for g in groups]
+                wanted = self.training_step.backbone.preprocessing
+                groups = [normalize(distributed.send(g, self.device), wanted) for g in groups]
         if self.render_stream is not None:
             step = torch.cuda.current_stream(self.device)
             step.wait_stream(self.render_stream)

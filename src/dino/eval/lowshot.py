@@ -163,11 +163,12 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
     bank, queries = (
         cache.load_labeled(model, source, size, what) for source, what in ((train, "training"), (test, "test"))
     )
-    x, asked = (F.normalize(part.values, dim=1).to(device) for part in (bank, queries))
-    labels, wanted = bank.labels.to(device), queries.labels.to(device)
+    place = device if device.type == "cuda" else torch.device("cpu")  # Apple's GPUs have no float64
+    x, asked = (F.normalize(part.values, dim=1).to(place) for part in (bank, queries))
+    labels, wanted = bank.labels.to(place), queries.labels.to(place)
     figures, counts, chosen, floors = {}, {}, {}, {}
     for name, positions in subsets.items():
-        rows = torch.from_numpy(np.flatnonzero(np.isin(bank.indices, positions))).to(device)
+        rows = torch.from_numpy(np.flatnonzero(np.isin(bank.indices, positions))).to(place)
         few, few_labels = x[rows], labels[rows]
         k = options.k or min(K, len(rows))
         figures[f"knn_{name}_top1"] = knn.classify(few, few_labels, asked, wanted, (k,))[f"knn{k}_top1"]

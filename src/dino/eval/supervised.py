@@ -125,13 +125,14 @@ def train_supervised(
         terminal.say(f"Resuming after step {start} of {total}.")
     distributed.barrier()  # all ranks have read the checkpoint before the main one writes the next
     saved = time.monotonic()
-    on_gpu, num_workers = device.type == "cuda", options.num_workers
+    num_workers = options.num_workers
     if num_workers is None:
-        num_workers = count_spare_cores(distributed.world_size()) if on_gpu else 0
+        num_workers = count_spare_cores(distributed.world_size()) if device.type != "cpu" else 0
     bad: dict[str, str] = {}
     terminal.start(start, total)
     try:
-        for step, batch in enumerate(iterate(batches, start, total, num_workers, on_gpu), start):
+        ready = iterate(batches, start, total, num_workers, pin_memory=device.type == "cuda")
+        for step, batch in enumerate(ready, start):
             bad |= dict(batch.bad)
             loss = trainee.step(step, batch._replace(images=batch.images.to(device), labels=batch.labels.to(device)))
             done, epoch = step + 1, step // batches.steps_per_epoch
@@ -189,7 +190,8 @@ def compute_accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
     if not scores.isfinite().all():
         raise ValueError("training diverged: the classifier's scores are not finite; lower --lr.")
     top = min(5, scores.shape[1])
-    ranked = scores.topk(top, dim=1).indices == labels[:, None]
+    labels = labels.cpu()
+    ranked = scores.topk(top, dim=1).indices.cpu() == labels[:, None]
     result = {"top1": 100 * ranked[:, 0].double().mean().item()}
     if top == 5:
         result["top5"] = 100 * ranked.any(dim=1).double().mean().item()

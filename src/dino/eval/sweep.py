@@ -91,7 +91,7 @@ class Sweep:
         for rows in split_rows(len(features), len(self.points) * self.num_classes):
             predicted = self.scores(name, features[rows].to(device)).argmax(dim=-1)
             hits += (predicted == labels[rows].to(device)[:, None]).sum(dim=0)
-        return (100 * hits.double() / len(features)).tolist()
+        return (100 * hits.cpu().double() / len(features)).tolist()
 
     def head(self, name: Pooling, point: int) -> dict[str, Tensor]:
         """One classifier as the weights of a linear layer: weight [classes, columns], bias [classes]."""

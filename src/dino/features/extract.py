@@ -199,17 +199,17 @@ def extract_batches(
         fp16: compute in half precision on a GPU.
     """
     device = next(model.parameters()).device
-    on_gpu = device.type == "cuda"
+    on_gpu = device.type != "cpu"
     if num_workers is None:  # starting processes costs more than a few hundred small images
         num_workers = count_spare_cores() if on_gpu and len(indices) * size**2 > 2e7 else 0
     threads = 1 if num_workers else torch.get_num_threads()
     views = EvaluationViews(source, indices, size, batch_size, resize, threads, model.preprocessing)
-    batches = iterate(views, 0, len(views), num_workers, on_gpu)
+    batches = iterate(views, 0, len(views), num_workers, pin_memory=device.type == "cuda")
     pool = find_pooling(pooling)
     late: list[Features] = []  # on the device
     for runs, positions, bad in track(batches, len(views), progress) if progress else batches:
         with torch.autocast(device.type, torch.float16, enabled=fp16 and on_gpu):
-            images = (normalize(run.to(device, non_blocking=True), model.preprocessing) for run in runs)
+            images = (normalize(distributed.send(run, device), model.preprocessing) for run in runs)
             values = [pool(model, run).float() for run in images]
         found = torch.cat(values) if values else torch.zeros(0, model.embed_dim)
         late.append(Features(found, np.array(positions, dtype=np.int64), bad))

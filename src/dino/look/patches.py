@@ -49,7 +49,7 @@ def fit_axes(images: Iterable[Tensor]) -> Basis:
     flat = torch.cat([features[evenly_spaced(len(features), BASIS_PATCHES)] for features in images])
     mean = flat.mean(dim=0)
     flat = flat - mean
-    axes = torch.linalg.eigh((flat.T @ flat).double()).eigenvectors[:, -3:].flip(1).float()
+    axes = torch.linalg.eigh((flat.T @ flat).cpu().double()).eigenvectors[:, -3:].flip(1).to(flat)
     # The sign of an axis is arbitrary; choose it from the data, so that the same data gives the same colors.
     axes = torch.where((flat @ axes).pow(3).sum(dim=0) < 0, -axes, axes)
     return Basis(mean, axes, *(flat @ axes).quantile(flat.new_tensor([0.02, 0.98]), dim=0))

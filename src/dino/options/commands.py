@@ -32,8 +32,8 @@ class InferenceOptions(Options):
 
     model: Positional[ModelName]
     """A run directory (its best teacher; with :last the last), a release (see `dino models`) or a weight file."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute: 'auto' is an NVIDIA GPU if there is one; 'mps' is Apple's, taken only by name."""
 
 
 class LookOptions(InferenceOptions):
@@ -201,8 +201,8 @@ class SearchOptions(FindOptions):
     """Neighbors of each."""
     model: ModelName | None = None
     """The model that made the embedding. None: where it was then."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute: 'auto' is an NVIDIA GPU if there is one; 'mps' is Apple's, taken only by name."""
 
 
 Cosine = Annotated[float, Rule(lambda value: -1 <= value <= 1, "a cosine lies between -1 and 1")]
@@ -274,8 +274,8 @@ class AppOptions(Options):
     printed address holds a token, without which nobody can use the page; what is sent over a network is not encrypted."""
     browser: bool = True
     """Open the page in your browser at once; never over SSH, or without a display."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute: 'auto' is an NVIDIA GPU if there is one; 'mps' is Apple's, taken only by name."""
 
 
 class ReportOptions(Options):

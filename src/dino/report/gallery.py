@@ -168,7 +168,7 @@ class Gallery:
         model = self.model
         cells = math.prod(model.grid(model.view_size, model.view_size))
         work = (1 + cells) * sum(parameter.numel() for parameter in model.parameters())
-        most = MAX_BANK if self.device.type == "cuda" else int(min(MAX_BANK, max(200, MAX_CPU_WORK / work)))
+        most = MAX_BANK if self.device.type != "cpu" else int(min(MAX_BANK, max(200, MAX_CPU_WORK / work)))
         return evenly_spaced(len(self.source), most)
 
     def _caption(self, picture: Picture) -> str:

@@ -18,7 +18,7 @@ from dino.data.sources import Source
 from dino.engine.log import EVALUATIONS, read_evaluations
 from dino.engine.trackers import read_pages
 from dino.html import render, write_page
-from dino.machine import name_processor
+from dino.machine import name_device, name_processor
 from dino.models import Backbone
 from dino.options import required
 from dino.report.curves import draw_chart, list_charts
@@ -110,7 +110,7 @@ def describe_environment(device: torch.device) -> dict[str, str]:
         "commit": find_commit(),
         "Python": platform.python_version(),
         "PyTorch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads",
+        "device": name_device(device) if device.type != "cpu" else f"{torch.get_num_threads()} threads",
         "processor": f"{name_processor()}, {os.cpu_count()} cores",
         "system": platform.platform(),
     }
