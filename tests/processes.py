@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,8 +24,10 @@ _addresses: list[str] = []
 def find_server() -> str:
     """The address of the process that forks. The first call starts it; it ends with this process."""
     if not _addresses:
-        folder = tempfile.TemporaryDirectory()
-        _addresses.append(str(Path(folder.name, "socket")))
+        folder = (
+            tempfile.mkdtemp()
+        )  # a TemporaryDirectory would end where a forked process forgets what is done at exit
+        _addresses.append(str(Path(folder, "socket")))
         command = [sys.executable, Path(__file__).with_name("fork_server.py"), *_addresses]
         process = _popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdout is not None
@@ -32,7 +35,7 @@ def find_server() -> str:
 
         def close() -> None:
             process.communicate()
-            folder.cleanup()
+            shutil.rmtree(folder)
 
         atexit.register(close)
     return _addresses[0]

@@ -21,7 +21,8 @@ from dino.data.image_files import open_source
 from dino.data.loader import ViewBatches, iterate
 from dino.data.sources import Source, Subset
 from dino.engine.log import read_metrics, read_quarantine
-from dino.engine.train import Trainer, TrainingError
+from dino.engine.train import Trainer
+from dino.errors import TrainingError
 from dino.options import flatten, replace, toml
 from dino.options.auto import resolve
 from dino.options.resume import check_resumable

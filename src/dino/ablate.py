@@ -131,8 +131,7 @@ class Ablation:
 
     def _keep(self, results: dict[str, dict[str, Any]], name: str, result: dict[str, Any]) -> None:
         results[name] = result
-        with files.replacing(self.results_file) as temporary:
-            temporary.write_text(json.dumps(results, indent=1))
+        files.write(self.results_file, json.dumps(results, indent=1))
         warning = ", collapsed" if result["collapse"] else ""
         self.terminal.say(f"  {name}: k-NN {result['knn']:.1f} %{warning} ({result['minutes']:.0f} minutes)")
 
@@ -254,11 +253,8 @@ def ablate_command(options: AblateOptions) -> int:
     results = ablation.run_rows()
     if options.slurm is not None and len(results) < len(ablation.table.rows):
         return 0  # the others are on their way
-    rows, table, note = (
-        format_rows(ablation.table, results, f"k-NN (k = {K})"),
-        ablation.folder / "table",
-        f"{options.scale} scale",
-    )
+    rows = format_rows(ablation.table, results, f"k-NN (k = {K})")
+    table, note = ablation.folder / "table", f"{options.scale} scale"
     table.with_suffix(".md").write_text(f"{ablation.table.title}, {note}\n\n{format_markdown(rows)}")
     with open(table.with_suffix(".csv"), "w", newline="") as file:
         csv.writer(file).writerows(rows)

@@ -34,59 +34,51 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("learn from images without labels", TrainOptions, "dino.run:run_training"),
-    "submit": Command("train on a Slurm cluster", trainings.SubmitOptions, "dino.slurm:submit_command"),
+    "train": Command("learn from images without labels", TrainOptions, "run:run_training"),
+    "submit": Command("train on a Slurm cluster", trainings.SubmitOptions, "slurm:submit_command"),
     **{
-        f"eval {name}": Command(what, kind, "dino.eval.evaluate:evaluate_command")
+        f"eval {name}": Command(what, kind, "eval.evaluate:evaluate_command")
         for name, (what, kind) in EVALUATIONS.items()
     },
-    "eval all": Command(
-        "every evaluation that your data allow, one table", AllOptions, "dino.eval.everything:evaluate_all"
-    ),
-    "ablate": Command(
-        "train the rows of one of the paper's tables", trainings.AblateOptions, "dino.ablate:ablate_command"
-    ),
+    "eval all": Command("every evaluation that your data allow, one table", AllOptions, "eval.everything:evaluate_all"),
+    "ablate": Command("train the rows of one of the paper's tables", trainings.AblateOptions, "ablate:ablate_command"),
     "bench": Command(
-        "what training costs on your data and machine, and what helps", trainings.BenchOptions, "dino.bench:bench"
+        "what training costs on your data and machine, and what helps", trainings.BenchOptions, "bench:bench"
     ),
     "plan": Command(
-        "what a training would be: model, time, memory, and what to consider", trainings.PlanOptions, "dino.plan:plan"
+        "what a training would be: model, time, memory, and what to consider", trainings.PlanOptions, "plan:plan"
     ),
-    "doctor": Command("what is wrong with this machine, images or a run", commands.DoctorOptions, "dino.doctor:doctor"),
+    "doctor": Command("what is wrong with this machine, images or a run", commands.DoctorOptions, "doctor:doctor"),
     "attention": Command(
-        "pictures of where the model looks", commands.AttentionOptions, "dino.look.commands:draw_attention"
+        "pictures of where the model looks", commands.AttentionOptions, "look.commands:draw_attention"
     ),
-    "pca": Command("features of patches as colors", commands.PcaOptions, "dino.look.commands:draw_pca"),
-    "match": Command("corresponding patches of two images", commands.MatchOptions, "dino.look.commands:draw_matches"),
-    "video": Command("attention, masks or colors over a clip", commands.VideoOptions, "dino.look.commands:draw_video"),
-    "embed": Command(
-        "features of a folder as Parquet", commands.EmbedOptions, "dino.features.commands:write_embedding"
-    ),
-    "search": Command("images most like yours", commands.SearchOptions, "dino.features.commands:print_neighbors"),
-    "duplicates": Command(
-        "near-copies, as groups", commands.DuplicatesOptions, "dino.features.commands:print_duplicates"
-    ),
-    "outliers": Command("images unlike all others", commands.OutliersOptions, "dino.features.commands:print_outliers"),
+    "pca": Command("features of patches as colors", commands.PcaOptions, "look.commands:draw_pca"),
+    "match": Command("corresponding patches of two images", commands.MatchOptions, "look.commands:draw_matches"),
+    "video": Command("attention, masks or colors over a clip", commands.VideoOptions, "look.commands:draw_video"),
+    "embed": Command("features of a folder as Parquet", commands.EmbedOptions, "features.commands:write_embedding"),
+    "search": Command("images most like yours", commands.SearchOptions, "features.commands:print_neighbors"),
+    "duplicates": Command("near-copies, as groups", commands.DuplicatesOptions, "features.commands:print_duplicates"),
+    "outliers": Command("images unlike all others", commands.OutliersOptions, "features.commands:print_outliers"),
     "select": Command(
         "fewer images to train on: no near-copies, and all kinds",
         commands.SelectOptions,
-        "dino.features.commands:write_selection",
+        "features.commands:write_selection",
     ),
-    "figure tsne": Command("a map of classes (t-SNE)", commands.TsneOptions, "dino.look.figures:draw_tsne"),
+    "figure tsne": Command("a map of classes (t-SNE)", commands.TsneOptions, "look.figures:draw_tsne"),
     "figure neighbors": Command(
-        "where k-NN is right and wrong", commands.NeighborsOptions, "dino.look.figures:draw_neighbor_page"
+        "where k-NN is right and wrong", commands.NeighborsOptions, "look.figures:draw_neighbor_page"
     ),
-    "app": Command("a page to explore what a model sees", commands.AppOptions, "dino.app:command"),
-    "report": Command("write a run's report.html again", commands.ReportOptions, "dino.run:report_command"),
+    "app": Command("a page to explore what a model sees", commands.AppOptions, "app:command"),
+    "report": Command("write a run's report.html again", commands.ReportOptions, "run:report_command"),
     "models": Command(
-        "list weights to start from, or download some", commands.ModelsOptions, "dino.weights.starts:models_command"
+        "list weights to start from, or download some", commands.ModelsOptions, "weights.starts:models_command"
     ),
     "export": Command(
-        "write a model for other libraries and runtimes", commands.ExportOptions, "dino.exports.export:export_command"
+        "write a model for other libraries and runtimes", commands.ExportOptions, "exports.export:export_command"
     ),
-    "recipes": Command("list the named configurations", commands.RecipesOptions, "dino.cli:show_recipes"),
+    "recipes": Command("list the named configurations", commands.RecipesOptions, "cli:show_recipes"),
     "completion": Command(
-        "what completes commands and options in your shell", commands.CompletionOptions, "dino.cli:print_completion"
+        "what completes commands and options in your shell", commands.CompletionOptions, "cli:print_completion"
     ),
 }
 GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
@@ -168,7 +160,7 @@ def _dispatch(arguments: list[str]) -> int:
     name, options = parse(arguments)
     check_names(options)
     module, _, function = COMMANDS[name].function.partition(":")
-    code = getattr(importlib.import_module(module), function)(options)
+    code = getattr(importlib.import_module(f"dino.{module}"), function)(options)
     return code if isinstance(code, int) else 0
 
 

@@ -6,15 +6,28 @@ import difflib
 import errno
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class TrainingError(Exception):
+    """A run had to end early; the message says why and how to go on."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     """There is no `what` called `name`; the sentence lists the `known` ones and suggests the nearest."""
     known = list(known)
     return ValueError(f"there is no {what} '{name}'; known are {', '.join(known)}.{did_you_mean(name, known)}")
+
+
+def look_up(what: str, name: str, known: Mapping[Any, T]) -> T:
+    """The `what` called `name`, of those that are `known`; raises `unknown`."""
+    if name not in known:
+        raise unknown(what, name, known)
+    return known[name]
 
 
 SYNONYMS = {"gpu": "cuda"}  # which would be near to another word, "cpu"

@@ -52,9 +52,8 @@ def naming(what: object, remedy: str = "choose another place or name") -> Iterat
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not is_failed_write(error):
             raise
-        code = (
-            error.errno if isinstance(error, OSError) else errno.ENOSPC
-        )  # of the others hardly anything else is known
+        # Of the others hardly anything else is known.
+        code = error.errno if isinstance(error, OSError) else errno.ENOSPC
         reason, full = os.strerror(code) if code else errors.first_line(error), code in _FULL
         first = "free some space there, or " if full else ""
         raise WriteError(f"{what} cannot be written ({reason}); {first}{remedy}.") from error
@@ -86,6 +85,12 @@ def replacing(path: Path, flush: bool = False) -> Iterator[Path]:
                 _flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, content: str | bytes, flush: bool = False) -> None:
+    """Write a whole file, or none; text as UTF-8."""
+    with replacing(path, flush) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

@@ -53,9 +53,8 @@ def read_row(
     for cosine, position in found:
         label = get_label(source, position)
         same = None if wanted is None or label is None else label == wanted
-        neighbors.append(
-            Neighbor(read_square(source, position, len(query)), source.name(position), label, cosine, same)
-        )
+        pixels = read_square(source, position, len(query))
+        neighbors.append(Neighbor(pixels, source.name(position), label, cosine, same))
     return NeighborRow(query, caption, neighbors)
 
 
@@ -102,5 +101,5 @@ def render(template: str, **data: Any) -> Markup:
 def write_page(path: Path, title: str, kicker: str, top: Markup, sections: Mapping[str, Markup]) -> None:
     """Write a whole page: `top` under its title, then its `sections` by their titles."""
     text = render("page", title=title, kicker=kicker, top=top, sections=sections)
-    with files.replacing(path) as temporary:  # names of files need not be valid Unicode, but a page must be
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+    # names of files need not be valid Unicode, but a page must be
+    files.write(path, text.encode(errors="replace"))

@@ -144,11 +144,8 @@ class CrossEntropy(nn.Module):
 def move_parameters(network: nn.Module, towards: nn.Module, share: float) -> None:
     """Parameters of `network` a `share` of the way to those of the same name; buffers stay."""
     there = dict(towards.named_parameters())
-    pairs = [
-        (distributed.get_local(p.data), distributed.get_local(there[name].data))
-        for name, p in network.named_parameters()
-    ]
-    own, others = ([pair[i] for pair in pairs] for i in (0, 1))
+    pairs = [(p.data, there[name].data) for name, p in network.named_parameters()]
+    own, others = ([distributed.get_local(pair[i]) for pair in pairs] for i in (0, 1))
     torch._foreach_lerp_(own, others, share)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -94,8 +94,7 @@ def plan(options: PlanOptions) -> None:
     for text in filter(None, [*warn(planned.options, planned.total), advise_start(planned.options, len(source))]):
         print(f"Note: {text}")
     about = f"# dino plan, {datetime.date.today()}: about {describe_time(cost.seconds)} on {cost.device}\n"
-    with files.replacing(path) as temporary:
-        temporary.write_text(about + write_options(planned.options))
+    files.write(path, about + write_options(planned.options))
     print(f"Written: {path}. Start it with: dino train {path} --out runs/NAME")
 
 

@@ -33,9 +33,8 @@ class Stream(Enum):
     PATCHES = int.from_bytes(b"patches"), 0  # part: image. Which patches of an image are learned from
 
 
-CHECKS = (
-    2**40
-)  # the first "epoch" of `Stream.VIEWS` that no training reaches: the crops by which checks measure features
+# The first "epoch" of `Stream.VIEWS` that no training reaches: the crops by which checks measure features.
+CHECKS = 2**40
 
 
 def open_stream(stream: Stream, seed: int, part: int = 0, index: int = 0) -> np.random.Generator:

@@ -188,7 +188,7 @@ def set_up(
     else:
         if trainer.resume():
             terminal.say(f"Resuming after step {trainer.step} of {trainer.plan.total}.")
-            trainer.save_teachers()  # which a kill may have kept the run from writing
+            trainer.teachers.save(trainer.step)  # which a kill may have kept the run from writing
         trainer.quarantine.names = distributed.from_main(lambda: renew(trainer, source))
     return trainer, held_out
 
@@ -248,10 +248,9 @@ def resolve_options(
     if options.init is None and options.resume is None and arch.startswith("timm:"):
         terminal.say(f"{arch} starts with fresh weights; its trained ones, where timm has some: --init {arch}")
     if chosen and options.resume is None:
-        values = (
-            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in chosen.items()
-        )
-        terminal.say(f"Chosen for {len(source)} images: " + ", ".join(values))
+        shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in chosen.items()}
+        values = ", ".join(f"{name} {value}" for name, value in shown.items())
+        terminal.say(f"Chosen for {len(source)} images: {values}")
     return resolved
 
 
@@ -350,16 +349,15 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
     folder, terminal = trainer.run, trainer.terminal
     run = Run.read(folder, len(trainer.source))
     if trainer.hurts:
-        since = f"from step {trainer.best.worse[0]} to step {trainer.step}"
+        since = f"from step {trainer.teachers.best.worse[0]} to step {trainer.step}"
         terminal.say(
             f"Ended early: {since} every check found less than the weights that the run started from; they are kept."
         )
     elif not complete:
         terminal.say(f"Stopped and saved after step {trainer.step}.")
     floors = "".join(f"; {what} {value:.1f} %" for what, value in run.floors.items())
-    mean_map = "".join(
-        f"; of the heads' mean map {value:.1f} %" for value in run.get_metric("jaccard_mean_map")[1][-1:]
-    )
+    last = run.get_metric("jaccard_mean_map")[1][-1:]
+    mean_map = "".join(f"; of the heads' mean map {value:.1f} %" for value in last)
     for key, what, others in (
         (run.knn or "", f"k-NN accuracy (k = {(run.knn or '')[3:5]}) on held-out images", floors),
         ("jaccard_best_head", "Jaccard overlap of the best head's attention mask with the objects", mean_map),
@@ -369,7 +367,7 @@ def finish(trainer: Trainer, complete: bool, held_out: Source | None) -> None:
             terminal.say(f"{what}: {before:.1f} % {run.words[0]} -> {after:.1f} % {run.words[1]}{others}")
     for line in judge(run).lines:
         terminal.say(line)
-    if best := trainer.best.found:
+    if best := trainer.teachers.best.found:
         last = "" if best.step == trainer.step else f'; "{folder}:last" is the last'
         terminal.say(f'dino.load("{folder}") takes {best.describe(trainer.step)}{last}.')
     if trainer.options.report:

@@ -128,8 +128,7 @@ def submit_command(options: SubmitOptions) -> None:
     logs, there = run / LOGS, run.exists()
     with files.writing(run, leave=there):
         logs.mkdir(parents=True, exist_ok=True)
-        with files.replacing(logs / "train.toml") as temporary:
-            temporary.write_text(tomli_w.dumps(toml.to_dict(replace(training, {"resume": None, "out": None}))))
+        files.write(logs / "train.toml", tomli_w.dumps(toml.to_dict(replace(training, {"resume": None, "out": None}))))
         command = ["train", str(logs / "train.toml"), "--out", str(run), "--resume", AUTO]
         job = send([Job([command])], logs, run.name, options)
     shown = os.path.relpath(run)

@@ -7,7 +7,6 @@ m negatives.
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +99,8 @@ def batch_info_nce(
     """
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     against = [(student @ of_view.T / temp).logsumexp(dim=-1) for of_view in keys.unbind(dim=1)]
-    return _mean_over_pairs(
-        [each - (student * key).sum(dim=-1) / temp for each, key in zip(against, teacher, strict=True)]
-    )
+    losses = [each - (student * key).sum(dim=-1) / temp for each, key in zip(against, teacher, strict=True)]
+    return _mean_over_pairs(losses)
 
 
 def _mean_over_pairs(losses: list[Tensor]) -> Float[Tensor, ""]:
@@ -180,23 +178,11 @@ class BatchInfoNce(SquaredDistance):
         return batch_info_nce(student_scores, targets, self.keys, self.temp)
 
 
-class LossSizes(NamedTuple):
-    """What the losses are built from."""
-
-    student_temp: float = 0.1
-    queue_size: int = 65536
-    out_dim: int = 256
-    batch_size: int | None = None
-
-
-LOSSES: dict[str, Callable[[LossSizes], Loss]] = {
-    "cross-entropy": lambda sizes: CrossEntropy(sizes.student_temp),
-    "mse": lambda _: SquaredDistance(),
-    "infonce": lambda sizes: (
-        InfoNce(sizes.student_temp, sizes.queue_size, sizes.out_dim, sizes.batch_size)
-        if sizes.queue_size
-        else BatchInfoNce(sizes.student_temp, sizes.batch_size)
-    ),
+# Name -> a loss, from the student's temperature, the size of the queue, the width of projections, and the batch.
+LOSSES: dict[str, Callable[[float, int, int, int | None], Loss]] = {
+    "cross-entropy": lambda temp, *_: CrossEntropy(temp),
+    "mse": lambda *_: SquaredDistance(),
+    "infonce": lambda temp, size, dim, batch: InfoNce(temp, size, dim, batch) if size else BatchInfoNce(temp, batch),
 }
 
 
@@ -255,7 +241,7 @@ def combine(
         queue_size: negatives that "infonce" remembers; 0: those of the step.
         batch_size: images of all ranks; None: every rank has as many.
     """
-    sizes = LossSizes(student_temp, queue_size, teacher.head.out_dim, batch_size)
-    method = DINO(student, teacher, center_momentum, TARGETS[targets], LOSSES[loss](sizes))
+    chosen = LOSSES[loss](student_temp, queue_size, teacher.head.out_dim, batch_size)
+    method = DINO(student, teacher, center_momentum, TARGETS[targets], chosen)
     method.follow = TEACHERS[follow](method.teacher)  # built last: it may copy the teacher as it starts
     return method

@@ -83,31 +83,20 @@ class Atlas:
 
     def draw_map(self) -> str:
         """The map for Plotly, as JSON."""
-        kind = "scattergl" if len(self.embedding) > MANY_POINTS else "scatter"
-        size = 4 if len(self.embedding) > MANY_POINTS else 6
+        kind, size = ("scattergl", 4) if len(self.embedding) > MANY_POINTS else ("scatter", 6)
         traces: list[dict[str, Any]] = []
         for (name, rows), color in zip(self.groups.items(), pick_colors(len(self.groups)), strict=True):
             x, y = self.points[rows].round(3).T.tolist()
-            traces.append(
-                {
-                    "type": kind,
-                    "mode": "markers",
-                    "name": write_plainly(name),
-                    "x": x,
-                    "y": y,
-                    "customdata": rows.tolist(),
-                }
-                | {"text": [write_plainly(self.get_name(row)) for row in rows], "hovertemplate": "%{text}"}
-                | {"marker": {"size": size, "color": color, "opacity": 0.8}}
-            )
+            trace = {"type": kind, "mode": "markers", "name": write_plainly(name), "x": x, "y": y}
+            trace |= {"customdata": rows.tolist(), "marker": {"size": size, "color": color, "opacity": 0.8}}
+            trace |= {"text": [write_plainly(self.get_name(row)) for row in rows], "hovertemplate": "%{text}"}
+            traces.append(trace)
         axis = {"visible": False, "automargin": False}
         layout = {"dragmode": "lasso", "hovermode": "closest", "showlegend": len(traces) > 1, "height": 560}
         layout |= {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": {"color": "#808590"}}
         layout |= {"margin": {"l": 8, "r": 8, "t": 36, "b": 8}, "xaxis": axis, "yaxis": axis | {"scaleanchor": "x"}}
-        layout |= {
-            "legend": {"itemsizing": "constant"},
-            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#a0a4ac", "activecolor": "#4f46e5"},
-        }
+        modebar = {"bgcolor": "rgba(0,0,0,0)", "color": "#a0a4ac", "activecolor": "#4f46e5"}
+        layout |= {"legend": {"itemsizing": "constant"}, "modebar": modebar}
         config = {"displaylogo": False, "displayModeBar": True, "scrollZoom": True}
         return json.dumps({"data": traces, "layout": layout, "config": config})
 

@@ -123,12 +123,8 @@ class AtlasTabs:
     def _draw_map(self) -> Any:
         for said in self._index():
             yield gr.skip(), said, gr.skip(), gr.skip()
-        yield (
-            gr.skip(),
-            f"Placing {self.total:,} images. This is done once, and may take a minute.",
-            gr.skip(),
-            gr.skip(),
-        )
+        said = f"Placing {self.total:,} images. This is done once, and may take a minute."
+        yield gr.skip(), said, gr.skip(), gr.skip()
         with show_errors():
             yield self._show_map(self._get_atlas())
 

@@ -169,9 +169,8 @@ class Explorer:
                 said[len(attention) - 2] = look.ranges[0]
             features.append(self._color_features(shown.pixels, extract_patches(model, shown.pixels)))
         titles = ["image", *map("\n".join, zip(steps, said, strict=True))]
-        return np.asarray(
-            drawing.draw_mosaic([attention, features] if self.model.has_attention else [features], titles)
-        )
+        rows = [attention, features] if self.model.has_attention else [features]
+        return np.asarray(drawing.draw_mosaic(rows, titles))
 
     # --- many images -------------------------------------------------------------------------------------------------
 
@@ -221,9 +220,8 @@ class Explorer:
         with self.lock:
             found = self.neighbors.search(self.model, Images([shown.original]), k)
         cosines = format_cosines(found.cosine[0].tolist())
-        return [
-            self.atlas.draw(row, f"{cosine}  ") for cosine, row in zip(cosines, found.rows[0].tolist(), strict=True)
-        ]
+        nearest = zip(cosines, found.rows[0].tolist(), strict=True)
+        return [self.atlas.draw(row, f"{cosine}  ") for cosine, row in nearest]
 
 
 @contextlib.contextmanager

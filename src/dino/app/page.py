@@ -231,11 +231,8 @@ def serve(options: AppOptions, folder: str) -> None:
     with listen(host, options.port) as listening:
         model = weights.load(name).to(distributed.start(options.device))
         run = find_run(name)
-        page = Page(
-            Explorer(model, run, options.data or find_data(run), options.embedding),
-            Path(name).name,
-            Path(options.lists),
-        )
+        explorer = Explorer(model, run, options.data or find_data(run), options.embedding)
+        page = Page(explorer, Path(name).name, Path(options.lists))
         app = gr.mount_gradio_app(
             FastAPI(),
             page.blocks,

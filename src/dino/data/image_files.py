@@ -74,9 +74,8 @@ class RemoteFiles(Files):
     """Image files below an address, or at addresses that a list names."""
 
     def stamp(self) -> str:
-        if not self.root:
-            return hashlib.sha256(repr(describe_all(self.names.split())).encode(errors="surrogateescape")).hexdigest()
-        return hashlib.sha256(repr(list_files(self.root)).encode(errors="surrogateescape")).hexdigest()
+        described = list_files(self.root) if self.root else describe_all(self.names.split())
+        return hashlib.sha256(repr(described).encode(errors="surrogateescape")).hexdigest()
 
     def read(self, index: int) -> np.ndarray:
         return decode(self.read_bytes(index))

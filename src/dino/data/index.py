@@ -8,7 +8,6 @@ beside the shards, or in the cache where that cannot be written.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import mmap
@@ -59,45 +58,19 @@ class Index:
 
     def __init__(self, folder: Path, shards: Sequence[Shard]):
         self.folder, self.shards = folder, shards
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        self.classes, self.fingerprint = tuple(about["classes"]), about["fingerprint"]
+        self.bounds = np.load(folder / "bounds.npy")
+        columns = ("starts", "offsets", "lengths", "labels")
+        starts, self.offsets, self.lengths, labels = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in columns
+        )
+        self.labels = labels if self.classes else None
+        with (folder / "names").open("rb") as file:
+            self.names = Names.mapped(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), starts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Index, (self.folder, self.shards)  # another process opens the files itself
-
-    def _map(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
-
-    @functools.cached_property
-    def about(self) -> dict[str, Any]:
-        return json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
-
-    @functools.cached_property
-    def bounds(self) -> np.ndarray:
-        return np.load(self.folder / "bounds.npy")
-
-    @functools.cached_property
-    def offsets(self) -> np.ndarray:
-        return self._map("offsets")
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        return self._map("lengths")
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray | None:
-        return self._map("labels") if self.classes else None
-
-    @functools.cached_property
-    def names(self) -> Names:
-        with (self.folder / "names").open("rb") as file:
-            return Names.mapped(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), self._map("starts"))
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(self.about["classes"])
-
-    @property
-    def fingerprint(self) -> str:
-        return self.about["fingerprint"]
 
     def __len__(self) -> int:
         return int(self.bounds[-1])

@@ -267,8 +267,7 @@ def save_names(record: Path, path: str, names: Names) -> None:
     """Write a line about the listing of `path` and a line with its names, both JSON; all or nothing."""
     digest = hashlib.sha256(names.blob).hexdigest()
     header = {"version": _VERSION, "root": path, "number": len(names), "sha256": digest}
-    with files.replacing(record) as temporary:
-        temporary.write_text(f"{json.dumps(header)}\n{json.dumps(names.split())}\n", encoding="ascii")
+    files.write(record, f"{json.dumps(header)}\n{json.dumps(names.split())}\n")
 
 
 def _load(record: Path) -> tuple[str, Names] | None:

@@ -98,8 +98,7 @@ class Reader:
         path = self._name(place)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with files.replacing(path) as temporary:
-                temporary.write_bytes(content)
+            files.write(path, content)
             self.written += len(content)
             if self.written > min(_SWEEP, self.most // 8):
                 self.written = 0

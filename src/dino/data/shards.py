@@ -17,14 +17,7 @@ from dino.data.listing import look_into
 from dino.data.ranges import Unreachable
 from dino.data.reader import Reader
 from dino.data.sources import Subset
-from dino.data.storage import (
-    Place,
-    describe_all,
-    find_matching,
-    is_remote,
-    join,
-    read_through,
-)
+from dino.data.storage import Place, describe_all, find_matching, is_remote, join, read_through
 from dino.data.tar import Entry, read_tar
 from dino.options import required
 
@@ -164,10 +157,8 @@ def open_shards(spec: str, paths: Sequence[str], labels: str, reader: Reader) ->
         )
     parts = [path.replace("://", ":/") for path in paths]
     root = os.path.commonpath([os.path.dirname(part) for part in parts])
-    shards = [
-        Shard(path, os.path.relpath(part, root), version or "")
-        for path, part, version in zip(paths, parts, versions, strict=True)
-    ]
+    named = zip(paths, [os.path.relpath(part, root) for part in parts], versions, strict=True)
+    shards = [Shard(path, name, version or "") for path, name, version in named]
     index = open_index(shards, _read_shard)
     if labels in ("none", "auto", "folders") and (labels != "folders" or index.classes):
         return Shards(index, reader, labeled=labels != "none" and bool(index.classes))

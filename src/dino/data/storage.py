@@ -193,8 +193,7 @@ def write_file(path: str, content: bytes) -> None:
         WriteError: it cannot be written.
     """
     if not is_remote(path):
-        with files.replacing(Path(path), flush=True) as temporary:
-            temporary.write_bytes(content)
+        files.write(Path(path), content, flush=True)
         return
     _change(path, lambda system, inside: system.pipe_file(inside, content))
 

@@ -24,10 +24,8 @@ class Together:
         self.starts = np.cumsum([0, *map(len, sources)])
         self.parts = None if weights is None else Parts(self.starts, weights)
         inner = [[0] if (found := find_bounds(source)) is None else found[:-1] for source in sources]
-        self.bounds = np.append(
-            np.concatenate([start + np.asarray(b) for start, b in zip(self.starts, inner, strict=False)]),
-            self.starts[-1],
-        )
+        begins = [start + np.asarray(b) for start, b in zip(self.starts, inner, strict=False)]
+        self.bounds = np.concatenate([*begins, self.starts[-1:]])
         self.classes = sort_classes({name for source in sources for name in source.classes})
         self.labels = np.concatenate([self._translate(source) for source in sources]) if self.classes else None
         self.fingerprint = hashlib.sha256("\n".join(source.fingerprint for source in sources).encode()).hexdigest()

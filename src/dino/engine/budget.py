@@ -13,7 +13,8 @@ from typing import NamedTuple
 from dino import distributed
 from dino.engine.build import Plan
 from dino.engine.pace import Pace, describe_time, low
-from dino.engine.train import Trainer, TrainingError
+from dino.engine.train import Trainer
+from dino.errors import TrainingError
 from dino.options import replace, required
 from dino.options.auto import choose_check_interval
 from dino.options.train import TrainOptions
@@ -60,7 +61,7 @@ def try_out(options: TrainOptions, place: Path, make: Make, seconds: float, pati
     if distributed.from_main(lambda: first_check < patience):
         with pace.pause(pace.checks):
             trainer.method.eval()
-            required(trainer.callback)(trainer.get_teacher(), 0)
+            required(trainer.callback)(trainer.teachers.get(), 0)
     return Trial(trainer, getting_ready + pace.start_up + first_check + options.report * (low(pace.checks) + REPORT))
 
 

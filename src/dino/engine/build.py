@@ -44,11 +44,7 @@ class Plan:
     @functools.cached_property
     def kept_teachers(self) -> set[int]:
         """Steps after which the teacher is kept for good; 0 is before the first."""
-        return (
-            {*evenly_spaced(self.total + 1, self.options.log.keep_teachers)}
-            if self.options.log.keep_teachers
-            else set()
-        )
+        return {*evenly_spaced(self.total + 1, self.options.log.keep_teachers)}
 
     def steps(self, epochs: float | None) -> int:
         return round(required(epochs) * self.steps_per_epoch)
@@ -74,24 +70,8 @@ class Plan:
 
 def model_arguments(options: TrainOptions) -> dict[str, Any]:
     """The arguments of `dino.models.create` that rebuild this run's backbone."""
-    m = options.model
-    return {
-        "arch": m.arch,
-        "patch_size": m.patch_size,
-        "image_size": options.views.global_size,
-        "width": m.width,
-        "depth": m.depth,
-        "num_heads": m.num_heads,
-        "pos_interp": m.pos_interp,
-        "in_channels": m.in_channels,
-        "stem": m.stem,
-        "mean": m.mean,
-        "std": m.std,
-        "interpolation": m.interpolation,
-        "resize": m.resize,
-        "crop": m.crop,
-        "eval_size": m.eval_size,
-    }
+    sizes = {name: value for name, value in vars(options.model).items() if name != "drop_path"}
+    return sizes | {"image_size": options.views.global_size}
 
 
 def build_method(options: TrainOptions, frozen: Backbone | None = None) -> DINO:
@@ -106,31 +86,18 @@ def build_method(options: TrainOptions, frozen: Backbone | None = None) -> DINO:
     h, m = options.head, options.method
     seed_weights(options.seed)
 
-    def network(drop_path: float, norm_last_layer: bool, predictor: bool) -> Network:
+    def network(drop_path: float, **own: bool) -> Network:
         try:
             backbone = create(**model_arguments(options), drop_path=drop_path)
         except ImageSizeError as error:
             raise ValueError(f"views.global_size is {options.views.global_size}: {error}") from error
         check_views(backbone, options.views)
-        head = Head(
-            backbone.embed_dim,
-            h.out_dim or 1,
-            required(h.hidden_dim),
-            required(h.bottleneck_dim),
-            required(h.num_layers),
-            norm_last_layer=norm_last_layer,
-            batch_norm=required(h.batch_norm),
-            activation=h.activation,
-            bottleneck=h.bottleneck,
-            prototypes=required(h.prototypes),
-            predictor=predictor,
-        )
+        arguments: dict[str, Any] = vars(h) | {"out_dim": h.out_dim or 1} | own
+        head = Head(backbone.embed_dim, **arguments)
         return (TokenNetwork if m.frozen else Network)(backbone, head)
 
-    student, teacher = (
-        network(required(options.model.drop_path), h.norm_last_layer, h.predictor),
-        network(0.0, True, False),
-    )
+    student = network(required(options.model.drop_path))
+    teacher = network(0.0, norm_last_layer=True, predictor=False)
     if isinstance(student, TokenNetwork) and isinstance(teacher, TokenNetwork):
         return Distillation(student, teacher, frozen, m.center_momentum)
     rules = (required(m.targets), required(m.loss), m.teacher)

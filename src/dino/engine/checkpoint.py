@@ -77,8 +77,7 @@ class Checkpoints:
 
     def point(self) -> None:
         """Name the last good checkpoint in the file `latest`."""
-        with files.replacing(self.folder / "latest", flush=True) as temporary:
-            temporary.write_text(self.good[-1].name)
+        files.write(self.folder / "latest", self.good[-1].name, flush=True)
 
     def find_all(self) -> list[Path]:
         """Those that there are, the oldest first."""

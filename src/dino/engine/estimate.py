@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino.data.views import group_views
 from dino.engine.build import build_method
-from dino.engine.fit import MARGIN, measure_peak
+from dino.engine.fit import MARGIN, try_step
 from dino.engine.optim import create_optimizer
 from dino.engine.step import TrainingStep
 from dino.options import required
@@ -61,8 +60,6 @@ def count_step(options: TrainOptions) -> Step:
     """
     if options.method.frozen is not None:
         raise ValueError("--gpu cannot count a frozen teacher; leave it out, and measure on the machine itself.")
-    sizes, channels, batch = options.views.sizes, options.model.in_channels, required(options.batch_size)
-    groups = group_views(sizes)
     with torch.device("meta"):
         try:
             method = build_method(options)
@@ -72,18 +69,15 @@ def count_step(options: TrainOptions) -> Step:
     step.set_split(step.split._replace(recompute=options.recompute))
 
     def measure(images: int) -> tuple[float, float]:
-        views = [torch.zeros(len(sizes[g]) * images, channels, *(2 * [sizes[g.start]]), device="meta") for g in groups]
-        noises = step.backbone.num_drop_path
-        noise = [torch.zeros(noises, len(sizes[g]), images, device="meta") for g in groups] if noises else None
         with FlopCounterMode(display=False) as counter:
-            temp = required(options.method.teacher_temp)
-            peak = measure_peak(lambda: step.compute_gradients(views, temp, noise))
+            peak = try_step(step, options, images)
         return counter.get_total_flops(), peak
 
     (flops, peak), (more_flops, more) = measure(2), measure(4)  # both are linear in the images
     moments = 1 if options.optim.name in ("muon", "sgd", "lars") else 2
     learned = sum(p.numel() * p.element_size() for p in method.student.parameters())
     each, fixed = (more - peak) / 2, 2 * peak - more  # bytes of an image; of the gradients, however many images
+    batch = required(options.batch_size)
     at_once = -(-batch // options.accumulate)
     memory = learned * (2 + moments) + fixed + MARGIN * HALF * each * at_once  # of student, teacher and moments first
     return Step((more_flops - flops) / 2 * batch, memory, sum(p.numel() for p in step.backbone.parameters()))

@@ -63,6 +63,15 @@ def measure_peak(work: Callable[[], object]) -> int:
     return mode.peak
 
 
+def try_step(step: TrainingStep, options: TrainOptions, images: int) -> int:
+    """`measure_peak` of the gradients of a step of so many black images, of which stochastic depth drops nothing."""
+    sizes, noises = options.views.sizes, step.backbone.num_drop_path
+    views = [(len(sizes[g]), sizes[g.start]) for g in group_views(sizes)]
+    groups = [torch.zeros(v * images, options.model.in_channels, s, s, device=step.device) for v, s in views]
+    noise = [torch.zeros(noises, v, images, device=step.device) for v, _ in views] if noises else None
+    return measure_peak(lambda: step.compute_gradients(groups, required(options.method.teacher_temp), noise))
+
+
 def fit_memory(step: TrainingStep, options: TrainOptions, images: int, limit: int) -> tuple[Split, float]:
     """How to compute `step` of `images` (of one rank) within `limit` bytes, found by trying parts of a few images; and
     the bytes that takes.
@@ -70,11 +79,9 @@ def fit_memory(step: TrainingStep, options: TrainOptions, images: int, limit: in
     Raises:
         ValueError: there is no way.
     """
-    method, device, noises = step.method, step.device, step.backbone.num_drop_path
-    sizes, channels = options.views.sizes, options.model.in_channels
-    pixels = [(len(sizes[g]), channels, sizes[g.start], sizes[g.start]) for g in group_views(sizes)]
+    method, device = step.method, step.device
     # Beside the parts: pixels as bytes and as floats; scores, logarithms and targets of two views; the optimizer.
-    of_image = sum(5 * math.prod(shape) for shape in pixels) + 24 * method.out_dim
+    of_image = 5 * options.model.in_channels * sum(size**2 for size in options.views.sizes) + 24 * method.out_dim
     trained = [p for p in method.student.parameters() if p.requires_grad]
     learned = sum(p.numel() * p.element_size() for p in trained)
     fixed = learned * (2 if options.optim.name == "adamw" else 1) + images * of_image
@@ -84,9 +91,7 @@ def fit_memory(step: TrainingStep, options: TrainOptions, images: int, limit: in
 
     def measure_part(count: int, recompute: Recompute) -> int:
         step.set_split(Split(1, recompute))
-        groups = [torch.zeros(v * count, *shape, device=device) for v, *shape in pixels]
-        noise = [torch.zeros(noises, v, count, device=device) for v, *_ in pixels] if noises else None  # drops nothing
-        return measure_peak(lambda: step.compute_gradients(groups, required(options.method.teacher_temp), noise))
+        return try_step(step, options, count)
 
     try:
         for p in trained:

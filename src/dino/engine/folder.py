@@ -119,8 +119,7 @@ def prepare(options: TrainOptions, folder: Path, source: Source) -> None:
 def record(options: TrainOptions, folder: Path, source: Source) -> None:
     """Write the resolved options and the names of the images, which a resume reads."""
     record_files(source, folder)
-    with files.replacing(folder / "config.toml") as temporary:
-        temporary.write_text(write_options(options))
+    files.write(folder / "config.toml", write_options(options))
 
 
 def write_options(options: TrainOptions) -> str:

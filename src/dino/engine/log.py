@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: `metrics.jsonl`, and the list of unreadable images."""
+"""What a run writes beside its checkpoints, line by line: metrics, unreadable images, evaluations."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dino import files
-from dino.data.decode import BadImage
-from dino.data.sources import Source
 from dino.engine.trackers import Guarded
 
 EVALUATIONS = "evaluations.jsonl"  # in a run directory
 _TABLES = ("options", "figures", "floors", "images")  # of its lines
-A_FEW = 5  # unreadable images that any folder may have
 
 
 class MetricsLog:
@@ -30,8 +27,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         # A run that starts measures its untrained network, also where it was killed before the first checkpoint.
         kept = [line for line in read_metrics(self.path) if 0 < first_step >= line["step"]]
-        with files.replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        files.write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
         self.trackers = trackers
 
@@ -87,42 +83,3 @@ def _read_lines(path: Path, names: set[str], accepts: Callable[[Any], bool]) -> 
             if isinstance(line, dict) and line.keys() >= names and all(map(accepts, line.values())):
                 lines.append(line)
     return lines
-
-
-class Quarantine:
-    """Images that could not be read: `quarantine.jsonl` names each once, with the reason.
-
-    Args:
-        max_fraction: the largest share of the images that may be unreadable. Above 0 it allows a few of any folder.
-    """
-
-    def __init__(self, path: Path, total: int, max_fraction: float):
-        self.path = path
-        self.limit = max(max_fraction * total, min(A_FEW, total / 4)) if max_fraction else 0
-        self.names: set[str] = set()
-
-    def reread(self, source: Source) -> None:
-        """Take up the images that the file names and that still cannot be read; forget those that were repaired."""
-        lines = {line["image"]: line for line in read_quarantine(self.path)}
-        for i in range(len(source)) if lines else ():
-            if source.name(i) in lines:
-                try:
-                    source.read(i)
-                except BadImage:
-                    self.names.add(source.name(i))
-        if self.names != lines.keys():
-            with files.replacing(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(lines[name]) + "\n" for name in lines if name in self.names))
-
-    def add(self, bad: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Write down the names and reasons that are new, and return them."""
-        fresh = [(name, reason) for name, reason in dict(bad).items() if name not in self.names]
-        if fresh:
-            with open(self.path, "a") as file:
-                file.writelines(json.dumps({"image": name, "reason": reason}) + "\n" for name, reason in fresh)
-            self.names.update(name for name, _ in fresh)
-        return fresh
-
-    def too_many(self) -> bool:
-        """Whether the share of unreadable images is above the limit."""
-        return len(self.names) > self.limit

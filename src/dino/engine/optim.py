@@ -88,10 +88,6 @@ def create_optimizer(options: OptimOptions, module: nn.Module) -> torch.optim.Op
     return OPTIMIZERS[required(options.name)](groups, options.weight_decay)
 
 
-def create_adamw(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
-
-
 def create_sgd(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
     parameters = [p for group in groups for p in group["params"]]
     fused = not any(isinstance(p, DTensor) for p in parameters)  # PyTorch has no fused SGD for sharded tensors
@@ -213,7 +209,7 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 # `options.name` -> a function of parameter groups and weight decay
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]] = {
-    "adamw": create_adamw,
+    "adamw": lambda groups, decay: torch.optim.AdamW(groups, lr=0.0, weight_decay=decay, fused=True),
     "sgd": create_sgd,
     "lars": LARS,
     "muon": Muon,

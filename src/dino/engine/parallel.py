@@ -84,11 +84,7 @@ def distribute(student: nn.Module, device: torch.device) -> nn.Module:
     with warnings.catch_warnings():  # PyTorch 2.15 has a new name for broadcast_buffers, older ones do not know it
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
-            student,
-            device_ids=ids,
-            broadcast_buffers=False,
-            find_unused_parameters=True,
-            gradient_as_bucket_view=True,
+            student, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
         )
 
 

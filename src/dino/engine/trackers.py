@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -162,19 +162,15 @@ class Guarded:
             raise ValueError(f"--log.to {name}: {errors.first_line(error)}; mend that, or leave {name} out.") from error
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with self.guard():
-            if self.tracker is not None:
-                self.tracker.write(step, values)
+        self._attempt(lambda tracker: tracker.write(step, values))
 
     def close(self) -> None:
-        with self.guard():
-            if self.tracker is not None:
-                self.tracker.close()
+        self._attempt(lambda tracker: tracker.close())
 
-    @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
+    def _attempt(self, work: Callable[[Tracker], None]) -> None:
         try:
-            yield
+            if self.tracker is not None:
+                work(self.tracker)
         except OSError:
             if self.name == "tensorboard":
                 raise
@@ -211,8 +207,7 @@ def open_trackers(names: tuple[str, ...], folder: Path, step: int, options: dict
     opened = [Guarded(name, Start(folder, step, options, known.get(name, {}).get("id", ""))) for name in names]
     pages = {each.name: {"id": each.tracker.id, "url": each.tracker.url} for each in opened if each.tracker}
     if pages := {name: page for name, page in pages.items() if page["id"]}:
-        with files.replacing(path) as temporary:
-            temporary.write_text(json.dumps(known | pages, indent=2) + "\n")
+        files.write(path, json.dumps(known | pages, indent=2) + "\n")
     return opened
 
 

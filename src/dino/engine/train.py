@@ -22,36 +22,34 @@ from dino.data.loader import Batch, ViewBatches, WorkerDied, iterate
 from dino.data.normalize import normalize
 from dino.data.sources import Source
 from dino.engine import optim, parallel, sharding
-from dino.engine.best import BestTeacher
-from dino.engine.build import Plan, build_method, model_arguments
+from dino.engine.build import Plan, build_method
 from dino.engine.checkpoint import Checkpoints
-from dino.engine.log import MetricsLog, Quarantine
+from dino.engine.log import MetricsLog
 from dino.engine.monitor import CollapseMonitor
-from dino.engine.pace import Pace, describe_time
+from dino.engine.pace import Pace
+from dino.engine.progress import Progress
 from dino.engine.prototypes import PrototypeMonitor
+from dino.engine.quarantine import Quarantine
 from dino.engine.sharded_checkpoint import ShardedCheckpoints
 from dino.engine.signals import Signals
 from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
+from dino.engine.teachers import Teachers
 from dino.engine.trackers import open_trackers
 from dino.engine.waiting import Waiting
+from dino.errors import TrainingError
 from dino.machine import measure_peak_memory
-from dino.models import Backbone, create
+from dino.models import Backbone
 from dino.options import flatten_names, required
 from dino.options.resume import check_resumable
 from dino.options.toml import to_dict
 from dino.options.train import TrainOptions
 from dino.randomness import seed_step
 from dino.terminal import Terminal
-from dino.weights import runs
 from dino.weights.checkpoints import are_finite, find_tensors
 from dino.weights.checks import load_strictly
 
 # Measures the teacher's backbone after so many steps; all ranks call it. Its state, if it has one, is kept in checkpoints.
 Callback = Callable[[Backbone, int], dict[str, float]]
-
-
-class TrainingError(Exception):
-    """The run had to end early; the message says why and how to go on."""
 
 
 class Trainer:
@@ -88,20 +86,19 @@ class Trainer:
             self.training_step.time = self.waiting.time
         self.monitor = CollapseMonitor(options.head.out_dim or 1, batches.batch_size // batches.world_size)
         self.prototypes = PrototypeMonitor(self.training_step)
-        self.best = BestTeacher(starts_trained=options.init is not None)
+        self.teachers = Teachers(options, run, self.method, device)
         kept = run / "checkpoints", options.log.keep
         sharded = options.shard != "none"
         self.checkpoints = ShardedCheckpoints(*kept, self.training_step) if sharded else Checkpoints(*kept)
         self.quarantine = Quarantine(run / "quarantine.jsonl", len(source), options.data.max_bad_fraction)
         self.step = 0  # steps done
-        self.pace, self.told, self.said = Pace(required(options.data.num_workers)), False, time.monotonic()
+        self.pace = Pace(required(options.data.num_workers))
+        self.progress = Progress(terminal, self.plan, self.pace)
         self.signals = Signals(terminal)
         self.failure: Exception | None = None  # a reason to save and end
         self.hurts = False  # training has made the weights that it started from worse, for long
         self.metrics: MetricsLog | None = None
         self.copy: Callable[[], None] = lambda: None  # the run directory to another place, after every save
-        self.knn: dict[str, float] = {}
-        self.status = ""
         self._pending: list[dict[str, Tensor]] = []
         self._bad: list[tuple[str, str]] = []
 
@@ -130,19 +127,17 @@ class Trainer:
     # --- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "method": self.method.state_dict(),
-            "optimizer": self.training_step.optimizer.state_dict(),
-            "scaler": self.training_step.scaler.state_dict(),
-            "monitor": self.monitor.state_dict(),
-            "prototypes": self.prototypes.state_dict(),
-            "best": self.best.state_dict(),
-            "callback": self.callback.state_dict() if isinstance(self.callback, Stateful) else {},
-            "options": to_dict(self.options),
-            "frozen": self.frozen,
-            "data": self.source.fingerprint,
-        }
+        state = {"step": self.step, "method": self.method.state_dict()}
+        state |= {name: part.state_dict() for name, part in self._parts.items()}
+        return state | {"options": to_dict(self.options), "frozen": self.frozen, "data": self.source.fingerprint}
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What has a state beside the networks, by its name in checkpoints."""
+        step = self.training_step
+        parts: dict[str, Any] = {"optimizer": step.optimizer, "scaler": step.scaler, "monitor": self.monitor}
+        parts |= {"prototypes": self.prototypes, "best": self.teachers.best, "callback": self.callback}
+        return {name: part for name, part in parts.items() if isinstance(part, Stateful)}  # a callback may have none
 
     def resume(self) -> bool:
         """Load the newest whole checkpoint of the run directory, if there is one.
@@ -171,14 +166,9 @@ class Trainer:
         of_no_more_use = {name: getattr(self.options, name) for name in ("init", "out", "overwrite")}
         check_resumable(flatten_names(state["options"]) | of_no_more_use, self.options)
         load_strictly(self.method, state["method"], str(found.path))
-        self.training_step.optimizer.load_state_dict(state["optimizer"])
-        self.training_step.scaler.load_state_dict(state["scaler"])
-        self.monitor.load_state_dict(state["monitor"])
-        for name, part in (("prototypes", self.prototypes), ("best", self.best)):
-            if name in state:  # not in checkpoints of before
+        for name, part in self._parts.items():
+            if name in state:  # some are not in checkpoints of before
                 part.load_state_dict(state[name])
-        if isinstance(self.callback, Stateful):
-            self.callback.load_state_dict(state.get("callback", {}))
         self.step = state["step"]
         return True
 
@@ -194,7 +184,7 @@ class Trainer:
                 self.checkpoints.save(self.step, self.state_dict())
             if last or not sharded:
                 self.checkpoints.finish()
-                self.save_teachers()
+                self.teachers.save(self.step)
             if distributed.is_main():
                 self._copy()
 
@@ -203,34 +193,6 @@ class Trainer:
             self.copy()
         except ValueError as error:  # of the network; the next save copies what is missing
             self.terminal.say(f"Warning: {error} The next save tries again.", style="yellow")
-
-    def save_teachers(self) -> None:
-        """All ranks call it."""
-        backbone = self.get_teacher()
-
-        def write() -> None:
-            self.best.save(self.run)
-            weights.save(self.run, backbone, model_arguments(self.options), self.step, self.best.found)
-
-        distributed.from_main(write)
-
-    def _keep_teacher(self) -> None:
-        """Write the teacher to a file of its own if it is one of those to keep; all ranks call it."""
-        if self.step in self.plan.kept_teachers:
-            backbone = self.get_teacher()
-            distributed.from_main(
-                lambda: runs.save_on_the_way(self.run, backbone, model_arguments(self.options), self.step)
-            )
-
-    def get_teacher(self) -> Any:
-        """The teacher's backbone, of a sharded run as a copy with whole parameters; all ranks call it."""
-        backbone = self.method.teacher.backbone
-        if self.options.shard == "none":
-            return backbone
-        whole: Any = create(**model_arguments(self.options))
-        state = {name: distributed.gather_whole(value) for name, value in backbone.state_dict().items()}
-        whole.load_state_dict(state)
-        return whole.train(backbone.training).to(self.device)
 
     def distribute(self) -> None:
         """Average the gradients over ranks, or with the option `shard` spread the networks over them. Before any resume."""
@@ -262,7 +224,8 @@ class Trainer:
                     self.metrics = MetricsLog(self.run, self.step, to)
                 if self.step == 0:
                     self._measure()
-                    self._keep_teacher()
+                    if 0 in self.plan.kept_teachers:
+                        self.teachers.keep(0)
                 self._run(stop)
             except OSError as error:
                 raise self._end(errors.find_reason(error)) from error
@@ -304,7 +267,7 @@ class Trainer:
             if not (due or (can_ask and self._agree_to_end())):
                 if self.device.type == "cpu":  # a GPU has only begun the step
                     self.pace.reach(self.step)
-                    self._show(stop)
+                    self.progress.show(self.step, stop)
                 continue
             now = time.monotonic()
             ending = self._log(self.step - first, now - started, waited)
@@ -314,8 +277,9 @@ class Trainer:
                 self._measure()
                 ending = ending or self._agree_to_end()
                 started = time.monotonic()
-            self._keep_teacher()
-            self._show(stop)
+            if self.step in self.plan.kept_teachers:
+                self.teachers.keep(self.step)
+            self.progress.show(self.step, stop)
             if epoch_ends or ending or self.step == stop or now - saved > 60 * log.checkpoint_minutes:
                 self.save(last=ending or self.step == stop)
                 saved = started = time.monotonic()
@@ -385,8 +349,12 @@ class Trainer:
     def _render(self, batch: Batch) -> list[Tensor]:
         self._bad += batch.bad
         if not batch.prepared:
-            self._check_quarantine(force=True)
+            self._share_bad(only_here=True)
         return batch.prepared if batch.views is None else self.render(batch.prepared, batch.views)
+
+    def _share_bad(self, only_here: bool = False) -> None:
+        bad, self._bad = self._bad, []
+        self.quarantine.share(bad, self.terminal, only_here)
 
     # --- between steps -----------------------------------------------------------------------------------------
 
@@ -404,7 +372,7 @@ class Trainer:
                 f"{self.checkpoints.describe_good()}. Lower --optim.lr, or use --precision bf16 or fp32 if it was fp16, and "
                 f"start a new run{start}."
             )
-        self._check_quarantine()
+        self._share_bad()
         if distributed.world_size() > 1 and (said := self.waiting.look(steps, waited)):
             self.terminal.say(said, style="yellow")
         values |= self.prototypes.look(epoch_ends=self.step % self.plan.steps_per_epoch == 0)
@@ -427,7 +395,7 @@ class Trainer:
                 self.metrics.write(self.step, {"collapse": 1.0})
         elif advice := self.prototypes.advise(self.step, values):
             self.terminal.say(f"Advice: {advice}", style="yellow")
-        self.status = f"loss {values['loss']:.3f}  {speed:,.0f} images/s"
+        self.progress.status = f"loss {values['loss']:.3f}  {speed:,.0f} images/s"
         return ending
 
     def _find_not_finite(self, means: dict[str, float]) -> str:
@@ -440,56 +408,18 @@ class Trainer:
         infinite = distributed.max_(1 - are_finite(find_tensors(kept)).int())  # ranks must agree
         return "the weights became infinite or not a number" if infinite else ""
 
-    def _show(self, stop: int) -> None:
-        """How far the run is, and once, as soon as it is known, how long it will take."""
-        status = self.status + "".join(f"  {k} {v:.1f} %" for k, v in self.knn.items())
-        per_epoch, pace = self.plan.steps_per_epoch, self.pace
-        epochs = required(self.options.epochs)
-        what = f"epoch {min(epochs, 1 + (self.step - 1) // per_epoch):g}/{epochs:g}"
-        left = pace.predict(self.plan, self.step, stop)
-        self.terminal.update(self.step, what, status, left)
-        since = time.monotonic() - self.said
-        due = since > 60 or (since > 10 and self.step % per_epoch == 0) or self.step == self.plan.total
-        if due and not self.terminal.live:
-            more = f"  {describe_time(left)} left" if left > 0 else ""
-            self.terminal.say(f"{what}  step {self.step} of {self.plan.total}  {status}{more}")
-            self.said = time.monotonic()
-        if pace.is_settled() and not self.told and self.step < stop:
-            self.terminal.say(f"About {describe_time(left)} to go: {pace.describe(self.plan, self.step, stop)}.")
-            self.told = True
-
     def _measure(self) -> None:
         """Let the callback look at the method."""
         if self.callback is None:
             return
         self.method.eval()
         with self.pace.pause(self.pace.checks):
-            backbone = self.get_teacher()
+            backbone = self.teachers.get()
             values = self.callback(backbone, self.step)
         self.method.train()
         if values and self.metrics is not None:
             self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)
-        self.best.consider(self.step, values, backbone)
-        self.hurts = self.options.start.stop and self.best.is_worse_for_long(self.plan.total)
-        self.knn = {"k-NN": values["knn20_top1"]} if "knn20_top1" in values else {}
+        self.teachers.best.consider(self.step, values, backbone)
+        self.hurts = self.options.start.stop and self.teachers.best.is_worse_for_long(self.plan.total)
+        self.progress.knn = values.get("knn20_top1")
         distributed.barrier()
-
-    def _check_quarantine(self, force: bool = False) -> None:
-        """Share, write down and count unreadable images; too many end the run."""
-        gathered = [self._bad] if force else distributed.gather(self._bad)
-        self._bad = []
-        bad = [entry for part in gathered for entry in part]
-        if distributed.is_main():
-            for name, reason in self.quarantine.add(bad):
-                self.terminal.say(f"Skipped {name}: {reason}.", style="yellow")
-        else:
-            self.quarantine.names.update(name for name, _ in bad)
-        if force or self.quarantine.too_many():
-            count, total = len(self.quarantine.names), len(self.source)
-            limit = f"more than --data.max-bad-fraction {self.options.data.max_bad_fraction:g} allows"
-            raise TrainingError(
-                f"{count} of {total} images could not be read ({100 * count / total:.1f} %), "
-                f"{limit if self.quarantine.too_many() else 'so a batch found none'}; they are listed with reasons in "
-                f"{self.quarantine.path}. Repair them and resume, or raise that limit, or remove them and start anew with "
-                "--overwrite."
-            )

@@ -190,11 +190,8 @@ def measure_video(model: Backbone, digest: str, video: Video, options: DavisOpti
     model, video and options are the same.
     """
     folder = out / video.name
-    key = [
-        "still",
-        digest,
-        *(part for files in (video.frames, video.masks) for part in (files.fingerprint, files.stamp())),
-    ]
+    key = ["still", digest]
+    key += [part for of in (video.frames, video.masks) for part in (of.fingerprint, of.stamp())]
     key += [str(x) for x in (options.size, options.protocol, options.queue, options.neighborhood, options.top_k)]
     done, found = folder / "figures.json", {"of": hashlib.sha256(json.dumps(key).encode()).hexdigest()}
     try:
@@ -219,8 +216,7 @@ def measure_video(model: Backbone, digest: str, video: Video, options: DavisOpti
                 rows.append([(region(one == k, truth == k), boundary(one == k, truth == k)) for k in objects])
     for rows, names in ((values, "jf"), (still, ("still j", "still f"))):
         found |= dict(zip(names, np.array(rows).transpose(2, 1, 0).tolist(), strict=True))
-    with files.replacing(done) as temporary:
-        temporary.write_text(json.dumps(found) + "\n")
+    files.write(done, json.dumps(found) + "\n")
     return found
 
 

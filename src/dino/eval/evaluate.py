@@ -82,9 +82,7 @@ def find_options(name: str) -> type[EvalOptions]:
     Raises:
         ValueError: there is no such evaluation.
     """
-    if name not in EVALUATIONS:
-        raise errors.unknown("evaluation", name, EVALUATIONS)
-    return EVALUATIONS[name][1]
+    return errors.look_up("evaluation", name, EVALUATIONS)[1]
 
 
 def _measure(name: str, model: Backbone, options: EvalOptions) -> Result:
@@ -185,9 +183,8 @@ def keep_result(name: str, options: EvalOptions, result: dict[str, Any], step: i
         line = {"date": datetime.now().astimezone().isoformat(timespec="minutes"), "step": step}
         line |= {"teacher": "last" if runs.split_name(options.model)[1] else "best", "options": changed}
         try:
-            log.record_evaluation(
-                run, line | {key: result[key] for key in ("evaluation", "figures", "floors", "images")}
-            )
+            kept = {key: result[key] for key in ("evaluation", "figures", "floors", "images")}
+            log.record_evaluation(run, line | kept)
         except OSError as error:
             where = "" if path else "; --json FILE writes them elsewhere"
             said.append(f"Warning: {run} does not keep these figures ({error.strerror}){where}.")
@@ -247,8 +244,7 @@ def locate_work(options: EvalOptions, name: str) -> Path:
 def write_result(path: Path, result: dict[str, Any]) -> None:
     with files.naming(path, "choose another --json"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
+        files.write(path, json.dumps(result, indent=2) + "\n")
 
 
 def measure_each(items: Sequence[Any], measure: Callable[[Any], T], what: str | None = None) -> dict[Any, T | str]:

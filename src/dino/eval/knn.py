@@ -72,9 +72,8 @@ def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Resu
     """`classify` on features of the evaluation view, exact, in float32."""
     train, test = open_labeled_pair(options.data, options.val)
     size = options.size or model.view_size
-    bank, queries = (
-        cache.load_labeled(model, source, size, what) for source, what in ((train, "training"), (test, "test"))
-    )
+    bank = cache.load_labeled(model, train, size, "training")
+    queries = cache.load_labeled(model, test, size, "test")
     known, asked = ((part.values.to(device), part.labels.to(device)) for part in (bank, queries))
     figures, nearest = search_and_vote(*known, *asked, options.k, options.temp)
     floors = find_floors(train, test, min(size, LARGEST), options.k, options.temp)

@@ -16,17 +16,9 @@ from dino import distributed, schedules
 from dino.data.normalize import normalize
 from dino.data.open import open_labeled_pair
 from dino.data.sources import Source, Subset
-from dino.eval import knn
+from dino.eval import knn, supervised
 from dino.eval.evaluate import Result, locate_work
 from dino.eval.floors import LARGEST
-from dino.eval.supervised import (
-    LabeledBatch,
-    LabeledBatches,
-    compute_accuracies,
-    draw_per_class,
-    save_weights,
-    train_supervised,
-)
 from dino.eval.sweep import Columns, Sweep, train_sweep
 from dino.features import cache
 from dino.features.cache import LabeledFeatures
@@ -61,7 +53,7 @@ def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Sourc
         raise ValueError(f"pooling '{unknown[0]}' needs four layers of tokens, which this model does not have.")
     columns = {name: columns[name] for name in options.pooling or columns}
     everything = np.arange(len(bank.labels))
-    held = draw_per_class(bank.labels.numpy(), options.held_out, options.seed, least=0)
+    held = supervised.draw_per_class(bank.labels.numpy(), options.held_out, options.seed, least=0)
     if not len(held):
         raise ValueError(f"held_out is {options.held_out}, which is no image of any class here; raise it.")
 
@@ -81,8 +73,8 @@ def run_fast(model: Backbone, options: LinearOptions, train: Source, test: Sourc
     ]
     name, lr, decay = points[best := int(np.argmax(scores))]
     final = train_on(everything, {name: columns[name]}, [lr], [decay], "the chosen one")
-    figures = compute_accuracies(final.scores(name, asked.values.to(device))[:, 0].cpu(), asked.labels)
-    save_weights(options, "linear", final.head(name, 0), train.classes, pooling=name)
+    figures = supervised.compute_accuracies(final.scores(name, asked.values.to(device))[:, 0].cpu(), asked.labels)
+    supervised.save_weights(options, "linear", final.head(name, 0), train.classes, pooling=name)
     floors = knn.find_floors(train, test, min(size, LARGEST))
     return Result(
         {f"linear_{key}": value for key, value in figures.items()},
@@ -118,7 +110,7 @@ class FrozenTraining:
         self.history: list[list[float]] = []  # test accuracy of each classifier after each epoch
 
     @torch.no_grad()
-    def step(self, step: int, batch: LabeledBatch) -> Tensor:
+    def step(self, step: int, batch: supervised.LabeledBatch) -> Tensor:
         images = normalize(
             batch.images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)[None], self.model.preprocessing
         )
@@ -148,11 +140,11 @@ def run_paper(model: Backbone, options: LinearOptions, train: Source, test: Sour
     asked = cache.load_labeled(model, test, size, "test", pooling)
     choice, chosen_on = asked, "the only one"
     if not original and len(rates) * len(decays) > 1:
-        held = draw_per_class(required(train.labels), options.held_out, options.seed, least=0)
+        held = supervised.draw_per_class(required(train.labels), options.held_out, options.seed, least=0)
         choice = cache.load_labeled(model, Subset(train, held), size, "held-out", pooling)
         chosen_on = f"best on {len(held)} held-out training images"
         train = Subset(train, np.setdiff1d(np.arange(len(train)), held))
-    batches = LabeledBatches(train, build_crops(size), size, options.batch_size, options.seed)
+    batches = supervised.LabeledBatches(train, build_crops(size), size, options.batch_size, options.seed)
     scaled = [rate * batches.batch_size / 256 for rate in rates]
     columns: Columns = {pooling: (0, asked.values.shape[1])}
     sweep = Sweep(columns, scaled, decays, len(train.classes), options.seed, device, sum_=distributed.sum_)
@@ -160,15 +152,17 @@ def run_paper(model: Backbone, options: LinearOptions, train: Source, test: Sour
     left_out = ("num_workers", "checkpoint_minutes", "json", "device", "model", "data", "val")
     identity = {k: v for k, v in dataclasses.asdict(options).items() if k not in left_out}
     identity |= {"data": train.fingerprint, "test images": test.fingerprint, "model": fingerprint(model)}
-    train_supervised(trainee, batches, options.epochs, folder, identity, options, device)
+    supervised.train_supervised(trainee, batches, options.epochs, folder, identity, options, device)
     history = np.array(trainee.history)  # [epochs, classifiers]
     point = int((history.max(axis=0) if original else history[-1]).argmax())
     lr, decay = list(itertools.product(rates, decays))[point]
-    figures = compute_accuracies(sweep.scores(pooling, asked.values.to(device))[:, point].cpu(), asked.labels)
+    figures = supervised.compute_accuracies(
+        sweep.scores(pooling, asked.values.to(device))[:, point].cpu(), asked.labels
+    )
     if original:
         figures = {"top1": float(history[:, point].max()), "last_epoch_top1": figures["top1"]}
         chosen_on = "best on the test images, as is its epoch"
-    save_weights(options, "linear", sweep.head(pooling, point), train.classes, pooling=pooling)
+    supervised.save_weights(options, "linear", sweep.head(pooling, point), train.classes, pooling=pooling)
     return Result(
         {f"linear_{key}": value for key, value in figures.items()},
         f"the paper's linear protocol: {pooling} of random crops at {size} pixels, {options.epochs} epochs at batch "

@@ -45,9 +45,8 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, c: float, s
         start: weights to begin with, as those of another C, which save steps. None: zeros.
     """
     x = features.double()
-    if (
-        len(x) < x.shape[1]
-    ):  # the weights lie in the space of the images: with an orthonormal basis of it, all is smaller
+    if len(x) < x.shape[1]:
+        # The weights lie in the space of the images: with an orthonormal basis of it, all is smaller.
         basis, coordinates = torch.linalg.qr(x.T)
         return basis @ fit_logistic(coordinates.T, labels, num_classes, c, None if start is None else basis.T @ start)
     hessian = x.T @ x / (len(x) * num_classes) + torch.eye(x.shape[1], dtype=x.dtype, device=x.device) / (c * len(x))
@@ -160,9 +159,8 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
             f"k is {options.k}, but {name} of the training images are {len(fewest)}; lower --k or take more."
         )
     size, num_classes = options.size or model.view_size, len(train.classes)
-    bank, queries = (
-        cache.load_labeled(model, source, size, what) for source, what in ((train, "training"), (test, "test"))
-    )
+    bank = cache.load_labeled(model, train, size, "training")
+    queries = cache.load_labeled(model, test, size, "test")
     place = device if device.type == "cuda" else torch.device("cpu")  # Apple's GPUs have no float64
     x, asked = (F.normalize(part.values, dim=1).to(place) for part in (bank, queries))
     labels, wanted = bank.labels.to(place), queries.labels.to(place)

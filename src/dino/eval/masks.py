@@ -57,10 +57,8 @@ def open_voc(data: str, part: str, kinds: Sequence[str]) -> tuple[Files, Files]:
     root = Path(data).expanduser()
     split = root / "ImageSets" / "Segmentation" / f"{part}.txt"
     folder = next((root / kind for kind in kinds if (root / kind).is_dir()), None)
-    layout = (
-        f"expected are DATA/JPEGImages/NAME.jpg, DATA/{' or '.join(kinds)}/NAME.png and "
-        f"DATA/ImageSets/Segmentation/{part}.txt"
-    )
+    folders = f"DATA/JPEGImages/NAME.jpg, DATA/{' or '.join(kinds)}/NAME.png"
+    layout = f"expected are {folders} and DATA/ImageSets/Segmentation/{part}.txt"
     if folder is None or not split.is_file():
         raise ValueError(f"--data {root} is not laid out as PASCAL VOC; {layout}. Other data: --images and --masks.")
     names = read_text(str(split)).split()

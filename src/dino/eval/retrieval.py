@@ -163,18 +163,15 @@ def score_classes(database: Labeled, queries: Labeled, own: np.ndarray | None) -
         own: place of each query in the database, where it is ignored. None: it is not there.
     """
     rows, num_queries = [], len(queries.labels)
-    members = [
-        np.flatnonzero(database.labels == label)
-        for label in range(1 + max(database.labels.max(), queries.labels.max()))
-    ]
+    classes = range(1 + max(database.labels.max(), queries.labels.max()))
+    members = [np.flatnonzero(database.labels == label) for label in classes]
+    itself = np.empty((num_queries, 0), int) if own is None else own[:, None]
     parts = [*split_rows(num_queries, max(len(database.labels), MOST_NUMBERS // AT_ONCE))]
     for part in track(parts, len(parts), "rankings"):
         similarity = queries.features[part] @ database.features.T
         rankings = similarity.argsort(dim=1, descending=True, stable=True).cpu().numpy()
         relevant = [members[label] for label in queries.labels[part]]
-        ignored = (
-            [np.empty(0, int)] * len(relevant) if own is None else [own[i : i + 1] for i in range(num_queries)[part]]
-        )
+        ignored = [*itself[part]]
         relevant = [np.setdiff1d(*each, assume_unique=True) for each in zip(relevant, ignored, strict=True)]
         rows.append(find_precisions(rankings, relevant, ignored, DEPTHS))
     return average_queries(np.concatenate(rows), DEPTHS)
@@ -187,9 +184,8 @@ def find_floors(database: Source, queries: Source | None, edge: int) -> tuple[di
     asked = Features(bank.values[rows], bank.indices[rows], [])
     if queries is not None:
         asked = read_views(queries, np.array(evenly_spaced(len(queries), QUERIES)), edge, "floors")
-    labels, wanted = (
-        required(source.labels)[part.indices] for source, part in ((database, bank), (queries or database, asked))
-    )
+    labels = required(database.labels)[bank.indices]
+    wanted = required((queries or database).labels)[asked.indices]
     own = rows if queries is None else None
     others = np.bincount(labels, minlength=1 + int(wanted.max()))[wanted] - (own is not None)
     chance = 100 * others[others > 0].mean() / (len(labels) - (own is not None)) if (others > 0).any() else 0.0

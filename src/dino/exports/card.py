@@ -18,14 +18,7 @@ from dino.weights.checkpoints import CheckpointError, read_newest
 
 
 def render_card(
-    name: str,
-    to: str,
-    out: Path,
-    facts: dict[str, str],
-    digest: str,
-    model: Backbone,
-    step: int | None = None,
-    repo: str = "",
+    name: str, to: str, out: Path, facts: dict[str, str], digest: str, model: Backbone, step: int | None, repo: str = ""
 ) -> str:
     """The Markdown text.
 
@@ -53,20 +46,9 @@ def render_card(
         options = (path / "config.toml").read_text()
         if repo:
             options = re.sub(r"""^\w+ = ["'](\w+:)*[/~\\].*\n""", "", options, flags=re.MULTILINE)
-    return ENVIRONMENT.get_template("card.md.jinja").render(
-        name=path.name,
-        to=to,
-        out=out.name,
-        repo=repo,
-        license=license,
-        version=__version__,
-        facts=facts,
-        digest=digest,
-        edge=model.view_size,
-        wanted=model.preprocessing,
-        figures=figures,
-        options=options,
-    )
+    said = {"name": path.name, "to": to, "out": out.name, "repo": repo, "license": license, "version": __version__}
+    said |= {"facts": facts, "digest": digest, "edge": model.view_size, "wanted": model.preprocessing}
+    return ENVIRONMENT.get_template("card.md.jinja").render(said, figures=figures, options=options)
 
 
 def _describe_run(folder: Path, digest: str, step: int | None) -> tuple[dict[str, str], list[tuple[str, ...]]]:

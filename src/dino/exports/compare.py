@@ -47,12 +47,10 @@ def check_format(to: str, out: Path) -> None:
     Raises:
         ValueError: no such format, a package that it needs is missing, or the name of `out` has another ending.
     """
-    if to not in FORMATS:
-        raise errors.unknown("format", to, FORMATS)
-    ending, needs = FORMATS[to].ending, FORMATS[to].needs
-    if not out.name.endswith(ending):
-        raise ValueError(f"--out {out}: readers of {to} want the ending {ending}; write --out {out}{ending}.")
-    if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
+    form = errors.look_up("format", to, FORMATS)
+    if not out.name.endswith(form.ending):
+        raise ValueError(f"--out {out}: readers of {to} want the ending {form.ending}; write --out {out}{form.ending}.")
+    if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:
         raise ValueError(
             f"--to {to} needs {' and '.join(missing)}; install them with: pip install 'dino-vision[export]'."
         )

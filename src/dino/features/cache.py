@@ -38,12 +38,7 @@ def bypass_cache() -> Iterator[None]:
 
 
 def load_or_extract(
-    model: Backbone,
-    source: Source,
-    size: int,
-    pooling: Pooling = "cls",
-    progress: str | None = None,
-    resize: Resize = "as trained",
+    model: Backbone, source: Source, size: int, pooling: Pooling, progress: str, resize: Resize = "as trained"
 ) -> Features:
     """`extract` over all ranks, or its result from the cache. Every rank gets the features of all images."""
 

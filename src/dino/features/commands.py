@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from dino import distributed
+from dino import distributed, files
 from dino.data.open import expand_images, require_files
 from dino.data.sources import Source, read_or_gray
 from dino.features import copies
@@ -21,23 +21,17 @@ from dino.features.embedding import Folder, Mapped, Rows
 from dino.features.ivfpq import AT_ONCE, MEASURED
 from dino.features.select import select, write_list
 from dino.features.shards import name_ranges
-from dino.files import check_writable, replacing
+from dino.files import check_writable
 from dino.html import render, write_page
-from dino.options.commands import (
-    DuplicatesOptions,
-    EmbedOptions,
-    FindOptions,
-    OutliersOptions,
-    SearchOptions,
-    SelectOptions,
-)
+from dino.options import commands
 from dino.terminal import say
 
 MOST_ROWS, MOST_COPIES = 50, 12  # of a page; of a group of near-copies
+Draw = Callable[[Source], Markup]  # the page of an embedding, from its images
 NAMED = 20  # unreadable images that the terminal names; the metadata of the shards name all
 
 
-def write_embedding(options: EmbedOptions) -> None:
+def write_embedding(options: commands.EmbedOptions) -> None:
     """Write the features of images, or those that are still missing."""
     o = options
     try:
@@ -60,7 +54,7 @@ def write_embedding(options: EmbedOptions) -> None:
         distributed.stop()
 
 
-def print_neighbors(options: SearchOptions) -> None:
+def print_neighbors(options: commands.SearchOptions) -> None:
     """Find the images of an embedding that are most like the images given."""
     _check_outputs(options)
     embedding, paths = finding.open_rows(options.embedding), [path for path, _ in expand_images(options.images)]
@@ -80,7 +74,7 @@ def print_neighbors(options: SearchOptions) -> None:
     _write(options, embedding, result, "Neighbors", top, draw)
 
 
-def print_duplicates(options: DuplicatesOptions) -> None:
+def print_duplicates(options: commands.DuplicatesOptions) -> None:
     """Find groups of images that are near-copies of each other, and say which of each group is the best to keep."""
     embedding = _open(options)
     try:
@@ -127,7 +121,7 @@ def print_duplicates(options: DuplicatesOptions) -> None:
     _write(options, embedding, result | {"groups": groups}, "Near-copies", " ".join([*found.notes, top]), draw)
 
 
-def print_outliers(options: OutliersOptions) -> None:
+def print_outliers(options: commands.OutliersOptions) -> None:
     """Find the images that are least like any other."""
     embedding = _open(options)
     scores = finding.outliers(embedding, options.k, options.index, options.rebuild)
@@ -147,7 +141,7 @@ def print_outliers(options: OutliersOptions) -> None:
     _write(options, embedding, result, "Outliers", top, draw)
 
 
-def write_selection(options: SelectOptions) -> None:
+def write_selection(options: commands.SelectOptions) -> None:
     """Write a list of images for training: without near-copies, and spread evenly over what there is."""
     o = options
     out = check_writable(o.out, ".txt")
@@ -173,18 +167,18 @@ def write_selection(options: SelectOptions) -> None:
 # --- what they share -----------------------------------------------------------------------------------------------
 
 
-def _open(options: FindOptions) -> Rows:
+def _open(options: commands.FindOptions) -> Rows:
     _check_outputs(options)
     return finding.open_rows(options.embedding)
 
 
-def _check_outputs(options: FindOptions) -> None:
+def _check_outputs(options: commands.FindOptions) -> None:
     for option, out, kind in (("--html", options.html, ".html"), ("--json", options.json, ".json")):
         if out is not None:
             check_writable(out, kind, option=option)
 
 
-def _refuse_list(options: FindOptions, embedding: Rows, what: str) -> str | None:
+def _refuse_list(options: commands.FindOptions, embedding: Rows, what: str) -> str | None:
     """Why the model cannot tell the images apart, if so. A list, which may be used to delete images, is refused then."""
     fault = finding.judge_features(embedding)
     if fault and options.json is not None:
@@ -225,12 +219,7 @@ def format_bytes(count: int) -> str:
 
 
 def _write(
-    options: FindOptions,
-    embedding: Rows,
-    result: dict[str, Any],
-    kicker: str,
-    top: str,
-    draw: Callable[[Source], Markup],
+    options: commands.FindOptions, embedding: Rows, result: dict[str, Any], kicker: str, top: str, draw: Draw
 ) -> None:
     """Write the result file and the page, if the options name them."""
     if options.json is not None:
@@ -239,8 +228,7 @@ def _write(
             "model_sha256": embedding.folder.about["model_sha256"],
             "index": finding.choose_index(embedding, options.index),
         }
-        with replacing(Path(options.json).expanduser()) as temporary:
-            temporary.write_text(json.dumps(about | result, indent=2) + "\n")
+        files.write(Path(options.json).expanduser(), json.dumps(about | result, indent=2) + "\n")
     if options.html is not None:
         body, path = draw(embedding.folder.images()), Path(options.html).expanduser()
         write_page(path, embedding.folder.path.name, kicker, render("text", text=top), {kicker: body})

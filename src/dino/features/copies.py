@@ -151,10 +151,8 @@ def _connect(used: Index, least: float) -> list[Tensor]:
     values, count = used.embedding.take(chosen.numpy()), len(chosen)
     names = torch.arange(count, dtype=torch.int32)  # of the set that a row is in: its least row so far
     while True:
-        joined = [
-            torch.where(values[part] @ values.T >= least, names, count).amin(dim=1)
-            for part in split_rows(count, 2 * count)
-        ]
+        near = (values[part] @ values.T >= least for part in split_rows(count, 2 * count))
+        joined = [torch.where(each, names, count).amin(dim=1) for each in near]
         new = torch.minimum(names, torch.cat(joined)) if joined else names
         new = new[new.long()]
         if torch.equal(new, names):

@@ -22,7 +22,7 @@ from dino.data.sources import Source
 from dino.data.specs import make_absolute
 from dino.data.storage import is_probe, is_remote, require_writable
 from dino.features.embedding import Folder
-from dino.features.extract import Features, Pooling, choose_batch_size, extract_batches, find_pooling
+from dino.features.extract import POOLINGS, Features, Pooling, choose_batch_size, extract_batches
 from dino.features.shards import IDENTITY, Damaged, import_parquet, list_shards, read_all, write_shard
 from dino.models import Backbone
 from dino.options import required
@@ -71,7 +71,7 @@ def embed(
     import_parquet()
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
-    pool = find_pooling(pooling)
+    pool = errors.look_up("pooling", pooling, POOLINGS)
     network = weights.load(model).to(distributed.start(device)) if isinstance(model, str) else model
     source, size = open_images(data) if isinstance(data, str) else data, size or network.view_size
     blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(network.parameters()).device)
@@ -88,7 +88,7 @@ def embed(
     share = choose_share(shards, part or "1/1")
     missing = [number for number in distributed.from_main(lambda: _list_missing(folder, about)) if number in share]
     mine = missing[distributed.rank() :: distributed.world_size()]
-    _write_shards(mine, folder, network, source, pooling, shape, about)
+    _write_shards(mine, folder, network, source, shape, about)
     distributed.barrier()
     if not share:
         return Folder(folder, [], about, 0, shape[-1], [], missing=range(shards))
@@ -146,16 +146,10 @@ def _list_missing(folder: str, about: dict[str, Any]) -> list[int]:
 
 
 def _write_shards(
-    numbers: Sequence[int],
-    folder: str,
-    network: Backbone,
-    source: Source,
-    pooling: Pooling,
-    shape: Sequence[int],
-    about: dict[str, Any],
+    numbers: Sequence[int], folder: str, network: Backbone, source: Source, shape: Sequence[int], about: dict[str, Any]
 ) -> None:
     """Compute the features of the shards of these numbers, and write each as soon as it is whole."""
-    shard, size = about["shard"], about["size"]
+    shard, size, pooling = about["shard"], about["size"], about["pooling"]
     batch = min(choose_batch_size(size), shard)
     ranges = [np.arange(number * shard, min((number + 1) * shard, len(source))) for number in numbers]
     positions = np.concatenate([np.zeros(0, np.int64), *ranges])

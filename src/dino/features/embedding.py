@@ -18,16 +18,7 @@ from torch import Tensor
 from dino.data import storage
 from dino.data.open import open_images
 from dino.data.sources import Source
-from dino.features.shards import (
-    IDENTITY,
-    Damaged,
-    import_parquet,
-    list_shards,
-    map_features,
-    name_command,
-    name_ranges,
-    read_all,
-)
+from dino.features import shards
 
 T = TypeVar("T", covariant=True)
 
@@ -72,20 +63,20 @@ class Folder:
             require_disk(where)
         where = where if storage.is_remote(where) else Path(where).expanduser()
         is_folder = storage.is_remote(where) or os.path.isdir(where)
-        shards = list_shards(str(where))[0] if is_folder else {0: str(where)}
-        if not shards:
+        parts = shards.list_shards(str(where))[0] if is_folder else {0: str(where)}
+        if not parts:
             raise ValueError(f"{where} holds no embedding; write one with: dino embed MODEL DATA --out {where}")
-        held, files = [], [*shards.values()]
-        for about in read_all(files):
-            if isinstance(about, Damaged):
+        held, files = [], [*parts.values()]
+        for about in shards.read_all(files):
+            if isinstance(about, shards.Damaged):
                 raise about
             held.append(about)
         _require_alike(where, files, held)
-        missing = [number for number in range(held[0]["shards"]) if number not in shards] if is_folder else []
+        missing = [number for number in range(held[0]["shards"]) if number not in parts] if is_folder else []
         if missing and whole:
             raise ValueError(
-                f"{where} is incomplete, {len(files)} of {held[0]['shards']} shards (missing: {name_ranges(missing)}); "
-                f"complete it with: {name_command(held[0], where)}"
+                f"{where} is incomplete, {len(files)} of {held[0]['shards']} shards (missing: "
+                f"{shards.name_ranges(missing)}); complete it with: {shards.name_command(held[0], where)}"
             )
         bad = [(name, reason) for about in held for name, reason in about["bad"]]
         digest = hashlib.sha256(repr([_identify(*each) for each in zip(files, held, strict=True)]).encode()).hexdigest()
@@ -120,9 +111,9 @@ class Folder:
             ValueError: it is damaged or altered.
         """
         try:
-            table = import_parquet().read_table(file, partitioning=None, page_checksum_verification=True)
+            table = shards.import_parquet().read_table(file, partitioning=None, page_checksum_verification=True)
         except (ValueError, OSError) as error:
-            raise Damaged(
+            raise shards.Damaged(
                 f"{file} is damaged or cut short; delete it, and the same `dino embed` makes it anew."
             ) from error
         column, index = table["feature"].combine_chunks(), table["index"].to_numpy()
@@ -231,7 +222,7 @@ class Mapped:
     def __init__(self, folder: Folder):
         folder.require_images()
         self.folder = folder
-        pieces = [map_features(file, folder.dim) or [folder.read_shard(file)[1]] for file in folder.files]
+        pieces = [shards.map_features(file, folder.dim) or [folder.read_shard(file)[1]] for file in folder.files]
         self.pieces = [piece for each in pieces for piece in each]
         self.starts = np.cumsum([0, *map(len, self.pieces)])
         self.bounds = np.cumsum([0, *(sum(map(len, each)) for each in pieces)])  # of the files
@@ -243,7 +234,7 @@ class Mapped:
         return int(self.starts[-1])
 
     def _load_column(self, number: int, name: str) -> Any:
-        return import_parquet().read_table(self.folder.files[number], columns=[name], partitioning=None)[name]
+        return shards.import_parquet().read_table(self.folder.files[number], columns=[name], partitioning=None)[name]
 
     def _read_cell(self, name: str, row: int) -> Any:
         number = int(np.searchsorted(self.bounds, row, side="right")) - 1
@@ -288,7 +279,7 @@ def _require_alike(where: str | Path, files: Sequence[str], held: Sequence[dict[
             f"{where} mixes features of different lengths ({lengths}, {[*dims.values()][-1]}); embed anew."
         )
     for about, file in zip(held, files, strict=True):
-        if differs := [key for key in IDENTITY if about[key] != held[0][key]]:
+        if differs := [key for key in shards.IDENTITY if about[key] != held[0][key]]:
             raise ValueError(
                 f"{file} is of another embedding than {os.path.basename(files[0])} ({differs[0]}); embed anew."
             )

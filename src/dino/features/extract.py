@@ -139,12 +139,6 @@ POOLINGS: dict[Pooling, Pool] = {
 }
 
 
-def find_pooling(name: str) -> Pool:
-    if name not in POOLINGS:
-        raise errors.unknown("pooling", name, POOLINGS)
-    return POOLINGS[name]
-
-
 class Features(NamedTuple):
     values: Tensor  # [m, d] float32, on the CPU
     indices: np.ndarray  # [m] positions in the source; fewer than asked for when images were unreadable
@@ -205,7 +199,7 @@ def extract_batches(
     threads = 1 if num_workers else torch.get_num_threads()
     views = EvaluationViews(source, indices, size, batch_size, resize, threads, model.preprocessing)
     batches = iterate(views, 0, len(views), num_workers, pin_memory=device.type == "cuda")
-    pool = find_pooling(pooling)
+    pool = errors.look_up("pooling", pooling, POOLINGS)
     late: list[Features] = []  # on the device
     for runs, positions, bad in track(batches, len(views), progress) if progress else batches:
         with torch.autocast(device.type, torch.float16, enabled=fp16 and on_gpu):

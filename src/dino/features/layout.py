@@ -61,7 +61,6 @@ def lay_out_once(embedding: Embedding) -> np.ndarray:
 def pick_colors(count: int) -> list[str]:
     """Colors that differ, such as "#1f77b4"."""
     hues = [(number * 0.381966) % 1 for number in range(count)]  # by the golden ratio: neighbors differ much
-    colors = [
-        colorsys.hls_to_rgb(hue, (0.42, 0.58, 0.5)[i % 3], (0.75, 0.65, 0.95)[i % 3]) for i, hue in enumerate(hues)
-    ]
+    tones = ((0.42, 0.75), (0.58, 0.65), (0.5, 0.95))  # lightness and saturation, in turn
+    colors = [colorsys.hls_to_rgb(hue, *tones[i % 3]) for i, hue in enumerate(hues)]
     return ["#" + "".join(f"{round(255 * part):02x}" for part in color) for color in colors]

@@ -167,12 +167,10 @@ def map_features(file: str, dim: int) -> list[np.ndarray] | None:
     kinds = {"FLOAT": np.dtype("<f4"), "FIXED_LEN_BYTE_ARRAY": np.dtype("<f2")}
     with open(file, "rb") as opened:
         for group in map(about.row_group, range(about.num_row_groups)):
-            column = next(
-                c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.startswith("feature.")
-            )
-            plain = (
-                column.compression == "UNCOMPRESSED" and not column.has_dictionary_page and "PLAIN" in column.encodings
-            )
+            columns = map(group.column, range(group.num_columns))
+            column = next(each for each in columns if each.path_in_schema.startswith("feature."))
+            raw = column.compression == "UNCOMPRESSED"
+            plain = raw and not column.has_dictionary_page and "PLAIN" in column.encodings
             values, statistics = group.num_rows * dim, column.statistics
             if column.physical_type not in kinds or not plain or statistics is None or statistics.null_count:
                 return None

@@ -24,16 +24,7 @@ from torch import Tensor
 from dino.data.decode import BadImage, decode
 from dino.data.sources import evenly_spaced
 from dino.look.attention import check_number, enlarge, fit_to_patches, map_attention, mass_mask
-from dino.look.drawing import (
-    GUTTER,
-    add_scale,
-    dim_outside,
-    draw_heat,
-    draw_mosaic,
-    enlarge_cells,
-    lay_over,
-    to_bytes,
-)
+from dino.look.drawing import GUTTER, add_scale, dim_outside, draw_heat, draw_mosaic, enlarge_cells, lay_over, to_bytes
 from dino.look.patches import BASIS_IMAGES, Basis, extract_patches, fit_axes, match_mutual, prepare_image
 from dino.look.video import Clip, Frame, thin_out
 from dino.models import NO_ATTENTION, Backbone

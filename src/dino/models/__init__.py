@@ -35,7 +35,7 @@ __all__ = [
 
 # Ours of timm's parts: name in timm, and the sizes in which ours differs. Few layers, for CPUs and small sets of images.
 CONVNETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "resnet_nano": ("resnet18", {"layers": [1, 1, 1, 0], "channels": [64, 128, 256, 256]}),
+    "resnet_nano": ("resnet18", {"layers": [1, 1, 1, 0], "channels": [64, 128, 256, 256]})
 }
 Stem = Literal["default", "half", "small"]
 TIMM = "timm:"  # prefix of the architectures that timm builds
@@ -121,37 +121,27 @@ def create(
         raise ValueError(f"drop_path is {drop_path!r}; it must be in [0, 1).")
     pictures = {"in_channels": in_channels, "mean": mean, "std": std, "interpolation": interpolation}
     preprocessing = choose_preprocessing(pictures | {"resize": resize, "crop": crop, "eval_size": eval_size})
-    model = _build(arch, sizes, image_size, in_channels, stem or "default", drop_path, pos_interp)
-    model.preprocessing = preprocessing
-    return model
-
-
-def _build(
-    arch: str,
-    sizes: dict[str, int | None],
-    image_size: int,
-    in_channels: int,
-    stem: Stem,
-    drop_path: float,
-    pos_interp: PositionInterpolation,
-) -> VisionTransformer | TimmBackbone:
     if arch.startswith(TIMM) or arch in CONVNETS:
         if fixed := [name for name, value in sizes.items() if value is not None]:
             raise ValueError(f"{arch} fixes its own {' and '.join(fixed)}; leave that out, or choose another name.")
         from dino.models.timm_backbone import TimmBackbone
 
-        name, own = CONVNETS.get(arch, (arch.removeprefix(TIMM), {}))
-        return TimmBackbone(name, image_size, in_channels, drop_path, stem, pos_interp, own)
-    if (own := SIZES.get(arch) or HYBRIDS.get(arch)) is None:
+        name, parts = CONVNETS.get(arch, (arch.removeprefix(TIMM), {}))
+        model = TimmBackbone(name, image_size, in_channels, drop_path, stem or "default", pos_interp, parts)
+    elif (own := SIZES.get(arch) or HYBRIDS.get(arch)) is None:
         import timm  # slow, and needed only to explain the mistake
 
         near = errors.did_you_mean(arch, [*SIZES, *HYBRIDS, *CONVNETS, *(TIMM + name for name in timm.list_models())])
         raise ValueError(
             f"there is no architecture '{arch}'; known are {', '.join([*SIZES, *HYBRIDS, *CONVNETS])} and timm:NAME.{near}"
         )
-    if stem != "default":
-        raise ValueError(f"stem '{stem}' is for ResNets; {arch} has patches, so choose a smaller patch_size instead.")
-    given = (sizes[name] for name in ("width", "depth", "num_heads"))
-    dim, layers, heads = (size or usual for size, usual in zip(given, own, strict=True))
-    sizes_of_own = (image_size, sizes["patch_size"] or 16, in_channels, dim, layers, heads)
-    return VisionTransformer(*sizes_of_own, drop_path, pos_interp, hybrid=arch in HYBRIDS)
+    else:
+        if stem not in (None, "default"):
+            raise ValueError(
+                f"stem '{stem}' is for ResNets; {arch} has patches, so choose a smaller patch_size instead."
+            )
+        dim, layers, heads = (size or usual for size, usual in zip((width, depth, num_heads), own, strict=True))
+        chosen = (image_size, patch_size or 16, in_channels, dim, layers, heads)
+        model = VisionTransformer(*chosen, drop_path, pos_interp, hybrid=arch in HYBRIDS)
+    model.preprocessing = preprocessing
+    return model

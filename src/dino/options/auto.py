@@ -37,9 +37,8 @@ def resolve(options: TrainOptions, num_images: int, image_edge: int, on_gpu: boo
     # Little data also needs thousands of steps; a million images need no more than 100 epochs.
     steps = max(1, num_images // batch)
     continued = options.init is not None
-    choose_schedules(
-        choose, min(800, max(100 if on_gpu else 10, round((20_000 if on_gpu else 8_000) / steps))), little, continued
-    )
+    epochs = min(800, max(100 if on_gpu else 10, round((20_000 if on_gpu else 8_000) / steps)))
+    choose_schedules(choose, epochs, little, continued)
     choose("data.num_workers", cores)
     return replace(options, choose.chosen)
 
@@ -88,10 +87,8 @@ def choose_method(choose: Choices, num_images: int, little: bool, nano: bool) ->
     has_none = choose.given("head.prototypes") is False  # a head of weights to start from, for example
     usual = "infonce" if has_none or (little and not asks_prototypes) else "cross-entropy"
     loss = choose("method.loss", "cosine" if frozen else usual)
-    choose(
-        "method.targets",
-        "none" if loss in ("infonce", "cosine") else "sinkhorn" if little and loss != "mse" else "centering",
-    )
+    targets = "sinkhorn" if little and loss != "mse" else "centering"
+    choose("method.targets", "none" if loss in ("infonce", "cosine") else targets)
     choose("method.queue_size", 0 if little else 65536)
     choose("method.student_temp", 0.2 if loss == "infonce" else 0.1)
     if frozen or choose.given("method.teacher") == "momentum":

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from dino.options.rules import (
-    AttentionMass,
-    DataSpec,
-    Few,
-    File,
-    Folder,
-    Metavar,
-    ModelName,
-    NoneOrFew,
-    NonNegativeInt,
-    Options,
-    Part,
-    Pixels,
-    PositiveInt,
-    Rule,
-    Seed,
-    between,
-)
+from dino.options import rules
+from dino.options.rules import Options
 
 
 class InferenceOptions(Options):
     """For commands that look at images with a trained model."""
 
-    model: Positional[ModelName]
+    model: Positional[rules.ModelName]
     """A run directory (its best teacher; with :last the last), a release (see `dino models`) or a weight file."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute: 'auto' is an NVIDIA GPU if there is one; 'mps' is Apple's, taken only by name."""
 
 
 class LookOptions(InferenceOptions):
-    size: Pixels | None = None
+    size: rules.Pixels | None = None
     """Edge the image's shorter side is resized to, pixels. None: twice what the model was trained at."""
-    stride: Pixels | None = None
+    stride: rules.Pixels | None = None
     """Pixels from a patch to the next, for finer maps of overlapping patches, e.g. 8 of 16. None: side by side."""
 
 
@@ -52,7 +35,7 @@ class PcaOptions(LookOptions):
 
     images: Positional[tuple[str, ...]]
     """Image files or folders."""
-    out: Folder = "pca"
+    out: rules.Folder = "pca"
     """Folder to write the pictures to."""
 
 
@@ -63,9 +46,9 @@ class AttentionOptions(PcaOptions):
     dino attention runs/a a.jpg b.jpg --panel --out maps/
     """
 
-    out: Folder = "attention"
+    out: rules.Folder = "attention"
     """Folder to write the pictures to."""
-    mass: AttentionMass = 0.6
+    mass: rules.AttentionMass = 0.6
     """Share of the attention that the mask keeps."""
     panel: bool = False
     """Write also all images, cut to squares, into one panel.png: a row each, a column for each head."""
@@ -82,9 +65,9 @@ class MatchOptions(LookOptions):
     """An image."""
     b: Positional[str]
     """Another image."""
-    out: File = "match.png"
+    out: rules.File = "match.png"
     """Picture to write."""
-    lines: NonNegativeInt = 50
+    lines: rules.NonNegativeInt = 50
     """Most pairs to draw, those that are most alike."""
 
 
@@ -99,15 +82,15 @@ class VideoOptions(LookOptions):
     """A video (mp4, mov, webm, gif, ...), or a folder of frames named in their order."""
     show: Literal["attention", "mask", "pca"] = "attention"
     """A map of the attention, the picture where most of it lies, or the features of patches as colors."""
-    head: NoneOrFew | None = None
+    head: rules.NoneOrFew | None = None
     """Whose attention. None: the mean of all heads."""
-    mass: AttentionMass = 0.6
+    mass: rules.AttentionMass = 0.6
     """Share of the attention that the mask keeps."""
     alone: bool = False
     """Leave out the clip itself, which is shown on the left."""
-    fps: Annotated[float, between(0.1, 1000)] = 24.0
+    fps: Annotated[float, rules.between(0.1, 1000)] = 24.0
     """Frames per second of a folder of frames; videos say their own."""
-    out: File | None = None
+    out: rules.File | None = None
     """Video to write, an .mp4. None: CLIP-SHOW.mp4 in the working directory."""
 
 
@@ -118,14 +101,14 @@ class TsneOptions(InferenceOptions):
     dino figure tsne runs/a --data scenes:200 --out map.svg
     """
 
-    data: DataSpec
+    data: rules.DataSpec
     """Labeled images: a folder of classes, a folder with train/ and val/, of which val/ is used, scenes:NUMBER, or
     torchvision:NAME:FOLDER, of which the test images are used."""
-    size: Pixels | None = None
+    size: rules.Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
     show: Literal["points", "images", "means"] = "points"
     """A point for each image, in its class's color; some images themselves; or each class's mean (the paper's Fig. 11)."""
-    out: File = "tsne.png"
+    out: rules.File = "tsne.png"
     """Figure to write: .png, .svg or .pdf."""
 
 
@@ -136,18 +119,18 @@ class NeighborsOptions(InferenceOptions):
     dino figure neighbors runs/a --data labeled/ --k 5 --out nearest.html
     """
 
-    data: DataSpec
+    data: rules.DataSpec
     """Labeled images: a folder with train/ and val/, a folder of classes (a tenth of it becomes the queries),
     scenes:NUMBER, or torchvision:NAME:FOLDER."""
-    val: DataSpec | None = None
+    val: rules.DataSpec | None = None
     """Labeled queries, when they lie elsewhere."""
-    size: Pixels | None = None
+    size: rules.Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
-    k: PositiveInt = 20
+    k: rules.PositiveInt = 20
     """Neighbors that vote."""
-    rows: Few = 12
+    rows: rules.Few = 12
     """Most queries to show of those that are right, and of those that are wrong."""
-    out: File = "neighbors.html"
+    out: rules.File = "neighbors.html"
     """Page to write."""
 
 
@@ -158,19 +141,19 @@ class EmbedOptions(InferenceOptions):
     dino embed runs/a photos/ --out patches.parquet --pooling patches
     """
 
-    data: Positional[DataSpec]
+    data: Positional[rules.DataSpec]
     """Images: a folder, a list of files (.txt, .csv), tar files, scenes:NUMBER, or torchvision:NAME:FOLDER."""
-    out: Folder
+    out: rules.Folder
     """Folder of Parquet files to write, e.g. x.parquet or s3://bucket/x. The same command again goes on where it stopped."""
     pooling: Literal["cls", "average", "gem", "patches"] = "cls"
     """[CLS], the mean or generalized mean of the patches, or a row for every patch."""
-    size: Pixels | None = None
+    size: rules.Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the model was made for."""
     fp16: bool = False
     """Store half precision, and compute in it on a GPU."""
-    shard: PositiveInt | None = None
+    shard: rules.PositiveInt | None = None
     """Images of a file, the most that is lost by a crash. None: 4096, fewer of patches, more of many million images."""
-    part: Part | None = None
+    part: rules.Part | None = None
     """i/n: write only the i-th of n parts, 1/n to n/n. Each is a job of its own; n may be another one in the next try."""
 
 
@@ -182,9 +165,9 @@ class FindOptions(Options):
     million images (2^20)."""
     rebuild: bool = False
     """Make the index anew."""
-    html: File | None = None
+    html: rules.File | None = None
     """Page of thumbnails to write."""
-    json: File | None = None
+    json: rules.File | None = None
     """Result file to write."""
 
 
@@ -197,15 +180,15 @@ class SearchOptions(FindOptions):
 
     images: Positional[tuple[str, ...]]
     """Image files or folders to find the like of."""
-    k: PositiveInt = 10
+    k: rules.PositiveInt = 10
     """Neighbors of each."""
-    model: ModelName | None = None
+    model: rules.ModelName | None = None
     """The model that made the embedding. None: where it was then."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute: 'auto' is an NVIDIA GPU if there is one; 'mps' is Apple's, taken only by name."""
 
 
-Cosine = Annotated[float, Rule(lambda value: -1 <= value <= 1, "a cosine lies between -1 and 1")]
+Cosine = Annotated[float, rules.Rule(lambda value: -1 <= value <= 1, "a cosine lies between -1 and 1")]
 
 
 class DuplicatesOptions(FindOptions):
@@ -226,9 +209,9 @@ class OutliersOptions(FindOptions):
     dino outliers x.parquet --top 5 --html odd.html
     """
 
-    k: PositiveInt = 10
+    k: rules.PositiveInt = 10
     """Nearest others that an image is compared with."""
-    top: PositiveInt = 20
+    top: rules.PositiveInt = 20
     """Images to name, those least like any other first."""
 
 
@@ -241,13 +224,13 @@ class SelectOptions(Options):
 
     embedding: Positional[str]
     """What `dino embed` wrote."""
-    keep: PositiveInt
+    keep: rules.PositiveInt
     """Images to keep."""
-    out: File
+    out: rules.File
     """List to write, a .txt file that --data takes."""
     threshold: Cosine | None = None
     """Cosine from which two images are near-copies, of which one is kept. None: chosen from the cosines of all pairs."""
-    seed: Seed = 0
+    seed: rules.Seed = 0
     """Another one draws other images."""
 
 
@@ -258,18 +241,18 @@ class AppOptions(Options):
     dino app runs/a --data photos/
     """
 
-    model: Positional[ModelName] = ""
+    model: Positional[rules.ModelName] = ""
     """A run directory (its best teacher; with :last the last), a release or a weight file. None: the newest run in runs/."""
-    data: DataSpec | None = None
+    data: rules.DataSpec | None = None
     """Images to pick from and to search: a folder, a list of files, scenes:NUMBER, or torchvision:NAME:FOLDER. None: what
     the run was trained on."""
-    embedding: Folder | None = None
+    embedding: rules.Folder | None = None
     """What `dino embed` wrote with this model. None: a button on the page embeds the data."""
-    lists: Folder = "lists"
+    lists: rules.Folder = "lists"
     """Folder for the lists of images that the page writes."""
-    port: Annotated[int, Rule(lambda value: 0 <= value < 2**16, "a port lies between 0 and 65535")] | None = None
+    port: Annotated[int, rules.Rule(lambda value: 0 <= value < 2**16, "a port lies between 0 and 65535")] | None = None
     """Port of the page. None: the first free one from 7860."""
-    share_with: Annotated[str, Metavar("nobody|everyone|ADDRESS")] = "nobody"
+    share_with: Annotated[str, rules.Metavar("nobody|everyone|ADDRESS")] = "nobody"
     """Who can reach the page: 'nobody' but this machine, 'everyone' in its networks, or those of one of its addresses. The
     printed address holds a token, without which nobody can use the page; what is sent over a network is not encrypted."""
     browser: bool = True
@@ -314,9 +297,7 @@ class ModelsOptions(Options):
     """Never download; DINO_OFFLINE=1 in the environment means the same for every command."""
 
 
-ORG_NAME = Rule(
-    re.compile(r"[\w.-]+/[\w.-]+").fullmatch, "write ORG/NAME: your name or organization on the hub, and a name for it"
-)
+ORG_NAME = rules.matching(r"[\w.-]+/[\w.-]+", "write ORG/NAME: your name or organization on the hub, and a name for it")
 
 
 class ExportOptions(Options):
@@ -326,17 +307,17 @@ class ExportOptions(Options):
     dino export runs/a --to safetensors --out mine.safetensors
     """
 
-    model: Positional[ModelName]
+    model: Positional[rules.ModelName]
     """A run directory (its best teacher; with :last the last), a release, a weight file, or timm's or HF's folder."""
     to: Literal["onnx", "torch-export", "safetensors", "hf", "timm", "reference", "reference-checkpoint"]
     """Format to write; 'timm' and 'hf' are folders, the others files. Each is opened again and compared with the model."""
-    out: File | None = None
+    out: rules.File | None = None
     """File or folder to write; a model card goes into it as README.md, or beside it. Not needed with --push."""
-    push: Annotated[str, Metavar("ORG/NAME"), ORG_NAME] | None = None
+    push: Annotated[str, rules.Metavar("ORG/NAME"), ORG_NAME] | None = None
     """ORG/NAME: upload it, with its card, to this repository of Hugging Face, which is created if there is none."""
     private: bool = False
     """With --push: only its owners see the repository."""
-    num_heads: Few | None = None
+    num_heads: rules.Few | None = None
     """Attention heads of a ViT of unusual width whose file does not say them."""
     offline: bool = False
     """Never download; DINO_OFFLINE=1 in the environment means the same."""

@@ -7,52 +7,33 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from dino.options.rules import (
-    NOT_EMPTY,
-    AttentionMass,
-    BelowOne,
-    DataSpec,
-    File,
-    Folder,
-    ModelName,
-    Name,
-    NoneOrFew,
-    NonNegativeFloat,
-    NonNegativeInt,
-    Options,
-    Pixels,
-    PositiveFloat,
-    PositiveInt,
-    Rule,
-    Seed,
-    at_least,
-    between,
-)
+from dino.options import rules
+from dino.options.rules import Options
 
-Beta = Annotated[float, Rule(lambda value: value == 0 or 0.001 <= value <= 1000, "give 0, or 0.001 to 1000")]
-Percent = Annotated[float, Rule(lambda value: 0 < value <= 100, "give shares above 0 and up to 100")]
+Beta = Annotated[float, rules.Rule(lambda value: value == 0 or 0.001 <= value <= 1000, "give 0, or 0.001 to 1000")]
+Percent = Annotated[float, rules.Rule(lambda value: 0 < value <= 100, "give shares above 0 and up to 100")]
 
 
 class EvalOptions(Options):
     """What every evaluation takes."""
 
-    model: Positional[ModelName]
+    model: Positional[rules.ModelName]
     """A run directory (its best teacher; with :last the last), a weight file, or a model's name (dino models)."""
-    size: Pixels | None = None
+    size: rules.Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the protocol or the model was made for."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute. Under torchrun the work is shared, with the same result."""
-    json: File | None = None
+    json: rules.File | None = None
     """File for the result. None: eval/NAME.json (of the last eval/last/NAME.json) in a run's directory, else none."""
 
 
 class LabeledOptions(EvalOptions):
     """For evaluations that classify."""
 
-    data: DataSpec
+    data: rules.DataSpec
     """Labeled images: DATA/train/CLASS/image.jpg and DATA/val/CLASS/image.jpg; or DATA/CLASS/image.jpg, a tenth of
     which becomes the test set; or torchvision:NAME:FOLDER, a data set whose files are there already."""
-    val: DataSpec | None = None
+    val: rules.DataSpec | None = None
     """Labeled test images, when they lie elsewhere."""
 
 
@@ -63,9 +44,9 @@ class KnnOptions(LabeledOptions, common=("data", "val", "k")):
     dino eval knn runs/a --data labeled/train --val labeled/val --k 20
     """
 
-    k: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (10, 20, 100, 200)
+    k: Annotated[tuple[rules.PositiveInt, ...], rules.NOT_EMPTY] = (10, 20, 100, 200)
     """Numbers of neighbors."""
-    temp: Annotated[float, between(0.02, 1000)] = 0.07  # below, the exponential is beyond float32
+    temp: Annotated[float, rules.between(0.02, 1000)] = 0.07  # below, the exponential is beyond float32
     """Temperature of the votes exp(cosine / temp)."""
 
 
@@ -74,7 +55,7 @@ class RankingOptions(EvalOptions):
 
     protocol: Literal["fixed", "original"] = "fixed"
     """'original' repeats what the reference does otherwise, see docs/evaluations.md."""
-    whiten: DataSpec | None = None
+    whiten: rules.DataSpec | None = None
     """Other images, a folder or list, to learn a PCA whitening of the features from. None: features as they are."""
 
 
@@ -85,11 +66,11 @@ class RetrievalOptions(RankingOptions):
     dino eval retrieval runs/a --data rcaltech/
     """
 
-    data: Folder
+    data: rules.Folder
     """Class folders, as for `dino eval knn`: an image is to be found by all others of its class, or one of test/ by those of
     train/. Or a folder DATA with one ground truth, DATA/gnd_roxford5k.pkl, DATA/gnd_rparis6k.pkl or any gnd_NAME.pkl or
     gnd_NAME.json of that form, and its images DATA/jpg/NAME.jpg; or such a file with jpg/ beside it."""
-    val: Folder | None = None
+    val: rules.Folder | None = None
     """Class folders of queries, when they lie elsewhere."""
     scales: Literal[1, 3] | None = None
     """1, or 3 for the mean of the features at 1, 1/sqrt(2) and 1/2 of --size (that of the longer side). None: as
@@ -104,15 +85,15 @@ class CopydetectOptions(RankingOptions):
     dino eval copydetect runs/a --originals originals/ --copies copies/ --distractors distractors/
     """
 
-    data: Folder | None = None
+    data: rules.Folder | None = None
     """Copydays: a folder DATA with DATA/original/ and at least one block of copies, DATA/strong/, DATA/jpegqual/N/ or
     DATA/crops/N/. A copy and its original begin with the same four characters."""
-    originals: DataSpec | None = None
+    originals: rules.DataSpec | None = None
     """Instead of --data: a folder of originals, with --copies."""
-    copies: DataSpec | None = None
+    copies: rules.DataSpec | None = None
     """A folder of copies, or of sub-folders with one kind of copies each. A copy has its original's name, or that name,
     '_' and anything: beach.jpg and beach_crop20.png are copies of beach.jpg."""
-    distractors: DataSpec | None = None
+    distractors: rules.DataSpec | None = None
     """Other images, a folder or list, that the originals must be found among."""
 
     def contradictions(self) -> Iterator[str]:
@@ -123,12 +104,12 @@ class CopydetectOptions(RankingOptions):
 class PairsOptions(EvalOptions):
     """For evaluations of images with masks."""
 
-    data: Folder | None = None
+    data: rules.Folder | None = None
     """PASCAL VOC: a folder DATA with DATA/JPEGImages/, DATA/SegmentationObject/ (or DATA/SegmentationClass/) and
     DATA/ImageSets/Segmentation/val.txt."""
-    images: DataSpec | None = None
+    images: rules.DataSpec | None = None
     """Instead of --data: a folder of images, with --masks."""
-    masks: Folder | None = None
+    masks: rules.Folder | None = None
     """A folder of masks of the same names and sizes: gray images whose bright half is the object, or palette images
     with an object to an index (0 is none, 255 is unknown)."""
 
@@ -144,7 +125,7 @@ class MasksOptions(PairsOptions, common=("data", "images", "masks")):
     dino eval masks runs/a --images ecssd/images --masks ecssd/masks --mass 0.8
     """
 
-    mass: AttentionMass = 0.6
+    mass: rules.AttentionMass = 0.6
     """Share of a head's attention that its mask keeps."""
 
 
@@ -155,23 +136,23 @@ class SegmentOptions(PairsOptions, common=("data", "images", "masks", "val_image
     dino eval segment runs/a --images ecssd/images --masks ecssd/masks --k 5
     """
 
-    data: Folder | None = None
+    data: rules.Folder | None = None
     """PASCAL VOC: a folder DATA with DATA/JPEGImages/, DATA/SegmentationClass/ and DATA/ImageSets/Segmentation/train.txt
     and val.txt."""
-    masks: Folder | None = None
+    masks: rules.Folder | None = None
     """A folder of masks of the same names and sizes: gray or palette PNGs whose value is the class of the pixel. 0 is a
     class too, often the background; 255 is unknown, or the object where all masks hold only 0 and 255."""
-    val_images: DataSpec | None = None
+    val_images: rules.DataSpec | None = None
     """Images to measure on, with --val-masks. None: a tenth, at most 1000, of the images."""
-    val_masks: Folder | None = None
+    val_masks: rules.Folder | None = None
     """Their masks."""
-    k: PositiveInt = 20
+    k: rules.PositiveInt = 20
     """Number of neighbors of the k-NN."""
-    patches: PositiveInt = 50_000
+    patches: rules.PositiveInt = 50_000
     """Most patches of training images to learn from, drawn evenly from all images."""
-    c: PositiveFloat = 0.01
+    c: rules.PositiveFloat = 0.01
     """Inverse strength of the L2 penalty of the linear layer, sum of losses + |W|^2 / 2C."""
-    seed: Seed = 0
+    seed: rules.Seed = 0
     """Seed of the drawn patches."""
 
     def contradictions(self) -> Iterator[str]:
@@ -185,11 +166,11 @@ class SegmentOptions(PairsOptions, common=("data", "images", "masks", "val_image
 class TrainedOptions(LabeledOptions):
     """For evaluations that train."""
 
-    seed: Seed = 0
+    seed: rules.Seed = 0
     """Of splits, orders, first weights and augmentations."""
-    num_workers: NoneOrFew | None = None
+    num_workers: rules.NoneOrFew | None = None
     """Processes that read images. None: the spare cores beside a GPU, none on a CPU."""
-    checkpoint_minutes: NonNegativeFloat = 10.0
+    checkpoint_minutes: rules.NonNegativeFloat = 10.0
     """Between checkpoints, which lie beside the result; the same command goes on after an interruption, to the bit."""
 
 
@@ -204,17 +185,17 @@ class LinearOptions(TrainedOptions, common=("data", "val", "mode", "pooling")):
     """'fast': sweep on features of the evaluation view, kept on disk. 'paper': crops and flips, 100 epochs of forwards."""
     protocol: Literal["fixed", "original"] = "fixed"
     """'original' (paper mode): report the best epoch on the test images, as the reference does, not the last."""
-    pooling: Annotated[tuple[Literal["cls", "average", "last4", "cls+average"], ...], NOT_EMPTY] | None = None
+    pooling: Annotated[tuple[Literal["cls", "average", "last4", "cls+average"], ...], rules.NOT_EMPTY] | None = None
     """Features to classify. None: in fast mode all that the model has, in paper mode the paper's for its size."""
-    lr: Annotated[tuple[PositiveFloat, ...], NOT_EMPTY] | None = None
+    lr: Annotated[tuple[rules.PositiveFloat, ...], rules.NOT_EMPTY] | None = None
     """Learning rates per 256 images. None: seven from 0.001 to 1 in fast mode, 0.001 in paper mode."""
-    weight_decay: Annotated[tuple[NonNegativeFloat, ...], NOT_EMPTY] | None = None
+    weight_decay: Annotated[tuple[rules.NonNegativeFloat, ...], rules.NOT_EMPTY] | None = None
     """None: 0, 1e-5 and 1e-4 in fast mode, 0 in paper mode."""
-    epochs: PositiveInt = 100
+    epochs: rules.PositiveInt = 100
     """Cosine decay to 0 over these, from epoch to epoch."""
-    batch_size: PositiveInt = 1024
+    batch_size: rules.PositiveInt = 1024
     """Images per step, over all ranks."""
-    held_out: Annotated[float, Rule(lambda value: 0 < value < 1, "it is a share between 0 and 1")] = 0.1
+    held_out: Annotated[float, rules.Rule(lambda value: 0 < value < 1, "it is a share between 0 and 1")] = 0.1
     """Share of each class of the training images that chooses where there is more than one classifier."""
 
     def contradictions(self) -> Iterator[str]:
@@ -234,15 +215,15 @@ class LowshotOptions(LabeledOptions, common=("data", "val", "percent", "list")):
     percent: tuple[Percent, ...] | None = None
     """Shares of each class of the training images, drawn from the seed, at least one image of each; 100: all. None: the
     first two of 1, 10 and 100 that are an image or more of a class of mean size."""
-    list: tuple[File, ...] = ()
+    list: tuple[rules.File, ...] = ()
     """Files with a name of an image per line, e.g. ImageNet's published 1 % and 10 % lists, in place of drawn shares."""
-    c: PositiveFloat | None = None
+    c: rules.PositiveFloat | None = None
     """Inverse strength of the L2 penalty, sum of losses + |W|^2 / 2C. None: chosen by cross-validation."""
-    folds: Annotated[int, at_least(2, "it must be at least 2"), between(2, 1000)] = 5
+    folds: Annotated[int, rules.at_least(2, "it must be at least 2"), rules.between(2, 1000)] = 5
     """Parts of the cross-validation."""
-    k: PositiveInt | None = None
+    k: rules.PositiveInt | None = None
     """Neighbors of the k-NN beside it. None: 20, or all images of a share that has fewer."""
-    seed: Seed = 0
+    seed: rules.Seed = 0
     """Seed of the drawn shares."""
 
     def contradictions(self) -> Iterator[str]:
@@ -259,35 +240,35 @@ class FinetuneOptions(TrainedOptions, common=("data", "val", "recipe", "epochs",
 
     recipe: Literal["cifar10", "cifar100", "flowers", "cars", "inat18", "inat19", "imagenet"] = "imagenet"
     """Where what is not given comes from; docs/evaluations.md lists them with what is known of each."""
-    epochs: PositiveInt | None = None
+    epochs: rules.PositiveInt | None = None
     """Passes over the training images."""
-    batch_size: PositiveInt | None = None
+    batch_size: rules.PositiveInt | None = None
     """Images per step, over all ranks."""
-    lr: PositiveFloat | None = None
+    lr: rules.PositiveFloat | None = None
     """Peak learning rate per 512 images."""
-    min_lr: NonNegativeFloat | None = None
+    min_lr: rules.NonNegativeFloat | None = None
     """Learning rate at the end of the cosine."""
-    warmup_epochs: NonNegativeInt | None = None
+    warmup_epochs: rules.NonNegativeInt | None = None
     """Epochs of linear warm-up from 0."""
-    weight_decay: NonNegativeFloat | None = None
+    weight_decay: rules.NonNegativeFloat | None = None
     """Weight decay; not applied to biases and one-dimensional parameters."""
-    layer_decay: PositiveFloat | None = None
+    layer_decay: rules.PositiveFloat | None = None
     """The learning rate of a block is this times that of the next one; 1: all alike."""
-    drop_path: BelowOne | None = None
+    drop_path: rules.BelowOne | None = None
     """Stochastic depth of the last block, of our own ViTs."""
     mixup: Beta | None = None
     """Parameter of the Beta distribution of MixUp; 0: no MixUp. With CutMix, each step takes one of them at random."""
     cutmix: Beta | None = None
     """The same of CutMix."""
-    smoothing: BelowOne | None = None
+    smoothing: rules.BelowOne | None = None
     """Label smoothing."""
-    rand_augment: Name | None = None
+    rand_augment: rules.Name | None = None
     """timm's name of an augmentation policy, '' for none."""
-    erasing: BelowOne | None = None
+    erasing: rules.BelowOne | None = None
     """Probability of random erasing."""
-    repeats: PositiveInt | None = None
+    repeats: rules.PositiveInt | None = None
     """Copies of an image in a batch."""
-    head_scale: NonNegativeFloat | None = None
+    head_scale: rules.NonNegativeFloat | None = None
     """Factor on the new classifier's first weights."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward pass; auto: bf16 on GPUs that have it."""
@@ -300,19 +281,19 @@ class DavisOptions(EvalOptions):
     dino eval davis runs/a --data davis_dev/ --out masks/
     """
 
-    data: Folder
+    data: rules.Folder
     """DAVIS-2017, or videos laid out like it: a folder DATA with DATA/JPEGImages/480p/VIDEO/00000.jpg and so on,
     DATA/Annotations/480p/VIDEO/00000.png and so on, and DATA/ImageSets/2017/val.txt with a VIDEO per line."""
-    out: Folder | None = None
+    out: rules.Folder | None = None
     """Folder for the masks, OUT/VIDEO/00000.png; videos finished there are not computed again. None: davis.masks beside
     the result."""
     protocol: Literal["fixed", "original"] = "fixed"
     """'original' repeats what the reference does otherwise, see docs/evaluations.md."""
-    queue: NoneOrFew = 7
+    queue: rules.NoneOrFew = 7
     """Frames before a frame that labels come from, besides the first."""
-    neighborhood: NoneOrFew = 12
+    neighborhood: rules.NoneOrFew = 12
     """Rows and columns of patches that a label can move between two frames."""
-    top_k: PositiveInt = 5
+    top_k: rules.PositiveInt = 5
     """Most similar patches, from which labels are taken."""
 
 
@@ -323,16 +304,16 @@ class AllOptions(Options):
     dino eval all runs/a --data labeled/ --json figures.json
     """
 
-    model: Positional[ModelName]
+    model: Positional[rules.ModelName]
     """A run directory (its best teacher; with :last the last), a weight file, or a model's name (dino models)."""
-    data: Folder
+    data: rules.Folder
     """Class folders (k-NN, linear, low-shot, retrieval), or a folder with images/ and masks/ or VOC (masks, segment), the
     videos of DAVIS (davis), originals/ and copies/ or Copydays (copydetect), or gnd_NAME.pkl or .json (retrieval)."""
-    val: Folder | None = None
+    val: rules.Folder | None = None
     """Class folders of test images, when they lie elsewhere."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute. Under torchrun the work is shared, with the same result."""
-    json: File | None = None
+    json: rules.File | None = None
     """File for all results. None: only each evaluation's own, in a run's directory."""
 
 

@@ -119,9 +119,8 @@ def get_width() -> int:
 def fill(text: str, indent: str = "", first: str | None = None) -> str:
     """A paragraph as lines of the terminal's width; long words are broken, and nothing is lost."""
     first = indent if first is None else first
-    return textwrap.fill(
-        text, get_width(), initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
-    )  # a break at a hyphen would cut the name of an option
+    # A break at a hyphen would cut the name of an option.
+    return textwrap.fill(text, get_width(), initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def draw_rows(rows: Iterable[tuple[str, str]], column: int = COLUMN) -> str:
@@ -191,10 +190,6 @@ def _draw_row(flag: Flag, value: Any) -> tuple[str, str]:
 
 
 def _write(value: Any) -> str:
-    return (
-        " ".join(map(_write, value))
-        if isinstance(value, tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, tuple):
+        return " ".join(map(_write, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -44,9 +44,7 @@ RECIPES = {name: _read_recipe(name) for name, table in _TABLES.items() if "about
 
 
 def find_recipe(name: str) -> Recipe:
-    if name not in RECIPES:
-        raise errors.unknown("recipe", name, RECIPES)
-    return RECIPES[name]
+    return errors.look_up("recipe", name, RECIPES)
 
 
 def free_length(base: TrainOptions, given: Mapping[str, Any]) -> TrainOptions:

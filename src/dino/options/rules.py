@@ -51,6 +51,11 @@ def at_least(least: float, text: str) -> Rule:
     return Rule(lambda value: value >= least, text)
 
 
+def matching(pattern: str, text: str) -> Rule:
+    """All of a text must match a regular expression."""
+    return Rule(re.compile(pattern).fullmatch, text)
+
+
 def between(least: float, most: float, unit: str = "") -> Rule:
     """Above `most` nothing is meant, but the memory or the time of the machine would be gone before it shows."""
     return Rule(lambda value: least <= value <= most, f"it must lie between {least:,} and {most:,}{unit}")

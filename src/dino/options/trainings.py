@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, Suppress
 
-from dino.options.rules import (
-    DataSpec,
-    Few,
-    File,
-    Folder,
-    Metavar,
-    Name,
-    NoneOrFew,
-    Options,
-    PositiveFloat,
-    PositiveInt,
-    Rule,
-)
+from dino.options import rules
+from dino.options.rules import Options
 from dino.options.train import TrainOptions
 
-SbatchOption = Annotated[
-    str,
-    Metavar("KEY=VALUE"),
-    Rule(
-        re.compile(r"[a-z][a-z_-]*(=.*)?").fullmatch,
-        "write an option of sbatch as KEY=VALUE, or KEY alone, without dashes",
-    ),
-]
+_SBATCH = "write an option of sbatch as KEY=VALUE, or KEY alone, without dashes"
+SbatchOption = Annotated[str, rules.Metavar("KEY=VALUE"), rules.matching(r"[a-z][a-z_-]*(=.*)?", _SBATCH)]
 
 
 class SlurmOptions(Options):
-    nodes: Few = 1
+    nodes: rules.Few = 1
     """Machines."""
-    gpus: NoneOrFew = 1
+    gpus: rules.NoneOrFew = 1
     """GPUs of each machine, every one with a process of its own. 0: one process on the machine's CPU."""
-    cpus: Few = 8
+    cpus: rules.Few = 8
     """Cores of each process."""
-    hours: PositiveFloat = 24
+    hours: rules.PositiveFloat = 24
     """Limit of time. What is not done by then is saved, queued again, and goes on."""
-    partition: Name | None = None
+    partition: rules.Name | None = None
     """Where to run. None: the cluster's usual one."""
     slurm: tuple[SbatchOption, ...] = ()
     """Other options of sbatch, e.g. qos=high mem=64G exclusive."""
@@ -76,19 +58,19 @@ class AblateOptions(Options, common=("data", "val", "scale", "epochs", "out")):
 
     table: Positional[str] = ""
     """Which of the paper's tables (7, 14, 15, teacher, crops, prototypes, ...). Without one, they are listed."""
-    data: DataSpec | None = None
+    data: rules.DataSpec | None = None
     """Labeled images: a folder with train/ and val/, or a folder of classes (a tenth of it becomes the test set)."""
-    val: DataSpec | None = None
+    val: rules.DataSpec | None = None
     """Labeled test images, when they lie elsewhere."""
     scale: Literal["tiny", "paper"] = "tiny"
     """'tiny': minutes a row, small images and model; shows what collapses. 'paper': ViT-S/16, 100 or 300 epochs."""
-    recipe: Name | None = None
+    recipe: rules.Name | None = None
     """Recipe or TOML file that rows start from. None: cifar10 at tiny scale, the table's own at paper scale."""
-    epochs: PositiveInt | None = None
+    epochs: rules.PositiveInt | None = None
     """Epochs of every row. None: 8 at tiny scale, the recipe's at paper scale."""
-    out: Folder | None = None
+    out: rules.Folder | None = None
     """Folder for the runs and the table. None: runs/ablate-TABLE. The same command again goes on where it stopped."""
-    jobs: Few = 1
+    jobs: rules.Few = 1
     """Rows trained at a time on a CPU; with GPUs it is one row for each."""
     report: bool = True
     """Write each row's report.html."""
@@ -108,9 +90,9 @@ class BenchOptions(TrainOptions, common=("data.path", "seconds", "json", "model.
     A recipe (`dino recipes`) or a file of options can come first.
     """
 
-    json: File | None = None
+    json: rules.File | None = None
     """File to write the figures to."""
-    seconds: PositiveFloat = 40
+    seconds: rules.PositiveFloat = 40
     """About how long to measure."""
 
 
@@ -126,11 +108,11 @@ class PlanOptions(
     A recipe (`dino recipes`) or a file of options can come first.
     """
 
-    toml: File = "plan.toml"
+    toml: rules.File = "plan.toml"
     """File of options to write, which `dino train` takes."""
     gpu: Literal["h200", "h100", "a100", "l4", "t4", "v100", "rtx4090", "mps"] | None = None
     """Plan for a GPU that is not here: its time is computed from the arithmetic of a step. None: this machine, measured."""
-    seconds: PositiveFloat = 20
+    seconds: rules.PositiveFloat = 20
     """About how long to measure steps."""
-    price: PositiveFloat | None = None
+    price: rules.PositiveFloat | None = None
     """What an hour of this machine costs, in any currency."""

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from dino.data.decode import BadImage
 from dino.data.evaluation_views import make_square, resize_and_crop
-from dino.data.normalize import normalize
+from dino.data.image_files import Images
 from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
 from dino.data.sources import Source, evenly_spaced, spread_over_classes
@@ -105,9 +105,7 @@ class Gallery:
         size, held_out = self.model.view_size, self.shown is not self.source
         squares = [make_square(picture.pixels, size, self.model.preprocessing) for picture in self.pictures]
         bank = extract(self.model, self.source, size, self._choose_bank())
-        with torch.no_grad():
-            batch = torch.from_numpy(np.stack(squares))[None].to(self.device)
-            queries = self.model(normalize(batch, self.model.preprocessing)).float().cpu()
+        queries = extract(self.model, Images([picture.pixels for picture in self.pictures]), size).values
         nearest = find_neighbors(F.normalize(queries, dim=1), F.normalize(bank.values, dim=1), NUM_NEIGHBORS + 1)
         rows = []
         for picture, square, cosines, places in zip(self.pictures, squares, *nearest, strict=True):

@@ -48,10 +48,7 @@ def write_report(folder: Path, source: Source, held_out: Source | None, device: 
         **({"What was measured": render("measured", lines=measured)} if (measured := list_measured(folder)) else {}),
         **Gallery.open(run, model, source, held_out, device).render_sections(),
         "Training": render(
-            "training",
-            run=run,
-            charts=[(c, *draw_chart(c, run)) for c in list_charts(run)],
-            pages=read_pages(folder),
+            "training", run=run, charts=[(c, *draw_chart(c, run)) for c in list_charts(run)], pages=read_pages(folder)
         ),
         "Options and environment": render(
             "details",

@@ -23,9 +23,8 @@ from dino.weights.starts import STARTS
 RELEASED = STARTS[0].name  # a good start for photographs of all kinds
 FEW_IMAGES, FEW_STEPS = 500, 1000  # below, hardly any run learns much
 ENOUGH_STEPS = 4000  # what the automatic choice gives to few images
-COLOR_EXCESS = (
-    10  # points above chance; on CIFAR-10 raw pixels have 5, an untrained ViT 18, one trained without jitter 24
-)
+# Points above chance; on CIFAR-10 raw pixels have 5, an untrained ViT 18, one trained without jitter 24.
+COLOR_EXCESS = 10
 
 
 class Reason(NamedTuple):
@@ -166,12 +165,9 @@ def _find_reasons(run: Run, rising: bool = False, beyond_color: bool = False) ->
     if by_color and not beyond_color and o.model.in_channels == 3:
         text = f"It goes by color: {alike:.0f} % of the nearest images are also the nearest by color histogram"
         gray, jitter = max(0.5, o.views.gray_prob), max(0.8, o.views.jitter_prob)
-        more = (
-            {"views.gray_prob": gray, "views.jitter_prob": jitter},
-            {"views.gray_prob": 0.8},
-            {"model.in_channels": 1},
-        )
-        yield Reason("color", f"{text} ({chance:.0f} % by chance).", _repeat(run, *more))
+        both = {"views.gray_prob": gray, "views.jitter_prob": jitter}
+        command = _repeat(run, both, {"views.gray_prob": 0.8}, {"model.in_channels": 1})
+        yield Reason("color", f"{text} ({chance:.0f} % by chance).", command)
     if rising:
         yield Reason("rising", "It was still rising when it ended.", longer)
     if run.steps < ENOUGH_STEPS:

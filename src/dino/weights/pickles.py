@@ -77,19 +77,10 @@ class _MetadataUnpickler(_PlainUnpickler):
 
 
 _CHECKPOINT = "torch.distributed.checkpoint"
-_RECORDS = {
-    *(
-        (f"{_CHECKPOINT}.metadata", name)
-        for name in ("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata")
-    ),
-    *(
-        (f"{_CHECKPOINT}.metadata", name)
-        for name in ("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")
-    ),
-    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-}
+_METADATA = "Metadata MetadataIndex StorageMeta ChunkStorageMetadata TensorProperties TensorStorageMetadata"
+_RECORDS = {(f"{_CHECKPOINT}.metadata", name) for name in (*_METADATA.split(), "_MEM_FORMAT_ENCODING")}
+_RECORDS |= {(f"{_CHECKPOINT}.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")}
+_RECORDS |= {("pathlib", "PosixPath")}
 
 
 def check_metadata(path: str | os.PathLike[str]) -> None:

@@ -122,8 +122,7 @@ def save(folder: Path, backbone: nn.Module, arguments: dict[str, Any], step: int
     Args:
         best: the run's best so far, which `save_best` has written.
     """
-    with files.replacing(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps({"model": arguments}, indent=2) + "\n")
+    files.write(folder / CONFIG, json.dumps({"model": arguments}, indent=2) + "\n")
     _write(folder / WEIGHTS, backbone.state_dict(), {"step": step, "best": best and best._asdict()})
 
 

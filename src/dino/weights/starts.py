@@ -54,11 +54,7 @@ def models_command(options: ModelsOptions) -> None:
         return
     console = Console(width=None if os.isatty(1) else 130)
     console.print(_draw("Releases of DINO's authors (in parts: * cached)", _list_releases(), "parts"))
-    rows = [
-        (start.name, start.architecture, str(start.megabytes), _write(start.knn), _write(start.linear), start.license)
-        for start in STARTS
-    ]
-    console.print(_draw("Newer weights to start from", rows))
+    console.print(_draw("Newer weights to start from", [_list(*start) for start in STARTS]))
     console.print(
         "Any other: timm:NAME (timm.list_pretrained()) and hf:ORG/NAME (vit, dinov2, dinov2_with_registers, dinov3_vit, "
         "dinov3_convnext, and what timm or dino saved), each with @REVISION.\nFigures: ImageNet top-1, %, as published."
@@ -66,22 +62,16 @@ def models_command(options: ModelsOptions) -> None:
 
 
 def _list_releases() -> list[tuple[str, ...]]:
-    return [
-        (
-            name,
-            release.arch,
-            str(release.megabytes),
-            _write(release.knn),
-            _write(release.linear),
-            releases.LICENSE,
-            " ".join(part + "*" * releases.locate_cached(file).is_file() for part, file in release.files.items()),
-        )
-        for name, release in names.RELEASES.items()
-    ]
+    rows = []
+    for name, it in names.RELEASES.items():
+        parts = " ".join(part + "*" * releases.locate_cached(file).is_file() for part, file in it.files.items())
+        rows.append(_list(name, it.arch, it.megabytes, it.knn, it.linear, releases.LICENSE, parts))
+    return rows
 
 
-def _write(figure: float | None) -> str:
-    return "" if figure is None else f"{figure:.1f}"
+def _list(name: str, arch: str, megabytes: int, knn: float | None, linear: float | None, *more: str) -> tuple[str, ...]:
+    figures = ("" if figure is None else f"{figure:.1f}" for figure in (knn, linear))
+    return (name, arch, str(megabytes), *figures, *more)
 
 
 def _draw(title: str, rows: list[tuple[str, ...]], *more: str) -> Table:
