@@ -450,6 +450,12 @@ def test_held_out_images_of_other_classes_are_refused(photos, tmp_path, capsys):
         (["train", "--data", "a.jpg", "b.jpg"], "'b.jpg' is one word too many; put a name with spaces in quotes"),
         (["train", "--device", "gpu"], "device is 'gpu'; choose one of auto, cpu, cuda, mps. Did you mean 'cuda'?"),
         (["eval", "knn"], "MODEL is missing; --help explains it."),
+        (["eval", "runs/a"], "'eval' needs a second word; known are eval all, eval copydetect,"),
+        (["train", "data=x y"], "'data=x y' is no recipe; write an option as --data 'x y'"),
+        (
+            ["train", "--learning-rate", "1"],
+            "there is no option '--learning-rate'; --help lists them. Did you mean '--optim.lr'?",
+        ),
         (["train", "--device", "tpu"], "device is 'tpu'; choose one of auto, cpu, cuda, mps."),
         (["eval", "knn", "m"], "--data is missing; --help explains it."),
         (["embed", "m", "--data", "x", "--out", "y"], "data is given by its place and not as '--data'"),

@@ -89,7 +89,7 @@ def test_features_are_reused_until_something_changes(model, photos, cache_folder
     monkeypatch.setattr(cache, "fingerprint", lambda model: digest)
 
     def features(size=32, pooling="cls"):
-        return cache.load_or_extract(model, open_source(str(photos), "folders"), size, pooling)
+        return cache.load_or_extract(model, open_source(str(photos), "folders"), size, pooling, "images")
 
     first = features()
     np.testing.assert_array_equal(first.values, extract(model, source, 32).values)
@@ -110,14 +110,14 @@ def test_features_are_reused_until_something_changes(model, photos, cache_folder
 
 def test_a_damaged_or_unwritable_cache_is_no_obstacle(model, photos, cache_folder, monkeypatch):
     source = open_source(str(photos), "folders")
-    first = cache.load_or_extract(model, source, 32)
+    first = cache.load_or_extract(model, source, 32, "cls", "images")
     (file,) = cache_folder.iterdir()
     file.write_bytes(file.read_bytes()[:100])
-    again = cache.load_or_extract(model, source, 32)
+    again = cache.load_or_extract(model, source, 32, "cls", "images")
     assert torch.equal(first.values, again.values)
     (cache_folder.parent.parent / "blocked").write_text("")
     monkeypatch.setenv("DINO_CACHE", str(cache_folder.parent.parent / "blocked"))
-    assert torch.equal(cache.load_or_extract(model, source, 32).values, first.values)
+    assert torch.equal(cache.load_or_extract(model, source, 32, "cls", "images").values, first.values)
 
 
 def test_poolings_against_plain_code(model):

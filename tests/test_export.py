@@ -173,7 +173,7 @@ def test_the_card_says_how_the_run_was_trained_and_what_was_found(run, tmp_path,
 
 
 def test_the_card_of_a_release_has_the_published_figures_and_the_license():
-    text = card.render_card("vits16", "hf", Path("a-hf"), {}, "0", dino.create("vit_nano"))
+    text = card.render_card("vits16", "hf", Path("a-hf"), {}, "0", dino.create("vit_nano"), None)
     assert "license: apache-2.0" in text
     assert "| published | k-NN, ImageNet top-1 | 74.5 |" in text
     assert "## Training options" not in text

@@ -37,6 +37,8 @@ def test_a_plan_says_what_is_there_and_train_takes_it(photos, tmp_path, capsys, 
     assert {"number", "classes", "formats", "shorter side", "near-copies", "model", "time", "memory"} <= names
     assert re.search(r"cannot be read +1 of .*, first class0/00\d\.", said), said
     assert re.search(r"near-copies +1 of", said), said
+    assert re.search(r"deviation of colors +0\.\d\d, 0\.\d\d", said), said
+    assert re.search(r"classes +3, of \d to \d images", said), said
     time, cost = (re.search(rf"{word} +([\d.]+) ?(\w*)", said) for word in ("time", "cost"))
     seconds = float(time[1]) * {"seconds": 1, "minutes": 60}[time[2]]
     assert float(cost[1]) / 1000 == pytest.approx(seconds, rel=0.3, abs=0.5), "3.6e6 an hour is 1000 a second"
@@ -51,6 +53,20 @@ def test_a_plan_says_what_is_there_and_train_takes_it(photos, tmp_path, capsys, 
     assert (tmp_path / "run/report.html").exists() == (given["report"] is not False)
 
 
+@pytest.mark.parametrize("words", [["--minutes", "0.2"], ["--hours", "0.004", "--gpu", "cpu"]])
+def test_a_plan_of_so_much_time(photos, tmp_path, capsys, monkeypatch, words):
+    """As for a folder without any other option, which a CPU has half an hour for."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", "photos", *tiny_flags(epochs=2)[2:]]
+    assert cli.main(["plan", *flags, "--seconds", "1", *words]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"time +(\d+) seconds", said), said
+    planned = cli.parse(["train", "plan.toml"])[1]
+    assert planned.epochs > 2
+    assert planned.budget is None, "the epochs were chosen"
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("photos", "plan.toml")]
+
+
 def test_a_plan_for_a_gpu_that_is_not_here(photos, tmp_path, capsys, monkeypatch):
     """Twice the images a step take twice the arithmetic; a budget of time is kept at the usual rate."""
     monkeypatch.chdir(tmp_path)
@@ -60,10 +76,11 @@ def test_a_plan_for_a_gpu_that_is_not_here(photos, tmp_path, capsys, monkeypatch
         assert cli.main([*flags, "--toml", f"{batch}.toml"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"10 epochs of 23 images, 50 steps of 4\b", said), said
-    assert re.findall(r"time +(\S+ \S+)", said)[-1] in ("2 hours", "120 minutes")
+    assert re.findall(r"\n time +(\S+ \S+)", said)[-1] in ("2 hours", "120 minutes")
     half, whole = (count_step(cli.parse(["train", f"{batch}.toml"])[1]) for batch in (4, 8))
     assert whole.flops == pytest.approx(2 * half.flops)
     assert half.memory < whole.memory < 2 * half.memory, "the parameters stay"
+    assert "epochs are more than a run is known to gain from" in said
     monkeypatch.setitem(DEVICES, "t4", DEVICES["t4"]._replace(memory=2e8))
     assert cli.main([*flags, "--gpu", "t4", "--toml", "t4.toml"]) == 0
     assert "train with --fit 0.18GB" in capsys.readouterr().out

@@ -91,7 +91,9 @@ def test_a_file_is_pushed_with_its_card_and_kept(run, hub, tmp_path):
 
 
 def test_the_card_of_a_graph_downloads_it_by_name():
-    text = card.render_card("vits16", "onnx", Path("model.onnx"), {}, "0", dino.create("vit_nano"), repo="org/graph")
+    text = card.render_card(
+        "vits16", "onnx", Path("model.onnx"), {}, "0", dino.create("vit_nano"), None, repo="org/graph"
+    )
     assert 'InferenceSession(hf_hub_download("org/graph", "model.onnx"))' in text
     assert "from huggingface_hub import hf_hub_download\nimport onnxruntime\n" in text
 

@@ -204,10 +204,16 @@ def parse(arguments: list[str]) -> tuple[str, Options]:
     if name not in COMMANDS:
         group = sorted(n for n in COMMANDS if n.startswith(f"{name} "))
         known = group or list(COMMANDS)
-        near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
+        if group:
+            near = errors.did_you_mean("".join(arguments[1:2]), [n.split()[1] for n in group]).replace(
+                "'", f"'{name} ", 1
+            )
+        else:
+            near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
         if meant := find_order(arguments, range(1 if near and not group else len(arguments))):
             raise ValueError(f"the command comes first; write: dino {shlex.join(meant)}")
-        raise ValueError(f"there is no command '{name}'; known are {', '.join(known)}.{near}")
+        fault = f"'{name}' needs a second word" if group else f"there is no command '{name}'"
+        raise ValueError(f"{fault}; known are {', '.join(known)}.{near}")
     kind, flags = COMMANDS[name].options, join_repeated(flags)
     if issubclass(kind, TrainOptions):
         return name, parse_train(flags, kind, name)
@@ -247,6 +253,9 @@ def parse_train(flags: list[str], kind: type[TrainOptions] = TrainOptions, name:
     recipe = None
     if flags and not flags[0].startswith("-"):
         recipe, *flags = flags
+        option, equals, value = recipe.partition("=")
+        if equals and not os.path.exists(recipe):
+            raise ValueError(f"'{recipe}' is no recipe; write an option as --{option} {shlex.quote(value)}")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"dino {name}")
     first.add_argument("--data", "--data.path", nargs="?")
     for flag in ("--resume", "--epochs", "--minutes", "--hours"):

@@ -45,11 +45,14 @@ def unwritable(path: Path, error: OSError) -> ValueError:
 
 
 def find_reason(error: BaseException) -> str:
-    """What the operating system said of the first failure behind `error`; else the first line of `error` itself."""
+    """What the operating system, or we of a store elsewhere, said of the first failure behind `error`; else the first line of
+    `error` itself."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
+        if isinstance(cause, OSError) and (
+            cause.strerror or not isinstance(cause, ValueError)
+        ):  # as a WriteError is one
+            return cause.strerror or first_line(cause)
         cause = cause.__cause__ or cause.__context__
     return first_line(error)
 

@@ -65,14 +65,15 @@ def plan(options: PlanOptions) -> None:
         raise ValueError(f"--toml {path} exists; choose another name, or delete it.")
     files.require_folder(path, "--toml")
     imports = time.time() - psutil.Process().create_time()
-    device, terminal = distributed.start(options.device), Terminal(True)
+    gpu = None if options.gpu == "cpu" else options.gpu
+    device, terminal = distributed.start("cpu" if options.gpu == "cpu" else options.device), Terminal(True)
     run.set_threads(options, device)
     given = flatten(options)
     wanted = replace(
         TrainOptions(), {name: given[name] for name in flatten(TrainOptions())} | {"out": None, "resume": None}
     )
-    if options.gpu == "mps":  # taken only where it is named
-        wanted = replace(wanted, {"device": "mps"})
+    if options.gpu in ("mps", "cpu"):  # devices that are taken only where they are named
+        wanted = replace(wanted, {"device": options.gpu})
     if device.type == "cpu" and wanted.epochs is None and wanted.budget is None:
         wanted = replace(wanted, {"minutes": 30})
 
@@ -80,17 +81,18 @@ def plan(options: PlanOptions) -> None:
         return run.set_up(options, folder, device, terminal)[0]
 
     with tempfile.TemporaryDirectory() as folder:
-        if options.gpu is not None:
+        if gpu is not None:
             source, held_out = run.open_data(wanted, Path(folder))
-            planned, cost = estimate(wanted, source, Path(folder), DEVICES[options.gpu], terminal)
+            planned, cost = estimate(wanted, source, Path(folder), DEVICES[gpu], terminal)
         else:
-            first, held_out = run.set_up(wanted, Path(folder, "first"), device, terminal, time.monotonic())
+            (own := Path(folder, "first")).mkdir()
+            first, held_out = run.set_up(wanted, own, device, terminal, time.monotonic())
             chosen = replace(first.options, {"minutes": None, "hours": None})
             source, planned = first.source, Plan(chosen, first.plan.steps_per_epoch)
             terminal.say("Measuring some steps and a check ...")
             cost = predict(budget.try_out(chosen, Path(folder, "second"), make, options.seconds), planned, imports)
     show("The images", look(source, held_out))
-    show("The run, estimated" if options.gpu else "The run", describe(planned, len(source), cost, options.price))
+    show("The run, estimated" if gpu else "The run", describe(planned, len(source), cost, options.price))
     for text in filter(None, [*warn(planned.options, planned.total), advise_start(planned.options, len(source))]):
         print(f"Note: {text}")
     about = f"# dino plan, {datetime.date.today()}: about {describe_time(cost.seconds)} on {cost.device}\n"
@@ -134,21 +136,26 @@ def estimate(wanted: TrainOptions, source: Source, folder: Path, gpu: Device, te
     return planned, Cost(gpu.name, total * usual, total * least, total * most, step.memory, step.parameters)
 
 
+def write_range(values: np.ndarray) -> str:
+    low, high = values.min(), values.max()
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
 def look(source: Source, held_out: Source | None) -> Rows:
     """What there is to know of the images before a training, from some of them."""
     found = survey([source] if held_out is None else [source, held_out])
     rows = [("number", f"{found.total:,}, of which {found.total - len(source):,} are held out")]
     if source.classes and source.labels is not None:
         counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
-        rows.append(("classes", f"{len(source.classes)}, of {counts.min():,} to {counts.max():,} images to train on"))
+        rows.append(("classes", f"{len(source.classes)}, of {write_range(counts)} images to train on"))
     if "" not in found.formats:
         formats = ", ".join(f"{kind[1:]} {count}" for kind, count in found.formats.most_common(4))
         rows.append(("formats", f"{formats} ({found.of})"))
     if len(found.sides):
-        low, high, median = found.sides.min(), found.sides.max(), int(np.median(found.sides))
-        rows.append(("shorter side", f"{low} to {high} pixels, median {median}"))
-        colors = ", ".join(f"{value:.2f}" for value in found.colors.mean(axis=0))
-        rows.append(("mean color", f"{colors} (red, green, blue)"))
+        rows.append(("shorter side", f"{write_range(found.sides)} pixels, median {int(np.median(found.sides))}"))
+        mean, square = found.colors.mean(axis=0), found.squares.mean(axis=0)
+        for what, color in (("mean", mean), ("deviation", np.sqrt(square - mean**2))):
+            rows.append((f"{what} of colors", f"{', '.join(f'{value:.2f}' for value in color)} (red, green, blue)"))
     first = f", first {found.bad[0]}" if found.bad else ""
     advice = " (dino duplicates finds all)" if found.copies else ""
     rows.append(("cannot be read", f"{len(found.bad)} {found.of}{first}"))

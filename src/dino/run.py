@@ -29,7 +29,7 @@ from dino.engine.train import Trainer
 from dino.eval import evaluate
 from dino.eval.online import OnlineEvaluation
 from dino.machine import check_cores, check_workers, count_spare_cores, describe_device
-from dino.models import Backbone
+from dino.models import Backbone, require_architecture
 from dino.options import auto, complete_names, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base, free_length
@@ -107,7 +107,7 @@ def run_training(options: TrainOptions) -> RunFolder:
             terminal.say(f"After every save it is copied to {copy.address}.")
             trainer.copy = copy.push
         if options.resume is None:
-            for text in warn(options, trainer.plan.total):
+            for text in warn(trainer.options, trainer.plan.total):
                 terminal.say(f"Warning: {text}", style="yellow")
             if advice := advise_start(options, len(trainer.source)):
                 terminal.say(advice)
@@ -195,6 +195,8 @@ def set_up(
 
 def open_data(options: TrainOptions, folder: Path) -> tuple[Source, Source | None]:
     """Training and held-out images; those of a resumed run may be elsewhere now."""
+    if options.model.arch is not None:
+        require_architecture(options.model.arch)
     resumed = options.resume is not None
     if resumed and (path := find_path(options.data.path)) is not None and not path.exists():
         raise ValueError(

@@ -7,7 +7,7 @@ Each has its own account, server and offline mode, by its own variables (WANDB_M
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -99,6 +99,10 @@ class WandB:
 
 class MLflow:
     def __init__(self, start: Start):
+        # Without a server, and without the database that all of MLflow would bring, it writes files.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        if importlib.util.find_spec("sqlalchemy") is None:
+            os.environ.setdefault("MLFLOW_TRACKING_URI", "mlruns")
         mlflow = errors.import_optional("mlflow", "--log.to mlflow needs MLflow", "tracking")
         client: Any = mlflow.MlflowClient()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)

@@ -52,6 +52,9 @@ class Result(NamedTuple):
     notes: tuple[str, ...] = ()  # what to compare the figures with, or to know of them
     floors: Mapping[str, Mapping[str, float]] = MappingProxyType({})  # figure -> the same of what needs no training
 
+    def __repr__(self) -> str:
+        return format_table("Result", self, {}, "")
+
 
 def evaluate(name: str, model: str | os.PathLike[str] | Backbone, **options: Any) -> Result:
     """Evaluate a model from Python: ``dino.evaluate("knn", "runs/a", data="photos", k=(20,))``.
@@ -157,6 +160,7 @@ def measure_for_command(name: str, model: Backbone, options: EvalOptions) -> tup
         "figures": found.figures,
         "floors": {figure: dict(floors) for figure, floors in found.floors.items()},
         "protocol": found.protocol,
+        "notes": list(found.notes),
         "images": found.counts,
         **found.details,
         "data": found.data,
@@ -184,6 +188,7 @@ def keep_result(name: str, options: EvalOptions, result: dict[str, Any], step: i
         line |= {"teacher": "last" if runs.split_name(options.model)[1] else "best", "options": changed}
         try:
             kept = {key: result[key] for key in ("evaluation", "figures", "floors", "images")}
+            kept["warning"] = " ".join(note for note in result["notes"] if note.startswith("Warning: "))
             log.record_evaluation(run, line | kept)
         except OSError as error:
             where = "" if path else "; --json FILE writes them elsewhere"

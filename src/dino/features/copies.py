@@ -99,8 +99,8 @@ def find_copies(
 
     Args:
         images: what the embedding was made of. None: features alone decide.
-        threshold: cosine from which two rows may be copies. None: their distance is at most CANDIDATE_RATIO of that of a
-            typical pair; and if the model cannot tell the images apart, all may be.
+        threshold: cosine from which two rows may be copies. None: their distance is at most CANDIDATE_RATIO (without
+            images, ALONE_RATIO) of that of a typical pair; and if the model cannot tell the images apart, all may be.
         index: 'flat' (None) compares all pairs of rows; an approximate index finds most of them, sooner.
 
     Raises:

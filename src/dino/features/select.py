@@ -20,7 +20,7 @@ from dino import files
 from dino.data.open import name_in_list
 from dino.data.sources import Source, evenly_spaced
 from dino.features.cluster import SAMPLED, count_cells, find_centers
-from dino.features.copies import CANDIDATE_RATIO, choose_threshold
+from dino.features.copies import ALONE_RATIO, choose_threshold
 from dino.features.embedding import Folder, Mapped, Rows
 from dino.features.neighbors import find_neighbors
 from dino.features.search import judge_features
@@ -47,7 +47,7 @@ def select(embedding: str | Path | Rows, keep: int, threshold: float | None = No
     """Choose `keep` rows of an embedding, or all that are left without near-copies.
 
     Args:
-        threshold: cosine from which two rows are near-copies. None: their distance is at most CANDIDATE_RATIO of that of a
+        threshold: cosine from which two rows are near-copies. None: their distance is at most ALONE_RATIO of that of a
             typical pair.
         seed: of the first centers of clusters, and of the draw from each.
 
@@ -57,7 +57,7 @@ def select(embedding: str | Path | Rows, keep: int, threshold: float | None = No
     rows = Mapped(Folder.open(embedding)) if isinstance(embedding, str | Path) else embedding
     if threshold is None and (fault := judge_features(rows)):
         raise ValueError(f"no images are selected: {fault} Or say with --threshold which cosine makes two near-copies.")
-    least = choose_threshold(rows, CANDIDATE_RATIO) if threshold is None else threshold
+    least = choose_threshold(rows, ALONE_RATIO) if threshold is None else threshold
     cells, centers = _find_cells(rows, seed)
     left = _remove_copies(rows, cells, len(centers), least)
     counts = np.array([*map(len, left)])

@@ -27,6 +27,7 @@ class Survey(NamedTuple):
     formats: Counter[str]  # of the files' names; "" has none
     sides: np.ndarray  # the shorter side of each, pixels
     colors: np.ndarray  # the mean of each, [n, 3], from 0 to 1
+    squares: np.ndarray  # the mean of squares of each, [n, 3]
     copies: int  # near-copies of another one looked at
 
     @property
@@ -38,7 +39,7 @@ def survey(sources: Sequence[Source]) -> Survey:
     """Read some hundred images."""
     total = sum(map(len, sources))
     chosen = [(each, i) for each in sources for i in evenly_spaced(len(each), 1 + LOOKED_AT * len(each) // total)]
-    sides, bad, colors, thumbnails = list[int](), list[str](), list[np.ndarray](), list[np.ndarray]()
+    sides, bad, colors, thumbnails = list[int](), list[str](), list[list[np.ndarray]](), list[np.ndarray]()
     for each, position in track(chosen, len(chosen), "images"):
         try:
             pixels = each.read(position)
@@ -46,11 +47,11 @@ def survey(sources: Sequence[Source]) -> Survey:
             bad.append(f"{each.name(position)}: {error.reason}")
             continue
         sides.append(min(pixels.shape[:2]))
-        colors.append((pixels.reshape(-1, 3) / 255).mean(axis=0))
+        colors.append([np.mean((pixels.reshape(-1, 3) / 255) ** power, axis=0) for power in (1, 2)])
         thumbnails.append(cv2.resize(pixels, (EDGE, EDGE), interpolation=cv2.INTER_AREA))
     formats = Counter(PurePosixPath(each.name(position)).suffix.lower() for each, position in chosen)
-    found = np.array(colors).reshape(-1, 3)
-    return Survey(total, len(chosen), bad, formats, np.array(sides), found, count_copies(thumbnails))
+    means, squares = np.array(colors).reshape(-1, 2, 3).swapaxes(0, 1)
+    return Survey(total, len(chosen), bad, formats, np.array(sides), means, squares, count_copies(thumbnails))
 
 
 def count_copies(thumbnails: list[np.ndarray]) -> int:

@@ -80,6 +80,20 @@ class Backbone(Protocol):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 
 
+def require_architecture(arch: str) -> None:
+    """Refuse a name that stands for nothing.
+
+    Raises:
+        ValueError: with the nearest one.
+    """
+    own = [*SIZES, *HYBRIDS, *CONVNETS]
+    if arch not in own and not arch.startswith(TIMM):
+        import timm  # slow, and needed only to explain the mistake
+
+        near = errors.did_you_mean(arch, [*own, *(TIMM + name for name in timm.list_models())])
+        raise ValueError(f"there is no architecture '{arch}'; known are {', '.join(own)} and timm:NAME.{near}")
+
+
 def create(
     arch: str,
     patch_size: int | None = None,
@@ -128,19 +142,14 @@ def create(
 
         name, parts = CONVNETS.get(arch, (arch.removeprefix(TIMM), {}))
         model = TimmBackbone(name, image_size, in_channels, drop_path, stem or "default", pos_interp, parts)
-    elif (own := SIZES.get(arch) or HYBRIDS.get(arch)) is None:
-        import timm  # slow, and needed only to explain the mistake
-
-        near = errors.did_you_mean(arch, [*SIZES, *HYBRIDS, *CONVNETS, *(TIMM + name for name in timm.list_models())])
-        raise ValueError(
-            f"there is no architecture '{arch}'; known are {', '.join([*SIZES, *HYBRIDS, *CONVNETS])} and timm:NAME.{near}"
-        )
     else:
+        require_architecture(arch)
         if stem not in (None, "default"):
             raise ValueError(
                 f"stem '{stem}' is for ResNets; {arch} has patches, so choose a smaller patch_size instead."
             )
-        dim, layers, heads = (size or usual for size, usual in zip((width, depth, num_heads), own, strict=True))
+        usual = (SIZES | HYBRIDS)[arch]
+        dim, layers, heads = (given or own for given, own in zip((width, depth, num_heads), usual, strict=True))
         chosen = (image_size, patch_size or 16, in_channels, dim, layers, heads)
         model = VisionTransformer(*chosen, drop_path, pos_interp, hybrid=arch in HYBRIDS)
     model.preprocessing = preprocessing

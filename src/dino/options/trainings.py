@@ -110,8 +110,9 @@ class PlanOptions(
 
     toml: rules.File = "plan.toml"
     """File of options to write, which `dino train` takes."""
-    gpu: Literal["h200", "h100", "a100", "l4", "t4", "v100", "rtx4090", "mps"] | None = None
-    """Plan for a GPU that is not here: its time is computed from the arithmetic of a step. None: this machine, measured."""
+    gpu: Literal["h200", "h100", "a100", "l4", "t4", "v100", "rtx4090", "mps", "cpu"] | None = None
+    """Plan for a GPU that is not here: its time is computed from the arithmetic of a step. None: this machine, measured;
+    'cpu': without its GPU."""
     seconds: rules.PositiveFloat = 20
     """About how long to measure steps."""
     price: rules.PositiveFloat | None = None

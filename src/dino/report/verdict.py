@@ -22,6 +22,7 @@ from dino.weights.starts import STARTS
 
 RELEASED = STARTS[0].name  # a good start for photographs of all kinds
 FEW_IMAGES, FEW_STEPS = 500, 1000  # below, hardly any run learns much
+MANY_EPOCHS = 3000
 ENOUGH_STEPS = 4000  # what the automatic choice gives to few images
 # Points above chance; on CIFAR-10 raw pixels have 5, an untrained ViT 18, one trained without jitter 24.
 COLOR_EXCESS = 10
@@ -53,7 +54,12 @@ class Verdict:
 
 
 def warn(options: TrainOptions, steps: int) -> list[str]:
-    """What to say before a run that will hardly learn; one that starts from weights needs less."""
+    """What to say before a run that will hardly learn (one that starts from weights needs less), or long learns nothing."""
+    if required(options.epochs) > MANY_EPOCHS:
+        return [
+            f"{options.epochs:,.0f} epochs are more than a run is known to gain from; --epochs 800 are many, and the time is "
+            "better spent on more images."
+        ]
     if steps >= FEW_STEPS or options.init is not None:
         return []
     return [f"{steps:,} steps are few; a model goes on learning for some thousands (--minutes or --epochs)."]

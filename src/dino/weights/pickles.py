@@ -80,7 +80,7 @@ _CHECKPOINT = "torch.distributed.checkpoint"
 _METADATA = "Metadata MetadataIndex StorageMeta ChunkStorageMetadata TensorProperties TensorStorageMetadata"
 _RECORDS = {(f"{_CHECKPOINT}.metadata", name) for name in (*_METADATA.split(), "_MEM_FORMAT_ENCODING")}
 _RECORDS |= {(f"{_CHECKPOINT}.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")}
-_RECORDS |= {("pathlib", "PosixPath")}
+_RECORDS |= {(module, kind) for module in ("pathlib", "pathlib._local") for kind in ("PosixPath", "WindowsPath")}
 
 
 def check_metadata(path: str | os.PathLike[str]) -> None:
