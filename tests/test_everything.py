@@ -70,9 +70,11 @@ def test_class_folders_and_the_report(trained, run, tmp_path, capsys):
     assert lines[-1]["options"] == {"data": str(trained[1]), "k": [5]}
     assert isinstance(lines[-1]["step"], int)
     again = lines[-1] | {"figures": {"knn5_top1": 12.34}}  # the newest of the same counts
+    del again["warning"]  # as an earlier version wrote it
+    again_warned = lines[1] | {"warning": "Warning: 3 of 5 & more."}
     broken = [lines[0] | {"figures": {"knn5_top1": "<b>"}}, {"evaluation": "knn"}]
     with open(run / "evaluations.jsonl", "a") as log:
-        log.writelines(json.dumps(line) + "\n" for line in [*broken, again])
+        log.writelines(json.dumps(line) + "\n" for line in [*broken, again, again_warned])
         log.write('{"evaluation": "kn')
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
@@ -80,6 +82,7 @@ def test_class_folders_and_the_report(trained, run, tmp_path, capsys):
     section = page.partition("<h2>What was measured</h2>")[2].partition("</section>")[0]
     assert section.count("<tbody>") == 5
     assert '<td>knn5_top1</td><td class="number">12.34</td>' in section
+    assert "Warning: 3 of 5 &amp; more." in section
     for line in lines[:4]:
         assert all(
             f'<td>{figure}</td><td class="number">{value:.2f}</td>' in section

@@ -27,7 +27,7 @@ from dino.html import render
 from dino.options import replace, required
 from dino.options.train import TrainOptions
 from dino.report.curves import draw_chart, list_charts
-from dino.report.gallery import choose_pictures
+from dino.report.gallery import choose_pictures, shrink
 from dino.report.page import write_report
 from dino.report.run import Run
 from helpers import TINY, draw_images, run_dino
@@ -98,6 +98,15 @@ def test_a_labeled_run_has_every_section(photos, tmp_path):
     assert "kept at" not in text
     assert "vit_nano" in text
     assert sum(t.startswith("data:image") for t in page.targets) > 20
+    looks = [re.search(r";base64,([^\"]+)", part) for part in text.split('<div class="looks')[1:]]
+    shapes = [Image.open(io.BytesIO(base64.b64decode(found[1]))).size for found in looks if found]
+    assert len(shapes) == 2
+    assert any(width != height for width, height in shapes), "photographs in their own shape"
+
+
+def test_a_photograph_with_attention_is_neither_huge_nor_long():
+    for before, after in (((3000, 4000), (480, 640)), ((100, 1000), (100, 200)), ((900, 50), (100, 50))):
+        assert shrink(np.zeros((*before, 3), np.uint8)).shape == (*after, 3)
 
 
 @pytest.mark.slow

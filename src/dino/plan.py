@@ -86,7 +86,7 @@ def plan(options: PlanOptions) -> None:
             planned, cost = estimate(wanted, source, Path(folder), DEVICES[gpu], terminal)
         else:
             (own := Path(folder, "first")).mkdir()
-            first, held_out = run.set_up(wanted, own, device, terminal, time.monotonic())
+            first, held_out = run.set_up(wanted, own, device, terminal, time.monotonic(), options.seconds)
             chosen = replace(first.options, {"minutes": None, "hours": None})
             source, planned = first.source, Plan(chosen, first.plan.steps_per_epoch)
             terminal.say("Measuring some steps and a check ...")
@@ -182,7 +182,7 @@ def describe(planned: Plan, count: int, cost: Cost, price: float | None) -> Rows
     if price is not None:
         rows.append(("cost", f"{cost.seconds / 3600 * price:.2f}"))
     near = sorted(REACHED, key=lambda each: abs(np.log(each[0] / count)))[:2]
-    return [*rows, *(("such runs reached", words) for _, words in near if options.init is None)]
+    return [*rows, *(("a CPU reached in 30 min", words) for _, words in near if options.init is None)]
 
 
 def show(title: str, rows: Rows) -> None:

@@ -158,12 +158,18 @@ def set_threads(options: TrainOptions, device: torch.device) -> None:
 
 
 def set_up(
-    options: TrainOptions, folder: Path, device: torch.device, terminal: Terminal, began: float = 0.0
+    options: TrainOptions,
+    folder: Path,
+    device: torch.device,
+    terminal: Terminal,
+    began: float = 0.0,
+    trial: float = 60.0,
 ) -> tuple[Trainer, Source | None]:
     """Open the data, fill in the options, check everything, and build the trainer of a new or a resumed run.
 
     Args:
         began: when the command did, on the monotonic clock; the time it may take counts from there.
+        trial: seconds at most in which steps are measured, if the time it may take is given.
     """
     source, held_out = shared.share_images(lambda: open_data(options, folder), options.data.path)
     terminal.say(describe(source, options.data.path))
@@ -181,7 +187,7 @@ def set_up(
         return trainer
 
     if options.budget is not None:
-        options = budget.choose_length(options, folder, make, terminal, began)
+        options = budget.choose_length(options, folder, make, terminal, began, trial)
     trainer = make(options, folder, terminal)
     if options.resume is None:
         distributed.from_main(lambda: prepare(trainer.options, folder, source))

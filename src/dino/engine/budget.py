@@ -65,12 +65,15 @@ def try_out(options: TrainOptions, place: Path, make: Make, seconds: float, pati
     return Trial(trainer, getting_ready + pace.start_up + first_check + options.report * (low(pace.checks) + REPORT))
 
 
-def choose_length(options: TrainOptions, folder: Path, make: Make, terminal: Terminal, began: float) -> TrainOptions:
+def choose_length(
+    options: TrainOptions, folder: Path, make: Make, terminal: Terminal, began: float, seconds: float
+) -> TrainOptions:
     """`options` with the epochs that fit into its minutes and hours, from a trial of which nothing is kept.
 
     Args:
         make: builds the trainer of a run.
         began: when the command did, on the monotonic clock.
+        seconds: of the trial, at most.
 
     Raises:
         ValueError: not even a step fits.
@@ -81,7 +84,7 @@ def choose_length(options: TrainOptions, folder: Path, make: Make, terminal: Ter
     options = replace(options, {"minutes": None, "hours": None})
     try:
         distributed.from_main(place.mkdir)
-        trial = try_out(options, place, make, min(60, max(3, limit / 25)), limit / 20)
+        trial = try_out(options, place, make, min(seconds, max(3, limit / 25)), limit / 20)
     except TrainingError as error:
         if error.__cause__ is None:
             return options  # unreadable images, for example: the run ends so itself, and keeps the list of them

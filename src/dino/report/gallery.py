@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from markupsafe import Markup
+from PIL import Image
 
 from dino.data.decode import BadImage
-from dino.data.evaluation_views import make_square, resize_and_crop
+from dino.data.evaluation_views import resize_and_crop
 from dino.data.image_files import Images
 from dino.data.render import CpuRenderer
 from dino.data.scenes import Scenes
@@ -25,10 +26,10 @@ from dino.data.sources import Source, evenly_spaced, spread_over_classes
 from dino.data.views import draw_views
 from dino.features.extract import extract
 from dino.features.neighbors import find_neighbors
-from dino.html import NUM_NEIGHBORS, get_label, read_row, render
+from dino.html import EDGE, NUM_NEIGHBORS, get_label, read_row, render
 from dino.look.attention import MOST_PATCHES, jaccard
 from dino.look.drawing import to_bytes
-from dino.look.pictures import attention_maps, pca_colors
+from dino.look.pictures import Fitted, attention_maps, fit_image, pca_colors
 from dino.models import NO_ATTENTION, Backbone
 from dino.options import required
 from dino.report.run import Run
@@ -36,6 +37,7 @@ from dino.report.run import Run
 NUM_SHOWN, NUM_VIEWED = 6, 4  # images in the sections of held-out images; in the section of training views
 MAX_BANK = 2000  # training images among which neighbors are searched
 MAX_CPU_WORK = 3e11  # multiplications for their features on a CPU, which take a few seconds
+MOST_EDGE = 640  # pixels of a photograph with attention over it
 MASS = 0.6  # share of the attention that a mask keeps
 
 
@@ -78,8 +80,8 @@ class Gallery:
         if not self.model.has_attention:
             return render("text", text=NO_ATTENTION[0].upper() + NO_ATTENTION[1:])
         pictures = []
-        for picture, square in zip(self.pictures, self.squares, strict=True):
-            look = attention_maps(self.model, square, len(square), MASS)
+        for picture, photo in zip(self.pictures, self.photos, strict=True):
+            look = attention_maps(self.model, photo, self.close_size, MASS)
             names = [*(f"head {j}" for j in range(len(look.attention) - 1)), "mean map"]
             overlap, best = [None] * len(names), None
             if self.scenes is not None:
@@ -87,7 +89,7 @@ class Gallery:
                 overlap = (100 * jaccard(look.masks, truth[None])).tolist()
                 best = int(np.argmax(overlap))  # the mean of all maps may be better than each
             heads = [*zip(names, look.heated, look.overlays, overlap, look.ranges, strict=True)]
-            pictures.append({"image": look.image, "caption": self._caption(picture), "heads": heads, "best": best})
+            pictures.append({"image": look.photo, "caption": self._caption(picture), "heads": heads, "best": best})
         side, scenes = self.close_size // self.model.patch_size, self.scenes is not None
         kinds = {"best_head": "best head", "mean_map": "mean map", "mean_head": "average over heads"}
         figures = {what: self.run.get_metric(f"jaccard_{kind}")[1][-1:] for kind, what in kinds.items()}
@@ -95,7 +97,7 @@ class Gallery:
 
     def render_colors(self) -> Markup:
         """Principal components of patch features, one basis for all images."""
-        colored = pca_colors(self.model, self.squares, self.close_size)
+        colored = pca_colors(self.model, self.photos, self.close_size)
         names = [self.shown.name(picture.position) for picture in self.pictures]
         pictures = [(name, c.image, to_bytes(c.colors)) for name, c in zip(names, colored, strict=True)]
         return render("colors", pictures=pictures)
@@ -103,15 +105,15 @@ class Gallery:
     def render_neighbors(self) -> Markup:
         """Rows of a query and the training images with the most similar features."""
         size, held_out = self.model.view_size, self.shown is not self.source
-        squares = [make_square(picture.pixels, size, self.model.preprocessing) for picture in self.pictures]
         bank = extract(self.model, self.source, size, self._choose_bank())
         queries = extract(self.model, Images([picture.pixels for picture in self.pictures]), size).values
         nearest = find_neighbors(F.normalize(queries, dim=1), F.normalize(bank.values, dim=1), NUM_NEIGHBORS + 1)
         rows = []
-        for picture, square, cosines, places in zip(self.pictures, squares, *nearest, strict=True):
+        for picture, cosines, places in zip(self.pictures, *nearest, strict=True):
             found = zip(cosines.tolist(), bank.indices[places.numpy()].tolist(), strict=True)
             others = [pair for pair in found if held_out or pair[1] != picture.position]  # not the image itself
-            label = get_label(self.shown, picture.position)
+            label, edge = get_label(self.shown, picture.position), min(picture.pixels.shape[:2])
+            square = resize_and_crop(picture.pixels, max(size, min(edge, EDGE)))  # as people see it, not the model
             rows.append(read_row(square, self._caption(picture), label, self.source, others[:NUM_NEIGHBORS]))
         same = [found.same for row in rows for found in row.neighbors if found.same is not None]
         return render("neighbors", rows=rows, held_out=held_out, num_images=len(bank.indices), same=same)
@@ -156,10 +158,14 @@ class Gallery:
         return self.shown.at(self.close_size) if isinstance(self.shown, Scenes) else None
 
     @cached_property
-    def squares(self) -> list[np.ndarray]:
-        """The pictures at `close_size`."""
-        stored = [p.pixels if self.scenes is None else self.scenes.read(p.position) for p in self.pictures]
-        return [resize_and_crop(pixels, self.close_size) for pixels in stored]
+    def photos(self) -> Sequence[Fitted | np.ndarray]:
+        """The pictures in their own shape, or as squares of `close_size` where the architecture takes no others."""
+        if self.scenes is not None:
+            return [self.scenes.read(picture.position) for picture in self.pictures]
+        try:
+            return [fit_image(self.model, shrink(picture.pixels), self.close_size) for picture in self.pictures]
+        except ValueError:
+            return [resize_and_crop(picture.pixels, self.close_size) for picture in self.pictures]
 
     def _choose_bank(self) -> Sequence[int]:
         """Positions of the training images among which neighbors are searched, fewer for a large model on a CPU."""
@@ -172,6 +178,15 @@ class Gallery:
     def _caption(self, picture: Picture) -> str:
         label = get_label(self.shown, picture.position)
         return self.shown.name(picture.position).rpartition("/")[2] if label is None else label
+
+
+def shrink(pixels: np.ndarray) -> np.ndarray:
+    """The middle of a photograph, at most twice as long as wide, with at most MOST_EDGE pixels on its longer side."""
+    height, width = pixels.shape[:2]
+    top, left = max(0, height - 2 * width) // 2, max(0, width - 2 * height) // 2
+    middle = Image.fromarray(pixels[top : height - top, left : width - left])
+    middle.thumbnail((MOST_EDGE, MOST_EDGE))
+    return np.asarray(middle)
 
 
 def choose_pictures(source: Source, most: int) -> list[Picture]:
