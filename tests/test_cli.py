@@ -375,11 +375,11 @@ def test_chosen_values_are_round():
     assert options.method.teacher_temp_epochs == 3.6  # they are shown to people, who need no 3.5999999999999996
 
 
-@pytest.mark.parametrize(("allowed", "used"), [(1, 1), (4, 3)])
-def test_threads_are_left_for_the_worker_but_none_added(allowed, used, monkeypatch):
+@pytest.mark.parametrize(("allowed", "spare", "used"), [(1, 3, 1), (4, 3, 3), (2, 1, 1)])
+def test_threads_are_left_for_the_worker_but_none_added(allowed, spare, used, monkeypatch):
     """Whoever sets OMP_NUM_THREADS=1 on a shared machine gets one thread."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(run, "count_spare_cores", lambda: 3)
+    monkeypatch.setattr(run, "count_spare_cores", lambda: spare)
     try:
         torch.set_num_threads(allowed)
         run.set_threads(TrainOptions(), torch.device("cpu"))

@@ -151,8 +151,10 @@ def set_threads(options: TrainOptions, device: torch.device) -> None:
     if options.threads is not None:
         check_cores("threads", options.threads, 1)
         torch.set_num_threads(options.threads)
-    elif device.type == "cpu" and distributed.world_size() == 1 and count_spare_cores() > 2:
+    elif device.type == "cpu" and distributed.world_size() == 1:
         # One core stays free for the data worker and other programs: a thread that waits for a busy core slows all others.
+        # On two cores, the second thread adds a tenth to a half where nothing else runs, and costs half to three quarters
+        # where something does.
         # No more than torch has already, because OMP_NUM_THREADS may limit this user.
         torch.set_num_threads(min(torch.get_num_threads(), count_spare_cores()))
 

@@ -316,7 +316,7 @@ class TrainOptions(
     compile: bool = False
     """Compile the networks (torch.compile): minutes at the start, then faster steps, on a GPU above all."""
     threads: rules.PositiveInt | None = None
-    """CPU threads for the arithmetic. None: all cores but one, from four cores on."""
+    """CPU threads for the arithmetic. None: all cores but one."""
     dry_run: Annotated[bool, tyro.conf.arg(aliases=["--print-config"])] = False
     """Open the images, choose and check all options, print them as TOML (which `dino train` takes), and stop there."""
     stop_after: rules.PositiveInt | None = None

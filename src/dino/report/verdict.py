@@ -55,7 +55,7 @@ class Verdict:
 
 def warn(options: TrainOptions, steps: int) -> list[str]:
     """What to say before a run that will hardly learn (one that starts from weights needs less), or long learns nothing."""
-    if required(options.epochs) > MANY_EPOCHS:
+    if (options.epochs or 0) > MANY_EPOCHS:
         return [
             f"{options.epochs:,.0f} epochs are more than a run is known to gain from; --epochs 800 are many, and the time is "
             "better spent on more images."
