@@ -22,6 +22,8 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
+from dino.data import ranges
+
 PASSED_ON = {
     "connection",
     "transfer-encoding",
@@ -73,6 +75,7 @@ class ObjectStore(ThreadingHTTPServer):
         for name, value in self.environment(home).items():
             monkeypatch.setenv(name, value)
         fsspec.get_filesystem_class("s3").clear_instance_cache()
+        ranges._sign.cache_clear()  # of addresses at the store of another test
 
     def upload(self, folder: Path, place: str) -> str:
         """Put the files of a folder at BUCKET/PREFIX; the address."""

@@ -1,7 +1,7 @@
 """A GPU that is no NVIDIA's, as far as it can be had without one: numbers live apart, and there is no float64, as on Apple's.
 
-PyTorch's device for backends of others stands for it. The CPU computes; but an operation refuses numbers that were not sent,
-and the process has no other way to them than to fetch them. Run as a program, it is the command line on that device:
+PyTorch's device for other backends stands for it. The CPU computes, but an operation refuses numbers that were not sent
+to the device, and results must be copied back. Run as a program, it is the command line on that device:
 
     python tests/other_gpu.py '[["train", "--device", "mps", ...], ["eval", ...]]'
 """

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import other_gpu
 import processes
 from dino import distributed
 from dino.engine import parallel
 from dino.machine import describe_device, measure_memory_in_use, measure_peak_memory, name_device
+from drawing import draw_video
 from helpers import draw_images, final_state, run_dino, tiny_flags
 
 MPS = torch.device("mps")
@@ -95,6 +99,19 @@ def test_a_run_there_resumes_to_the_bit(photos, tmp_path):
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
+def draw_masks(folder: Path) -> list[str]:
+    """Six images of noise with a bright half, which is their object; the options that name them."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        classes = np.zeros((32, 48), np.uint8)
+        classes[:, 8 * (i % 3) : 8 * (i % 3) + 24] = 1
+        pixels = rng.integers(0, 80, (32, 48, 3)) + 120 * classes[..., None]
+        for kind, values in (("images", pixels), ("masks", classes)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.astype(np.uint8)).save(folder / kind / f"{i}.png")
+    return ["--images", str(folder / "images"), "--masks", str(folder / "masks"), "--size", "32"]
+
+
 def test_what_is_done_with_a_run_there(photos, tmp_path):
     """Commands end well, and figures are those of the CPU."""
     one, two = (str(sorted(photos.glob("*/*"))[i]) for i in (0, -1))
@@ -102,6 +119,9 @@ def test_what_is_done_with_a_run_there(photos, tmp_path):
     a, data = tmp_path / "a", ["--data", photos, "--val", photos]
     evaluations = [["eval", name, a, *data] for name in ("knn", "linear", "lowshot", "finetune")]
     evaluations.append(["eval", "retrieval", a, "--data", photos, "--whiten", photos])
+    evaluations += [["eval", name, a, *draw_masks(tmp_path / "masked")] for name in ("segment", "masks")]
+    draw_video(tmp_path / "clips", "one", count=3)
+    evaluations.append(["eval", "davis", a, "--data", tmp_path / "clips", "--size", 96, "--queue", 2])
     for place in ("here", "there"):
         table = tmp_path / place / "x.parquet"
         commands = [[*command, "--json", tmp_path / place / f"{command[1]}.json"] for command in evaluations]

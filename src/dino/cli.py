@@ -204,12 +204,9 @@ def parse(arguments: list[str]) -> tuple[str, Options]:
     if name not in COMMANDS:
         group = sorted(n for n in COMMANDS if n.startswith(f"{name} "))
         known = group or list(COMMANDS)
-        if group:
-            near = errors.did_you_mean("".join(arguments[1:2]), [n.split()[1] for n in group]).replace(
-                "'", f"'{name} ", 1
-            )
-        else:
-            near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
+        near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
+        if group and not errors.did_you_mean("".join(arguments[1:2]), [each.split()[1] for each in group]):
+            near = ""  # in "eval runs/a" only the first word is near
         if meant := find_order(arguments, range(1 if near and not group else len(arguments))):
             raise ValueError(f"the command comes first; write: dino {shlex.join(meant)}")
         fault = f"'{name}' needs a second word" if group else f"there is no command '{name}'"

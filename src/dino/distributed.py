@@ -59,8 +59,12 @@ def start(device: str) -> torch.device:
     """
     if device not in DEVICES:
         raise errors.unknown("device", device, DEVICES)
-    if device == "mps":
-        return _start_mps()
+    if device == "mps":  # for one process: neither NCCL nor gloo can use it
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("device is mps, which is one GPU of one machine; start it without torchrun.")
+        if not torch.backends.mps.is_available():
+            raise ValueError("device is mps but PyTorch sees no GPU of Apple; use --device cpu or --device auto.")
+        return torch.device("mps")
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise ValueError("device is cuda but PyTorch sees no NVIDIA GPU; use --device cpu or --device auto.")
@@ -84,17 +88,15 @@ def start(device: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def _start_mps() -> torch.device:
-    """Apple's GPU, for one process alone: neither of the process groups knows it."""
-    require_single("with --device mps")
-    if not torch.backends.mps.is_available():
-        raise ValueError("device is mps but PyTorch sees no GPU of Apple; use --device cpu or --device auto.")
-    return torch.device("mps")
-
-
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, to an NVIDIA GPU copied meanwhile. Other GPUs might read memory that is free by then."""
+    """The tensor on `device`. An NVIDIA GPU copies it while this process goes on. Others might copy too late, when
+    the memory holds something else."""
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def with_float64(device: torch.device) -> torch.device:
+    """The device for work in float64: the CPU where the GPU has none, as Apple's."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def stop() -> None:

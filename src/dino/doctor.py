@@ -27,7 +27,7 @@ from rich.text import Text
 from dino import distributed
 from dino.data.open import open_images, open_training_pair
 from dino.engine.checkpoint import LOCK, lock_folder
-from dino.features.survey import survey
+from dino.features.survey import survey, write_range
 from dino.machine import count_cores
 from dino.options import replace, toml
 from dino.options.commands import DoctorOptions
@@ -116,7 +116,7 @@ def examine_devices() -> Iterator[Finding]:
         text = f"There is an NVIDIA GPU, but this PyTorch cannot use it (built for CUDA {torch.version.cuda})"
         yield Finding("bad", text, "Install the PyTorch of your driver's CUDA version: https://pytorch.org/get-started")
     elif torch.backends.mps.is_available():
-        yield Finding("note", "A GPU of Apple, taken if you ask: it was never tried with dino", "--device mps")
+        yield Finding("note", "An Apple GPU; dino takes it only by name, and was never tried on one", "--device mps")
     else:
         yield Finding("good", "No GPU: training takes the recipe for a CPU, and minutes (dino plan --gpu h100: on one)")
 
@@ -205,9 +205,7 @@ def examine_images(spec: str) -> Iterator[Finding]:
     if source.classes and source.labels is not None:
         counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
         small = int((counts < 2).sum())
-        text = (
-            f"{len(source.classes)} classes of {counts.min():,} to {counts.max():,} images (training never sees labels)"
-        )
+        text = f"{len(source.classes)} classes of {write_range(counts)} images (training never sees labels)"
         yield Finding("note" if small else "good", text, f"{small} of one image cannot be measured" if small else "")
     else:
         yield Finding("good", "No labels, which training does not need; accuracy cannot be measured then")
@@ -220,7 +218,7 @@ def examine_images(spec: str) -> Iterator[Finding]:
     if not len(found.sides):
         return
     side = int(np.median(found.sides))
-    text = f"Shorter sides of {found.sides.min()} to {found.sides.max()} pixels, median {side}"
+    text = f"Shorter sides of {write_range(found.sides)} pixels, median {side}"
     large = "Decoding them will take most of the time: store copies with a shorter side of 512" if side > 1500 else ""
     yield Finding("note" if large or side < 32 else "good", text, large or ("They show little" if side < 32 else ""))
     if np.ptp(found.colors, axis=1).max() < 1 / 255:

@@ -30,7 +30,14 @@ def look_up(what: str, name: str, known: Mapping[Any, T]) -> T:
     return known[name]
 
 
-SYNONYMS = {"gpu": "cuda"}  # which would be near to another word, "cpu"
+# Words of other programs. "gpu" would be near to another word, "cpu".
+SYNONYMS = {
+    "gpu": "cuda",
+    "learning_rate": "lr",
+    "bs": "batch_size",
+    "image_size": "global_size",
+    "workers": "num_workers",
+}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -45,13 +52,11 @@ def unwritable(path: Path, error: OSError) -> ValueError:
 
 
 def find_reason(error: BaseException) -> str:
-    """What the operating system, or we of a store elsewhere, said of the first failure behind `error`; else the first line of
-    `error` itself."""
+    """The reason that the operating system or a store gave of the first failure behind `error`; else its own first line."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and (
-            cause.strerror or not isinstance(cause, ValueError)
-        ):  # as a WriteError is one
+        says_less = isinstance(cause, ValueError)  # as a WriteError, whose own cause has the reason
+        if isinstance(cause, OSError) and (cause.strerror or not says_less):
             return cause.strerror or first_line(cause)
         cause = cause.__cause__ or cause.__context__
     return first_line(error)

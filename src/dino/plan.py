@@ -23,7 +23,7 @@ from dino.engine.estimate import DEVICES, LAUNCH, LEAST, MOST, USUAL, Device, co
 from dino.engine.folder import write_options
 from dino.engine.pace import describe_time
 from dino.engine.train import Trainer
-from dino.features.survey import survey
+from dino.features.survey import survey, write_range
 from dino.machine import measure_peak_memory, name_device
 from dino.options import flatten, replace, required
 from dino.options.train import TrainOptions
@@ -134,11 +134,6 @@ def estimate(wanted: TrainOptions, source: Source, folder: Path, gpu: Device, te
         )
     total = planned.total
     return planned, Cost(gpu.name, total * usual, total * least, total * most, step.memory, step.parameters)
-
-
-def write_range(values: np.ndarray) -> str:
-    low, high = values.min(), values.max()
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def look(source: Source, held_out: Source | None) -> Rows:

@@ -22,6 +22,7 @@ from dino.data.device_decode import Jpeg, decode_jpegs, read_jpeg
 from dino.data.render import HUE_STEPS, CpuRenderer, Renderer, blur_kernels, crop
 from dino.data.sources import Source
 from dino.data.views import CONTRAST, HUE, SATURATION, Views
+from dino.distributed import send
 from dino.models.preprocessing import LUMA
 
 LARGEST = 640  # edge in pixels; the worker cuts the views of larger images
@@ -79,7 +80,7 @@ class DeviceRenderer:
         """
         which, num_images = np.array(prepared[3].tolist(), np.int64), len(views.box)
         pages = self._pages(*prepared[:3])
-        placed, *cut = (x.to(self.device, non_blocking=True) for x in prepared[3:])
+        placed, *cut = (send(x, self.device) for x in prepared[3:])
         others = _send(np.setdiff1d(np.arange(num_images), which), self.device)
         kernels, groups = blur_kernels(views.sigma), []
         for crops, group in zip(cut, views.groups, strict=True):
@@ -95,7 +96,7 @@ class DeviceRenderer:
 
     def _pages(self, canvas: Tensor, data: Tensor, sizes: Tensor) -> Tensor:
         """[k + e, 3, H, W] in the precision of the products."""
-        pages = canvas.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        pages = send(canvas, self.device).permute(0, 3, 1, 2)
         if not len(sizes):
             return pages.to(self.dtype, memory_format=torch.contiguous_format)
         lengths, *edges = zip(*sizes.tolist(), strict=True)
@@ -119,7 +120,7 @@ def choose_renderer(device: torch.device, decode: bool) -> Renderer:
 
 
 def _send(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+    return send(torch.from_numpy(np.ascontiguousarray(values)), device)
 
 
 def crop_batch(pages: Tensor, box: Tensor, flip: Tensor, size: int, widest: float) -> Tensor:

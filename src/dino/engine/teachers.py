@@ -9,19 +9,19 @@ import torch
 
 from dino import distributed, weights
 from dino.engine.best import BestTeacher
-from dino.engine.build import model_arguments
+from dino.engine.build import Plan, model_arguments
 from dino.method import DINO
 from dino.models import create
-from dino.options.train import TrainOptions
 from dino.weights import runs
 
 
 class Teachers:
     """The teacher's backbone as it is now, and the files of it in the directory `run`. All ranks call each of this."""
 
-    def __init__(self, options: TrainOptions, run: Path, method: DINO, device: torch.device):
-        self.options, self.run, self.method, self.device = options, run, method, device
-        self.best = BestTeacher(starts_trained=options.init is not None)
+    def __init__(self, plan: Plan, run: Path, method: DINO, device: torch.device):
+        self.options, self.kept = plan.options, plan.kept_teachers
+        self.run, self.method, self.device = run, method, device
+        self.best = BestTeacher(starts_trained=self.options.init is not None)
 
     def get(self) -> Any:
         """The backbone; of a sharded run a copy with whole parameters."""
@@ -44,6 +44,8 @@ class Teachers:
         distributed.from_main(write)
 
     def keep(self, step: int) -> None:
-        """Write this one to a file of its own, which stays."""
+        """Write this one to a file of its own, which stays, if the plan wants that of this step."""
+        if step not in self.kept:
+            return
         backbone = self.get()
         distributed.from_main(lambda: runs.save_on_the_way(self.run, backbone, model_arguments(self.options), step))

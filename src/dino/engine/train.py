@@ -48,6 +48,8 @@ from dino.terminal import Terminal
 from dino.weights.checkpoints import are_finite, find_tensors
 from dino.weights.checks import load_strictly
 
+LATER = ("prototypes", "best", "callback")  # parts of the state that older checkpoints may lack
+
 # Measures the teacher's backbone after so many steps; all ranks call it. Its state, if it has one, is kept in checkpoints.
 Callback = Callable[[Backbone, int], dict[str, float]]
 
@@ -86,7 +88,7 @@ class Trainer:
             self.training_step.time = self.waiting.time
         self.monitor = CollapseMonitor(options.head.out_dim or 1, batches.batch_size // batches.world_size)
         self.prototypes = PrototypeMonitor(self.training_step)
-        self.teachers = Teachers(options, run, self.method, device)
+        self.teachers = Teachers(self.plan, run, self.method, device)
         kept = run / "checkpoints", options.log.keep
         sharded = options.shard != "none"
         self.checkpoints = ShardedCheckpoints(*kept, self.training_step) if sharded else Checkpoints(*kept)
@@ -167,7 +169,7 @@ class Trainer:
         check_resumable(flatten_names(state["options"]) | of_no_more_use, self.options)
         load_strictly(self.method, state["method"], str(found.path))
         for name, part in self._parts.items():
-            if name in state:  # some are not in checkpoints of before
+            if name in state or name not in LATER:
                 part.load_state_dict(state[name])
         self.step = state["step"]
         return True
@@ -224,8 +226,7 @@ class Trainer:
                     self.metrics = MetricsLog(self.run, self.step, to)
                 if self.step == 0:
                     self._measure()
-                    if 0 in self.plan.kept_teachers:
-                        self.teachers.keep(0)
+                    self.teachers.keep(self.step)
                 self._run(stop)
             except OSError as error:
                 raise self._end(errors.find_reason(error)) from error
@@ -277,8 +278,7 @@ class Trainer:
                 self._measure()
                 ending = ending or self._agree_to_end()
                 started = time.monotonic()
-            if self.step in self.plan.kept_teachers:
-                self.teachers.keep(self.step)
+            self.teachers.keep(self.step)
             self.progress.show(self.step, stop)
             if epoch_ends or ending or self.step == stop or now - saved > 60 * log.checkpoint_minutes:
                 self.save(last=ending or self.step == stop)

@@ -161,7 +161,7 @@ def evaluate(model: Backbone, options: LowshotOptions, device: torch.device) -> 
     size, num_classes = options.size or model.view_size, len(train.classes)
     bank = cache.load_labeled(model, train, size, "training")
     queries = cache.load_labeled(model, test, size, "test")
-    place = device if device.type == "cuda" else torch.device("cpu")  # Apple's GPUs have no float64
+    place = distributed.with_float64(device)
     x, asked = (F.normalize(part.values, dim=1).to(place) for part in (bank, queries))
     labels, wanted = bank.labels.to(place), queries.labels.to(place)
     figures, counts, chosen, floors = {}, {}, {}, {}

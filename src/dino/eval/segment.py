@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dino import distributed
 from dino.data.decode import BadImage
 from dino.data.open import MOST_HELD_OUT
 from dino.data.sources import Source, evenly_spaced, hold_out, read_bytes
@@ -202,11 +203,21 @@ def compute_ious(counts: np.ndarray) -> dict[int, float]:
     return {int(i): 100 * float(right[i] / (predicted[i] + true[i] - right[i])) for i in np.flatnonzero(true)}
 
 
+def compute_figures(counts: dict[str, np.ndarray], ious: dict[str, dict[int, float]]) -> dict[str, float]:
+    """mIoU and pixel accuracy of each classifier, percent, from counts [3, 255] over all images."""
+    figures = {}
+    for name, (right, _, true) in counts.items():
+        figures[f"{name}_miou"] = float(np.mean([*ious[name].values()]))
+        figures[f"{name}_pixel_accuracy"] = 100 * float(right.sum() / true.sum())
+    return figures
+
+
 def evaluate(model: Backbone, options: SegmentOptions, device: torch.device) -> Result:
     """mIoU and pixel accuracy over all test images, of both classifiers and both floors."""
     size = choose_view_size(options.size, model, SIZE)
     train, test = open_parts(options)
     learned, asked, meaning = survey(train, test)
+    place = distributed.with_float64(device)
 
     def read(part: Part, index: int) -> tuple[np.ndarray, Tensor, Tensor, tuple[int, int]]:
         image, classes = part.images.read(index), meaning[read_mask(part.masks, index)]
@@ -224,7 +235,7 @@ def evaluate(model: Backbone, options: SegmentOptions, device: torch.device) -> 
         return features[rows], colors[rows], torch.from_numpy(labels[rows])
 
     sampled = require_usable(measure_each(used, sample, "training images"), train.images)
-    features, colors, labels = (torch.cat(each).to(device) for each in zip(*sampled, strict=True))
+    features, colors, labels = (torch.cat(each).to(place) for each in zip(*sampled, strict=True))
     numbers, labels = torch.unique(labels, return_inverse=True)
     classifiers = {
         "knn": build_knn(features, labels, len(numbers), options.k),
@@ -236,7 +247,7 @@ def evaluate(model: Backbone, options: SegmentOptions, device: torch.device) -> 
         classes, features, colors, grid = read(test, index)
         shape, counts = (classes.shape[0], classes.shape[1]), []
         for name, classify in classifiers.items():
-            scores = classify((colors if name == "colors" else features).to(device))
+            scores = classify((colors if name == "colors" else features).to(place))
             counts.append(count_pixels(numbers[enlarge_to_classes(scores, grid, shape)].cpu().numpy(), classes))
         return np.stack(counts)
 
@@ -244,10 +255,8 @@ def evaluate(model: Backbone, options: SegmentOptions, device: torch.device) -> 
     frequent = np.arange(UNKNOWN) == learned.argmax()
     counts = dict(zip(classifiers, np.sum(measured, axis=0), strict=True))
     counts["majority"] = np.stack([asked * frequent, asked.sum() * frequent, asked])
-    ious, figures = {name: compute_ious(each) for name, each in counts.items()}, {}
-    for name, (right, _, true) in counts.items():
-        figures[f"{name}_miou"] = float(np.mean([*ious[name].values()]))
-        figures[f"{name}_pixel_accuracy"] = 100 * float(right.sum() / true.sum())
+    ious = {name: compute_ious(each) for name, each in counts.items()}
+    figures = compute_figures(counts, ious)
     return Result(
         figures,
         f"patches classified by {options.k}-NN (votes exp(cosine / {TEMP:g})), logistic regression (C {options.c:g}) and "

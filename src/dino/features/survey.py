@@ -47,11 +47,18 @@ def survey(sources: Sequence[Source]) -> Survey:
             bad.append(f"{each.name(position)}: {error.reason}")
             continue
         sides.append(min(pixels.shape[:2]))
-        colors.append([np.mean((pixels.reshape(-1, 3) / 255) ** power, axis=0) for power in (1, 2)])
+        scaled = pixels.reshape(-1, 3) / 255
+        colors.append([scaled.mean(axis=0), (scaled**2).mean(axis=0)])
         thumbnails.append(cv2.resize(pixels, (EDGE, EDGE), interpolation=cv2.INTER_AREA))
     formats = Counter(PurePosixPath(each.name(position)).suffix.lower() for each, position in chosen)
     means, squares = np.array(colors).reshape(-1, 2, 3).swapaxes(0, 1)
     return Survey(total, len(chosen), bad, formats, np.array(sides), means, squares, count_copies(thumbnails))
+
+
+def write_range(values: np.ndarray) -> str:
+    """ "48 to 300"; "48" where all are equal."""
+    low, high = values.min(), values.max()
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def count_copies(thumbnails: list[np.ndarray]) -> int:

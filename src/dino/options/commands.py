@@ -15,7 +15,7 @@ class InferenceOptions(Options):
 
     model: Positional[rules.ModelName]
     """A run directory (its best teacher; with :last the last), a release (see `dino models`) or a weight file."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: rules.Device = "auto"
     """Where to compute: 'auto' is an NVIDIA GPU if there is one; 'mps' is Apple's, taken only by name."""
 
 
@@ -184,7 +184,7 @@ class SearchOptions(FindOptions):
     """Neighbors of each."""
     model: rules.ModelName | None = None
     """The model that made the embedding. None: where it was then."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: rules.Device = "auto"
     """Where to compute: 'auto' is an NVIDIA GPU if there is one; 'mps' is Apple's, taken only by name."""
 
 
@@ -257,7 +257,7 @@ class AppOptions(Options):
     printed address holds a token, without which nobody can use the page; what is sent over a network is not encrypted."""
     browser: bool = True
     """Open the page in your browser at once; never over SSH, or without a display."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: rules.Device = "auto"
     """Where to compute: 'auto' is an NVIDIA GPU if there is one; 'mps' is Apple's, taken only by name."""
 
 

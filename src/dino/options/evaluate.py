@@ -21,7 +21,7 @@ class EvalOptions(Options):
     """A run directory (its best teacher; with :last the last), a weight file, or a model's name (dino models)."""
     size: rules.Pixels | None = None
     """Edge of the evaluation view, pixels. None: what the protocol or the model was made for."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: rules.Device = "auto"
     """Where to compute. Under torchrun the work is shared, with the same result."""
     json: rules.File | None = None
     """File for the result. None: eval/NAME.json (of the last eval/last/NAME.json) in a run's directory, else none."""
@@ -311,7 +311,7 @@ class AllOptions(Options):
     videos of DAVIS (davis), originals/ and copies/ or Copydays (copydetect), or gnd_NAME.pkl or .json (retrieval)."""
     val: rules.Folder | None = None
     """Class folders of test images, when they lie elsewhere."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: rules.Device = "auto"
     """Where to compute. Under torchrun the work is shared, with the same result."""
     json: rules.File | None = None
     """File for all results. None: only each evaluation's own, in a run's directory."""

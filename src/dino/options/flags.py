@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from dino import errors
 from dino.options import AnyOptions, find_names
 from dino.options.help import Flag, describe, list_flags
 from dino.options.rules import CHECKED, Options, allows_none, get_plain
@@ -97,9 +98,6 @@ def parse_flags(
     return options
 
 
-SYNONYMS = {"learning_rate": "lr", "bs": "batch_size", "image_size": "global_size", "workers": "num_workers"}
-
-
 def _explain_unknown(word: str, kind: type[Options], flags: Sequence[Flag]) -> str:
     """What to do instead of `word`, which the parser does not know."""
     name = word.lstrip("-").replace("-", "_")
@@ -115,7 +113,7 @@ def _explain_unknown(word: str, kind: type[Options], flags: Sequence[Flag]) -> s
             f"there is no option '{word}': a training takes one GPU, which CUDA_VISIBLE_DEVICES=0 chooses; for several "
             "start it with torchrun --nproc-per-node 2 -m dino train ..., or on a cluster with dino submit --gpus 2 train ..."
         )
-    names, name = [flag.name for flag in flags], SYNONYMS.get(name, name)
+    names, name = [flag.name for flag in flags], errors.SYNONYMS.get(name, name)
     near = find_names(name, names) or get_close_matches(name, names, 1)
     hint = " or ".join(f"'--{each}'".replace("_", "-") for each in near)
     return f"there is no option '{word}'; --help lists them." + (f" Did you mean {hint}?" if near else "")

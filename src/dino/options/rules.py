@@ -82,6 +82,7 @@ _MOST = 10**9
 
 PositiveInt = Annotated[int, _ONE, between(1, _MOST)]
 NonNegativeInt = Annotated[int, _NOT_NEGATIVE, between(0, _MOST)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Pixels = Annotated[int, _ONE, between(1, 4096, " pixels")]  # edge of a view, an image or a patch
 Width = Annotated[int, _ONE, between(1, 2**16, " numbers")]  # of a layer
 Few = Annotated[int, _ONE, between(1, 1000)]  # blocks, heads, jobs

@@ -298,7 +298,7 @@ class TrainOptions(
     """Images per step, over all processes. None: chosen from the number of images and the device."""
     seed: rules.Seed = 0
     """Seed of initial weights, order and views; with the data it determines the run."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: rules.Device = "auto"
     """Where to compute: 'auto' is an NVIDIA GPU if there is one; 'mps' is Apple's, taken only by name."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass: 'auto' is bf16 on a GPU that has it, fp32 on a CPU."""
