@@ -337,6 +337,13 @@ def test_misuse_of_pictures_is_said(saved_model, tmp_path):
         model.embed([pixels, tmp_path / "a.jpg"])
     with pytest.raises(ValueError, match=r"an array of float64 \[40, 40\] is no picture; give uint8"):
         model.transform(np.zeros((40, 40)))
+    for given, words in (
+        (tmp_path / "a.jpg", r"model\.embed"),
+        ([pixels], r"model\.embed"),
+        (torch.zeros(3, 48, 48), r"\[None\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model(given)
 
 
 def test_what_was_loaded_can_be_trained_and_transforms_pictures(tmp_path):

@@ -78,6 +78,10 @@ def test_pictures_have_the_size_of_the_photograph(saved_model, model, tmp_path):
     assert abs(np.flatnonzero((gap != 255).any(axis=(1, 2))).mean() - level) < 1
     assert main(["attention", str(saved_model), str(path), "--size", "64", "--out", str(tmp_path / "out")]) == 0
     assert np.array_equal(decode(tmp_path / "out" / "a-head1.png"), look.heated[1])
+    assert torch.equal(dino.attention_maps(model, Image.fromarray(photo), 64).attention, look.attention)
+    assert np.array_equal(next(dino.pca_colors(model, str(path), 64)).picture, colored.picture)
+    with pytest.raises(ValueError, match=r"list .* is no picture; give one path"):
+        dino.attention_maps(model, [path], 64)
     small = dino.attention_maps(model, photo[:40, :40], 64)  # smaller than what the model sees
     assert np.array_equal(small.photo, small.image)
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
+from torch.profiler import profile
 
-from dino.models import Head, VisionTransformer, create
+from dino.models import Head, VisionTransformer, create, vit
 from dino.models.head import Prototypes
-from dino.models.vit import DropPath
+from dino.models.vit import Attention, DropPath
 from helpers import GOLDEN, golden_images, load_golden_weights
 
 SIZES = [(224, 224), (96, 96), (160, 256)]
@@ -191,3 +192,20 @@ def test_prototypes_scale_whichever_is_smaller(count):
 def test_errors_say_value_rule_and_fix(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("only_cls", [False, True])
+def test_attention_of_few_tokens_on_a_cpu_is_that_of_the_kernel(monkeypatch, only_cls):
+    torch.manual_seed(0)
+    layer = Attention(48, 6).double()
+    x = torch.randn(5, 37, 48, dtype=torch.float64, requires_grad=True)
+    found = []
+    for few in (vit.FEW, 0):
+        monkeypatch.setattr(vit, "FEW", few)
+        with profile() as seen:
+            out = layer(x, only_cls)
+        kernels = {event.key for event in seen.key_averages()}
+        assert ("aten::scaled_dot_product_attention" in kernels) == (few == 0)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+    for fast, usual in zip(*found, strict=True):
+        torch.testing.assert_close(fast, usual, rtol=1e-12, atol=1e-12)

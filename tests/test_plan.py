@@ -77,6 +77,8 @@ def test_a_plan_for_a_gpu_that_is_not_here(photos, tmp_path, capsys, monkeypatch
     said = capsys.readouterr().out
     assert re.search(r"10 epochs of 23 images, 50 steps of 4\b", said), said
     assert re.findall(r"\n time +(\S+ \S+)", said)[-1] in ("2 hours", "120 minutes")
+    smaller = re.findall(r"A step computes only (\d+) % with --model.arch vit_small, but", said)
+    assert [15 < int(share) < 35 for share in smaller] == [True, True], said  # half as wide, and a head alike
     half, whole = (count_step(cli.parse(["train", f"{batch}.toml"])[1]) for batch in (4, 8))
     assert whole.flops == pytest.approx(2 * half.flops)
     assert half.memory < whole.memory < 2 * half.memory, "the parameters stay"

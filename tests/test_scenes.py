@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+import dino.data.scenes
 from dino.data.scenes import SHAPES, Scenes
 
 
@@ -65,6 +66,24 @@ def test_things_differ_from_their_background():
     for i in range(50):
         gray, mask = scenes.read(i).mean(axis=2), scenes.mask(i)
         assert np.abs(gray[mask] - np.median(gray[~mask])).mean() > 20
+
+
+def test_a_scene_is_drawn_once_and_nobody_can_change_it(monkeypatch):
+    scenes = Scenes(12)
+    expected = scenes.read(5).copy()
+    scenes.read(5)[:] = 0
+    monkeypatch.setattr(dino.data.scenes, "_draw", None)
+    assert np.array_equal(scenes.read(5), expected)
+
+
+def test_no_more_scenes_are_kept_than_memory_is_meant_for(monkeypatch):
+    monkeypatch.setattr(dino.data.scenes, "KEPT", 3 * 48 * 48 * 3)
+    scenes = Scenes(12)
+    before = [scenes.read(i) for i in range(12)]
+    monkeypatch.setattr(dino.data.scenes, "_scene", None)
+    assert all(np.array_equal(scenes.read(i), before[i]) for i in range(3))
+    with pytest.raises(TypeError):
+        scenes.read(3)
 
 
 def test_pickles_as_its_parameters():

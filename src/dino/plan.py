@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import tempfile
 import time
@@ -25,6 +26,7 @@ from dino.engine.pace import describe_time
 from dino.engine.train import Trainer
 from dino.features.survey import survey, write_range
 from dino.machine import measure_peak_memory, name_device
+from dino.models.vit import SIZES
 from dino.options import flatten, replace, required
 from dino.options.train import TrainOptions
 from dino.options.trainings import PlanOptions
@@ -93,7 +95,8 @@ def plan(options: PlanOptions) -> None:
             cost = predict(budget.try_out(chosen, Path(folder, "second"), make, options.seconds), planned, imports)
     show("The images", look(source, held_out))
     show("The run, estimated" if gpu else "The run", describe(planned, len(source), cost, options.price))
-    for text in filter(None, [*warn(planned.options, planned.total), advise_start(planned.options, len(source))]):
+    advice = advise_start(planned.options, len(source)), advise_less(planned.options)
+    for text in filter(None, [*warn(planned.options, planned.total), *advice]):
         print(f"Note: {text}")
     about = f"# dino plan, {datetime.date.today()}: about {describe_time(cost.seconds)} on {cost.device}\n"
     files.write(path, about + write_options(planned.options))
@@ -178,6 +181,21 @@ def describe(planned: Plan, count: int, cost: Cost, price: float | None) -> Rows
         rows.append(("cost", f"{cost.seconds / 3600 * price:.2f}"))
     near = sorted(REACHED, key=lambda each: abs(np.log(each[0] / count)))[:2]
     return [*rows, *(("a CPU reached in 30 min", words) for _, words in near if options.init is None)]
+
+
+def advise_less(options: TrainOptions) -> str:
+    """How much less a step computes with fewer views and with the next smaller ViT; "" where neither is possible."""
+    smaller = {larger: arch for arch, larger in itertools.pairwise(SIZES)}
+    arch, crops = required(options.model.arch), options.views.num_local
+    changes = {"model.arch": smaller.get(arch), "views.num_local": (crops or 0) // 2 or None}
+    if options.method.frozen is not None or arch not in SIZES:
+        return ""
+    whole, parts = count_step(options).flops, []
+    for name, value in changes.items():
+        if value is not None:
+            share = count_step(replace(options, {name: value})).flops / whole
+            parts.append(f"{100 * share:.0f} % with --{name.replace('_', '-')} {value}")
+    return f"A step computes only {' and '.join(parts)}, but each is likely to learn less." if parts else ""
 
 
 def show(title: str, rows: Rows) -> None:

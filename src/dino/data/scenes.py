@@ -1,9 +1,9 @@
 """The built-in data set: drawn scenes of four objects of one class, with labels and masks.
 
-Image `i` of seed `s` is a function of (s, i) alone and drawn when it is read; nothing is stored. A class is one of ten
-shapes with a pattern (two classes share each pattern). Places, sizes, rotations and colors of the four objects, and
-whether they are lighter or darker than the background, do not depend on the class. So single pixels say little about the
-class, while every crop of a scene shows it.
+Image `i` of seed `s` is a function of (s, i) alone and drawn when it is first read; nothing is stored on disk. A class is
+one of ten shapes with a pattern (two classes share each pattern). Places, sizes, rotations and colors of the four objects,
+and whether they are lighter or darker than the background, do not depend on the class. So single pixels say little about
+the class, while every crop of a scene shows it.
 
 Lengths are shares of the image edge, y points down. A shape is a signed distance function of coordinates [h, w]
 in which its area is about that of a unit disc: negative inside, zero on the outline, exact only near it.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -36,6 +37,7 @@ BACKGROUND_CHROMA = (0.03, 0.15)
 GRAIN_CELLS = 48  # fixed, so that a scene has the same grain at any size
 GRAIN = 0.005  # standard deviation, white = 1
 HELD_OUT = 500  # scenes
+KEPT = 10**8  # bytes of drawn scenes that a process keeps; drawing one takes milliseconds
 
 
 # ---------------------------------------------------------------------------------------------------- shapes
@@ -217,9 +219,13 @@ class Scenes:
             if not 0 <= value < 2**63:
                 raise ValueError(f"{name} is {value}; it must be in [0, 2**63).")
         self.num_images, self.seed, self.size, self.first = num_images, seed, size, first
+        self._drawn: dict[int, Array] = {}
         self.labels = _labels(num_images, seed, first)
         content = f"scenes 2 {seed} {size} {first}".encode() + self.labels.astype("<i8").tobytes()
         self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_drawn": {}}  # a process draws its own
 
     def __len__(self) -> int:
         return self.num_images
@@ -237,7 +243,12 @@ class Scenes:
 
     def read(self, index: int) -> Array:
         """The scene as uint8 [size, size, 3]."""
-        return _draw(self._scene(index), self.size)
+        image = self._drawn.get(index)
+        if image is None:
+            image = _draw(self._scene(index), self.size)
+            if len(self._drawn) * image.nbytes < KEPT:
+                self._drawn[index] = image
+        return image.copy()
 
     def mask(self, index: int) -> Array:
         """Where the objects are, bool [size, size]."""

@@ -1,9 +1,9 @@
 """Pictures of what a model sees, as arrays and as figures: attention of each head, patch features, matching patches.
 
-An image is a path or an array [h, w, 3] uint8. The model sees it resized; pictures are drawn over the photograph at its own
-size, where that is larger. A map is drawn with one rectangle per patch and is not smoothed: black where a head looks least,
-bright where it looks most; `Look.ranges` says how much that is. A mask keeps the image where most of a head's attention lies
-and dims the rest.
+An image is a path, a PIL image or an array [h, w, 3] uint8. The model sees it resized; pictures are drawn over the
+photograph at its own size, where that is larger. A map is drawn with one rectangle per patch and is not smoothed: black
+where a head looks least, bright where it looks most; `Look.ranges` says how much that is. A mask keeps the image where most
+of a head's attention lies and dims the rest.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import colorsys
 import io
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from dino.look.video import Clip, Frame, thin_out
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.commands import AttentionOptions, MatchOptions, PcaOptions, VideoOptions
 from dino.options.rules import checked
+from dino.weights.pictures import Picture, read_picture
 
 PANEL_ROWS = 10  # images of a page of a panel
 
@@ -41,7 +43,7 @@ class Fitted(NamedTuple):
     photo: np.ndarray  # [H, W, 3] uint8, the same part of it at its own size; `pixels`, where that is not smaller
 
 
-AnyImage = str | Path | np.ndarray | Fitted  # a file, or pixels [h, w, 3] uint8
+AnyImage = Picture | Fitted
 
 
 def choose_size(model: Backbone, size: int | None) -> int:
@@ -68,12 +70,12 @@ def fit_image(model: Backbone, image: AnyImage, size: int | None = None) -> Fitt
         return image
     size = choose_size(model, size)
     try:
-        original = image if isinstance(image, np.ndarray) else decode(image)
+        original = decode(Path(image)) if isinstance(image, str | os.PathLike) else read_picture(image)
         pixels = fit_to_patches(original, size, model.patch_size)
         height, width = pixels.shape[:2]
         check_number(math.prod(model.grid(height, width)), height, width)  # patches may overlap
     except (BadImage, ValueError) as error:
-        what = "an image" if isinstance(image, np.ndarray) else image
+        what = image if isinstance(image, str | os.PathLike) else "an image"
         raise ValueError(f"{what} cannot be shown: {error}") from error
     scale = min(original.shape[:2]) / size
     height, width = (
@@ -208,6 +210,7 @@ def pca_colors(model: Backbone, images: Sequence[AnyImage], size: int | None = N
     Raises:
         ValueError: an image cannot be shown.
     """
+    images = [images] if isinstance(images, str | os.PathLike) else images
     some = (images[i] for i in evenly_spaced(len(images), BASIS_IMAGES))
     basis = fit_axes(extract_patches(model, fit_image(model, image, size).pixels) for image in some)
     yield from (color_patches(model, fit_image(model, image, size), basis) for image in images)

@@ -1,9 +1,9 @@
 """The Vision Transformer as the paper trains it (section 3.2; DeiT's pre-norm ViT with a learned position per patch).
 
 State-dict keys are the reference's, so released weights load unchanged. Three things are done otherwise than written down
-in the papers, with the same results: attention runs through `scaled_dot_product_attention`; where only the [CLS] output is
-asked for, the last block computes that one query (6 % of all FLOPs saved); activations may be computed again in the
-backward pass.
+in the papers, with the same results: attention runs through `scaled_dot_product_attention`, unless a CPU learns from a few
+tokens; where only the [CLS] output is asked for, the last block computes that one query (6 % of all FLOPs saved); activations
+may be computed again in the backward pass.
 
 Letters: n images, t tokens (1 + patches), q tokens that are asked for (t or 1), d width, h heads.
 """
@@ -37,6 +37,10 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 # The same with a stem of convolutions in place of patches.
 HYBRIDS: dict[str, tuple[int, int, int]] = {"vit_nano_hybrid": (128, 3, 4)}
+
+# Up to so many tokens, and half as many channels of a head, a CPU learns faster with two plain products than with PyTorch's
+# own kernel, whose backward pass is slow there: the demo's steps take 0.4 of the time (docs/performance-log.md).
+FEW = 64
 
 # Results that "elementwise" keeps for the backward pass. Norms, GELU and sums are computed again from them.
 PRODUCTS = [
@@ -84,15 +88,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "n t d"], only_cls: bool = False) -> Float[Tensor, "n q d"]:
         q, k, v = self._heads(x, only_cls)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if self.training and x.device.type == "cpu" and max(x.shape[1], 2 * q.shape[-1]) <= FEW:
+            mixed = _compare(q, k) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
     def weights(self, x: Float[Tensor, "n t d"], only_cls: bool = False) -> Float[Tensor, "n h q t"]:
         q, k, _ = self._heads(x, only_cls)
-        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        return _compare(q, k)
 
     def _heads(self, x: Float[Tensor, "n t d"], only_cls: bool) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q[:, :, :1] if only_cls else q, k, v
+
+
+def _compare(q: Float[Tensor, "n h q d"], k: Float[Tensor, "n h t d"]) -> Float[Tensor, "n h q t"]:
+    return (q * (1 / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Mlp(nn.Module):

@@ -52,14 +52,19 @@ def read_picture(picture: Picture) -> np.ndarray:
 
     Raises:
         BadImage: a file cannot be read.
+        ValueError: it is no picture.
     """
     if isinstance(picture, Image.Image):
         return to_rgb(ImageOps.exif_transpose(picture) or picture)
-    if not isinstance(picture, np.ndarray):
+    if isinstance(picture, str | os.PathLike):
         try:
             return decode(Path(picture))
         except BadImage as error:
             raise BadImage(f"{picture}: {error.reason}") from error
+    if not isinstance(picture, np.ndarray):
+        raise ValueError(
+            f"{type(picture).__name__} {str(picture)[:60]} is no picture; give one path, PIL image or array."
+        )
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise ValueError(
             f"an array of {picture.dtype} {list(picture.shape)} is no picture; give uint8 [height, width, 3]."
@@ -94,7 +99,23 @@ def embed(model: Backbone, transform: Transform, pictures: Picture | Iterable[Pi
 
 
 def attach(model: Any) -> None:
-    """Give a model its `transform` and `embed`."""
+    """Give a model its `transform` and `embed`, and a sentence about them where it is called with a picture."""
     model.transform = Transform(model.preprocessing, model.view_size)
     embed_pictures: Callable[..., Tensor] = functools.partial(embed, model, model.transform)
     vars(model)["embed"] = embed_pictures
+    model.register_forward_pre_hook(refuse_pictures)
+
+
+def refuse_pictures(model: Any, inputs: tuple[Any, ...]) -> None:
+    """Before a model computes.
+
+    Raises:
+        ValueError: it was given a picture, or one image where it takes a batch.
+    """
+    images = inputs[0] if inputs else None
+    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray | list):
+        raise ValueError(
+            "a model takes tensors [n, c, h, w]; model.embed(pictures) takes paths, PIL images and arrays."
+        )
+    if isinstance(images, Tensor) and images.ndim == 3:
+        raise ValueError(f"a model takes a batch [n, c, h, w], not {list(images.shape)}; write images[None] for one.")
