@@ -110,6 +110,7 @@ def test_a_group_of_commands_lists_them(capsys):
         ("runs/a eval knn", "eval knn runs/a"),
         ("eval runs/a knn", "eval knn runs/a"),
         ("--data x train", "train --data x"),
+        ("demo train", "train demo"),
         ("figure attention runs/a x.jpg", "attention runs/a x.jpg"),
     ],
 )
@@ -144,6 +145,9 @@ def test_a_shell_completes_commands_options_and_choices(tmp_path):
         ("eval knn vits16 --data nosuch/", "The data path 'nosuch/' does not exist"),
         ("train --data nosuch/", "The data path 'nosuch/' does not exist"),
         ("train --init vits61", "there is no run, weight file or release 'vits61'"),
+        ("report nosuch", "nosuch holds no run (no config.toml)"),
+        ("doctor nosuch", "The data path 'nosuch' does not exist"),
+        ("search nosuch a.jpg --k 5", "there is no embedding 'nosuch'; write one with: dino embed"),
         ("embed runs/a:last x --out y", "there is no run, weight file or release 'runs/a:last'"),
     ],
 )

@@ -134,7 +134,7 @@ def quickened(command: str, arguments: list[str]) -> list[str]:
     if command != "train":
         return [*arguments, *QUICK.get(command, [])]
     if "--resume" in arguments and "auto" not in arguments:
-        return arguments
+        return [*arguments, "--stop-after", "4"]
     recipe = arguments[: not arguments[0].startswith("-")]
     options = LEAST | ({"data.path": "scenes:64"} if recipe == ["demo"] else {})
     if any(re.search("timm:|^resnet", a) for a in arguments):  # widths are the architecture's, and views not so small

@@ -208,9 +208,9 @@ def test_every_chart_has_its_caption(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     read_again = Run.read(run, 22)
     charts = list_charts(read_again)
-    assert len(charts) == 10
+    assert len(charts) == 11
     text = render("training", run=read_again, charts=[(c, *draw_chart(c, read_again)) for c in charts], pages={})
-    assert text.count("</svg>") == text.count("</p>") == 10
+    assert text.count("</svg>") == text.count("</p>") == 11
 
 
 @pytest.fixture(scope="module")

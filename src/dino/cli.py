@@ -165,7 +165,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def check_names(options: Options) -> None:
-    """Refuse models and images that are not there, before seconds pass with the import of PyTorch.
+    """Refuse models, runs, embeddings and images that are not there, before seconds pass with the import of PyTorch.
 
     Of a run that is resumed, and of one in several processes, whoever opens them can say more.
     """
@@ -173,12 +173,19 @@ def check_names(options: Options) -> None:
     if given.get("resume") is not None or "RANK" in os.environ:
         return
     for flag in help.list_flags(type(options)):
-        name = given[flag.name] or ""
-        if flag.values == "MODEL" and name:
+        name = given[flag.name]
+        if not name or not isinstance(name, str):
+            continue
+        if flag.values == "MODEL":
             names.require_model(name)
+        if "://" in name or os.path.exists(os.path.expanduser(name)):
+            continue
+        if flag.values == "EMBEDDING":
+            raise names.no_embedding(name)
+        if flag.values == "RUN":
+            toml.read_recorded(name)
         # Patterns, kinds of data and files of tables have readers with sentences of their own.
-        is_path = flag.values == "IMAGES" and name and not re.search(r"[:{*?\[\n]|^scenes$|\.(tar|parquet)$", name)
-        if is_path and not os.path.exists(os.path.expanduser(name)):
+        if flag.values == "IMAGES" and not re.search(r"[:{*?\[\n]|^scenes$|\.(tar|parquet)$", name):
             importlib.import_module("dino.data.listing").locate(name)
 
 
@@ -207,7 +214,8 @@ def parse(arguments: list[str]) -> tuple[str, Options]:
         near = errors.did_you_mean(" ".join(arguments[:2]), known) or errors.did_you_mean(name, known)
         if group and not errors.did_you_mean("".join(arguments[1:2]), [each.split()[1] for each in group]):
             near = ""  # in "eval runs/a" only the first word is near
-        if meant := find_order(arguments, range(1 if near and not group else len(arguments))):
+        typed = near and not group and "".join(arguments[1:2]) not in COMMANDS
+        if meant := find_order(arguments, range(1 if typed else len(arguments))):
             raise ValueError(f"the command comes first; write: dino {shlex.join(meant)}")
         fault = f"'{name}' needs a second word" if group else f"there is no command '{name}'"
         raise ValueError(f"{fault}; known are {', '.join(known)}.{near}")

@@ -146,8 +146,10 @@ def examine_space() -> Iterator[Finding]:
         yield examine_disk(Path("/dev/shm"), 0.5 * GB, advice)
     if sys.platform == "linux":  # elsewhere psutil does not know it
         files = psutil.Process().rlimit(psutil.RLIMIT_NOFILE)[0]
-        if 0 <= files < 1024:
-            yield Finding("note", f"A program may open {files} files; many data workers need more", "ulimit -n 4096")
+        few = 0 <= files < 1024
+        text = f"A program may open {'any number of' if files < 0 else files} files"
+        text += "; many data workers need more" if few else ""
+        yield Finding("note" if few else "good", text, "ulimit -n 4096" if few else "")
 
 
 def examine_disk(folder: Path, enough: float, help: str) -> Finding:

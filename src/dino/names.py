@@ -76,6 +76,10 @@ def no_model(name: str) -> ValueError:
     )
 
 
+def no_embedding(name: str) -> ValueError:
+    return ValueError(f"there is no embedding '{name}'; write one with: dino embed MODEL DATA --out x.parquet")
+
+
 def require_model(name: str) -> None:
     """Refuse what can be no model, for it names no file, address or release, and nothing on a hub. Nothing is opened.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dino import errors
+from dino import errors, names
 from dino.data import storage
 from dino.features.extract import POOLINGS
 from dino.terminal import track
@@ -68,9 +68,7 @@ def _read_footer(path: str) -> tuple[Any, int]:
     try:
         found = storage.ask_of_file(path, read) if storage.is_remote(path) else read(path)
     except FileNotFoundError as error:
-        raise ValueError(
-            f"there is no embedding '{path}'; write one with: dino embed MODEL DATA --out x.parquet"
-        ) from error
+        raise names.no_embedding(path) from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}).") from error
     if found is None:

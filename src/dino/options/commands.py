@@ -158,7 +158,7 @@ class EmbedOptions(InferenceOptions):
 
 
 class FindOptions(Options):
-    embedding: Positional[str]
+    embedding: Positional[rules.Embedding]
     """What `dino embed` wrote."""
     index: Literal["flat", "ivfpq"] | None = None
     """Exact, or FAISS's approximate index, which is kept beside the embedding. None: exact, but in a search of more than a
@@ -222,7 +222,7 @@ class SelectOptions(Options):
     dino select x.parquet --keep 5 --seed 1 --out few.txt
     """
 
-    embedding: Positional[str]
+    embedding: Positional[rules.Embedding]
     """What `dino embed` wrote."""
     keep: rules.PositiveInt
     """Images to keep."""
@@ -268,7 +268,7 @@ class ReportOptions(Options):
     dino report runs/demo
     """
 
-    run: Positional[str]
+    run: Positional[rules.RunName]
     """A run directory, or the address that a run was given as --out."""
 
 
@@ -280,7 +280,7 @@ class DoctorOptions(Options):
     dino doctor runs/a
     """
 
-    target: Positional[str] = ""
+    target: Positional[rules.DataSpec] = ""
     """A run directory, or images as --data takes them. Without one, this machine is examined."""
 
 

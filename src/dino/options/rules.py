@@ -98,6 +98,8 @@ AttentionMass = Annotated[
     float, Rule(lambda value: 0 < value <= 1, "the share of attention to keep lies above 0 and up to 1")
 ]
 ModelName = Annotated[str, Metavar("MODEL")]  # what `dino.load` takes
+RunName = Annotated[str, Metavar("RUN")]
+Embedding = Annotated[str, Metavar("EMBEDDING")]  # what `dino embed` writes
 DataSpec = Annotated[str, Metavar("IMAGES")]  # what `dino.data.specs` describes
 Folder = Annotated[str, Metavar("FOLDER")]
 File = Annotated[str, Metavar("FILE")]

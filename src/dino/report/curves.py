@@ -87,7 +87,6 @@ def list_charts(run: Run) -> list[Chart]:
     useful = Panel(shares, "{:.1f} %", change=lambda share: 100 * share)
     crops = Panel({"own crop found": "two_crop_retrieval"}, "{:.1f} %")
     rank, spread = Panel({"effective rank": "effective_rank"}, "{:.1f}"), Panel({"feature spread": "feature_std"})
-    center, gradients = Panel({"center norm": "center_norm"}), Panel({"gradient norm": "grad_norm"}, log=True)
     every = [
         Chart("Loss", [Panel({"entropy": "teacher_entropy", "KL": "kl"}, stacked=True, marks=ln_k)]),
         Chart("Loss on vectors", on_vectors * [Panel({"loss": "loss"}), Panel({"target spread": "target_spread"})]),
@@ -97,7 +96,8 @@ def list_charts(run: Run) -> list[Chart]:
         Chart("Knowing an image by its crops", [crops]),
         Chart("Likeness to the start", [Panel({"linear CKA": "cka_start"})]),
         Chart("Prototype usage", [usage, useful]),
-        Chart("Center and gradients", [center, gradients]),
+        Chart("Center", [Panel({"center norm": "center_norm"})]),
+        Chart("Gradients", [Panel({"gradient norm": "grad_norm"}, log=True)]),
         Chart("Schedules", schedules, columns=2),
         Chart("Speed", [speed, waiting]),
     ]
