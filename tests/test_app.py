@@ -31,7 +31,7 @@ from helpers import TINY, dino_command, draw_images
 
 gradio, httpx = pytest.importorskip("gradio"), pytest.importorskip("httpx")
 from dino.app import guard  # noqa: E402
-from dino.app.atlas import Atlas, write_plainly  # noqa: E402
+from dino.app.atlas import CHOSEN, OTHERS, TAGGED, Atlas, write_plainly  # noqa: E402
 from dino.app.explorer import (  # noqa: E402
     MAX_PATCHES,
     Explorer,
@@ -104,7 +104,9 @@ def test_neighbors_and_copies(explorer, album, tmp_path):
     assert float(captions[0][0]) == float(captions[1][0]) == 1
     assert float(captions[2][0]) < 1  # with as many digits as tell
     atlas = explorer.atlas
-    assert re.match(r"\d+ of 41 images are near-copies, in groups: \d+\.", atlas.describe_copies())
+    assert re.match(
+        r"\d+ of 41 images are near-copies, in \d+ groups?\. Marked to be left out: \d+;", atlas.describe_copies()
+    )
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "embeddings").rglob("*.parquet"))
     list(explorer.index_images(tmp_path / "embeddings"))  # found again
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "embeddings").rglob("*.parquet"))
@@ -212,6 +214,7 @@ def test_lists_and_tags_are_what_other_commands_take(atlas, album, tmp_path):
         "../x.csv",
         "/tmp/x.csv",
         "a/b.txt",
+        "list.TXT",
         ".hidden.txt",
         "x.py",
         "",
@@ -219,14 +222,33 @@ def test_lists_and_tags_are_what_other_commands_take(atlas, album, tmp_path):
         3,
         "x" * 200 + ".txt",
     ):
-        with pytest.raises(ValueError, match=r"a name that ends in \.txt or \.csv"):
+        with pytest.raises(ValueError, match=r"no folder\) that ends in \.txt or \.csv in small letters"):
             atlas.write_list(tmp_path / "lists", name, rows)
     for tag in ("", "a,b", "<b>", "a\nb", None, "x" * 60):
         with pytest.raises(ValueError, match="A tag must be"):
             atlas.tag(rows, tag)
-    with pytest.raises(ValueError, match="choose some first"):
+    with pytest.raises(ValueError, match="choose others"):
         atlas.write_list(tmp_path / "lists", "none.txt", [])
     assert sorted(path.name for path in (tmp_path / "lists").iterdir()) == ["mine.csv", "mine.txt"]
+
+
+def test_a_list_has_the_images_of_one_tag_or_of_the_choice(atlas):
+    assert atlas.describe_tags() == "Tags: none yet"
+    with pytest.raises(ValueError, match="Write a tag that images have into the box above: there is none yet"):
+        atlas.list_rows(TAGGED, [], "")
+    atlas.tag([3, 5], "keep")
+    atlas.tag([5, 7], "blurry")
+    atlas.tag([9], "keep")
+    assert atlas.describe_tags() == "Tags: blurry (2), keep (3)"
+    assert atlas.list_rows(TAGGED, [1], " keep ") == [3, 5, 9]
+    for tag in ("", "kee", None):
+        with pytest.raises(ValueError, match=r"a tag that images have into the box above: blurry, keep\.$"):
+            atlas.list_rows(TAGGED, [1], tag)
+    assert atlas.list_rows(CHOSEN, [1], "keep") == [1]
+    assert atlas.list_rows(OTHERS, [1], "keep") == [0, *range(2, 41)]
+    for which in (CHOSEN, OTHERS):
+        with pytest.raises(ValueError, match="Choose images on the map first"):
+            atlas.list_rows(which, [], "keep")
 
 
 def test_names_on_the_map_are_no_tags():
@@ -429,6 +451,7 @@ def test_the_page_in_a_browser(trained, album, tmp_path, monkeypatch):
         page.reload()  # what was computed is there again
         page.get_by_role("tab", name="Map").click()
         page.wait_for_selector("#map .points path")
+        page.get_by_text("Tags: mine (41)").wait_for()
 
         page.get_by_role("tab", name="Over time").click()
         page.click("#go")
@@ -440,6 +463,13 @@ def test_the_page_in_a_browser(trained, album, tmp_path, monkeypatch):
         page.set_input_files("#first-file input[type=file]", tmp_path / "broken.jpg")
         page.get_by_text("This cannot be shown: not an image (JPEG, PNG, WebP, BMP, TIFF or GIF).").wait_for()
         assert pictures("#heads") == before  # nothing is lost
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.reload()
+        page.wait_for_selector("#masks img")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        page.locator(".overflow-menu > button").click()
+        page.locator(".overflow-dropdown").get_by_text("Map", exact=True).click()
+        page.wait_for_function("document.querySelector('#map .nsewdrag')?.getBoundingClientRect().height === 360")
         browser.close()
     assert asked
     origin = address.partition("?")[0]

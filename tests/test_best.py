@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,15 @@ def test_the_best_is_what_a_name_takes_and_the_last_can_be_asked_for(run, photos
     assert weights.read(f"{run}:last", only_backbone=True).best is None
     capsys.readouterr()
 
+    for file, state in ((run / "best.safetensors", best), (run / "teacher.safetensors", last)):
+        assert_same_bits(dino.load(file).state_dict(), state)
+    (run.parent / "b/teachers").mkdir(parents=True)
+    for name in ("config.json", "teacher.safetensors"):
+        shutil.copy(run / name, run.parent / "b")
+    kept = shutil.copy(run / "best.safetensors", run.parent / "b/teachers/step-00000010.safetensors")
+    assert_same_bits(dino.load(kept).state_dict(), best)
+    shutil.rmtree(run.parent / "b")
+
     everything = weights.read(run)  # student and heads are kept of the last only
     assert_same_bits(everything.backbone(), last)
     assert "has only the backbone of its best teacher (step 10); taking all of step 15" in capsys.readouterr().err
@@ -160,7 +170,9 @@ def test_files_that_are_missing_damaged_or_old_are_never_used(run, capsys):
         assert_same_bits(dino.load(run).state_dict(), best)
         assert "taking step-00000015.pt" in capsys.readouterr().err
         assert_same_bits(dino.load(f"{run}:last").state_dict(), last)
+        capsys.readouterr()
         dino.train(resume=run)
+        assert "is complete: nothing is left to train." in "".join(capsys.readouterr())
         assert {path: path.read_bytes() for path in right} == right
 
 

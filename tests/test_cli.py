@@ -408,7 +408,7 @@ def test_threads_wait_without_work_unless_the_user_says_so(given, monkeypatch, c
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
-    assert cli.main(["--version"]) == 0
+    assert cli.main(["version"]) == cli.main(["--version"]) == 0
     assert os.environ["OMP_WAIT_POLICY"] == (given or "passive")
 
 
@@ -446,11 +446,13 @@ def test_held_out_images_of_other_classes_are_refused(photos, tmp_path, capsys):
             ["train", "--optim.lrr", "1"],
             "there is no option '--optim.lrr'; --help lists them. Did you mean '--optim.lr'?",
         ),
-        (["train", "--epochs"], "--epochs has no value"),
-        (["train", "--out", "-x"], "--out has no value; write it as --out=VALUE where it begins with '-'."),
+        (["train", "--epochs"], "--epochs needs a value behind it"),
+        (["train", "--out", "-x"], "--out needs a value behind it; if that begins with '-', write --out=VALUE."),
         (["train", "--views.global-scale", "1"], "views.global_scale is (1.0,); give 2 values."),
         (["train", "--lr", "1"], "there is no option '--lr'; --help lists them. Did you mean '--optim.lr'?"),
         (["train", "--gpus", "2"], "for several start it with torchrun --nproc-per-node 2 -m dino train"),
+        (["train", "--report", "false"], "a switch takes no 'false'; write its name alone, and --no-NAME for off."),
+        (["plan", "--gpu", "A100"], "Did you mean 'a100'?"),
         (["train", "--data", "a.jpg", "b.jpg"], "'b.jpg' is one word too many; put a name with spaces in quotes"),
         (["train", "--device", "gpu"], "device is 'gpu'; choose one of auto, cpu, cuda, mps. Did you mean 'cuda'?"),
         (["eval", "knn"], "MODEL is missing; --help explains it."),

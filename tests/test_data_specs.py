@@ -204,7 +204,7 @@ def test_evaluations_with_folders_of_their_own_know_the_home_folder(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["eval", evaluation, str(saved_model), "--data=~/set", "--device", "cpu"]) == 2
     said = capsys.readouterr().err
-    assert f"--data {tmp_path}/set" in said or f"what follows '{tmp_path}'" in said
+    assert f"--data {tmp_path}/set" in said or f"'{tmp_path}' exists, so check" in said
 
 
 def test_an_unknown_kind_of_data_is_named_with_the_nearest(tmp_path, monkeypatch):

@@ -120,6 +120,15 @@ def test_a_damaged_or_unwritable_cache_is_no_obstacle(model, photos, cache_folde
     assert torch.equal(cache.load_or_extract(model, source, 32, "cls", "images").values, first.values)
 
 
+def test_misuse_from_python_is_said(model, photos):
+    with pytest.raises(ValueError, match=r"first argument is VisionTransformer; write dino.evaluate\('knn', model"):
+        dino.evaluate(model, "knn", data=str(photos))
+    with pytest.raises(ValueError, match=r"data is missing; write dino.evaluate\('knn', model, data=...\)"):
+        dino.evaluate("knn", model)
+    one, several = (dino.evaluate("knn", model, data=str(photos), k=k).figures for k in (3, (3,)))
+    assert one == several
+
+
 def test_poolings_against_plain_code(model):
     images = torch.randn(3, 3, 32, 32)
     last = model.tokens(images)[-1]

@@ -21,6 +21,7 @@ from dino.features.layout import lay_out
 from dino.look.attention import map_attention
 from dino.look.commands import distinguish_names
 from dino.look.patches import match_mutual, prepare_image
+from dino.look.pictures import Look
 from dino.look.video import Clip, Frame, thin_out, write_video
 from drawing import draw_square, encode_clip
 from helpers import draw_images, run_dino
@@ -78,6 +79,10 @@ def test_pictures_have_the_size_of_the_photograph(saved_model, model, tmp_path):
     assert abs(np.flatnonzero((gap != 255).any(axis=(1, 2))).mean() - level) < 1
     assert main(["attention", str(saved_model), str(path), "--size", "64", "--out", str(tmp_path / "out")]) == 0
     assert np.array_equal(decode(tmp_path / "out" / "a-head1.png"), look.heated[1])
+    assert torch.equal(dino.attention_maps(saved_model, path, 64).attention, look.attention)
+    assert np.array_equal(dino.match_patches(saved_model, path, path, 64).points, found.points)
+    with pytest.raises(ValueError, match="there are no images"):
+        list(dino.pca_colors(model, []))
     assert torch.equal(dino.attention_maps(model, Image.fromarray(photo), 64).attention, look.attention)
     assert np.array_equal(next(dino.pca_colors(model, str(path), 64)).picture, colored.picture)
     with pytest.raises(ValueError, match=r"list .* is no picture; give one path"):
@@ -93,6 +98,13 @@ def test_maps_are_stretched_and_say_their_range(model):
     assert [drawn[..., 0].max() for drawn in look.maps] == [252] * (HEADS + 1)  # and the brightest
     least, most = (100 * float(value) for value in (look.attention[0].min(), look.attention[0].max()))
     assert look.ranges[0] == f"{least:.2g} to {most:.2g} %"
+
+
+def test_a_figure_of_many_heads_has_several_rows():
+    photo = np.zeros((32, 32, 3), np.uint8)
+    few, many = (Look(photo, torch.rand(heads, 4, 4), 0.6, photo).figure().size for heads in (9, 17))
+    assert many[0] == few[0]
+    assert 1.8 < many[1] / few[1] < 2.1
 
 
 def test_a_panel_of_many_images_has_pages(saved_model, tmp_path):

@@ -67,7 +67,8 @@ def test_wrong_types_and_words_are_refused_with_the_name_of_the_option(kind):
     for name, hint in get_types(kind).items():
         plain, words = get_plain(hint), find_choices(hint)
         if get_origin(plain) is tuple:
-            wrong: list[Any] = [3, "3", (object(),) * max(1, len(get_args(plain)) - (get_args(plain)[-1] is ...))]
+            any_length = get_args(plain)[-1] is ...  # of which a single value is a list of one
+            wrong: list[Any] = [{}, (object(),)] if any_length else [3, "3", (object(),) * len(get_args(plain))]
         elif words:
             wrong = [3.5, True, f"{words[0]}x"]
         else:

@@ -39,7 +39,7 @@ def test_a_plan_says_what_is_there_and_train_takes_it(photos, tmp_path, capsys, 
     assert re.search(r"near-copies +1 of", said), said
     assert re.search(r"deviation of colors +0\.\d\d, 0\.\d\d", said), said
     assert re.search(r"classes +3, of \d to \d images", said), said
-    time, cost = (re.search(rf"{word} +([\d.]+) ?(\w*)", said) for word in ("time", "cost"))
+    time, cost = (re.search(rf"{word} +([\d.]+) ?(\w*)", said) for word in ("time", "an hour"))
     seconds = float(time[1]) * {"seconds": 1, "minutes": 60}[time[2]]
     assert float(cost[1]) / 1000 == pytest.approx(seconds, rel=0.3, abs=0.5), "3.6e6 an hour is 1000 a second"
     assert "dino train plan.toml" in said
@@ -71,21 +71,32 @@ def test_a_plan_for_a_gpu_that_is_not_here(photos, tmp_path, capsys, monkeypatch
     """Twice the images a step take twice the arithmetic; a budget of time is kept at the usual rate."""
     monkeypatch.chdir(tmp_path)
     net = ["--model.arch", "vit_base", "--model.depth", "2", "--views.num-local", "1"]
-    for batch, words in ((4, ["--epochs", "10"]), (8, ["--hours", "2"])):
+    for batch, words in ((4, ["--epochs", "10"]), (8, ["--minutes", "0.3"])):
         flags = ["plan", "--data", "photos", *net, "--batch-size", f"{batch}", *words, "--gpu", "a100"]
         assert cli.main([*flags, "--toml", f"{batch}.toml"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"10 epochs of 23 images, 50 steps of 4\b", said), said
-    assert re.findall(r"\n time +(\S+ \S+)", said)[-1] in ("2 hours", "120 minutes")
+    assert re.findall(r"\n time +(\S+ \S+)", said)[-1] == "18 seconds"
     smaller = re.findall(r"A step computes only (\d+) % with --model.arch vit_small, but", said)
     assert [15 < int(share) < 35 for share in smaller] == [True, True], said  # half as wide, and a head alike
     half, whole = (count_step(cli.parse(["train", f"{batch}.toml"])[1]) for batch in (4, 8))
     assert whole.flops == pytest.approx(2 * half.flops)
     assert half.memory < whole.memory < 2 * half.memory, "the parameters stay"
-    assert "epochs are more than a run is known to gain from" in said
+    for words, number in (([], 1), (["--hours", "12"], 2)):  # without a time, and with more of it than the run needs
+        flags = ["plan", "--data", "photos", *net, "--batch-size", "8", *words, "--gpu", "a100", "--price", "2"]
+        assert cli.main(flags) == 0
+        said = capsys.readouterr().out
+        assert "length                   800 epochs" in said, said
+        assert ("epochs fit into that time; 800 are enough" in said) == (number == 2)
+        assert "cost, at 2 an hour" in said
+        path = tmp_path / ("plan.toml" if number == 1 else "plan-2.toml")
+        assert cli.parse(["train", str(path)])[1].epochs == 800
     monkeypatch.setitem(DEVICES, "t4", DEVICES["t4"]._replace(memory=2e8))
+    flags = ["plan", "--data", "photos", *net, "--batch-size", "8", "--epochs", "9000"]
     assert cli.main([*flags, "--gpu", "t4", "--toml", "t4.toml"]) == 0
-    assert "train with --fit 0.18GB" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "train with --fit 0.18GB" in said
+    assert "epochs are more than a run is known to gain from" in said
     assert cli.main([*flags, "--gpu", "mps", "--toml", "mps.toml"]) == 0
     devices = [cli.parse(["train", f"{name}.toml"])[1].device for name in ("t4", "mps")]
     assert devices == ["auto", "mps"], "Apple's is taken only by name"

@@ -52,6 +52,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.targets += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
         self.titles += [v for k, v in attrs if k == "title"]
+        if tag == "img":  # the page would move below a link's target when its pictures come
+            assert {"width", "height"} & {*dict(attrs)}, attrs
         if tag not in VOID:
             self.open.append(tag)
 

@@ -538,3 +538,18 @@ def test_what_a_nameless_model_embedded_is_searched_with_it(saved_model, album, 
     with pytest.raises(ValueError, match="does not say where its model lies"):
         dino.search(out, query)
     assert dino.search(out, query, 1, model=model).paths == [["class0/noise.png"]]
+
+
+def test_what_embed_returns_and_pictures_in_memory_are_taken(embedded, saved_model, album):
+    folder = Folder.open(embedded)
+    path = sorted(album.rglob("*.jpg"))[0]
+    found = dino.search(folder, path, k=3)
+    for picture in (Image.open(path), np.asarray(Image.open(path)), [Image.open(path)]):
+        assert np.array_equal(dino.search(embedded, picture, k=3).rows, found.rows)
+    assert torch.equal(dino.outliers(folder), dino.outliers(embedded))
+    assert dino.duplicates(folder) == dino.duplicates(embedded)
+    chosen = [dino.select(each, 3, threshold=0.99999).rows for each in (folder, embedded)]
+    assert np.array_equal(*chosen)
+    for function in (dino.outliers, lambda model: dino.search(model, path), lambda model: dino.select(model, 3)):
+        with pytest.raises(ValueError, match=r"a VisionTransformer is no embedding; give what dino.embed returned"):
+            function(dino.load(saved_model))

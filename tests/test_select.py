@@ -149,7 +149,7 @@ def test_a_list_of_files_is_trained_on(album, saved_model, tmp_path, monkeypatch
     assert code == 0
     said = capsys.readouterr().out
     assert "6 of 60 images are near-copies of others (cosine 1.0000 or more) and left out" in said
-    assert re.search(r"list.txt: 20 images of \d+ groups?; the largest holds [\d.]+ % of all, and ", said)
+    assert re.search(r"list.txt: 20 images of \d+ groups?; the largest group holds [\d.]+ % of all, and ", said)
     lines = out.read_text().splitlines()
     assert len({*lines}) == 20
     assert all(Path(line).is_file() for line in lines)

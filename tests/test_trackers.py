@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ import dino
 from dino import cli
 from dino.engine import trackers
 from dino.engine.log import read_metrics
+from dino.engine.trackers import find_tracker
 from helpers import TINY, draw_images, tiny_flags
 
 OPTIONS: dict[str, Any] = {n: v for n, v in TINY.items() if n not in ("data.path", "out")} | {
@@ -148,6 +150,14 @@ def test_a_wrong_name_is_misuse(photos, tmp_path, capsys, name, words):
         cli.main(["train", "--data", str(photos), *tiny_flags(), "--log.to", name, "--out", str(tmp_path / "run")]) == 2
     )
     assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists(), "the same command with the right name begins"
+
+
+def test_a_class_in_the_working_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_tracker_of_mine.py").write_text("class Mine: ...")
+    assert find_tracker("own_tracker_of_mine:Mine").__name__ == "Mine"
 
 
 def test_runs_of_the_version_before_can_be_resumed(photos, tmp_path):

@@ -154,7 +154,7 @@ def _dispatch(arguments: list[str]) -> int:
     if not words or (len(words) == 1 and any(name.startswith(f"{words[0]} ") for name in COMMANDS)):
         print_overview("".join(words))
         return 0
-    if arguments[0] == "--version":
+    if arguments[0] in ("--version", "version"):
         print(f"dino {__version__}")
         return 0
     name, options = parse(arguments)

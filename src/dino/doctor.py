@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -25,17 +24,15 @@ from rich.console import Console
 from rich.text import Text
 
 from dino import distributed
-from dino.data.open import open_images, open_training_pair
-from dino.engine.checkpoint import LOCK, lock_folder
+from dino.data.open import open_images
 from dino.features.survey import survey, write_range
 from dino.machine import count_cores
-from dino.options import replace, toml
+from dino.options import replace
 from dino.options.commands import DoctorOptions
 from dino.options.train import TrainOptions
-from dino.report.run import Run
-from dino.report.verdict import advise_start, judge
+from dino.report.examine import GB, Finding, Level, examine_disk, examine_run, find_lost_run
+from dino.report.verdict import advise_start
 from dino.version import __version__
-from dino.weights.checkpoints import CheckpointError, list_checkpoints, list_sharded, read_newest
 
 EXTRAS = {
     "app": "the explorer (dino app)",
@@ -49,21 +46,7 @@ EXTRAS = {
     "tracking": "metrics for Weights & Biases, MLflow and Trackio (--log.to)",
     "video": "video files (dino video)",
 }
-GB = 1e9
-Level = Literal["good", "note", "bad"]
 MARKS: dict[Level, tuple[str, str]] = {"good": ("ok", "green"), "note": ("!", "yellow"), "bad": ("X", "bold red")}
-
-
-class Finding(NamedTuple):
-    """Something that was looked at.
-
-    Args:
-        help: what to do about it, where something is.
-    """
-
-    level: Level
-    text: str
-    help: str = ""
 
 
 def doctor(options: DoctorOptions) -> int:
@@ -73,13 +56,13 @@ def doctor(options: DoctorOptions) -> int:
         ValueError: `options.target` is neither a run nor images.
     """
     distributed.require_single("doctor")
-    target = options.target
+    target, folder = options.target, Path(options.target).expanduser()
     if not target:
         findings = examine_machine()
-    elif (Path(target).expanduser() / "config.toml").is_file():
-        findings = examine_run(Path(target).expanduser())
+    elif (folder / "config.toml").is_file():
+        findings = examine_run(folder)
     else:
-        findings = examine_images(target)
+        findings = find_lost_run(folder) or examine_images(target)
     console, worst = Console(highlight=False, soft_wrap=True), 0
     for level, text, help in findings:
         mark, style = MARKS[level]
@@ -132,7 +115,9 @@ def examine_cores() -> Iterator[Finding]:
             yield Finding("note", text, f"Train with --threads {max(1, int(allowed))}")
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if busy > 0.6 * cores:
-        yield Finding("note", f"Other programs keep about {busy:.1f} of {cores} cores busy; training will be slower")
+        yield Finding(
+            "note", f"Other programs ask for about {busy:.1f} cores; there are {cores}, so training will be slower"
+        )
 
 
 def examine_space() -> Iterator[Finding]:
@@ -150,12 +135,6 @@ def examine_space() -> Iterator[Finding]:
         text = f"A program may open {'any number of' if files < 0 else files} files"
         text += "; many data workers need more" if few else ""
         yield Finding("note" if few else "good", text, "ulimit -n 4096" if few else "")
-
-
-def examine_disk(folder: Path, enough: float, help: str) -> Finding:
-    free = shutil.disk_usage(folder).free
-    level: Level = "good" if free >= enough else "note" if free >= enough / 5 else "bad"
-    return Finding(level, f"{free / GB:.1f} GB are free in {folder}", "" if level == "good" else help)
 
 
 def examine_network() -> Finding:
@@ -183,10 +162,10 @@ def examine_extras() -> Iterator[Finding]:
     there = [extra for extra, missing in needed.items() if not missing]
     if there:
         yield Finding("good", f"Installed extras: {', '.join(there)}")
-    for extra, missing in needed.items():
-        if missing:
-            text = f"Not installed: {', '.join(missing)}, for {EXTRAS[extra]}"
-            yield Finding("note", text, f"pip install 'dino-vision[{extra}]'")
+    if absent := {extra: ", ".join(missing) for extra, missing in needed.items() if missing}:
+        lines = [f"\n     {extra}, for {EXTRAS[extra]}; without {missing}" for extra, missing in absent.items()]
+        text = f"Extras that are not installed; install those that you need:{''.join(lines)}"
+        yield Finding("note", text, f"All of them: pip install 'dino-vision[{','.join(absent)}]'")
 
 
 def is_installed(requirement: Requirement) -> bool:
@@ -200,7 +179,13 @@ def is_installed(requirement: Requirement) -> bool:
 
 
 def examine_images(spec: str) -> Iterator[Finding]:
-    source = open_images(spec)
+    try:
+        source = open_images(spec)
+    except ValueError as error:
+        if runs := sorted(path.parent for path in Path(spec).expanduser().glob("*/config.toml")):
+            advice = f"give one of them: dino doctor {shlex.quote(str(runs[0]))}"
+            raise ValueError(f"{spec} holds {len(runs)} {'runs' if runs[1:] else 'run'}; {advice}") from error
+        raise
     found, named = survey([source]), shlex.quote(spec)
     few = advise_start(replace(TrainOptions(), {"data.path": spec}), len(source))
     yield Finding("note" if few else "good", f"{found.total:,} images", few)
@@ -229,79 +214,3 @@ def examine_images(spec: str) -> Iterator[Finding]:
     many = found.copies > 0.02 * found.looked
     text = f"{found.copies} {found.of} are near-copies of others of them"
     yield Finding("note" if many else "good", text, advice if many else "")
-
-
-# --- runs ------------------------------------------------------------------------------------------------------------
-
-
-def examine_run(folder: Path) -> Iterator[Finding]:
-    """Whether it can go on, what it waits for, whether it learns, and the verdict of its report."""
-    options = toml.read_recorded(str(folder))
-    running = False
-    if os.access(folder / LOCK, os.W_OK):
-        try:
-            with lock_folder(folder):
-                pass
-        except ValueError:
-            running = True
-    try:
-        images = len(open_training_pair(options, folder, trust=True)[0])
-    except ValueError as error:
-        yield Finding("bad", f"Its images: {error}", f"If they moved: dino train --resume {folder} --data NEW")
-        return
-    run = Run.read(folder, images)
-    yield examine_progress(run, running)
-    yield from examine_files(run)
-    yield from examine_rates(run, running)
-    for step, text in run.list_warnings():
-        yield Finding("bad" if step in run.collapses else "note", f"Step {step:,}: {text}")
-    if len(run.lines) < 2:
-        yield Finding("note", "Nothing has been measured yet")
-        return
-    verdict = judge(run)
-    levels: dict[str, Level] = {"better": "good", "not": "bad", "unknown": "note"}
-    why = f"{verdict.reason.text} Next: {verdict.reason.command}" if verdict.reason else ""
-    yield Finding(levels[verdict.outcome], f"Verdict: {verdict.headline}", why)
-
-
-def examine_progress(run: Run, running: bool) -> Finding:
-    done = f"step {run.steps:,} of {run.total:,}"
-    if running:
-        return Finding("good", f"It is running, at {done}")
-    if run.complete or (run.folder / "report.html").is_file():
-        return Finding("good", f"It is complete ({done})" if run.complete else f"It ended early, at {done}")
-    return Finding("note", f"It stopped at {done}", f"dino train --resume {shlex.quote(str(run.folder))}")
-
-
-def examine_files(run: Run) -> Iterator[Finding]:
-    """The checkpoints, the space for more of them, and images that could not be read."""
-    folder = run.folder / "checkpoints"
-    try:
-        newest = read_newest(folder)
-    except CheckpointError as error:
-        yield Finding("bad", f"Checkpoints: {error}", "Its last teacher may be whole: dino.load of teacher.safetensors")
-    else:
-        there = newest is not None or bool(list_sharded(folder))
-        text = f"It can be resumed from step {newest.state['step']:,}" if newest else "It has no checkpoint yet"
-        yield Finding("good" if there else "note", "It can be resumed from shards" if there and not newest else text)
-        size = max((path.stat().st_size for path in list_checkpoints(folder)), default=0)
-        yield examine_disk(run.folder, 4 * size, "Free some space: a checkpoint needs it while it is written")
-    if run.quarantine:
-        text = f"{len(run.quarantine)} images could not be read; they are listed in quarantine.jsonl"
-        yield Finding("note", text, "Repair them, then resume")
-
-
-def examine_rates(run: Run, running: bool) -> Iterator[Finding]:
-    """What the steps wait for, and whether they became slower."""
-    waits, rates = (run.get_metric(name)[1][-20:] for name in ("data_wait_share", "images_per_second"))
-    if not rates:
-        return
-    wait, rate, usual = float(np.median(waits)), float(np.median(rates[-3:])), float(np.median(rates))
-    text = f"{rate:,.0f} images/s, {100 * wait:.0f} % of the time waiting for images"
-    if wait > 0.3:
-        advice = f"Resume with more --data.num-workers (now {run.options.data.num_workers}), or see: dino bench"
-        yield Finding("note", text, advice)
-    elif running and rate < usual / 2:
-        yield Finding("note", f"{text}; before it was {usual:,.0f}", "Another program may use the machine: dino doctor")
-    else:
-        yield Finding("good", text)

@@ -42,7 +42,8 @@ SYNONYMS = {
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that suggests the known name nearest to `name`; "" if none is near."""
-    near = difflib.get_close_matches(SYNONYMS.get(name, name), list(known), n=1)
+    known, meant = [*known], SYNONYMS.get(name, name)
+    near = [each for each in known if each.lower() == meant.lower()] or difflib.get_close_matches(meant, known, n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from dino.errors import did_you_mean
 from dino.paper import FIGURES
 
 PREFIXES = ("timm:", "hf:")
@@ -70,9 +71,10 @@ def is_hub_name(name: str) -> bool:
 
 
 def no_model(name: str) -> ValueError:
+    near = did_you_mean(name, [each.removeprefix("dino_") for each in RELEASES])
     return ValueError(
         f"there is no run, weight file or release '{name}'; give the --out folder of a training run, a .pth or "
-        ".safetensors file, a name that `dino models` lists, timm:NAME or hf:ORG/NAME."
+        f".safetensors file, a name that `dino models` lists, timm:NAME or hf:ORG/NAME.{near}"
     )
 
 

@@ -62,10 +62,7 @@ def plan(options: PlanOptions) -> None:
         ValueError: what `dino train` would refuse, or several ranks.
     """
     distributed.require_single("plan")
-    path = Path(options.toml).expanduser()
-    if path.exists():
-        raise ValueError(f"--toml {path} exists; choose another name, or delete it.")
-    files.require_folder(path, "--toml")
+    path = choose_file(options.toml)
     imports = time.time() - psutil.Process().create_time()
     gpu = None if options.gpu == "cpu" else options.gpu
     device, terminal = distributed.start("cpu" if options.gpu == "cpu" else options.device), Terminal(True)
@@ -76,7 +73,7 @@ def plan(options: PlanOptions) -> None:
     )
     if options.gpu in ("mps", "cpu"):  # devices that are taken only where they are named
         wanted = replace(wanted, {"device": options.gpu})
-    if device.type == "cpu" and wanted.epochs is None and wanted.budget is None:
+    if gpu is None and device.type == "cpu" and wanted.epochs is None and wanted.budget is None:
         wanted = replace(wanted, {"minutes": 30})
 
     def make(options: TrainOptions, folder: Path, terminal: Terminal) -> Trainer:
@@ -101,6 +98,20 @@ def plan(options: PlanOptions) -> None:
     about = f"# dino plan, {datetime.date.today()}: about {describe_time(cost.seconds)} on {cost.device}\n"
     files.write(path, about + write_options(planned.options))
     print(f"Written: {path}. Start it with: dino train {path} --out runs/NAME")
+
+
+def choose_file(given: str | None) -> Path:
+    """The file to write: `given`, or the first of plan.toml, plan-2.toml, ... that is not there.
+
+    Raises:
+        ValueError: it is there, or its folder is not.
+    """
+    names = [given] if given else ["plan.toml", *(f"plan-{number}.toml" for number in range(2, 100))]
+    path = next((path for path in map(Path, names) if not path.expanduser().exists()), None)
+    if path is None:
+        raise ValueError(f"--toml {names[-1]} exists; choose another name, or delete it.")
+    files.require_folder(path.expanduser(), "--toml")
+    return path.expanduser()
 
 
 def predict(trial: budget.Trial, plan: Plan, imports: float) -> Cost:
@@ -128,8 +139,11 @@ def estimate(wanted: TrainOptions, source: Source, folder: Path, gpu: Device, te
     step = count_step(planned.options)
     usual, least, most = (max(LAUNCH * USUAL, step.flops / gpu.peak) / share for share in (USUAL, MOST, LEAST))
     if wanted.budget is not None:
-        epochs = wanted.budget / (usual * planned.steps_per_epoch)
-        planned = choose(replace(timeless, {"epochs": float(f"{epochs:.3g}")}), Terminal(False))
+        fit, enough = wanted.budget / (usual * planned.steps_per_epoch), required(planned.options.epochs)
+        if fit > enough:
+            print(f"Note: {fit:,.0f} epochs fit into that time; {enough:g} are enough.")
+        else:
+            planned = choose(replace(timeless, {"epochs": float(f"{fit:.3g}")}), Terminal(False))
     if step.memory > (there := 0.9 * gpu.memory):
         print(
             f"Note: a step needs about {step.memory / 1e9:.2g} GB, and {gpu.name} has {gpu.memory / 1e9:.3g}; train with "
@@ -173,14 +187,14 @@ def describe(planned: Plan, count: int, cost: Cost, price: float | None) -> Rows
         ("model", f"{model.arch}, {cost.parameters / 1e6:.1f} million parameters"),
         ("loss", loss),
         ("views of an image", of_views),
-        ("length", f"{options.epochs:g} epochs of {count:,} images, {planned.total:,} steps of {options.batch_size}"),
+        ("length", f"{options.epochs:,g} epochs of {count:,} images, {planned.total:,} steps of {options.batch_size}"),
         ("time", f"{describe_time(cost.seconds)} ({between}) on {cost.device}"),
         ("memory", f"{cost.memory / 1e9:.2g} GB at most"),
     ]
     if price is not None:
-        rows.append(("cost", f"{cost.seconds / 3600 * price:.2f}"))
+        rows.append((f"cost, at {price:g} an hour", f"{cost.seconds / 3600 * price:.2f}"))
     near = sorted(REACHED, key=lambda each: abs(np.log(each[0] / count)))[:2]
-    return [*rows, *(("a CPU reached in 30 min", words) for _, words in near if options.init is None)]
+    return [*rows, *(("others, 30 min on a CPU", words) for _, words in near if options.init is None)]
 
 
 def advise_less(options: TrainOptions) -> str:

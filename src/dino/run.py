@@ -25,6 +25,7 @@ from dino.engine.checkpoint import lock_folder
 from dino.engine.folder import choose_folder, find_options, prepare, record, write_options
 from dino.engine.presence import watching
 from dino.engine.step import Split
+from dino.engine.trackers import find_tracker
 from dino.engine.train import Trainer
 from dino.eval import evaluate
 from dino.eval.online import OnlineEvaluation
@@ -98,8 +99,11 @@ def run_training(options: TrainOptions) -> RunFolder:
         with files.writing(folder, leave=not fresh):
             shared.check_folder(folder)
             trainer, held_out = set_up(options, folder, device, terminal, began)
+        done = options.resume is not None and trainer.step >= trainer.plan.total
         terminal.say(
-            f"Training on {len(trainer.source)} images ({len(held_out) if held_out else 0} held out), "
+            f"{folder} is complete: nothing is left to train."
+            if done
+            else f"Training on {len(trainer.source)} images ({len(held_out) if held_out else 0} held out), "
             f"{trainer.plan.total} steps of {trainer.options.batch_size}, on {describe_device(device)}; "
             f"run directory {folder}"
         )
@@ -322,6 +326,8 @@ def check(options: TrainOptions, source: Source, device: torch.device) -> None:
     if options.compile:
         parallel.check_compiler(device)
     check_workers(required(options.data.num_workers))
+    for name in options.log.to:
+        find_tracker(name)
     batch, ranks = required(options.batch_size), distributed.world_size()
     if batch > len(source):
         raise ValueError(

@@ -34,6 +34,7 @@ MOST_SHAPES, MOST_NUMBERS = 50, 20_000  # outlines of a selection; their coordin
 NUM_GROUPS, MOST_OF_GROUP = 6, 24  # groups of near-copies on a page, and images of each
 MANY_POINTS = 5000  # more are drawn by the graphics card
 NAME = re.compile(r"\w[\w .-]{0,98}\.(txt|csv)")  # of a list: it lies in the folder for lists, and nowhere else
+CHOSEN, OTHERS, TAGGED = "those chosen", "all others", "all with the tag above"  # what a list has
 NOTHING = "Nothing is chosen: draw around some points, or click on one."
 TAG = re.compile(r"\w[\w .-]{0,48}")
 
@@ -150,6 +151,12 @@ class Atlas:
             if others or not remove:
                 self.tags[row] = others if remove else [*others, tag]
 
+    def count_tags(self) -> dict[str, int]:
+        return dict(sorted(Counter(tag for tags in self.tags.values() for tag in tags).items()))
+
+    def describe_tags(self) -> str:
+        return "Tags: " + (", ".join(f"{tag} ({count:,})" for tag, count in self.count_tags().items()) or "none yet")
+
     # --- near-copies -----------------------------------------------------------------------------------------------
 
     @cached_property
@@ -184,15 +191,28 @@ class Atlas:
 
     def describe_copies(self) -> str:
         found, count = self.copies, sum(map(len, self.copies.groups))
-        said = f"{count:,} of {len(self.embedding):,} images are near-copies, in groups: {len(found.groups):,}."
+        said = f"{count:,} of {len(self.embedding):,} images are near-copies"
         if found.groups:
-            said += f" {len(self.left_out):,} are marked to be left out; **click on an image** to change that."
-        return " ".join([said, *found.notes])
+            said += f", in {len(found.groups):,} group{'s' * (len(found.groups) > 1)}"
+            said += f". Marked to be left out: {len(self.left_out):,}; **click on an image** to change that"
+        return " ".join([f"{said}.", *found.notes])
 
     # --- lists -----------------------------------------------------------------------------------------------------
 
     def list_rest(self) -> list[int]:
         return [row for row in range(len(self.embedding)) if row not in self.left_out]
+
+    def list_rows(self, which: object, chosen: list[int], tag: object) -> list[int]:
+        """Those `chosen`, all others, or all with a tag."""
+        if which == TAGGED:
+            tag = tag.strip() if isinstance(tag, str) else ""
+            if tag not in (tags := self.count_tags()):
+                known = ", ".join(tags) or "there is none yet"
+                raise ValueError(f"Write a tag that images have into the box above: {known}.")
+            return [row for row in sorted(self.tags) if tag in self.tags[row]]
+        if not chosen:
+            raise ValueError("Choose images on the map first.")
+        return sorted({*range(len(self.embedding))} - {*chosen}) if which == OTHERS else chosen
 
     def write_list(self, folder: Path, name: object, rows: Iterable[int]) -> str:
         """Write where images lie: a .txt file as `--data` takes it, or a .csv file with labels and tags.
@@ -204,10 +224,13 @@ class Atlas:
         """
         name = name.strip() if isinstance(name, str) else ""
         if not NAME.fullmatch(name):
-            raise ValueError("Give the list a name that ends in .txt or .csv, for example mine.csv.")
+            raise ValueError(
+                "Give the list a plain name (letters, digits, spaces, dots, dashes; no folder) that ends in .txt or .csv "
+                "in small letters, for example mine.csv."
+            )
         rows, out = list(rows), folder.expanduser() / name
         if not rows:
-            raise ValueError("There are no images to write: choose some first.")
+            raise ValueError("There are no images to write: choose others.")
         if out.exists():
             raise ValueError(f"{out} exists; choose another name.")
         require_files(self.images)

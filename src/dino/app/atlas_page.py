@@ -11,7 +11,7 @@ import gradio as gr
 from gradio.components.plot import PlotData
 
 from dino import files
-from dino.app.atlas import NOTHING, NUM_GROUPS, Atlas
+from dino.app.atlas import CHOSEN, NOTHING, NUM_GROUPS, OTHERS, TAGGED, Atlas
 from dino.app.explorer import Explorer
 
 MAP = """All images: those with similar features lie near each other (PCA, then t-SNE). **Draw around some** with the lasso
@@ -20,7 +20,6 @@ list."""
 COPIES = """Images that are all but the same: resized, recompressed, slightly cropped, or taken a moment later. The first of
 each group is the best to keep."""
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
-CHOSEN, OTHERS, TAGGED = "those chosen", "all others", "all with a tag"
 RAW: Any = {"preprocess": False}
 PLAIN: Any = {"show_label": False, "interactive": False, "buttons": []}  # of pictures
 SHAPE: Any = {"object_fit": "contain", "elem_classes": ["tight", "small"], "allow_preview": False}
@@ -65,6 +64,7 @@ class AtlasTabs:
                 self.tag = gr.Textbox(label="Tag the images chosen", placeholder="blurry", elem_id="tag", scale=3)
                 self.add = gr.Button("Add the tag", elem_id="add-tag")
                 self.remove = gr.Button("Take it away", elem_id="remove-tag")
+            self.tags = gr.HTML(elem_id="tags")
             with gr.Row():
                 self.which = gr.Radio([CHOSEN, OTHERS, TAGGED], value=CHOSEN, label="Write to a list", elem_id="which")
                 self.name = self._add_name("selection.csv", "list-name")
@@ -91,7 +91,7 @@ class AtlasTabs:
         return gr.Textbox(name, label=label, elem_id=where, scale=3)
 
     def connect(self, blocks: gr.Blocks) -> None:
-        mapped = [self.go, self.state, self.plot, self.tools]
+        mapped = [self.go, self.state, self.plot, self.tools, self.tags]
         pages = [self.look, self.said, self.page, self.rest, *self.groups]
         self.indexed = [
             self.go.click(self._draw_map, None, mapped, **ONE_AT_A_TIME),
@@ -99,10 +99,10 @@ class AtlasTabs:
         ]
         blocks.load(self._draw_again, None, [*mapped, *pages], **QUIET)
         self.lasso.select(self._choose, None, [self.rows, self.described, self.chosen], **QUIET)
-        tagged: Any = {"inputs": [self.rows, self.tag], "outputs": self.chosen} | QUIET | RAW
+        tagged: Any = {"inputs": [self.rows, self.tag], "outputs": [self.chosen, self.tags]} | QUIET | RAW
         gr.on([self.tag.submit, self.add.click], self._add_tag, **tagged)
         self.remove.click(self._remove_tag, **tagged)
-        listed = [self.rows, self.which, self.name]
+        listed = [self.rows, self.which, self.tag, self.name]
         gr.on([self.name.submit, self.write.click], self._write_list, listed, self.written, **QUIET | RAW)
         gr.on(
             [self.rest_name.submit, self.write_rest.click], self._write_rest, self.rest_name, self.rest_written, **RAW
@@ -121,22 +121,24 @@ class AtlasTabs:
                     yield f"Indexing: {done:,} of {total:,} images ..."
 
     def _draw_map(self) -> Any:
+        others = [gr.skip()] * 3
         for said in self._index():
-            yield gr.skip(), said, gr.skip(), gr.skip()
+            yield gr.skip(), said, *others
         said = f"Placing {self.total:,} images. This is done once, and may take a minute."
-        yield gr.skip(), said, gr.skip(), gr.skip()
+        yield gr.skip(), said, *others
         with show_errors():
             yield self._show_map(self._get_atlas())
 
     def _show_map(self, atlas: Atlas) -> tuple[Any, ...]:
         plot = PlotData(type="plotly", plot=atlas.draw_map())
-        return gr.update(visible=False), "", gr.update(value=plot, visible=True), gr.update(visible=True)
+        shown = gr.update(value=plot, visible=True), gr.update(visible=True)
+        return gr.update(visible=False), "", *shown, atlas.describe_tags()
 
     def _draw_again(self) -> Any:
         """What was computed before, when the page is loaded."""
         atlas = self.explorer.atlas
         done = {} if atlas is None else atlas.__dict__  # of its cached properties
-        mapped = self._show_map(self._get_atlas()) if "points" in done else [gr.skip()] * 4
+        mapped = self._show_map(self._get_atlas()) if "points" in done else [gr.skip()] * 5
         return *mapped, *(self._draw_page(1) if "copies" in done else [gr.skip()] * (4 + NUM_GROUPS))
 
     @show_errors()
@@ -147,22 +149,20 @@ class AtlasTabs:
 
     @show_errors()
     def _add_tag(self, rows: list[int], tag: object) -> Any:
-        self._get_atlas().tag(rows, tag)
-        return self._get_atlas().draw_chosen(rows)
+        return self._tag(rows, tag)
 
     @show_errors()
     def _remove_tag(self, rows: list[int], tag: object) -> Any:
-        self._get_atlas().tag(rows, tag, remove=True)
-        return self._get_atlas().draw_chosen(rows)
+        return self._tag(rows, tag, remove=True)
+
+    def _tag(self, rows: list[int], tag: object, remove: bool = False) -> Any:
+        (atlas := self._get_atlas()).tag(rows, tag, remove)
+        return atlas.draw_chosen(rows), atlas.describe_tags()
 
     @show_errors()
-    def _write_list(self, rows: list[int], which: object, name: object) -> str:
-        atlas, chosen = self._get_atlas(), {*rows}
-        if which == OTHERS:
-            rows = [row for row in range(len(atlas.embedding)) if row not in chosen]
-        elif which == TAGGED:
-            rows = sorted(atlas.tags)
-        return atlas.write_list(self.lists, name, rows)
+    def _write_list(self, rows: list[int], which: object, tag: object, name: object) -> str:
+        atlas = self._get_atlas()
+        return atlas.write_list(self.lists, name, atlas.list_rows(which, rows, tag))
 
     # --- near-copies -----------------------------------------------------------------------------------------------
 

@@ -6,7 +6,12 @@ new MutationObserver(() => {
   const plot = document.querySelector("#map .js-plotly-plot");
   if (!plot || !plot.on || plot.heard) return;
   plot.heard = true;
-  if (plot.clientWidth < 600) Plotly.relayout(plot, { "legend.orientation": "h" });  // below the map
+  if (plot.clientWidth < 600) {  // the whole legend below the map
+    const update = { "legend.orientation": "h", "legend.maxheight": 2000, height: 2000 };
+    Plotly.relayout(plot, update).then(() => {
+      Plotly.relayout(plot, { height: 440 + plot.querySelector(".legend .bg").getBBox().height });
+    });
+  }
   const round = (number) => Math.round(number * 1000) / 1000;
   const outline = (shape) => {
     if (shape.type === "path") return shape.path.match(/-?\d+(\.\d+)?(e-?\d+)?/g).map(Number).map(round);

@@ -55,10 +55,10 @@ def _from_table(labels: str, names: list[str], root: str) -> list[str | None]:
     table = os.path.abspath(os.path.expanduser(labels))
     if not os.path.isfile(table):
         if close := difflib.get_close_matches(labels, ("auto", "folders", "none"), n=1):
-            advice = f"did you mean '{close[0]}'"
+            advice = f"did you mean '{close[0]}'?"
         else:
-            advice = "this is a folder" if os.path.isdir(table) else suggest_path(table)
-        raise ValueError(f"labels is '{labels}'; it must be 'auto', 'folders', 'none' or a CSV file: {advice}.")
+            advice = "this is a folder." if os.path.isdir(table) else suggest_path(table)
+        raise ValueError(f"labels is '{labels}'; it must be 'auto', 'folders', 'none' or a CSV file: {advice}")
     rows = read_table(table)
     if not any(label is not None for _, label in rows):
         raise ValueError(f"The labels file '{labels}' has no column of labels; give it the columns path,label.")
@@ -118,7 +118,7 @@ def read_lines(path: str) -> list[str]:
 
 
 def suggest_path(path: str) -> str:
-    """Advice about the missing `path`: an existing name like the first part of it that is wrong."""
+    """Advice about the missing `path`, the end of a sentence: an existing name like the first part of it that is wrong."""
     while not os.path.exists(parent := os.path.dirname(path)):
         path = parent
     try:
@@ -126,5 +126,5 @@ def suggest_path(path: str) -> str:
     except OSError:
         siblings = []
     if close := difflib.get_close_matches(os.path.basename(path), siblings, n=1):
-        return f"did you mean '{os.path.join(parent, close[0])}'"
-    return f"check the spelling of what follows '{parent}', which does"
+        return f"did you mean '{os.path.join(parent, close[0])}'?"
+    return f"'{parent}' exists, so check the spelling of what follows it."

@@ -82,7 +82,7 @@ def locate(spec: str | os.PathLike[str]) -> str:
         raise ValueError(f"The data path is {spec!r}, which is no path; give a folder of images or a list file.")
     path = os.path.abspath(os.path.expanduser(spec))
     if not os.path.exists(path):
-        raise ValueError(f"The data path '{spec}' does not exist; {suggest_path(path)}.")
+        raise ValueError(f"The data path '{spec}' does not exist; {suggest_path(path)}")
     suffix = os.path.splitext(path)[1].lower()
     if os.path.isdir(path) or (os.path.isfile(path) and suffix in (".txt", ".csv")):
         return path

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -199,6 +200,8 @@ def find_tracker(name: str) -> Callable[[Start], Tracker]:
     if not kind:
         raise errors.unknown("tracker", name, [*TRACKERS, "package.module:Class"])
     try:
+        if os.getcwd() not in sys.path:  # where a class of one's own may lie
+            sys.path.append(os.getcwd())
         return getattr(importlib.import_module(module), kind)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--log.to {name} cannot be imported ({errors.first_line(error)}); check its name.") from error

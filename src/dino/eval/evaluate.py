@@ -67,9 +67,14 @@ def evaluate(name: str, model: str | os.PathLike[str] | Backbone, **options: Any
     Raises:
         ValueError: no such evaluation, or its data or options are unusable.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"the first argument is {type(name).__name__}; write dino.evaluate('knn', model, data=...).")
     kind = find_options(name)
     if unknown := sorted(options.keys() - get_types(kind).keys()):
         raise errors.unknown(f"option of `dino eval {name}`", unknown[0], get_types(kind))
+    needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    if missing := [each for each in needed if each not in options and each != "model"]:
+        raise ValueError(f"{missing[0]} is missing; write dino.evaluate('{name}', model, {missing[0]}=...).")
     given: dict[str, Any] = options | {"model": "model" if isinstance(model, nn.Module) else model}
     wanted, backbone = kind(**given), cast(Any, model)
     if isinstance(model, nn.Module):

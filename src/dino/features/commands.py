@@ -38,7 +38,8 @@ def write_embedding(options: commands.EmbedOptions) -> None:
         written = embed(o.model, o.data, o.out, o.pooling, o.size, o.fp16, o.shard, o.part, o.device)
         if not distributed.is_main():
             return
-        print(f"{o.out}: {written.rows:,} features of {written.dim} numbers, {len(written.files)} files")
+        shards = f"{len(written.files)} file{'s' * (len(written.files) != 1)}"
+        print(f"{o.out}: {written.rows:,} features of {written.dim} numbers, {shards}")
         if written.missing:
             print(
                 f"part {o.part} is done; of {written.about['shards']} files these of other parts are missing: "
@@ -129,6 +130,7 @@ def print_outliers(options: commands.OutliersOptions) -> None:
         say(fault)
     least = scores.topk(min(max(1, options.top), len(scores)), largest=False)
     rows = [*zip(least.values.tolist(), least.indices.tolist(), strict=True)]
+    say(f"Mean cosine with the {options.k} images nearest to it, the most unlike all others first:")
     result = {"k": options.k, "outliers": _print_rows(embedding, rows)}
 
     def draw(images: Source) -> Markup:
@@ -158,9 +160,10 @@ def write_selection(options: commands.SelectOptions) -> None:
     )
     if kept < o.keep:
         print(f"--keep is {o.keep:,}, but only {kept:,} are left; all of them are kept")
+    groups = f"{len(found.all_counts)} group{'s' * (len(found.all_counts) > 1)}"
+    before, after = (100 * counts[top] / counts.sum() for counts in (found.all_counts, found.kept_counts))
     print(
-        f"{out}: {kept:,} images of {len(found.all_counts)} group{'s' * (len(found.all_counts) > 1)}; the largest holds "
-        f"{100 * found.all_counts[top] / total:.1f} % of all, and {100 * found.kept_counts[top] / kept:.1f} % of those kept"
+        f"{out}: {kept:,} images of {groups}; the largest group holds {before:.1f} % of all, and {after:.1f} % of those kept"
     )
 
 

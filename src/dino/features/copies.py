@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from dino.data.decode import BadImage
 from dino.data.sources import Source
-from dino.features.embedding import Rows
+from dino.features.embedding import AnyEmbedding, Rows
 from dino.features.neighbors import split_rows
 from dino.features.search import Index, IndexKind, judge_features, measure_typical, open_rows
 from dino.options.commands import DuplicatesOptions
@@ -65,7 +64,7 @@ class Copies:
 
 @checked(DuplicatesOptions, "embedding", "threshold", "index", "rebuild")
 def duplicates(
-    embedding: str | Path | Rows,
+    embedding: AnyEmbedding,
     threshold: float | None = None,
     index: IndexKind | None = None,
     rebuild: bool = False,

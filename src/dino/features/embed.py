@@ -72,7 +72,7 @@ def embed(
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
     pool = errors.look_up("pooling", pooling, POOLINGS)
-    network = weights.load(model).to(distributed.start(device)) if isinstance(model, str) else model
+    network = weights.take(model, device)
     source, size = open_images(data) if isinstance(data, str) else data, size or network.view_size
     blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=next(network.parameters()).device)
     with torch.no_grad():

@@ -288,3 +288,18 @@ def _require_alike(where: str | Path, files: Sequence[str], held: Sequence[dict[
 def _identify(file: str, about: dict[str, Any]) -> str:
     """A text that is another one where a shard has other features."""
     return str(about.get("feature_sha256") or storage.describe(file))
+
+
+AnyEmbedding = str | Path | Folder | Rows  # where it lies, or what `dino.embed` gives, or its rows
+
+
+def open_whole(embedding: AnyEmbedding) -> Folder:
+    """An embedding that is whole.
+
+    Raises:
+        ValueError: it is not, or this is none.
+    """
+    where = embedding.where if isinstance(embedding, Folder) else embedding
+    if not isinstance(where, str | Path):
+        raise ValueError(f"a {type(where).__name__} is no embedding; give what dino.embed returned, or its path.")
+    return Folder.open(where)

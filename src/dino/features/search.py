@@ -11,13 +11,14 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from dino import distributed, errors, weights
+from dino import errors, weights
 from dino.data.image_files import Images
 from dino.data.sources import Source, evenly_spaced
 from dino.engine.health import feature_health
-from dino.features.embedding import Embedding, Folder, Mapped, Rows
+from dino.features.embedding import AnyEmbedding, Embedding, Folder, Mapped, Rows, open_whole
 from dino.features.extract import extract
 from dino.features.ivfpq import FEWEST, Ivfpq, find_exactly
 from dino.features.neighbors import find_neighbors
@@ -27,6 +28,7 @@ from dino.options.commands import OutliersOptions, SearchOptions
 from dino.options.rules import checked
 from dino.terminal import track
 from dino.weights import fingerprint
+from dino.weights.pictures import Picture, list_pictures, read_picture
 
 IndexKind = Literal["flat", "ivfpq"]
 MANY = 2**20  # rows that are searched exactly and in memory, which takes six bytes for each of their numbers
@@ -40,11 +42,11 @@ JUDGED = 1000  # rows among which typical cosines are measured
 MOST_TYPICAL, LEAST_RANK, NO_DIFFERENCE = 0.75, 20, 0.99
 
 
-def open_rows(embedding: str | Path | Rows) -> Rows:
+def open_rows(embedding: AnyEmbedding) -> Rows:
     """An embedding in memory, or where it has many rows, mapped from the disk."""
-    if not isinstance(embedding, str | Path):
+    if isinstance(embedding, Embedding | Mapped):
         return embedding
-    folder = Folder.open(embedding)
+    folder = open_whole(embedding)
     return Mapped(folder) if folder.rows > MANY else folder.read()
 
 
@@ -193,8 +195,8 @@ class Found(NamedTuple):
 
 @checked(SearchOptions, "embedding", "k", "index", "model", "device", "rebuild")
 def search(
-    embedding: str | Path | Rows,
-    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str] | np.ndarray],
+    embedding: AnyEmbedding,
+    images: Picture | Sequence[Picture],
     k: int = 10,
     index: IndexKind | None = None,
     model: str | os.PathLike[str] | Backbone | None = None,
@@ -204,7 +206,8 @@ def search(
     """The k images of an embedding whose features are most like those of each of `images`, by cosine.
 
     Args:
-        images: paths, or arrays [h, w, 3] uint8; or one path.
+        embedding: what `dino.embed` gives, or where it lies.
+        images: paths, PIL images or arrays [h, w, 3] uint8; or one of them.
         index: exact ('flat') or approximate ('ivfpq'), see `Index`. None: exact up to a million rows.
         rebuild: make its file anew.
         model: what made the embedding. None: what the embedding names.
@@ -216,9 +219,9 @@ def search(
     wanted = embedding.folder.about["model"] if model is None else model
     if wanted == "":
         raise ValueError(f"{embedding.folder.path} does not say where its model lies; give it with --model.")
-    asked = weights.load(wanted).to(distributed.start(device)) if isinstance(wanted, str | os.PathLike) else wanted
+    asked = weights.take(wanted, device)
     check_same_model(embedding.folder, asked)
-    given = [images] if isinstance(images, str | os.PathLike) else images
+    given = [read_picture(each) if isinstance(each, Image.Image) else each for each in list_pictures(images)]
     return Index(embedding, index, rebuild).search(asked, Images(given), k)
 
 
@@ -232,10 +235,13 @@ def check_same_model(folder: Folder, model: Backbone) -> None:
 
 
 @checked(OutliersOptions, "embedding", "k", "index", "rebuild")
-def outliers(
-    embedding: str | Path | Rows, k: int = 10, index: IndexKind | None = None, rebuild: bool = False
-) -> Tensor:
-    """Mean cosine of each row and its k nearest others [n]. It is low for an image unlike all others."""
+def outliers(embedding: AnyEmbedding, k: int = 10, index: IndexKind | None = None, rebuild: bool = False) -> Tensor:
+    """Mean cosine of each row and its k nearest others [n]. It is low for an image unlike all others.
+
+    Args:
+        embedding: what `dino.embed` gives, or where it lies.
+        index, rebuild: see `dino.search`.
+    """
     embedding = open_rows(embedding)
     if len(embedding) < 2:
         raise ValueError(f"{embedding.folder.path} holds one image only; an outlier needs others to differ from.")

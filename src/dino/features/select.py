@@ -21,7 +21,7 @@ from dino.data.open import name_in_list
 from dino.data.sources import Source, evenly_spaced
 from dino.features.cluster import SAMPLED, count_cells, find_centers
 from dino.features.copies import ALONE_RATIO, choose_threshold
-from dino.features.embedding import Folder, Mapped, Rows
+from dino.features.embedding import AnyEmbedding, Embedding, Mapped, Rows, open_whole
 from dino.features.neighbors import find_neighbors
 from dino.features.search import judge_features
 from dino.options.commands import SelectOptions
@@ -43,7 +43,7 @@ class Selected(NamedTuple):
 
 
 @checked(SelectOptions, "embedding", "keep", "threshold", "seed")
-def select(embedding: str | Path | Rows, keep: int, threshold: float | None = None, seed: int = 0) -> Selected:
+def select(embedding: AnyEmbedding, keep: int, threshold: float | None = None, seed: int = 0) -> Selected:
     """Choose `keep` rows of an embedding, or all that are left without near-copies.
 
     Args:
@@ -54,7 +54,7 @@ def select(embedding: str | Path | Rows, keep: int, threshold: float | None = No
     Raises:
         ValueError: the model cannot tell the images apart, and no threshold is given.
     """
-    rows = Mapped(Folder.open(embedding)) if isinstance(embedding, str | Path) else embedding
+    rows = embedding if isinstance(embedding, Embedding | Mapped) else Mapped(open_whole(embedding))
     if threshold is None and (fault := judge_features(rows)):
         raise ValueError(f"no images are selected: {fault} Or say with --threshold which cosine makes two near-copies.")
     least = choose_threshold(rows, ALONE_RATIO) if threshold is None else threshold

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dino import distributed, weights
+from dino import weights
 from dino.data.image_files import Images
 from dino.features.extract import Pooling, extract
 from dino.models import Backbone
@@ -44,9 +44,7 @@ class DinoFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def fit(self, X: Any, y: Any = None) -> DinoFeatures:
         """Load the model and find out how long its features are."""
-        model = self.model
-        named = isinstance(model, str | os.PathLike)
-        self.model_ = weights.load(model).to(distributed.start(self.device)) if named else model
+        self.model_ = weights.take(self.model, self.device)
         self._n_features_out = self._extract(_list_images(X)[:1]).shape[1]
         return self
 

@@ -63,7 +63,7 @@ def fit_cell(picture: np.ndarray, most: int = MOST_CELL) -> np.ndarray:
 
 def add_scale(page: Image.Image) -> Image.Image:
     """`page` with the colors of maps beneath it."""
-    edge = max(14, min(40, page.width // 50))
+    edge = max(14, min(24, page.width // 80))
     out = Image.new("RGB", (page.width, page.height + 2 * edge), "white")
     out.paste(page)
     draw, font = ImageDraw.Draw(out), ImageFont.load_default(edge)
@@ -76,6 +76,14 @@ def add_scale(page: Image.Image) -> Image.Image:
         else:
             out.paste(part, (left, top))
             left += part.width + edge // 2
+    return out
+
+
+def stack(pages: Sequence[Image.Image]) -> Image.Image:
+    """Pages below each other."""
+    out = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), "white")
+    for number, page in enumerate(pages):
+        out.paste(page, (0, sum(above.height for above in pages[:number])))
     return out
 
 

@@ -25,15 +25,27 @@ from torch import Tensor
 from dino.data.decode import BadImage, decode
 from dino.data.sources import evenly_spaced
 from dino.look.attention import check_number, enlarge, fit_to_patches, map_attention, mass_mask
-from dino.look.drawing import GUTTER, add_scale, dim_outside, draw_heat, draw_mosaic, enlarge_cells, lay_over, to_bytes
+from dino.look.drawing import (
+    GUTTER,
+    add_scale,
+    dim_outside,
+    draw_heat,
+    draw_mosaic,
+    enlarge_cells,
+    lay_over,
+    stack,
+    to_bytes,
+)
 from dino.look.patches import BASIS_IMAGES, Basis, extract_patches, fit_axes, match_mutual, prepare_image
 from dino.look.video import Clip, Frame, thin_out
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.commands import AttentionOptions, MatchOptions, PcaOptions, VideoOptions
 from dino.options.rules import checked
-from dino.weights.pictures import Picture, read_picture
+from dino.weights import take
+from dino.weights.pictures import Picture, list_pictures, read_picture
 
 PANEL_ROWS = 10  # images of a page of a panel
+IN_A_ROW = 9  # heads; more become several rows
 
 
 class Fitted(NamedTuple):
@@ -44,6 +56,7 @@ class Fitted(NamedTuple):
 
 
 AnyImage = Picture | Fitted
+AnyModel = Backbone | str | os.PathLike[str]
 
 
 def choose_size(model: Backbone, size: int | None) -> int:
@@ -148,23 +161,29 @@ class Look(Drawn):
 
     def figure(self) -> Image.Image:
         """One picture: the image, the map of each head and of their mean with its range in a row, and the masks below."""
-        titles = ["image", *(f"head {j}" for j in range(len(self.attention) - 1)), "mean"]
-        titles = [f"{title}\n{said}" for title, said in zip(titles, ["", *self.ranges], strict=True)]
-        masks = f"{100 * self.mass:g} % of the\nattention"
-        return add_scale(draw_mosaic([[self.photo, *self.heated], [masks, *self.overlays]], titles))
+        heads = [*(f"head {j}" for j in range(len(self.attention) - 1)), "mean"]
+        titles = [f"{title}\n{said}" for title, said in zip(heads, self.ranges, strict=True)]
+        masks, heated, overlays = f"{100 * self.mass:g} % of the\nattention", self.heated, self.overlays
+        bands = []
+        for part in (slice(start, start + IN_A_ROW) for start in range(0, len(heads), IN_A_ROW)):
+            rows = [[self.photo, *heated[part]], [masks, *overlays[part]]]
+            bands.append(draw_mosaic(rows, ["image\n", *titles[part]]))
+        return add_scale(stack(bands))
 
 
 @checked(AttentionOptions, "size", "mass")
-def attention_maps(model: Backbone, image: AnyImage, size: int | None = None, mass: float = 0.6) -> Look:
+def attention_maps(model: AnyModel, image: AnyImage, size: int | None = None, mass: float = 0.6) -> Look:
     """Attention of [CLS] over `image` in the last block, head by head (paper Figs. 1, 3 and 8-10).
 
     Args:
+        model: a model, or its name as `dino.load` takes it; so in the functions below.
         size: shorter side of the image in pixels. None: twice what the model was trained at.
         mass: share of the attention that masks keep.
 
     Raises:
         ValueError: the model has no such attention, or the image cannot be shown.
     """
+    model = take(model)
     if not model.has_attention:
         raise ValueError(NO_ATTENTION)
     pixels, photo = fit_image(model, image, size)
@@ -200,7 +219,7 @@ class ColoredPatches(Drawn):
 
 
 @checked(PcaOptions, "size")
-def pca_colors(model: Backbone, images: Sequence[AnyImage], size: int | None = None) -> Iterator[ColoredPatches]:
+def pca_colors(model: AnyModel, images: Sequence[AnyImage], size: int | None = None) -> Iterator[ColoredPatches]:
     """Yield each image with the colors of its patch features. The colors are three main axes that all images share.
 
     Args:
@@ -210,7 +229,9 @@ def pca_colors(model: Backbone, images: Sequence[AnyImage], size: int | None = N
     Raises:
         ValueError: an image cannot be shown.
     """
-    images = [images] if isinstance(images, str | os.PathLike) else images
+    model, images = take(model), list_pictures(images)
+    if not images:
+        raise ValueError("there are no images; give at least one.")
     some = (images[i] for i in evenly_spaced(len(images), BASIS_IMAGES))
     basis = fit_axes(extract_patches(model, fit_image(model, image, size).pixels) for image in some)
     yield from (color_patches(model, fit_image(model, image, size), basis) for image in images)
@@ -249,8 +270,9 @@ class Matches(Drawn):
 
 
 @checked(MatchOptions, "size")
-def match_patches(model: Backbone, a: AnyImage, b: AnyImage, size: int | None = None) -> Matches:
+def match_patches(model: AnyModel, a: AnyImage, b: AnyImage, size: int | None = None) -> Matches:
     """Find the patches of `a` and `b` that correspond: each has the most similar feature to the other's (cosine)."""
+    model = take(model)
     (first, second) = (fit_image(model, image, size) for image in (a, b))
     images = first.pixels, second.pixels
     pairs, cosine = match_mutual(*(extract_patches(model, image) for image in images))
@@ -267,7 +289,7 @@ def match_patches(model: Backbone, a: AnyImage, b: AnyImage, size: int | None = 
 
 @checked(VideoOptions, "show", "size", "head", "mass")
 def video_frames(
-    model: Backbone,
+    model: AnyModel,
     clip: str | Path | Clip,
     show: Literal["attention", "mask", "pca"] = "attention",
     size: int | None = None,
@@ -282,7 +304,7 @@ def video_frames(
         head: the head whose attention is shown. None: the mean of all.
         size, mass: see `attention_maps`.
     """
-    clip = clip if isinstance(clip, Clip) else Clip(clip)
+    model, clip = take(model), clip if isinstance(clip, Clip) else Clip(clip)
     basis = None
     if show == "pca":
         some = thin_out((fit_image(model, frame, size).pixels for _, frame in clip), BASIS_IMAGES)

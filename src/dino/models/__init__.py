@@ -40,8 +40,9 @@ CONVNETS: dict[str, tuple[str, dict[str, Any]]] = {
 Stem = Literal["default", "half", "small"]
 TIMM = "timm:"  # prefix of the architectures that timm builds
 NO_ATTENTION = (
-    "this architecture has no attention maps: in its last block no [CLS] token looks at patches by softmax attention; "
-    "ViTs have them (vit_nano_hybrid, vit_small, timm:vit_..., timm:deit_...)."
+    "this model has no attention maps: only ViTs with a [CLS] token have them. Train one (dino train --data photos/ "
+    "--model vit_nano_hybrid; on a GPU vit_small), or load one (timm:vit_..., timm:deit_...). dino pca and dino match "
+    "work with every model."
 )
 
 

@@ -86,8 +86,8 @@ def parse_flags(
             options, unknown = tyro.cli(kind, args=arguments, default=default, add_help=False, return_unknown_args=True)
     except SystemExit:
         name = re.search(r"'(-[^']*)'", said.getvalue())
-        flag = name[1] if name else "an option"
-        raise ValueError(f"{flag} has no value; write it as {flag}=VALUE where it begins with '-'.") from None
+        flag = name[1].partition("/")[0] if name else "an option"
+        raise ValueError(f"{flag} needs a value behind it; if that begins with '-', write {flag}=VALUE.") from None
     finally:
         CHECKED.reset(token)
     if unknown:
@@ -101,6 +101,8 @@ def parse_flags(
 def _explain_unknown(word: str, kind: type[Options], flags: Sequence[Flag]) -> str:
     """What to do instead of `word`, which the parser does not know."""
     name = word.lstrip("-").replace("-", "_")
+    if word.lower() in ("true", "false", "yes", "no", "on", "off"):
+        return f"a switch takes no '{word}'; write its name alone, and --no-NAME for off."
     if not word.startswith("-"):
         return (
             f"'{word}' is one word too many; put a name with spaces in quotes, and in place of a pattern such as *.jpg, "

@@ -125,7 +125,8 @@ _short.maxstring = _short.maxother = _short.maxlong = 100
 
 
 def conform(value: Any, kind: Any) -> Any:
-    """`value` as type `kind` holds it: an integer becomes a float where one is meant, a list a tuple, a path text.
+    """`value` as type `kind` holds it: an integer becomes a float where one is meant, a list or a single value a tuple,
+    a path text.
 
     Raises:
         ValueError: wrong type, no choice, or against a rule; the rest of a sentence that begins with "NAME is".
@@ -148,6 +149,8 @@ def conform(value: Any, kind: Any) -> Any:
         return value
     if origin is tuple:
         any_length = parts[-1] is ...
+        if any_length and isinstance(value, str | int | float):
+            value = (value,)
         if not isinstance(value, tuple | list) or not (any_length or len(value) == len(parts)):
             raise ValueError(f"{shown}; give {'a list of' if any_length else len(parts)} values.")
         return tuple(conform(one, parts[0] if any_length else parts[i]) for i, one in enumerate(value))

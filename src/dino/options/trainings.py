@@ -108,12 +108,12 @@ class PlanOptions(
     A recipe (`dino recipes`) or a file of options can come first.
     """
 
-    toml: rules.File = "plan.toml"
-    """File of options to write, which `dino train` takes."""
+    toml: rules.File | None = None
+    """File of options to write, which `dino train` takes. None: plan.toml, or plan-2.toml and so on where that is."""
     gpu: Literal["h200", "h100", "a100", "l4", "t4", "v100", "rtx4090", "mps", "cpu"] | None = None
     """Plan for a GPU that is not here: its time is computed from the arithmetic of a step. None: this machine, measured;
     'cpu': without its GPU."""
     seconds: rules.PositiveFloat = 20
     """About how long to measure steps."""
     price: rules.PositiveFloat | None = None
-    """What an hour of this machine costs, in any currency."""
+    """What an hour of the machine costs, in any currency."""

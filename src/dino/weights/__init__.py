@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dino import errors, names
+from dino import distributed, errors, names
 from dino.models import SIZES, Backbone, create
 from dino.models.vit import VisionTransformer
 from dino.terminal import say
@@ -31,7 +31,7 @@ from dino.weights.runs import CONFIG, WEIGHTS, save
 if TYPE_CHECKING:
     from dino.models.timm_backbone import TimmBackbone
 
-__all__ = ["CONFIG", "WEIGHTS", "Weights", "build_backbone", "fingerprint", "load", "read", "save"]
+__all__ = ["CONFIG", "WEIGHTS", "Weights", "build_backbone", "fingerprint", "load", "read", "save", "take"]
 
 # What a file that holds other things than its kind should raises on the way.
 _MISSHAPED = (LookupError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError)
@@ -89,6 +89,11 @@ def load(name: str | os.PathLike[str], offline: bool = False, **changes: Any) ->
         DownloadError: a release that is not cached and cannot be downloaded.
     """
     return build_backbone(read(name, offline, changes.get("num_heads"), only_backbone=True), **changes)
+
+
+def take(model: str | os.PathLike[str] | Backbone, device: str = "auto") -> Backbone:
+    """A model that may be given by its name, as `load` takes it; then it computes on `device`."""
+    return load(model).to(distributed.start(device)) if isinstance(model, str | os.PathLike) else model
 
 
 def build_backbone(weights: Weights, **changes: Any) -> VisionTransformer | TimmBackbone:
@@ -170,11 +175,14 @@ def _open_remote(name: str, offline: bool) -> runs.Opened:
 
 
 def _open_file(path: Path) -> runs.Opened:
-    """What a file holds; and for safetensors that `dino export` wrote, the model's arguments in its header."""
+    """What a file holds; and for safetensors the model's arguments, in its header (`dino export`) or beside it (a run)."""
     if path.suffix != ".safetensors":
         return runs.Opened(path, pickles.load_pickle(path), {})
     with safe_open(path, "pt") as file:
         model = json.loads((file.metadata() or {}).get("model", "{}"))
+    if "arch" not in model:
+        runs_of = [folder for folder in path.absolute().parents[:2] if (folder / WEIGHTS).is_file()]
+        model = read_config(runs_of[0] / CONFIG).get("model", {}) if runs_of else {}
     return runs.Opened(path, load_file(path), {"model": model} if "arch" in model else {})
 
 

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,20 +72,30 @@ def read_picture(picture: Picture) -> np.ndarray:
     return picture
 
 
+def list_pictures(pictures: Any) -> list[Any]:
+    """One picture is a list of one.
+
+    Raises:
+        ValueError: these are no pictures.
+    """
+    if isinstance(pictures, str | os.PathLike | Image.Image) or (
+        isinstance(pictures, np.ndarray) and pictures.ndim == 3
+    ):
+        return [pictures]
+    if not isinstance(pictures, Iterable):
+        raise ValueError(f"{type(pictures).__name__} {pictures} is no picture; give paths, PIL images or arrays.")
+    return list(pictures)
+
+
 @torch.no_grad()
 def embed(model: Backbone, transform: Transform, pictures: Picture | Iterable[Picture], batch_size: int = 64) -> Tensor:
     """Features of pictures, in order: float32 [n, d], on the CPU. The model computes in evaluation mode, on its device.
-
-    One picture is a list of one.
 
     Raises:
         BadImage: a file cannot be read; names it.
     """
     assert isinstance(model, torch.nn.Module)
-    single = isinstance(pictures, str | os.PathLike | Image.Image)
-    if isinstance(pictures, np.ndarray):
-        single = pictures.ndim == 3
-    listed: list[Any] = [pictures] if single else list(cast(Iterable[Picture], pictures))
+    listed = list_pictures(pictures)
     like, was_training = next(model.parameters()), model.training
     model.eval()
     try:
