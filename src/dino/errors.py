@@ -40,6 +40,10 @@ SYNONYMS = {
 }
 
 
+class NotFinite(ValueError):
+    """A model computes numbers that are not finite."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that suggests the known name nearest to `name`; "" if none is near."""
     known, meant = [*known], SYNONYMS.get(name, name)

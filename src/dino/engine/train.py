@@ -366,12 +366,7 @@ class Trainer:
         self._pending.clear()
         ending = self._agree_to_end()
         if what := self._find_not_finite(values):
-            start = ", if you like from that checkpoint with --init" if self.checkpoints.good else ""
-            raise TrainingError(
-                f"{what} between steps {self.step - steps} and {self.step} of {self.run}; "
-                f"{self.checkpoints.describe_good()}. Lower --optim.lr, or use --precision bf16 or fp32 if it was fp16, and "
-                f"start a new run{start}."
-            )
+            raise self._diverge(what, steps)
         self._share_bad()
         if distributed.world_size() > 1 and (said := self.waiting.look(steps, waited)):
             self.terminal.say(said, style="yellow")
@@ -398,6 +393,15 @@ class Trainer:
         self.progress.status = f"loss {values['loss']:.3f}  {speed:,.0f} images/s"
         return ending
 
+    def _diverge(self, what: str, steps: int) -> TrainingError:
+        """What to raise when, within the last `steps`, something is no longer finite."""
+        start = ", if you like from that checkpoint with --init" if self.checkpoints.good else ""
+        return TrainingError(
+            f"{what} between steps {self.step - steps} and {self.step} of {self.run}; "
+            f"{self.checkpoints.describe_good()}. Lower --optim.lr, or use --precision bf16 or fp32 if it was fp16, and "
+            f"start a new run{start}."
+        )
+
     def _find_not_finite(self, means: dict[str, float]) -> str:
         """What is no longer finite, as the beginning of a sentence; "" if all is. Nothing else is ever saved."""
         if not math.isfinite(means["loss"]):
@@ -415,7 +419,10 @@ class Trainer:
         self.method.eval()
         with self.pace.pause(self.pace.checks):
             backbone = self.teachers.get()
-            values = self.callback(backbone, self.step)
+            try:
+                values = self.callback(backbone, self.step)
+            except errors.NotFinite as error:  # of weights that are finite still
+                raise self._diverge("the features became infinite or not a number", 1) from error
         self.method.train()
         if values and self.metrics is not None:
             self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)

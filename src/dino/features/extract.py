@@ -162,7 +162,7 @@ def require_finite(values: Tensor, model: object) -> Tensor:
     """
     if not values.isfinite().all():
         name = getattr(model, "where", "") or getattr(model, "name", "") or "given"
-        raise ValueError(
+        raise errors.NotFinite(
             f"the model {name} computes numbers that are not finite (NaN or infinity), so it is of no use; load an earlier "
             "checkpoint, or train again with a lower --optim.lr (with --fp16: try without)."
         )
