@@ -35,7 +35,7 @@ def names(source: Source) -> list[str]:
 
 def message(spec: str | Path, labels: str = "auto") -> str:
     """The error for a bad spec or labels: one sentence."""
-    with pytest.raises(ValueError, match=r"\A[^\n]+\.\Z") as caught:
+    with pytest.raises(ValueError, match=r"\A[^\n]+[.?]\Z") as caught:
         open_source(str(spec), labels)
     return str(caught.value)
 
@@ -280,7 +280,7 @@ def test_bad_lists(tmp_path: Path) -> None:
 def test_bad_specs(tmp_path: Path) -> None:
     root = make(tmp_path, "imagenet/train/x.png")
     assert f"did you mean '{tmp_path}/imagenet'" in message(tmp_path / "imagnet" / "train")
-    assert f"what follows '{tmp_path}/imagenet'" in message(tmp_path / "imagenet" / "zzz")
+    assert f"'{tmp_path}/imagenet' exists, so check" in message(tmp_path / "imagenet" / "zzz")
     assert "give the folder that holds it" in message(root / "imagenet/train/x.png")
     for name in ("data.zip", "data.tar", "DATA.TAR.GZ"):
         (tmp_path / name).touch()

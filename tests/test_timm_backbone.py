@@ -151,7 +151,7 @@ def test_what_does_not_exist_is_refused(backbones, name):
     model, images = backbones(name).eval(), torch.zeros(1, 3, 64, 64)
     assert not model.has_attention
     for call in (model.attention, model.cls_attention):
-        with pytest.raises(ValueError, match=f"timm:{name}: this architecture has no attention maps"):
+        with pytest.raises(ValueError, match=f"timm:{name}: this model has no attention maps"):
             call(images)
     with pytest.raises(ValueError, match="layers is 2, but earlier layers"):
         model.tokens(images, layers=2)
@@ -301,12 +301,12 @@ def test_a_convnets_report_leaves_attention_out_and_the_command_refuses(tmp_path
     assert any("knn20_top1" in line for line in lines)
     assert not any("jaccard_best_head" in line for line in lines)
     page = (run / "report.html").read_text()
-    assert "This architecture has no attention maps" in page
+    assert "This model has no attention maps" in page
     assert "timm:resnet10t at 64 pixels" in page
     capsys.readouterr()
     assert cli.main(["attention", str(run), str(photo), "--out", str(tmp_path / "maps")]) == 2
     said = capsys.readouterr().err
-    assert "this architecture has no attention maps" in said
+    assert "this model has no attention maps" in said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "maps").exists()
 

@@ -39,7 +39,8 @@ SIZES: dict[str, tuple[int, int, int]] = {
 HYBRIDS: dict[str, tuple[int, int, int]] = {"vit_nano_hybrid": (128, 3, 4)}
 
 # Up to so many tokens, and half as many channels of a head, a CPU learns faster with two plain products than with PyTorch's
-# own kernel, whose backward pass is slow there: the demo's steps take 0.4 of the time (docs/performance-log.md).
+# own kernel, whose backward pass is slow there: the demo's steps take 0.4 of the time (docs/performance-log.md). Not in 16
+# bits, where a softmax that is computed again for the backward pass would have another type than before.
 FEW = 64
 
 # Results that "elementwise" keeps for the backward pass. Norms, GELU and sums are computed again from them.
@@ -88,7 +89,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "n t d"], only_cls: bool = False) -> Float[Tensor, "n q d"]:
         q, k, v = self._heads(x, only_cls)
-        if self.training and x.device.type == "cpu" and max(x.shape[1], 2 * q.shape[-1]) <= FEW:
+        plain = self.training and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if plain and max(x.shape[1], 2 * q.shape[-1]) <= FEW:
             mixed = _compare(q, k) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v)
