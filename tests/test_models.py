@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.profiler import profile
 
+from dino.engine import parallel
 from dino.models import Head, VisionTransformer, create, vit
 from dino.models.head import Prototypes
 from dino.models.vit import Attention, DropPath
@@ -209,3 +210,12 @@ def test_attention_of_few_tokens_on_a_cpu_is_that_of_the_kernel(monkeypatch, onl
         found.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
     for fast, usual in zip(*found, strict=True):
         torch.testing.assert_close(fast, usual, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("precision", "is_plain"), [("fp32", True), ("bf16", False)])
+def test_a_training_in_float32_takes_the_plain_products(precision, is_plain):
+    layer, x = Attention(48, 6), torch.randn(5, 37, 48)
+    with profile() as seen, parallel.autocast(torch.device("cpu"), precision):
+        layer(x)
+    kernels = {event.key for event in seen.key_averages()}
+    assert ("aten::scaled_dot_product_attention" not in kernels) == is_plain

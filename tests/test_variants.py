@@ -395,8 +395,11 @@ def test_ranks_equal_one(tmp_path, ranks, shard):
 
 
 if __name__ == "__main__":
+    import faulthandler
+
     import torch.distributed as dist
 
+    faulthandler.enable()  # says where, if a library ends this process
     if sys.argv[2] == "machine":
         os.environ["LOCAL_WORLD_SIZE"] = "2"
     dist.init_process_group("gloo")
