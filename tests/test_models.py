@@ -212,10 +212,12 @@ def test_attention_of_few_tokens_on_a_cpu_is_that_of_the_kernel(monkeypatch, onl
         torch.testing.assert_close(fast, usual, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("precision", "is_plain"), [("fp32", True), ("bf16", False)])
-def test_a_training_in_float32_takes_the_plain_products(precision, is_plain):
-    layer, x = Attention(48, 6), torch.randn(5, 37, 48)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["nothing", "elementwise"])
+def test_a_training_takes_plain_products_unless_it_computes_activations_again(precision, recompute):
+    model = create("vit_nano", patch_size=8, image_size=32)
+    model.set_recompute(recompute)
     with profile() as seen, parallel.autocast(torch.device("cpu"), precision):
-        layer(x)
+        model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
     kernels = {event.key for event in seen.key_averages()}
-    assert ("aten::scaled_dot_product_attention" not in kernels) == is_plain
+    assert ("aten::scaled_dot_product_attention" in kernels) == (recompute != "nothing")
