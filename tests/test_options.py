@@ -158,7 +158,7 @@ def test_choices_are_the_entries_of_the_tables():
     from dino.eval import finetune, linear
     from dino.exports import compare
     from dino.features import extract, search
-    from dino.look import pictures
+    from dino.look import video
     from dino.models import CONVNETS, head, preprocessing, vit
     from dino.models.timm_backbone import TimmBackbone
 
@@ -182,7 +182,7 @@ def test_choices_are_the_entries_of_the_tables():
     assert choices(commands.EmbedOptions, "pooling") < set(extract.POOLINGS) == set(get_args(extract.Pooling))
     assert choices(evaluate.LinearOptions, "pooling") == {name for wide in linear.COLUMNS.values() for name in wide}
     assert choices(evaluate.FinetuneOptions, "recipe") == set(finetune.FINETUNE_RECIPES)
-    assert choices(commands.VideoOptions, "show") == set(get_args(get_type_hints(pictures.video_frames)["show"]))
+    assert choices(commands.VideoOptions, "show") == set(get_args(get_type_hints(video.video_frames)["show"]))
 
 
 # --- the reviewed list ---------------------------------------------------------------------------------------------

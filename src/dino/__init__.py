@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dino.look.pictures import attention_maps as attention_maps
     from dino.look.pictures import match_patches as match_patches
     from dino.look.pictures import pca_colors as pca_colors
-    from dino.look.pictures import video_frames as video_frames
+    from dino.look.video import video_frames as video_frames
     from dino.models import create as create
     from dino.run import train as train
     from dino.weights import load as load
@@ -34,7 +34,8 @@ _NAMES = {
     "dino.features.select": ("select",),
     "dino.features.sklearn": ("DinoFeatures",),
     "dino.look.attention": ("finer_patches",),
-    "dino.look.pictures": ("attention_maps", "match_patches", "pca_colors", "video_frames"),
+    "dino.look.pictures": ("attention_maps", "match_patches", "pca_colors"),
+    "dino.look.video": ("video_frames",),
     "dino.models": ("create",),
     "dino.run": ("train",),
     "dino.weights": ("load",),

@@ -179,7 +179,7 @@ def check_names(options: Options) -> None:
         if flag.values == "MODEL":
             names.require_model(name)
         if "://" in name or len(name) > 255 or os.path.exists(os.path.expanduser(name)):
-            continue  # of a name that is too long the operating system says so
+            continue  # where a name is too long, opening it says so
         if flag.values == "EMBEDDING":
             raise names.no_embedding(name)
         if flag.values == "RUN":

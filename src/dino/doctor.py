@@ -115,9 +115,8 @@ def examine_cores() -> Iterator[Finding]:
             yield Finding("note", text, f"Train with --threads {max(1, int(allowed))}")
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if busy > 0.6 * cores:
-        yield Finding(
-            "note", f"Other programs ask for about {busy:.1f} cores; there are {cores}, so training will be slower"
-        )
+        text = f"Other programs ask for about {busy:.1f} cores; there are {cores}, so training will be slower"
+        yield Finding("note", text)
 
 
 def examine_space() -> Iterator[Finding]:

@@ -107,11 +107,11 @@ def choose_file(given: str | None) -> Path:
         ValueError: it is there, or its folder is not.
     """
     names = [given] if given else ["plan.toml", *(f"plan-{number}.toml" for number in range(2, 100))]
-    path = next((path for path in map(Path, names) if not path.expanduser().exists()), None)
-    if path is None:
+    free = [path for name in names if not (path := Path(name).expanduser()).exists()]
+    if not free:
         raise ValueError(f"--toml {names[-1]} exists; choose another name, or delete it.")
-    files.require_folder(path.expanduser(), "--toml")
-    return path.expanduser()
+    files.require_folder(free[0], "--toml")
+    return free[0]
 
 
 def predict(trial: budget.Trial, plan: Plan, imports: float) -> Cost:

@@ -99,14 +99,14 @@ def run_training(options: TrainOptions) -> RunFolder:
         with files.writing(folder, leave=not fresh):
             shared.check_folder(folder)
             trainer, held_out = set_up(options, folder, device, terminal, began)
-        done = options.resume is not None and trainer.step >= trainer.plan.total
-        terminal.say(
-            f"{folder} is complete: nothing is left to train."
-            if done
-            else f"Training on {len(trainer.source)} images ({len(held_out) if held_out else 0} held out), "
-            f"{trainer.plan.total} steps of {trainer.options.batch_size}, on {describe_device(device)}; "
-            f"run directory {folder}"
-        )
+        if trainer.step >= trainer.plan.total:
+            terminal.say(f"{folder} is complete: nothing is left to train.")
+        else:
+            terminal.say(
+                f"Training on {len(trainer.source)} images ({len(held_out) if held_out else 0} held out), "
+                f"{trainer.plan.total} steps of {trainer.options.batch_size}, on {describe_device(device)}; "
+                f"run directory {folder}"
+            )
         if copy is not None:
             terminal.say(f"After every save it is copied to {copy.address}.")
             trainer.copy = copy.push

@@ -141,7 +141,7 @@ class Atlas:
 
     def tag(self, rows: list[int], tag: object, remove: bool = False) -> None:
         """Give each of `rows` this tag, or take it away."""
-        tag = tag.strip() if isinstance(tag, str) else ""
+        tag = read_text(tag)
         if not TAG.fullmatch(tag):
             raise ValueError("A tag must be a word of letters, digits, spaces, dots, dashes, at most 49 of them.")
         if not rows:
@@ -205,7 +205,7 @@ class Atlas:
     def list_rows(self, which: object, chosen: list[int], tag: object) -> list[int]:
         """Those `chosen`, all others, or all with a tag."""
         if which == TAGGED:
-            tag = tag.strip() if isinstance(tag, str) else ""
+            tag = read_text(tag)
             if tag not in (tags := self.count_tags()):
                 known = ", ".join(tags) or "there is none yet"
                 raise ValueError(f"Write a tag that images have into the box above: {known}.")
@@ -222,7 +222,7 @@ class Atlas:
         Raises:
             ValueError: the name is not one, a file has it already, the images are no files, or there are none.
         """
-        name = name.strip() if isinstance(name, str) else ""
+        name = read_text(name)
         if not NAME.fullmatch(name):
             raise ValueError(
                 "Give the list a plain name (letters, digits, spaces, dots, dashes; no folder) that ends in .txt or .csv "
@@ -248,6 +248,11 @@ class Atlas:
                 columns = {"path": lines} | ({"label": labels} if any(labels) else {}) | {"tags": tags}
                 csv.writer(file).writerows([[*columns], *zip(*columns.values(), strict=True)])
         return f"{len(rows):,} images are in `{out}`. To train on them: `dino train --data {out}`"
+
+
+def read_text(value: object) -> str:
+    """What a visitor wrote; "" if the request holds something else."""
+    return value.strip() if isinstance(value, str) else ""
 
 
 def check_whole(value: object, least: int, most: int, what: str) -> int:

@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from gradio import themes
 
-from dino import distributed, files, weights
+from dino import files, weights
 from dino.app.atlas_page import ONE_AT_A_TIME, PLAIN, QUIET, RAW, AtlasTabs, get_index, show_errors
 from dino.app.explorer import Explorer, ShownImage, draw_alike, find_newest_run
 from dino.app.guard import LARGEST_UPLOAD, LOOPBACK, Guard, find_host, listen
@@ -229,7 +229,7 @@ def serve(options: AppOptions, folder: str) -> None:
     name = options.model or find_newest_run()
     host = find_host(options.share_with)
     with listen(host, options.port) as listening:
-        model = weights.load(name).to(distributed.start(options.device))
+        model = weights.take(name, options.device)
         run = find_run(name)
         explorer = Explorer(model, run, options.data or find_data(run), options.embedding)
         page = Page(explorer, Path(name).name, Path(options.lists))

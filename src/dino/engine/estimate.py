@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ class Step(NamedTuple):
     parameters: int  # of the student's backbone
 
 
+@functools.cache
 def count_step(options: TrainOptions) -> Step:
     """The cost of one step with options that are all chosen.
 

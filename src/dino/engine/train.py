@@ -394,7 +394,7 @@ class Trainer:
         return ending
 
     def _diverge(self, what: str, steps: int) -> TrainingError:
-        """What to raise when, within the last `steps`, something is no longer finite."""
+        """The error for `what`, which is no longer finite, and was so before the last `steps`."""
         start = ", if you like from that checkpoint with --init" if self.checkpoints.good else ""
         return TrainingError(
             f"{what} between steps {self.step - steps} and {self.step} of {self.run}; "

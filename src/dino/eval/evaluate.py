@@ -80,7 +80,7 @@ def evaluate(name: str, model: str | os.PathLike[str] | Backbone, **options: Any
     if isinstance(model, nn.Module):
         refuse_broken(model.state_dict(), getattr(model, "where", "") or "the model")
     else:
-        backbone = weights.load(wanted.model).to(distributed.start(wanted.device))
+        backbone = weights.take(wanted.model, wanted.device)
     return _measure(name, backbone, wanted)
 
 

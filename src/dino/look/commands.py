@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dino import distributed, weights
+from dino import weights
 from dino.data.open import expand_images
 from dino.data.sources import evenly_spaced
 from dino.files import check_writable
@@ -21,7 +21,7 @@ from dino.look import drawing, pictures
 from dino.look.attention import finer_patches
 from dino.look.patches import BASIS_IMAGES, extract_patches, fit_axes
 from dino.look.pictures import Fitted
-from dino.look.video import Clip, Frame, write_video
+from dino.look.video import Clip, Frame, video_frames, write_video
 from dino.models import NO_ATTENTION, Backbone
 from dino.options.commands import AttentionOptions, LookOptions, MatchOptions, PcaOptions, VideoOptions
 from dino.terminal import say, track
@@ -76,7 +76,7 @@ def draw_video(options: VideoOptions) -> None:
     name = Path(options.clip).resolve().stem
     out = check_writable(options.out or f"{name}-{options.show}.mp4", ".mp4", (options.clip,))
     model = open_model(options, attention=options.show != "pca")
-    frames = pictures.video_frames(model, clip, options.show, options.size, options.head, options.mass)
+    frames = video_frames(model, clip, options.show, options.size, options.head, options.mass)
     drawn = (
         picture if options.alone else Frame(frame.seconds, np.concatenate([frame.pixels, picture.pixels], axis=1))
         for frame, picture in track(frames, clip.total, options.show)
@@ -93,7 +93,7 @@ def open_model(options: LookOptions, attention: bool = False) -> Backbone:
     Raises:
         ValueError: `attention` is needed and it has none, or the size is not a multiple of its patches.
     """
-    model = weights.load(options.model).to(distributed.start(options.device))
+    model = weights.take(options.model, options.device)
     if attention and not model.has_attention:
         raise ValueError(NO_ATTENTION)
     finer = model if options.stride is None else finer_patches(model, options.stride)

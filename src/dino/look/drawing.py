@@ -82,8 +82,10 @@ def add_scale(page: Image.Image) -> Image.Image:
 def stack(pages: Sequence[Image.Image]) -> Image.Image:
     """Pages below each other."""
     out = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), "white")
-    for number, page in enumerate(pages):
-        out.paste(page, (0, sum(above.height for above in pages[:number])))
+    top = 0
+    for page in pages:
+        out.paste(page, (0, top))
+        top += page.height
     return out
 
 

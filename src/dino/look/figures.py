@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
-from dino import distributed, files, weights
+from dino import files, weights
 from dino.data.open import open_labeled_pair, open_labeled_test
 from dino.data.sources import Source, evenly_spaced
 from dino.features import cache
@@ -27,7 +27,7 @@ def extract_labeled(
     options: TsneOptions | NeighborsOptions, **sources: Source
 ) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
     """[CLS] features [m, d] of length 1, labels [m] and positions [m] of the readable images of each source."""
-    model = weights.load(options.model).to(distributed.start(options.device))
+    model = weights.take(options.model, options.device)
     for what, source in sources.items():
         found = cache.load_labeled(model, source, options.size or model.view_size, what)
         yield F.normalize(found.values, dim=1), found.labels, found.indices

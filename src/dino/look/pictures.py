@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +37,8 @@ from dino.look.drawing import (
     to_bytes,
 )
 from dino.look.patches import BASIS_IMAGES, Basis, extract_patches, fit_axes, match_mutual, prepare_image
-from dino.look.video import Clip, Frame, thin_out
 from dino.models import NO_ATTENTION, Backbone
-from dino.options.commands import AttentionOptions, MatchOptions, PcaOptions, VideoOptions
+from dino.options.commands import AttentionOptions, MatchOptions, PcaOptions
 from dino.options.rules import checked
 from dino.weights import take
 from dino.weights.pictures import Picture, list_pictures, read_picture
@@ -282,38 +281,3 @@ def match_patches(model: AnyModel, a: AnyImage, b: AnyImage, size: int | None = 
         rows, columns = model.grid(height, width)
         points.append((np.stack([cells % columns, cells // columns], axis=1) + 0.5) * (width / columns, height / rows))
     return Matches(images, np.stack(points, axis=1), cosine.numpy(), (first.photo, second.photo))
-
-
-# --- video ---------------------------------------------------------------------------------------------------------
-
-
-@checked(VideoOptions, "show", "size", "head", "mass")
-def video_frames(
-    model: AnyModel,
-    clip: str | Path | Clip,
-    show: Literal["attention", "mask", "pca"] = "attention",
-    size: int | None = None,
-    head: int | None = None,
-    mass: float = 0.6,
-) -> Iterator[tuple[Frame, Frame]]:
-    """Yield each frame of `clip`, trimmed to whole patches, and its picture; `dino.look.video.write_video` takes them.
-
-    Args:
-        clip: a video file, an animated GIF, or a folder of frames.
-        show: the frame under the map of attention, or within its mask; or patch features as colors, on one basis.
-        head: the head whose attention is shown. None: the mean of all.
-        size, mass: see `attention_maps`.
-    """
-    model, clip = take(model), clip if isinstance(clip, Clip) else Clip(clip)
-    basis = None
-    if show == "pca":
-        some = thin_out((fit_image(model, frame, size).pixels for _, frame in clip), BASIS_IMAGES)
-        basis = fit_axes(extract_patches(model, frame) for frame in some)
-    for seconds, frame in clip:
-        if basis is not None:
-            drawn = color_patches(model, fit_image(model, frame, size), basis)
-            picture = drawn.picture
-        else:
-            drawn = attention_maps(model, frame, size, mass).only(head)
-            (picture,) = drawn.heated if show == "attention" else drawn.overlays
-        yield Frame(seconds, drawn.photo), Frame(seconds, picture)

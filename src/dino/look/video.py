@@ -1,4 +1,7 @@
-"""Clips in and out: frames of a video, an animated GIF or a folder of images; H.264 that every browser plays."""
+"""Clips in and out: frames of a video, an animated GIF or a folder of images; H.264 that every browser plays.
+
+And what a model sees in each frame.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,19 @@ import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from dino import errors, files
 from dino.data.decode import BadImage
 from dino.data.image_files import open_source
+from dino.look.patches import BASIS_IMAGES, extract_patches, fit_axes
+from dino.look.pictures import AnyModel, attention_maps, color_patches, fit_image
+from dino.options.commands import VideoOptions
+from dino.options.rules import checked
 from dino.terminal import say
+from dino.weights import take
 
 TICK = Fraction(1, 90_000)  # seconds; the usual clock of video, fine enough for every frame rate
 
@@ -131,3 +139,35 @@ def write_video(out: Path, frames: Iterable[Frame]) -> int:
             count += 1
         container.mux(stream.encode())
     return count
+
+
+@checked(VideoOptions, "show", "size", "head", "mass")
+def video_frames(
+    model: AnyModel,
+    clip: str | Path | Clip,
+    show: Literal["attention", "mask", "pca"] = "attention",
+    size: int | None = None,
+    head: int | None = None,
+    mass: float = 0.6,
+) -> Iterator[tuple[Frame, Frame]]:
+    """Yield each frame of `clip`, trimmed to whole patches, and its picture; `write_video` takes them.
+
+    Args:
+        clip: a video file, an animated GIF, or a folder of frames.
+        show: the frame under the map of attention, or within its mask; or patch features as colors, on one basis.
+        head: the head whose attention is shown. None: the mean of all.
+        model, size, mass: see `attention_maps`.
+    """
+    model, clip = take(model), clip if isinstance(clip, Clip) else Clip(clip)
+    basis = None
+    if show == "pca":
+        some = thin_out((fit_image(model, frame, size).pixels for _, frame in clip), BASIS_IMAGES)
+        basis = fit_axes(extract_patches(model, frame) for frame in some)
+    for seconds, frame in clip:
+        if basis is not None:
+            drawn = color_patches(model, fit_image(model, frame, size), basis)
+            picture = drawn.picture
+        else:
+            drawn = attention_maps(model, frame, size, mass).only(head)
+            (picture,) = drawn.heated if show == "attention" else drawn.overlays
+        yield Frame(seconds, drawn.photo), Frame(seconds, picture)

@@ -100,19 +100,15 @@ def examine_checkpoints(folder: Path) -> tuple[int, list[Finding]]:
         help = "Its last teacher may be whole: dino.load of teacher.safetensors"
         return -1, [Finding("bad", f"Checkpoints: {error}", help)]
     step = newest.state["step"] if newest else get_step(shards[-1]) if shards else 0
-    found = [
-        Finding("good", f"It can be resumed from step {step:,}") if step else Finding("note", "It has no checkpoint")
-    ]
+    text = f"It can be resumed from step {step:,}" if step else "It has no checkpoint"
+    found = [Finding("good" if step else "note", text)]
     if newest and newest.refused:
         text = f"The newest checkpoint, step {get_step(files[-1]):,}, is damaged: {newest.refused[0]}"
-        found.insert(
-            0, Finding("note", text, f"Repeat the steps after {step:,}, with the same result: {write_resume(folder)}")
-        )
+        advice = f"Repeat the steps after {step:,}, with the same result: {write_resume(folder)}"
+        found.insert(0, Finding("note", text, advice))
     size = max((path.stat().st_size for path in files), default=0)
-    return step, [
-        *found,
-        examine_disk(folder, 4 * size, "Free some space: a checkpoint needs it while it is written"),
-    ]
+    found.append(examine_disk(folder, 4 * size, "Free some space: a checkpoint needs it while it is written"))
+    return step, found
 
 
 def examine_progress(run: Run, saved: int, running: bool) -> Finding:
@@ -135,10 +131,9 @@ def examine_files(run: Run, saved: int) -> Iterator[Finding]:
     whole = [name for name in others if is_readable(run.folder / name)]
     for name, other in others.items():
         if name not in whole and (run.folder / name).exists():
-            help = f"Take the other teacher: {other}" if whole else "Copy it from a backup"
-            yield Finding(
-                "bad", f"{name} is damaged", f"Write it again: {write_resume(run.folder)}" if saved > 0 else help
-            )
+            without = f"Take the other teacher: {other}" if whole else "Copy it from a backup"
+            help = f"Write it again: {write_resume(run.folder)}" if saved > 0 else without
+            yield Finding("bad", f"{name} is damaged", help)
     if run.quarantine:
         text = f"{len(run.quarantine)} images could not be read; they are listed in quarantine.jsonl"
         yield Finding("note", text, "Repair them, then resume")

@@ -62,9 +62,7 @@ def read_picture(picture: Picture) -> np.ndarray:
         except BadImage as error:
             raise BadImage(f"{picture}: {error.reason}") from error
     if not isinstance(picture, np.ndarray):
-        raise ValueError(
-            f"{type(picture).__name__} {str(picture)[:60]} is no picture; give one path, PIL image or array."
-        )
+        raise ValueError(f"{type(picture).__name__} {picture!s:.60} is no picture; give one path, PIL image or array.")
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise ValueError(
             f"an array of {picture.dtype} {list(picture.shape)} is no picture; give uint8 [height, width, 3]."
@@ -78,9 +76,8 @@ def list_pictures(pictures: Any) -> list[Any]:
     Raises:
         ValueError: these are no pictures.
     """
-    if isinstance(pictures, str | os.PathLike | Image.Image) or (
-        isinstance(pictures, np.ndarray) and pictures.ndim == 3
-    ):
+    is_one = isinstance(pictures, np.ndarray) and pictures.ndim == 3
+    if is_one or isinstance(pictures, str | os.PathLike | Image.Image):
         return [pictures]
     if not isinstance(pictures, Iterable):
         raise ValueError(f"{type(pictures).__name__} {pictures} is no picture; give paths, PIL images or arrays.")
@@ -124,8 +121,6 @@ def refuse_pictures(model: Any, inputs: tuple[Any, ...]) -> None:
     """
     images = inputs[0] if inputs else None
     if isinstance(images, str | os.PathLike | Image.Image | np.ndarray | list):
-        raise ValueError(
-            "a model takes tensors [n, c, h, w]; model.embed(pictures) takes paths, PIL images and arrays."
-        )
+        raise ValueError("a model takes tensors [n, c, h, w]; model.embed takes paths, PIL images and arrays.")
     if isinstance(images, Tensor) and images.ndim == 3:
         raise ValueError(f"a model takes a batch [n, c, h, w], not {list(images.shape)}; write images[None] for one.")
