@@ -213,11 +213,10 @@ def test_attention_of_few_tokens_on_a_cpu_is_that_of_the_kernel(monkeypatch, onl
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recompute", ["nothing", "elementwise"])
-def test_a_training_takes_plain_products_unless_it_computes_activations_again(precision, recompute):
+@pytest.mark.parametrize("recompute", ["nothing", "elementwise", "blocks"])
+def test_a_training_on_a_cpu_takes_plain_products(precision, recompute):
     model = create("vit_nano", patch_size=8, image_size=32)
     model.set_recompute(recompute)
     with profile() as seen, parallel.autocast(torch.device("cpu"), precision):
         model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
-    kernels = {event.key for event in seen.key_averages()}
-    assert ("aten::scaled_dot_product_attention" in kernels) == (recompute != "nothing")
+    assert "aten::scaled_dot_product_attention" not in {event.key for event in seen.key_averages()}

@@ -39,8 +39,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 HYBRIDS: dict[str, tuple[int, int, int]] = {"vit_nano_hybrid": (128, 3, 4)}
 
 # Up to so many tokens, and half as many channels of a head, a CPU learns faster with two plain products than with PyTorch's
-# own kernel, whose backward pass is slow there: the demo's steps take 0.4 of the time (docs/performance-log.md). Not where
-# activations are computed again: in 16 bits the softmax would have another type then.
+# own kernel, whose backward pass is slow there: the demo's steps take 0.4 of the time (docs/performance-log.md).
 FEW = 64
 
 # Results that "elementwise" keeps for the backward pass. Norms, GELU and sums are computed again from them.
@@ -83,14 +82,13 @@ class DropPath(nn.Module):
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.num_heads, self.recomputed = num_heads, False
+        self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "n t d"], only_cls: bool = False) -> Float[Tensor, "n q d"]:
         q, k, v = self._heads(x, only_cls)
-        plain = self.training and not self.recomputed and x.device.type == "cpu"
-        if plain and max(x.shape[1], 2 * q.shape[-1]) <= FEW:
+        if self.training and x.device.type == "cpu" and max(x.shape[1], 2 * q.shape[-1]) <= FEW:
             mixed = _compare(q, k) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v)
@@ -237,9 +235,6 @@ class VisionTransformer(Preprocessed, nn.Module):
         """
         assert what in self.recomputable
         self.recompute = what
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.attn.recomputed = what != "nothing"
 
     def set_drop_path(self, rate: float) -> bool:
         """Stochastic depth that rises linearly from 0 at the first block to `rate` at the last."""
