@@ -92,6 +92,7 @@ def test_what_there_is_to_beat_stands_beside_the_figures(saved_model, tmp_path, 
     floors = result.floors["knn10_top1"]
     assert [*floors] == ["the largest class", "10-NN of raw 32x32 pixels", "10-NN of color histograms"]
     assert result.notes[0].startswith("To beat, on 4 test images and 36 of the bank: the largest class")
+    assert result.notes[0].endswith("; a difference of up to 57.7 points may be chance")  # 2 * sqrt(2 * 1/4 / (4 + 2))
     assert len(result.notes) == 1
     flags = ["--data", str(photos), "--val", str(photos), "--k", "5", "--json", str(tmp_path / "knn.json")]
     assert cli.main(["eval", "knn", str(saved_model), *flags]) == 0

@@ -16,6 +16,7 @@ import torch
 import dino
 from dino import cli
 from dino.data.image_files import open_source
+from dino.engine.health import measure_margin
 from dino.eval.floors import count_colors, read_views
 from dino.eval.online import measure_color_agreement
 from dino.features.extract import Features
@@ -24,7 +25,7 @@ from dino.options import auto, replace, toml
 from dino.options.train import TrainOptions
 from dino.report import verdict as rules
 from dino.report.run import Run
-from dino.report.verdict import RELEASED, Verdict, judge, measure_margin, warn
+from dino.report.verdict import RELEASED, Verdict, judge, warn
 from helpers import TINY, as_flags, draw_images
 
 IMAGES = 4000  # that the recorded runs say they had; 1000 steps an epoch

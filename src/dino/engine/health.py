@@ -1,9 +1,11 @@
 """Scores of features that need no labels: how many directions they use, and whether they know an image by its crops.
 
-Each is a function of tensors, and more is better. Letters: n images, d features.
+Each is a function of tensors, and more is better. Letters: n images, d features. Last, what of two accuracies may be chance.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -49,3 +51,9 @@ def two_crop_retrieval(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]
 def exp_entropy(values: Float[Tensor, " m"]) -> Float[Tensor, ""]:
     """exp of the entropy of `values` (none negative) divided by their sum: how many there are, if all are equal."""
     return torch.special.entr(values / values.sum().clamp(min=1e-12)).sum().exp()
+
+
+def measure_margin(a: float, b: float, count: int) -> float:
+    """Two standard errors of the difference of two accuracies on `count` images, in points (Agresti and Caffo 2000)."""
+    shares = [(value / 100 * count + 1) / (count + 2) for value in (a, b)]  # else nothing were certain of 0 and 100 %
+    return 200 * math.sqrt(sum(p * (1 - p) for p in shares) / (count + 2))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dino.data.open import open_labeled_pair
 from dino.data.sources import Source, evenly_spaced
+from dino.engine.health import measure_margin
 from dino.eval.evaluate import Result
 from dino.eval.floors import BANK, LARGEST, QUERIES, describe_plainly, read_views
 from dino.features import cache
@@ -97,10 +98,12 @@ def evaluate(model: Backbone, options: KnnOptions, device: torch.device) -> Resu
 class Floors(NamedTuple):
     found: dict[str, float]  # accuracies by their names, percent
     images: str  # in words
+    margin: float  # points that two accuracies near 50 % may differ by chance
 
     def describe(self, of: str = "") -> str:
         """A line below the figures. `of`: which of them, where others have other floors."""
-        return f"To beat{of}, on {self.images}: " + ", ".join(f"{name} {x:.1f} %" for name, x in self.found.items())
+        found = ", ".join(f"{name} {x:.1f} %" for name, x in self.found.items())
+        return f"To beat{of}, on {self.images}: {found}; a difference of up to {self.margin:.1f} points may be chance"
 
 
 _found: dict[tuple[object, ...], Floors] = {}  # of what this process has evaluated: a training does it again and again
@@ -129,4 +132,5 @@ def measure_floors(train: Source, test: Source, edge: int, k: int, temp: float) 
             bank, queries = (describe(part).values for part in views)
             accuracy = classify(bank, labels[0], queries, labels[1], (k,), temp)[f"knn{k}_top1"]
             floors[f"{k}-NN of {name}"] = accuracy
-    return Floors(floors, f"{len(labels[1]):,} test images and {len(labels[0]):,} of the bank")
+    images = f"{len(labels[1]):,} test images and {len(labels[0]):,} of the bank"
+    return Floors(floors, images, measure_margin(50, 50, len(labels[1])))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dino.engine.health import measure_margin
 from dino.options import flatten, replace, required
 from dino.options.auto import LITTLE_DATA
 from dino.options.train import TrainOptions
@@ -126,12 +127,6 @@ def _judge_without_labels(run: Run) -> Verdict:
         reason = Reason("unclear", "Look at nearest images and attention yourself.", f"dino app {folder}")
     why = "without labels of held-out images no accuracy can be" if run.knn is None else "nothing to compare has been"
     return Verdict("unknown", f"unknown, as {why} measured.", sentences, reason)
-
-
-def measure_margin(a: float, b: float, count: int) -> float:
-    """Two standard errors of the difference of two accuracies on `count` images, in points (Agresti and Caffo 2000)."""
-    shares = [(value / 100 * count + 1) / (count + 2) for value in (a, b)]  # else nothing were certain of 0 and 100 %
-    return 200 * math.sqrt(sum(p * (1 - p) for p in shares) / (count + 2))
 
 
 def is_rising(run: Run, count: int) -> bool:
