@@ -392,6 +392,13 @@ def test_threads_are_left_for_the_worker_but_none_added(allowed, spare, used, mo
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 1), (16, 1)])
+def test_a_cpu_prepares_views_on_the_core_that_is_left(cores, workers, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "count_cores", lambda: cores)
+    assert cli.main(["train", "--data", str(photos), "--out", str(tmp_path / "run"), "--epochs", "1", "--dry-run"]) == 0
+    assert f"num_workers = {workers}\n" in capsys.readouterr().out
+
+
 def test_eval_knn_prints_a_table(photos, tmp_path):
     dino.train(data=str(photos), out=str(tmp_path / "run"), recipe=replace(TrainOptions(), TINY))
     done = run_dino("eval", "knn", tmp_path / "run", "--data", photos, "--k", "10", "20", "100")

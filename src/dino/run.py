@@ -29,7 +29,7 @@ from dino.engine.trackers import find_tracker
 from dino.engine.train import Trainer
 from dino.eval import evaluate
 from dino.eval.online import OnlineEvaluation
-from dino.machine import check_cores, check_workers, count_spare_cores, describe_device
+from dino.machine import check_cores, check_workers, count_cores, count_spare_cores, describe_device
 from dino.models import Backbone, require_architecture
 from dino.options import auto, complete_names, flatten, replace, required, toml
 from dino.options.commands import ReportOptions
@@ -246,8 +246,9 @@ def resolve_options(
     options: TrainOptions, source: Source, start: weights.Weights | None, device: torch.device, terminal: Terminal
 ) -> TrainOptions:
     """Fill in the open options from the images, the weights to start from and the machine, and check all of them."""
-    # A CPU that trains has little to spare: rendering is a tenth of a step's work even for the smallest model.
-    workers = count_spare_cores(distributed.world_size()) if device.type != "cpu" else int(count_spare_cores() > 2)
+    # Rendering is a tenth of a CPU's step even for the smallest model: one core is enough for it, if there is one.
+    ranks = distributed.world_size()
+    workers = count_spare_cores(ranks) if device.type != "cpu" else int(count_cores() >= 2 * ranks)
     adopted = options if start is None else init.adopt(options, start)
     resolved = auto.resolve(adopted, len(source), probe(source), device.type != "cpu", workers)
     check(resolved, source, device)

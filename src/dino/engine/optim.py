@@ -200,10 +200,10 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     The singular values of the result lie between 0.7 and 1.2, which is near enough and quick.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+    x = x.contiguous() / (x.norm() + 1e-7)  # a CPU multiplies transposed views at half the speed
     for _ in range(iterations):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
