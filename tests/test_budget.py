@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ from dino.engine.budget import TRIAL, choose_epochs
 from dino.engine.build import Plan
 from dino.engine.log import read_metrics
 from dino.engine.pace import Pace, describe_time
+from dino.engine.progress import Progress
 from dino.options import flatten, replace, toml
 from dino.options.train import TrainOptions
 from dino.report.run import Run
@@ -141,6 +143,15 @@ def test_a_time_without_room_for_a_step_is_refused(photos, tmp_path):
     with pytest.raises(ValueError, match=r"no step fits into 2 seconds.* give more --minutes"):
         dino.train(FREE, data=photos, out=tmp_path / "none", minutes=0.03)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_log_file_is_told_each_accuracy_once(capsys):
+    progress = Progress(Terminal(), Plan(replace(TrainOptions(), {"epochs": 4, "log.knn_every": 1}), 5), Pace())
+    for step, knn in ((1, None), (4, 24.0), (5, None), (10, 50.0)):
+        progress.said, progress.knn = -math.inf, knn or progress.knn
+        progress.show(step, 20)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("k-NN ")[2] for line in said] == ["", "24.0 %", "", "50.0 %"]
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0.5, 2), (2.5, 12), (3.0, 15)])

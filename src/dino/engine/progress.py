@@ -17,7 +17,7 @@ class Progress:
         self.terminal, self.plan, self.pace = terminal, plan, pace
         self.told, self.said = False, time.monotonic()  # the length of the run; a line
         self.status = ""
-        self.knn: float | None = None  # percent
+        self.knn: float | None = None  # percent; a log file is told each figure once
 
     def show(self, step: int, stop: int) -> None:
         """`step` steps are done; the run goes on to `stop`. Once, as soon as it is known, it says how long that takes."""
@@ -31,7 +31,7 @@ class Progress:
         if due and not self.terminal.live:
             more = f"  {describe_time(left)} left" if left > 0 else ""
             self.terminal.say(f"{what}  step {step} of {self.plan.total}  {status}{more}")
-            self.said = time.monotonic()
+            self.said, self.knn = time.monotonic(), None
         if self.pace.is_settled() and not self.told and step < stop:
             self.terminal.say(f"About {describe_time(left)} to go: {self.pace.describe(self.plan, step, stop)}.")
             self.told = True

@@ -428,5 +428,5 @@ class Trainer:
             self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)
         self.teachers.best.consider(self.step, values, backbone)
         self.hurts = self.options.start.stop and self.teachers.best.is_worse_for_long(self.plan.total)
-        self.progress.knn = values.get("knn20_top1")
+        self.progress.knn = values.get("knn20_top1") if self.step or self.terminal.live else None
         distributed.barrier()
