@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nbformat
 import numpy as np
+from nbclient import NotebookClient
 
 import dino
 from helpers import TINY, draw_images
@@ -60,3 +62,27 @@ def test_names_in_a_page_are_escaped(tmp_path):
     shown = dino.search(embedding.path, query, k=2, model=model)._repr_html_()
     assert shown.count("&lt;i&gt;") == 3
     assert "<i>" not in shown
+
+
+class Watched(NotebookClient):
+    """Keeps what the output of a cell becomes while it runs."""
+
+    def process_message(self, msg, cell, cell_index):
+        if msg["msg_type"] == "update_display_data":
+            self.seen = [*getattr(self, "seen", []), msg["content"]["data"]["text/html"]]
+        return super().process_message(msg, cell, cell_index)
+
+
+def test_curves_grow_in_a_notebook_while_it_trains(tmp_path):
+    images = draw_images(tmp_path / "photos")
+    options = TINY | {"data": str(images), "out": str(tmp_path / "run"), "epochs": 3, "log.knn_every": 1}
+    code = f"import dino\nrun = dino.train(**{options!r})\nrun"
+    watched = Watched(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), timeout=300)
+    watched.execute()
+    assert len(watched.seen) > 1
+    lengths = [len(drawn) for drawn in watched.seen]
+    assert lengths == sorted(lengths), "each has the points before, and more"
+    assert lengths[0] < lengths[-1]
+    assert all("<svg viewBox" in drawn and "Verdict" not in drawn for drawn in watched.seen)
+    outputs = watched.nb.cells[0].outputs
+    assert "Verdict: " in outputs[-1].data["text/html"]

@@ -25,7 +25,7 @@ from dino.engine.checkpoint import lock_folder
 from dino.engine.folder import choose_folder, find_options, prepare, record, write_options
 from dino.engine.presence import watching
 from dino.engine.step import Split
-from dino.engine.trackers import find_tracker
+from dino.engine.trackers import Guarded, find_tracker
 from dino.engine.train import Trainer
 from dino.eval import evaluate
 from dino.eval.online import OnlineEvaluation
@@ -36,7 +36,7 @@ from dino.options.commands import ReportOptions
 from dino.options.recipes import choose_base, free_length
 from dino.options.rules import parse_bytes
 from dino.options.train import TrainOptions
-from dino.report.notebook import RunFolder
+from dino.report.notebook import GrowingCurves, RunFolder, is_notebook
 from dino.report.run import Run
 from dino.report.verdict import advise_start, judge, warn
 from dino.terminal import Terminal
@@ -115,6 +115,9 @@ def run_training(options: TrainOptions) -> RunFolder:
                 terminal.say(f"Warning: {text}", style="yellow")
             if advice := advise_start(options, len(trainer.source)):
                 terminal.say(advice)
+        found = RunFolder.of(folder, len(trainer.source))
+        if distributed.is_main() and is_notebook():
+            trainer.trackers.append(Guarded("the picture above", lambda: GrowingCurves(found)))
         complete = trainer.fit()
         if distributed.is_main():
             finish(trainer, complete, held_out)
@@ -127,7 +130,7 @@ def run_training(options: TrainOptions) -> RunFolder:
             raise KeyboardInterrupt
         if options.budget is not None and complete:
             terminal.say(f"Took {(time.monotonic() - began) / 60:.1f} of {options.budget / 60:g} minutes.")
-    return RunFolder.of(folder, len(trainer.source))
+    return found
 
 
 def print_options(options: TrainOptions, device: torch.device, terminal: Terminal) -> None:

@@ -7,6 +7,7 @@ Each has its own account, server and offline mode, by its own variables (WANDB_M
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -157,10 +158,10 @@ class Guarded:
     Errors of the disk are told by all, as they hold for the run, too.
     """
 
-    def __init__(self, name: str, start: Start):
+    def __init__(self, name: str, build: Callable[[], Tracker]):
         self.name, self.tracker = name, None
         try:
-            self.tracker = find_tracker(name)(start)
+            self.tracker = build()
         except (ValueError, OSError):
             raise
         except Exception as error:  # of another library, which has its own kinds
@@ -211,7 +212,11 @@ def open_trackers(names: tuple[str, ...], folder: Path, step: int, options: dict
     """Start or go on with what `names` name, and write down what each calls the run in `folder`."""
     path = folder / KNOWN
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() and step else {}
-    opened = [Guarded(name, Start(folder, step, options, known.get(name, {}).get("id", ""))) for name in names]
+
+    def build(name: str) -> Tracker:
+        return find_tracker(name)(Start(folder, step, options, known.get(name, {}).get("id", "")))
+
+    opened = [Guarded(name, functools.partial(build, name)) for name in names]
     pages = {each.name: {"id": each.tracker.id, "url": each.tracker.url} for each in opened if each.tracker}
     if pages := {name: page for name, page in pages.items() if page["id"]}:
         files.write(path, json.dumps(known | pages, indent=2) + "\n")

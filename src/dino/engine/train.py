@@ -34,7 +34,7 @@ from dino.engine.sharded_checkpoint import ShardedCheckpoints
 from dino.engine.signals import Signals
 from dino.engine.step import Split, TrainingStep, draw_drop_path_noise
 from dino.engine.teachers import Teachers
-from dino.engine.trackers import open_trackers
+from dino.engine.trackers import Guarded, open_trackers
 from dino.engine.waiting import Waiting
 from dino.errors import TrainingError
 from dino.machine import measure_peak_memory
@@ -100,6 +100,7 @@ class Trainer:
         self.failure: Exception | None = None  # a reason to save and end
         self.hurts = False  # training has made the weights that it started from worse, for long
         self.metrics: MetricsLog | None = None
+        self.trackers: list[Guarded] = []  # beside those of the option `log.to`
         self.copy: Callable[[], None] = lambda: None  # the run directory to another place, after every save
         self._pending: list[dict[str, Tensor]] = []
         self._bad: list[tuple[str, str]] = []
@@ -223,7 +224,7 @@ class Trainer:
             try:
                 if distributed.is_main():
                     to = open_trackers(self.options.log.to, self.run, self.step, flatten_names(to_dict(self.options)))
-                    self.metrics = MetricsLog(self.run, self.step, to)
+                    self.metrics = MetricsLog(self.run, self.step, [*to, *self.trackers])
                 if self.step == 0:
                     self._measure()
                     self.teachers.keep(self.step)

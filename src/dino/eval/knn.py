@@ -57,7 +57,7 @@ def search_and_vote(
     cosines, rows = find_neighbors(F.normalize(queries.float(), dim=1), F.normalize(bank.float(), dim=1), max(ks))
     voters, result = bank_labels[rows], {}
     for k in ks:
-        hits = torch.zeros(2)
+        hits = torch.zeros(2, dtype=torch.float64)  # a person reads 17.6, not 17.600000381
         for part in split_rows(len(queries), num_classes):
             best = vote(cosines[part, :k], voters[part, :k], num_classes, temp).topk(top, dim=1)
             # Where fewer classes than `top` got a vote, the others fill up the best in any order.

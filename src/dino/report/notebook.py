@@ -1,13 +1,15 @@
-"""The run directory that `dino.train` returns: a path, which a notebook shows with the run's verdict and curves."""
+"""A run in a notebook: curves that grow while it trains, and the path that `dino.train` returns, shown with its verdict."""
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dino.html import render
 from dino.report.run import Run
-from dino.report.verdict import judge
+from dino.report.verdict import Verdict, judge
 
 _Path = Path if TYPE_CHECKING else type(Path())  # before Python 3.12 only the path of the system can be derived from
 
@@ -32,10 +34,40 @@ class RunFolder(_Path):
         return judge(Run.read(self, self.num_images)).lines
 
     def _repr_html_(self) -> str | None:
+        return self.show(judge(Run.read(self, self.num_images))) if self.num_images else None
+
+    def show(self, verdict: Verdict | None = None) -> str:
+        """The curves so far, for a page, below `verdict`."""
         from dino.report.curves import draw_curves  # Matplotlib takes a while
 
-        if not self.num_images:
-            return None
-        run = Run.read(self, self.num_images)
-        report = self.report if self.report.is_file() else None
-        return render("run", folder=self, verdict=judge(run), report=report, charts=draw_curves(run))
+        report, charts = self.report if self.report.is_file() else None, draw_curves(Run.read(self, self.num_images))
+        return render("run", folder=self, verdict=verdict, report=report, charts=charts)
+
+
+class GrowingCurves:
+    """A tracker whose curves grow in the output of a notebook's cell, for a twentieth of the time at most."""
+
+    id = url = ""
+
+    def __init__(self, run: RunFolder):
+        from IPython.display import HTML, display
+
+        import dino.report.curves  # noqa: F401 - Matplotlib takes a while, which is not the time of a drawing
+
+        self.run, self.page, self.due = run, HTML, 0.0
+        self.shown: Any = display(HTML(""), display_id=True)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        began = time.monotonic()
+        if step and began >= self.due:
+            self.close()
+            self.due = time.monotonic() + 20 * (time.monotonic() - began)
+
+    def close(self) -> None:
+        self.shown.update(self.page(self.run.show()))
+
+
+def is_notebook() -> bool:
+    """Whether a cell of Jupyter is running, whose output can change."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
