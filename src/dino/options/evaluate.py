@@ -82,7 +82,7 @@ class CopydetectOptions(RankingOptions):
     """Measure how well the model finds the originals of copies, as on Copydays.
 
     dino eval copydetect runs/a --originals originals/ --copies copies/
-    dino eval copydetect runs/a --originals originals/ --copies copies/ --distractors distractors/
+    dino eval copydetect runs/a --originals originals/ --copies copies/ --size 320
     """
 
     data: rules.Folder | None = None

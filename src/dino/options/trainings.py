@@ -34,7 +34,7 @@ class SubmitOptions(SlurmOptions):
     """Train as a job of Slurm, which goes on by itself after its time limit.
 
     dino submit --gpus 8 train --data photos/ --out runs/a
-    dino submit --nodes 2 --gpus 8 --hours 12 train vit_small_100ep --data imagenet/train
+    dino submit --nodes 2 --gpus 8 train vit_small_100ep --data imagenet/train
 
     `dino submit train --help` explains what can follow the word `train`.
     """
