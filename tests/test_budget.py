@@ -147,8 +147,11 @@ def test_a_time_without_room_for_a_step_is_refused(photos, tmp_path):
 
 def test_a_log_file_is_told_each_accuracy_once(capsys):
     progress = Progress(Terminal(), Plan(replace(TrainOptions(), {"epochs": 4, "log.knn_every": 1}), 5), Pace())
+    progress.set_knn(12.0, 0)  # of the untrained network
     for step, knn in ((1, None), (4, 24.0), (5, None), (10, 50.0)):
-        progress.said, progress.knn = -math.inf, knn or progress.knn
+        progress.said = -math.inf
+        if knn is not None:
+            progress.set_knn(knn, step)
         progress.show(step, 20)
     said = capsys.readouterr().err.splitlines()
     assert [line.partition("k-NN ")[2] for line in said] == ["", "24.0 %", "", "50.0 %"]

@@ -249,7 +249,7 @@ def resolve_options(
     options: TrainOptions, source: Source, start: weights.Weights | None, device: torch.device, terminal: Terminal
 ) -> TrainOptions:
     """Fill in the open options from the images, the weights to start from and the machine, and check all of them."""
-    # Rendering is a tenth of a CPU's step even for the smallest model: one core is enough for it, if there is one.
+    # Rendering is a tenth of a CPU's step even for the smallest model: one worker is enough, if a core is left for it.
     ranks = distributed.world_size()
     workers = count_spare_cores(ranks) if device.type != "cpu" else int(count_cores() >= 2 * ranks)
     adopted = options if start is None else init.adopt(options, start)

@@ -19,6 +19,10 @@ class Progress:
         self.status = ""
         self.knn: float | None = None  # percent; a log file is told each figure once
 
+    def set_knn(self, knn: float | None, step: int) -> None:
+        """The k-NN accuracy after `step`. A log file is not told that of step 0: its lines are of later steps."""
+        self.knn = knn if step or self.terminal.live else None
+
     def show(self, step: int, stop: int) -> None:
         """`step` steps are done; the run goes on to `stop`. Once, as soon as it is known, it says how long that takes."""
         status = self.status + ("" if self.knn is None else f"  k-NN {self.knn:.1f} %")

@@ -395,7 +395,7 @@ class Trainer:
         return ending
 
     def _diverge(self, what: str, steps: int) -> TrainingError:
-        """The error for `what`, which is no longer finite, and was so before the last `steps`."""
+        """The error to raise for `what`, a clause, which happened within the last `steps` steps."""
         start = ", if you like from that checkpoint with --init" if self.checkpoints.good else ""
         return TrainingError(
             f"{what} between steps {self.step - steps} and {self.step} of {self.run}; "
@@ -429,5 +429,5 @@ class Trainer:
             self.metrics.write(self.step, {"epoch": self.step / self.plan.steps_per_epoch} | values)
         self.teachers.best.consider(self.step, values, backbone)
         self.hurts = self.options.start.stop and self.teachers.best.is_worse_for_long(self.plan.total)
-        self.progress.knn = values.get("knn20_top1") if self.step or self.terminal.live else None
+        self.progress.set_knn(values.get("knn20_top1"), self.step)
         distributed.barrier()

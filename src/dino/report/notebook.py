@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dino.html import render
 from dino.report.run import Run
-from dino.report.verdict import Verdict, judge
+from dino.report.verdict import judge
 
 _Path = Path if TYPE_CHECKING else type(Path())  # before Python 3.12 only the path of the system can be derived from
 
@@ -34,14 +34,15 @@ class RunFolder(_Path):
         return judge(Run.read(self, self.num_images)).lines
 
     def _repr_html_(self) -> str | None:
-        return self.show(judge(Run.read(self, self.num_images))) if self.num_images else None
+        return self.draw(done=True) if self.num_images else None
 
-    def show(self, verdict: Verdict | None = None) -> str:
-        """The curves so far, for a page, below `verdict`."""
+    def draw(self, done: bool) -> str:
+        """The curves so far, for a page; below the verdict and a link to the report if the run is `done`."""
         from dino.report.curves import draw_curves  # Matplotlib takes a while
 
-        report, charts = self.report if self.report.is_file() else None, draw_curves(Run.read(self, self.num_images))
-        return render("run", folder=self, verdict=verdict, report=report, charts=charts)
+        run = Run.read(self, self.num_images)
+        verdict, report = judge(run) if done else None, self.report if done and self.report.is_file() else None
+        return render("run", folder=self, verdict=verdict, report=report, charts=draw_curves(run))
 
 
 class GrowingCurves:
@@ -59,12 +60,14 @@ class GrowingCurves:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         began = time.monotonic()
-        if step and began >= self.due:
-            self.close()
+        if step and began >= self.due:  # after step 0 there is no curve yet
+            self.draw()
             self.due = time.monotonic() + 20 * (time.monotonic() - began)
 
-    def close(self) -> None:
-        self.shown.update(self.page(self.run.show()))
+    def draw(self) -> None:
+        self.shown.update(self.page(self.run.draw(done=False)))
+
+    close = draw  # the last points
 
 
 def is_notebook() -> bool:
